@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# The forms of an intervention, in the order in which `all` runs them; interventions.py gives each its class.
+FORMS: tuple[str, ...] = ("vector", "lora", "local_weight")
+
 
 @dataclass(frozen=True)
 class Cell:

@@ -1,0 +1,89 @@
+"""Where things are in a model: one row per family. Returns modules, never wraps the model."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from spilt.errors import UserError, unknown
+
+
+class Family(NamedTuple):
+    """Attribute paths of one `config.model_type`; block-relative but for `blocks`."""
+
+    model_type: str
+    blocks: str = "model.layers"
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    down_proj: str = "mlp.down_proj"
+    norm_after_mlp: bool = False  # then adding at the block's output is not the same as adding to down_proj's
+
+
+FAMILIES: dict[str, Family] = {
+    row.model_type: row
+    for row in (
+        Family("llama"),
+        Family("mistral"),
+        Family("qwen2"),
+        Family("qwen3"),
+        Family("gemma2", norm_after_mlp=True),
+        Family("gemma3_text", norm_after_mlp=True),
+        Family("gpt2", blocks="transformer.h", attention="attn", down_proj="mlp.c_proj"),
+    )
+}
+
+# read points of lora and local_weight (the input of the module), by their YAML names
+COMPONENTS: tuple[str, ...] = ("mlp_mid", "mlp", "attn", "block")
+
+
+def family(model: nn.Module) -> Family:
+    """The family's row, or a UserError that lists the known ones."""
+    model_type = str(getattr(model.config, "model_type", None))  # type: ignore[union-attr]
+    if model_type not in FAMILIES:
+        raise unknown("model family (config.json: model_type)", model_type, FAMILIES)
+    return FAMILIES[model_type]
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks, in order."""
+    found = model.get_submodule(family(model).blocks)
+    assert isinstance(found, nn.ModuleList)
+    return found
+
+
+def block(model: nn.Module, layer: int) -> nn.Module:
+    """Decoder block `layer` (0-based)."""
+    found = blocks(model)
+    if not 0 <= layer < len(found):
+        raise UserError(f"layer {layer} does not exist: the model has {len(found)} blocks, 0 to {len(found) - 1}; set `layers` in the YAML")
+    return found[layer]
+
+
+def read_point(model: nn.Module, layer: int, component: str) -> nn.Module:
+    """The module whose input is read: the down projection ('mlp_mid'), the MLP, the attention or the block itself."""
+    row, at = family(model), block(model, layer)
+    paths = {"mlp_mid": row.down_proj, "mlp": row.mlp, "attn": row.attention, "block": ""}
+    if component not in paths:
+        raise unknown("intervention component", component, COMPONENTS)
+    return at.get_submodule(paths[component])
+
+
+def down_proj(model: nn.Module, layer: int) -> nn.Module:
+    """The MLP's output projection of block `layer`."""
+    return read_point(model, layer, "mlp_mid")
+
+
+def hidden_size(model: nn.Module) -> int:
+    """D, the width of the residual stream."""
+    config: Any = model.config
+    return int(config.get_text_config().hidden_size)
+
+
+def read_width(model: nn.Module, layer: int, component: str) -> int:
+    """F, the width of the read point: MLP intermediate size for 'mlp_mid', else D."""
+    if component != "mlp_mid":
+        return hidden_size(model)
+    module: Any = down_proj(model, layer)
+    # GPT-2's Conv1D keeps its weight transposed and has no in_features
+    return int(module.in_features) if hasattr(module, "in_features") else int(module.weight.shape[0])

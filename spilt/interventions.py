@@ -1,0 +1,171 @@
+"""The forms of an intervention: small modules whose docstring is the equation.
+
+All are one idea, a dynamic weight update of one layer, h' = (W + m1 dW) x + (b + m2 db)
+(arXiv 2602.02343, eq. 3), written as what it adds to the residual stream: delta = m (dW x + db).
+
+Contract: `forward(h, x, multiplier) -> h'` with h [B, T, D] the stream at the write point, x [B, T, F] the read
+point (None when the form reads nothing), multiplier a float or a tensor [B, 1, 1]. A new tensor comes out; nothing
+is written in place, and no state is set from outside. Parameters are float32 whatever the model's dtype (bf16
+parameters lose small updates); the delta is cast to the stream's dtype when it is added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from spilt.cell import FORMS
+
+Multiplier = float | Tensor
+State = Tensor | dict[str, Any]  # what layer_{id}.pt holds for one concept
+
+
+class Intervention(nn.Module):
+    """What the forms share: where they read (`component`) and write (`site`), and dropout while fitting.
+
+    component: 'mlp_mid' | 'mlp' | 'attn' | 'block' (anatomy.read_point), None for a form that reads nothing.
+    site: 'block' (the block's output, after every norm inside it) or 'down_proj' (the MLP's down projection).
+    """
+
+    reads: ClassVar[bool] = True
+    factors: ClassVar[tuple[float, ...]] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)  # released training factors
+
+    def __init__(self, component: str | None, site: str, dropout: float) -> None:
+        super().__init__()
+        self.component = component
+        self.site = site
+        self.dropout = nn.Dropout(dropout)
+
+    def delta(self, h: Tensor, x: Tensor | None, multiplier: Multiplier) -> Tensor:
+        """m (dW x + db), broadcastable to h [B, T, D], in float32."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it adds to the stream")
+
+    def forward(self, h: Tensor, x: Tensor | None, multiplier: Multiplier) -> Tensor:
+        """h' = h + m (dW x + db). At m = 0 this is h (0 is added)."""
+        return h + self.delta(h, x, multiplier).to(h.dtype)
+
+    def state(self) -> State:
+        """What the released code stores for this form (one concept); parameters detached, on the CPU, float32."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is stored")
+
+    def describe(self) -> dict[str, Any]:
+        """The fields of metadata_layer_{id}.jsonl that belong to the form."""
+        return {"intervention_components": self.component, "rank": None, "alpha": None}
+
+
+class Vector(Intervention):
+    """delta = m v, v [D]. Dropout acts on v itself. Initialised uniform in +-1/sqrt(D), as released."""
+
+    reads = False
+    factors = (2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0)
+
+    def __init__(
+        self, hidden: int, read: int | None = None, *, component: str | None = None, site: str = "block", dropout: float = 0.0, **_: Any
+    ) -> None:
+        super().__init__(None, site, dropout)
+        bound = 1 / math.sqrt(hidden)
+        self.v = nn.Parameter(torch.empty(hidden, dtype=torch.float32).uniform_(-bound, bound))
+
+    def delta(self, h: Tensor, x: Tensor | None, multiplier: Multiplier) -> Tensor:
+        return multiplier * self.dropout(self.v)
+
+    def without_component(self, h: Tensor) -> Tensor:
+        """h - (relu(h . v) / |v|^2) v: the stream with what points along v removed (RePS null-it-out, arXiv 2505.20809)."""
+        v = self.dropout(self.v)
+        along = torch.relu(h.float() @ v)[..., None]  # [B, T, 1]
+        return h - (along / v.pow(2).sum() * v).to(h.dtype)
+
+    def state(self) -> State:
+        return self.v.detach().float().cpu().clone()
+
+    @classmethod
+    def from_state(cls, state: State, **kwargs: Any) -> Vector:
+        assert isinstance(state, Tensor)
+        made = cls(state.shape[-1], **kwargs)
+        made.v = nn.Parameter(state.detach().float().reshape(-1).clone())
+        return made
+
+
+class LoRA(Intervention):
+    """delta = m (x A) B, A [F, r], B [r, D]. A Kaiming-uniform(a = sqrt 5), B zero. Dropout acts on the delta.
+
+    `alpha` is stored because the released files hold it; it never scales anything.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        read: int,
+        *,
+        component: str | None = "mlp_mid",
+        site: str = "block",
+        dropout: float = 0.0,
+        rank: int = 4,
+        alpha: float = 32.0,
+        **_: Any,
+    ) -> None:
+        super().__init__(component, site, dropout)
+        self.rank, self.alpha = rank, alpha
+        # the released layer draws A as [F, r] with fan_in counted on its last axis
+        self.lora_A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(read, rank, dtype=torch.float32), a=math.sqrt(5)))
+        self.lora_B = nn.Parameter(torch.zeros(rank, hidden, dtype=torch.float32))
+
+    def delta(self, h: Tensor, x: Tensor | None, multiplier: Multiplier) -> Tensor:
+        assert x is not None
+        return self.dropout(multiplier * (x.float() @ self.lora_A @ self.lora_B))
+
+    def state(self) -> State:
+        return {
+            "lora_A": self.lora_A.detach().float().cpu().clone(),
+            "lora_B": self.lora_B.detach().float().cpu().clone(),
+            "r": self.rank,
+            "alpha": self.alpha,
+            "intervention_components": self.component,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        return {"intervention_components": self.component, "rank": self.rank, "alpha": self.alpha}
+
+    @classmethod
+    def from_state(cls, state: State, **kwargs: Any) -> LoRA:
+        assert isinstance(state, Mapping)
+        a, b = state["lora_A"].float(), state["lora_B"].float()
+        made = cls(b.shape[1], a.shape[0], rank=a.shape[1], alpha=float(state.get("alpha", 32.0)), **kwargs)
+        made.lora_A, made.lora_B = nn.Parameter(a.clone()), nn.Parameter(b.clone())
+        return made
+
+
+class LocalWeight(Intervention):
+    """delta = m (x dW + db), dW [F, D], db [D], both zero at the start. Dropout acts on the delta."""
+
+    def __init__(
+        self, hidden: int, read: int, *, component: str | None = "mlp_mid", site: str = "block", dropout: float = 0.0, **_: Any
+    ) -> None:
+        super().__init__(component, site, dropout)
+        self.weight = nn.Parameter(torch.zeros(read, hidden, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(hidden, dtype=torch.float32))
+
+    def delta(self, h: Tensor, x: Tensor | None, multiplier: Multiplier) -> Tensor:
+        assert x is not None
+        return self.dropout(multiplier * (x.float() @ self.weight + self.bias))
+
+    def state(self) -> State:
+        return {
+            "weight": self.weight.detach().float().cpu().clone(),
+            "bias": self.bias.detach().float().cpu().clone(),
+            "intervention_components": self.component,
+        }
+
+    @classmethod
+    def from_state(cls, state: State, **kwargs: Any) -> LocalWeight:
+        assert isinstance(state, Mapping)
+        made = cls(state["weight"].shape[1], state["weight"].shape[0], **kwargs)
+        made.weight, made.bias = nn.Parameter(state["weight"].float().clone()), nn.Parameter(state["bias"].float().clone())
+        return made
+
+
+INTERVENTIONS: dict[str, type[Vector] | type[LoRA] | type[LocalWeight]] = dict(zip(FORMS, (Vector, LoRA, LocalWeight), strict=True))

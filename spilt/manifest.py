@@ -1,0 +1,122 @@
+"""How an artifact came to be: a JSON file beside it, and the identity by which a rerun knows its own work.
+
+Identity is computed alike from the plan and from a stored artifact: a hash over the resolved settings, the hashes of
+model and data, and the version of the method's code. Device, batch size and the time of day are not in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from datetime import datetime, timezone
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from spilt import __version__
+from spilt.atomic import atomic_write
+
+SAMPLES, SAMPLE = 64, 65536  # a large weight file is known by its size, its head and this many pieces of this many bytes
+KNOWN_BY = ("torch", "transformers", "numpy")
+
+
+def manifest_path(artifact: Path) -> Path:
+    """layer_20.pt -> layer_20.manifest.json"""
+    return artifact.with_name(artifact.stem + ".manifest.json")
+
+
+def digest(data: bytes) -> str:
+    """sha256, hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _hash_file(path: Path, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else digest(file.read())
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes, hex; read once as long as size and time stay."""
+    stat = path.stat()
+    return _hash_file(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def model_hash(folder: Path) -> str:
+    """What makes a checkpoint this checkpoint: its JSON files whole, of each weight file size and evenly spaced pieces."""
+    total = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in {".json", ".safetensors", ".bin", ".jinja", ".model"} or not path.is_file():
+            continue
+        size = path.stat().st_size
+        total.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            if size <= SAMPLES * SAMPLE:
+                total.update(file.read())
+                continue
+            for k in range(SAMPLES):
+                file.seek(k * (size - SAMPLE) // (SAMPLES - 1))
+                total.update(file.read(SAMPLE))
+    return total.hexdigest()
+
+
+def identity(parts: dict[str, Any]) -> str:
+    """One hash for everything that decides the result."""
+    return digest(json.dumps(parts, sort_keys=True, default=str).encode())
+
+
+def write(artifact: Path, data: bytes | str, parts: dict[str, Any], notes: dict[str, Any] | None = None) -> None:
+    """Store an artifact with its manifest, each whole or not at all.
+
+    The manifest goes first: it holds the artifact's hash, so a crash between the two leaves a pair that does not match
+    and is made again, never a result that nobody can place.
+    """
+    data = data.encode() if isinstance(data, str) else data
+    record = {
+        "artifact": artifact.name,
+        "sha256": digest(data),
+        "bytes": len(data),
+        "identity": identity(parts),
+        "parts": parts,
+        "notes": notes or {},
+        "spilt": __version__,
+        "versions": {name: metadata.version(name) for name in KNOWN_BY},
+        "python": platform.python_version(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    atomic_write(manifest_path(artifact), json.dumps(record, indent=1, sort_keys=True, default=str) + "\n")
+    atomic_write(artifact, data)
+
+
+def read(artifact: Path) -> dict[str, Any] | None:
+    """The manifest of an artifact; None when there is none (made by the released code) or it is not readable JSON."""
+    try:
+        found = json.loads(manifest_path(artifact).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def matches(artifact: Path, record: dict[str, Any]) -> bool:
+    """Whether the artifact's bytes are those that the manifest speaks of."""
+    try:
+        return os.path.getsize(artifact) == record.get("bytes") and file_hash(artifact) == record.get("sha256")
+    except OSError:
+        return False
+
+
+def standing(artifact: Path, parts: dict[str, Any]) -> str:
+    """'missing' | 'done' (this very result) | 'foreign' (no manifest: the released code's) | 'stale' (other settings) | 'damaged'."""
+    if not artifact.exists():
+        return "missing"
+    if not manifest_path(artifact).exists():
+        return "foreign"
+    record = read(artifact)
+    if record is None or not matches(artifact, record):
+        return "damaged"
+    return "done" if record.get("identity") == identity(parts) else "stale"

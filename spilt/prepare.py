@@ -1,0 +1,297 @@
+"""Public source files -> data/ splits of the paper's sizes: `python -m spilt.prepare --source NAME --input FILE... --base_dir DIR`.
+
+Which rows the paper drew is not published: the sizes are the paper's, the draw is ours and seeded. A question is never in both splits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import random
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spilt.atomic import atomic_write
+from spilt.data.readers import Record, read_rows
+from spilt.errors import UserError
+
+Row = dict[str, Any]
+
+
+class Splits(NamedTuple):
+    """What a source gives: rows of both files, and remarks to print."""
+
+    train: list[Row]
+    test: list[Row]
+    notes: list[str]
+
+
+class Request(NamedTuple):
+    """The command line, checked."""
+
+    inputs: list[Path]
+    train: int
+    test: int
+    concepts: list[int]
+    seed: int
+
+
+def psychopathy(request: Request) -> Splits:
+    """Yes/No statements, both splits half 'Yes' and half 'No' as the matching answer, alternating (so is any even first part)."""
+    path = _one(request)
+    answer = "answer_matching_behavior"
+    records = _rows(path, ("question", answer, "answer_not_matching_behavior"))
+    kinds: dict[str, list[Record]] = {"Yes": [], "No": []}
+    for record in records:
+        kind = record.values[answer].strip()
+        if kind not in kinds:
+            raise UserError(f"{path} {record.where}: {answer} is {record.values[answer]!r}; wanted ' Yes' or ' No'")
+        kinds[kind].append(record)
+    for flag, size in (("--train", request.train), ("--test", request.test)):
+        if size % 2:
+            raise UserError(f"{flag} {size}: psychopathy splits are half Yes and half No; give an even number")
+    rng = random.Random(request.seed)
+    halves = [
+        _split(rows, "question", request.train // 2, request.test // 2, rng, f"rows of {path} whose {answer} is {kind}")
+        for kind, rows in kinds.items()
+    ]
+    if both := {row["question"] for row in [*halves[0][0], *halves[1][0]]} & {row["question"] for row in [*halves[0][1], *halves[1][1]]}:
+        raise UserError(f"{path}: {len(both)} question(s) have both Yes and No as {answer}, such as {min(both)!r}; keep one row of each")
+    train, test = ([row for two in zip(yes, no, strict=True) for row in two] for yes, no in zip(*halves, strict=True))
+    return Splits(
+        train, test, [f"{request.train // 2} Yes + {request.train // 2} No in train, {request.test // 2} + {request.test // 2} in test"]
+    )
+
+
+def powerseeking(request: Request) -> Splits:
+    """Open questions: the source's own train and test files (in this order), or one file to cut in two."""
+    if len(request.inputs) > 2:
+        raise UserError(f"--input has {len(request.inputs)} files for powerseeking; give train.csv and test.csv, in this order")
+    columns = ("question", "matching", "not_matching")
+    rng = random.Random(request.seed)
+    pools, notes = [], []
+    for path in request.inputs:
+        records = _rows(path, columns)
+        asked = [record for record in records if record.values["question"].strip()]
+        if len(asked) < len(records):
+            notes.append(f"left out {len(records) - len(asked)} row(s) of {path.name} with an empty question")
+        pools.append((path, asked))
+    if len(pools) == 1:
+        path, records = pools[0]
+        return Splits(*_split(records, "question", request.train, request.test, rng, f"rows of {path}"), notes)
+    (train_path, train), (test_path, test) = pools
+    test_rows = _draw(test, request.test, rng, f"rows of {test_path}", "--test")
+    in_test = {row["question"] for row in test_rows}
+    apart = [record for record in train if record.values["question"] not in in_test]
+    if len(apart) < len(train):
+        notes.append(f"left out {len(train) - len(apart)} row(s) of {train_path.name} whose question is in the test split")
+    return Splits(_draw(apart, request.train, rng, f"rows of {train_path}", "--train"), test_rows, notes)
+
+
+def axbench(request: Request) -> Splits:
+    """Pairs of several concepts; --train and --test count per concept."""
+    path = _one(request)
+    columns = ("input", "winning_output", "losing_output", "output_concept", "concept_id")
+    records = read_rows(path)
+    found = set(records[0].values) if records else set()
+    if {"output", "category"} <= found and not {"winning_output", "losing_output"} & found:
+        raise UserError(
+            f"{path} is in AxBench's Concept10 / Concept500 format (columns found: {', '.join(records[0].values)}): 'output' shows the concept in rows of "
+            "category positive, and does not in rows of category negative, of other inputs. These rows are not paired: the columns "
+            "'winning_output' and 'losing_output', two answers to the same input with and without the concept, are missing. Give the paired file "
+            "(the paper's is Concept500 prod_9b_l20_v1), or add a losing_output, an answer of the unsteered model to each positive input"
+        )
+    records = _rows(path, columns, text=columns[:4], given=records)
+    by_concept: dict[int, list[Record]] = defaultdict(list)
+    for record in records:
+        try:
+            by_concept[int(record.values["concept_id"])].append(record)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path} {record.where}: concept_id is {record.values['concept_id']!r}; wanted a whole number") from error
+    if missing := [concept for concept in request.concepts if concept not in by_concept]:
+        have = ", ".join(str(concept) for concept in sorted(by_concept) if concept >= 0)
+        raise UserError(f"{path} has no rows of concept_id {', '.join(map(str, missing))}; choose with --concepts from: {have or 'none'}")
+    train: list[Row] = []
+    test: list[Row] = []
+    for concept in sorted(set(request.concepts)):
+        # a generator per concept: one concept's rows don't depend on which others are asked for
+        rng = random.Random(f"{request.seed} {concept}")
+        parts = _split(by_concept[concept], "input", request.train, request.test, rng, f"rows of {path} with concept_id {concept}")
+        for rows, part in zip((train, test), parts, strict=True):
+            rows += [{**row, "concept_id": concept} for row in part]  # csv gave text; the column is a number
+    return Splits(train, test, [f"{len(set(request.concepts))} concepts, {request.train} + {request.test} pairs each"])
+
+
+class Source(NamedTuple):
+    """One public source: how it is split, the paper's sizes, the ending of the two files."""
+
+    split: Callable[[Request], Splits]
+    train: int
+    test: int
+    ending: str
+    origin: str
+
+
+SOURCES = {
+    "psychopathy": Source(psychopathy, 500, 100, ".jsonl", "Anthropic model-written evals, persona/psychopathy.jsonl (1000 rows)"),
+    "powerseeking": Source(powerseeking, 500, 200, ".csv", "BiPO, data/power-seeking/train.csv and test.csv (642 and 200 rows)"),
+    "axbench": Source(axbench, 64, 8, ".parquet", "Concept500 prod_9b_l20_v1 as pairs; sizes per concept"),
+}
+
+
+# ---- reading and drawing ----
+
+
+def _one(request: Request) -> Path:
+    if len(request.inputs) != 1:
+        raise UserError(f"--input has {len(request.inputs)} files; this source is one file")
+    return request.inputs[0]
+
+
+def _rows(path: Path, columns: Sequence[str], text: Sequence[str] | None = None, given: list[Record] | None = None) -> list[Record]:
+    """The rows of a source file; every one has `columns`, and text in `text` (all of them, if not said); an answer is not empty."""
+    records = read_rows(path) if given is None else given
+    if not records:
+        raise UserError(f"{path}: no rows; give the source file")
+    for record in records:
+        found = f"columns found: {', '.join(record.values)}"
+        if absent := [column for column in columns if column not in record.values]:
+            raise UserError(
+                f"{path} {record.where}: no column {', '.join(map(repr, absent))}; is it the file that --source means? ({found})"
+            )
+        for column in columns if text is None else text:
+            value = record.values[column]
+            if not isinstance(value, str) or (column != "question" and not value.strip()):
+                raise UserError(f"{path} {record.where}: {column} is {value!r}; wanted text that is not empty ({found})")
+    return records
+
+
+def _split(records: list[Record], question: str, train: int, test: int, rng: random.Random, what: str) -> tuple[list[Row], list[Row]]:
+    """`test` and `train` rows drawn without a question in both, each in drawn order. Raises UserError when there are too few."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for record in records:
+        groups[record.values[question]].append(record.values)
+    drawn = list(groups.values())
+    rng.shuffle(drawn)
+    parts: list[list[Row]] = []
+    for size in (test, train):
+        part: list[Row] = []
+        left = []
+        for group in drawn:  # the rows of one question stay together
+            if len(part) + len(group) <= size:
+                part += group
+            else:
+                left.append(group)
+        if len(part) < size:  # only a group too large for the last place is left: in the training split it may be cut
+            if size != train or not left:
+                raise UserError(_too_few(what, len(records), train, test, len(groups)))
+            part += left.pop(0)[: size - len(part)]
+        parts.append(part)
+        drawn = left
+    return parts[1], parts[0]
+
+
+def _draw(records: list[Record], size: int, rng: random.Random, what: str, flag: str) -> list[Row]:
+    """`size` of the rows in the file's order."""
+    if size > len(records):
+        raise UserError(f"{len(records)} {what} can be used, {size} wanted; lower {flag}")
+    return [records[i].values for i in sorted(rng.sample(range(len(records)), size))]
+
+
+def _too_few(what: str, have: int, train: int, test: int, questions: int) -> str:
+    return f"{have} {what} ({questions} different questions) don't give {train} for train and {test} for test; lower --train or --test"
+
+
+# ---- writing ----
+
+
+def _encoded(rows: list[Row], ending: str) -> bytes:
+    """Rows as the bytes of a .jsonl, .csv or .parquet file."""
+    if ending == ".jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    columns = list(rows[0])
+    if ending == ".csv":
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, lineterminator="\n", restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue().encode()
+    import pyarrow
+    from pyarrow import parquet
+
+    sink = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist([{column: row.get(column) for column in columns} for row in rows]), sink)
+    return sink.getvalue()
+
+
+def prepare(source: str, request: Request, base_dir: Path, force: bool = False) -> list[str]:
+    """Write data/{source}/train and test; the lines to print. Nothing is written unless both files can be.
+
+    Raises UserError: a file is there and `force` is off, or the input is not what the source looks like.
+    """
+    row = SOURCES[source]
+    targets = [base_dir / "data" / source / f"{name}{row.ending}" for name in ("train", "test")]
+    for target in targets:
+        if target.exists() and not force:
+            raise UserError(f"{target} is there already; --force replaces it")
+    splits = row.split(request)
+    # before the first write, so that rows which can't be encoded leave the old pair of files as it is
+    encoded = [_encoded(rows, row.ending) for rows in splits[:2]]
+    lines = []
+    for target, rows, data in zip(targets, splits[:2], encoded, strict=True):
+        try:
+            atomic_write(target, data)
+        except OSError as error:
+            raise UserError(f"{target} can't be written: {error.strerror or error}; choose another --base_dir") from error
+        concepts = Counter(row["concept_id"] for row in rows if "concept_id" in row)
+        of = f" of {len(concepts)} concepts" if concepts else ""
+        lines.append(f"wrote {target}: {len(rows)} pairs{of}")
+    return [*lines, *splits.notes, f"seed {request.seed}; which rows the paper drew is not published"]
+
+
+def _size(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted a whole number from 1")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: written. 2: the request or its input is wrong (one message, no traceback)."""
+    origins = "\n".join(f"  {name:13} {row.origin}; {row.train} train, {row.test} test" for name, row in SOURCES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m spilt.prepare",
+        description="Make the data/ splits of the paper's sizes from the public source files.",
+        epilog=f"sources:\n{origins}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--source", required=True, choices=list(SOURCES))
+    parser.add_argument(
+        "--input", required=True, nargs="+", type=Path, metavar="FILE", help="powerseeking: train.csv test.csv; otherwise one file"
+    )
+    parser.add_argument("--base_dir", type=Path, default=Path("."), help="data/<source>/ is written below it (default: .)")
+    parser.add_argument("--seed", type=int, default=42, help="of the draw (default: 42)")
+    parser.add_argument("--train", type=_size, metavar="N", help="training pairs (per concept for axbench); default: the paper's")
+    parser.add_argument("--test", type=_size, metavar="N", help="test pairs (per concept for axbench); default: the paper's")
+    parser.add_argument(
+        "--concepts", type=int, nargs="+", default=list(range(10)), metavar="ID", help="axbench: concept ids (default: 0 to 9)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace files that are there")
+    args = parser.parse_args(argv)
+    source = SOURCES[args.source]
+    request = Request(args.input, args.train or source.train, args.test or source.test, args.concepts, args.seed)
+    try:
+        lines = prepare(args.source, request, args.base_dir, args.force)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

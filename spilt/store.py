@@ -1,0 +1,217 @@
+"""Where things lie and how they are read and written. The only file with path strings.
+
+Layout: contract of the released runner (models/, data/, hparams/, vectors/, generation/ below base_dir).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spilt.cell import Cell
+from spilt.errors import UserError
+
+if TYPE_CHECKING:
+    from spilt.interventions import Intervention
+
+PREFERENCE_TYPES = ("winning_only", "losing_only")
+SPLITS = {"train": "train_losses.csv", "test": "test_losses.csv"}
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
+
+
+def checked_name(kind: str, name: str) -> str:
+    """A name that is about to become part of a path: one folder name, no '/', no '..'."""
+    if not _NAME.match(name) or ".." in name:
+        raise UserError(f"{kind} {name!r} cannot be a folder name: letters, digits, '.', '_' and '-' only, and no '..'")
+    return name
+
+
+class Store:
+    """All paths of one base_dir."""
+
+    def __init__(self, base_dir: Path | str) -> None:
+        self.base_dir = Path(base_dir)
+
+    def model(self, name: str) -> Path:
+        return self.base_dir / "models" / checked_name("model name", name)
+
+    def models(self) -> list[str]:
+        """The checkpoint folders that there are."""
+        folder = self.base_dir / "models"
+        return sorted(p.parent.name for p in folder.glob("*/config.json")) if folder.is_dir() else []
+
+    @staticmethod
+    def leaf(cell: Cell) -> str:
+        return "caa_vector" if cell.method == "caa" else f"{cell.method}_{cell.intervention}"
+
+    @staticmethod
+    def dataset_folder(cell: Cell) -> str:
+        """axbench keeps one folder per concept."""
+        name = checked_name("dataset", cell.dataset)
+        return name if cell.concept is None else f"{name}_concept_{cell.concept}"
+
+    def vector_folder(self, cell: Cell) -> Path:
+        folder = self.base_dir / "vectors" / checked_name("model name", cell.model) / cell.method / self.dataset_folder(cell)
+        return folder / self.leaf(cell)
+
+    def vector(self, cell: Cell, layer: int) -> Path:
+        return self.vector_folder(cell) / f"layer_{layer}.pt"
+
+    def metadata(self, cell: Cell, layer: int) -> Path:
+        return self.vector_folder(cell) / f"metadata_layer_{layer}.jsonl"
+
+    def checkpoint(self, cell: Cell, layer: int) -> Path:
+        """State of a fit under way; removed when it is finished."""
+        return self.vector_folder(cell) / f"layer_{layer}.unfinished.pt"
+
+    def train_log(self, cell: Cell) -> Path:
+        return self.vector_folder(cell) / "train.log"
+
+    def generation_folder(self, cell: Cell) -> Path:
+        folder = self.base_dir / "generation" / checked_name("model name", cell.model) / cell.method
+        return folder / checked_name("dataset", cell.dataset) / f"{cell.method}_{cell.intervention}"
+
+    def results(self, cell: Cell, multiplier: float) -> Path:
+        """One file per multiplier; with concepts, one file for all of them."""
+        if cell.concept is not None:
+            return self.generation_folder(cell) / f"all_generation_results_m{float(multiplier)}.json"
+        return self.generation_folder(cell) / f"m{float(multiplier)}" / f"{cell.dataset}_results.json"
+
+    def generation_log(self, cell: Cell, multiplier: float) -> Path:
+        return self.generation_folder(cell) / "logs" / f"{cell.method}_{cell.intervention}_m{float(multiplier)}.log"
+
+    def loss_root(self, model: str) -> Path:
+        return self.base_dir / "vectors" / checked_name("model name", model) / "get_sft_loss"
+
+    def loss_folder(self, cell: Cell) -> Path:
+        return self.loss_root(cell.model) / cell.method / self.dataset_folder(cell) / f"{cell.method}_{cell.intervention}"
+
+    def losses(self, cell: Cell, multiplier: float, preference_type: str, split: str) -> Path:
+        name = f"{cell.intervention}_{cell.method}_m{float(multiplier)}_{preference_type}"
+        return self.loss_folder(cell) / name / SPLITS[split]
+
+    def control(self, cell: Cell) -> Path:
+        """Random directions of the same norm, per draw and multiplier."""
+        return self.loss_folder(cell) / "control.csv"
+
+    def relative(self, path: Path) -> str:
+        """For messages and manifests: below base_dir where it is."""
+        try:
+            return str(path.relative_to(self.base_dir))
+        except ValueError:
+            return str(path)
+
+
+# ---------------------------------------------------------------- layer_{id}.pt, in the released formats
+
+
+def dump(intervention: Intervention, concept: int | None) -> bytes:
+    """The bytes of layer_{id}.pt for one concept; equal parameters give equal bytes."""
+    import torch
+
+    state = intervention.state()
+    if isinstance(state, dict):
+        state["concept_id"] = 0 if concept is None else concept
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def metadata_line(intervention: Intervention, concept: int | None, text: str | None) -> str:
+    """metadata_layer_{id}.jsonl: one object per concept."""
+    fields = {"concept_id": 0 if concept is None else concept, "concept": text, **intervention.describe(), "ref": None}
+    return json.dumps(fields, ensure_ascii=False) + "\n"
+
+
+def load(path: Path, form: str, concept: int | None, hidden: int, widths: dict[str, int], default_component: str, site: str) -> Intervention:
+    """One concept's intervention from a stored file, checked against the model.
+
+    hidden: D of the model. widths: read point name -> F. default_component: for files that do not name one.
+    Raises UserError naming the file, what was found and what was wanted; a pickle that needs code is refused.
+    """
+    from spilt.interventions import INTERVENTIONS
+
+    state = _one_concept(_read(path), path, form, concept)
+    component = None
+    if form != "vector":
+        component = str(state.get("intervention_components") or default_component)
+        if component not in widths:
+            raise UserError(f"{path}: intervention_components {component!r} is not one of {', '.join(widths)}")
+    _check_shapes(state, path, form, hidden, widths.get(component, hidden) if component else hidden, component)
+    made = INTERVENTIONS[form].from_state(state, component=component, site=site)
+    return made.eval().requires_grad_(False)
+
+
+def _read(path: Path) -> Any:
+    import pickle
+
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such vector file; make it with --mode generate") from None
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: refused: it is not a plain tensor file (weights_only=True): {reason}") from None
+    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, IndexError, TypeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a vector file ({type(error).__name__}: {str(error).splitlines()[0][:200]})") from None
+
+
+def _one_concept(stored: Any, path: Path, form: str, concept: int | None) -> Any:
+    """The row or the entry of one concept; a file of one concept serves whatever the id."""
+    import torch
+
+    if form == "vector":
+        if not isinstance(stored, torch.Tensor):
+            raise UserError(f"{path}: holds a {type(stored).__name__}; a vector is a tensor [D] (several concepts: [n, D])")
+        if stored.ndim == 2 and len(stored) > 1:
+            row = concept or 0
+            if not 0 <= row < len(stored):
+                raise UserError(f"{path}: has {len(stored)} concepts (rows 0 to {len(stored) - 1}), not concept_id {row}")
+            return stored[row]
+        return stored[0] if stored.ndim == 2 and len(stored) else stored
+    if not isinstance(stored, dict) or not stored:
+        raise UserError(f"{path}: holds a {type(stored).__name__}; {form} is a dict of tensors")
+    if not all(isinstance(value, dict) for value in stored.values()):
+        return stored
+    keys = {str(key): key for key in stored}
+    wanted = str(0 if concept is None else concept)
+    if wanted not in keys:
+        raise UserError(f"{path}: has no concept_id {wanted}; have: {', '.join(keys)}")
+    return stored[keys[wanted]]
+
+
+def _check_shapes(state: Any, path: Path, form: str, hidden: int, width: int, component: str | None) -> None:
+    """Every tensor there, of the model's shape, floating and finite."""
+    import torch
+
+    found = {"": state} if form == "vector" else state
+    rank = None
+    if form == "lora":
+        shape = getattr(state.get("lora_A"), "shape", ())
+        rank = shape[1] if len(shape) == 2 else None
+        if rank is None or rank < 1:
+            raise UserError(f"{path}: lora_A has shape {list(shape)}; wanted [F, r] = [{width}, rank]")
+        if state.get("r") not in (None, rank):
+            raise UserError(f"{path}: says r = {state['r']}, but lora_A has shape {list(shape)}")
+    wanted: dict[str, tuple[int, ...]] = {
+        "vector": {"": (hidden,)},
+        "lora": {"lora_A": (width, rank or 0), "lora_B": (rank or 0, hidden)},
+        "local_weight": {"weight": (width, hidden), "bias": (hidden,)},
+    }[form]
+    for name, shape in wanted.items():
+        value = found.get(name)
+        label = name or "the vector"
+        if not isinstance(value, torch.Tensor):
+            raise UserError(f"{path}: {label} is missing; wanted a tensor of shape {list(shape)}; found: {', '.join(map(str, found))}")
+        if tuple(value.shape) != shape:
+            at = f" (read at {component!r})" if component else ""
+            raise UserError(f"{path}: {label} has shape {list(value.shape)}; this model wants {list(shape)}{at}")
+        if not value.is_floating_point():
+            raise UserError(f"{path}: {label} has dtype {value.dtype}; wanted floating point")
+        if not torch.isfinite(value).all():
+            raise UserError(f"{path}: {label} holds NaN or infinite values; fit it again")

@@ -1,0 +1,115 @@
+"""Run only what an intervention changes: record the stream at block `layer` once, then replay the blocks after it.
+
+Blocks 0..layer do not depend on the intervention, so their output serves every epoch, pair, factor, multiplier and
+method. Replay needs no family code: the library's own forward runs, with the blocks before `layer` passing their
+input through and block `layer` returning the given stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spilt import anatomy, hooks
+
+_returns_tuple: dict[type, bool] = {}  # class of a block -> what its forward returns, learnt once
+
+
+class Recorded(NamedTuple):
+    """Streams of one padded batch. h [B, T, D]; x: read point name -> [B, T, F]."""
+
+    h: Tensor
+    x: dict[str, Tensor]
+
+
+class _Reached(Exception):
+    """Block `layer` has been computed: the rest of the forward is not needed."""
+
+
+@torch.no_grad()
+def record(model: nn.Module, layer: int, input_ids: Tensor, components: tuple[str, ...] = (), **inputs: Any) -> Recorded:
+    """The output of block `layer` (and the read points asked for); the forward stops there.
+
+    input_ids [B, T], right-padded: causal attention keeps the padding away from real tokens, so no mask is needed.
+    """
+    seen: dict[str, Tensor] = {}
+    with ExitStack() as handles:
+        for component in components:
+
+            def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = component) -> None:
+                seen[name] = hooks.input_of(args, kwargs)
+
+            at = anatomy.read_point(model, layer, component)
+            handles.callback(at.register_forward_pre_hook(read, with_kwargs=True).remove)
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            _returns_tuple[type(module)] = isinstance(output, tuple)
+            seen["h"] = hooks.first(output)
+            raise _Reached
+
+        handles.callback(anatomy.block(model, layer).register_forward_hook(stop).remove)
+        inputs.setdefault("use_cache", False)
+        try:
+            model(input_ids=input_ids, **inputs)
+        except _Reached:
+            return Recorded(seen.pop("h"), seen)
+    raise RuntimeError(f"block {layer} was not reached by a forward of {type(model).__name__}")
+
+
+def returns_tuple(model: nn.Module) -> bool:
+    """Whether this model's blocks return a tuple (by family and transformers version): asked of block 0 with one token."""
+    kind = type(anatomy.block(model, 0))
+    if kind not in _returns_tuple:
+        record(model, 0, torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device))  # type: ignore[operator]
+    return _returns_tuple[kind]
+
+
+@contextmanager
+def replay(model: nn.Module, layer: int, stream: Tensor) -> Iterator[None]:
+    """Inside: blocks before `layer` pass their input through and block `layer` returns `stream` [B, T, D]."""
+    as_output = (lambda h: (h,)) if returns_tuple(model) else (lambda h: h)
+
+    def pass_through(*args: Any, **kwargs: Any) -> Any:
+        return as_output(hooks.input_of(args, kwargs))
+
+    def give_stream(*args: Any, **kwargs: Any) -> Any:
+        return as_output(stream)
+
+    with ExitStack() as undo:
+        for index, module in enumerate(anatomy.blocks(model)[: layer + 1]):
+            if "forward" in module.__dict__:  # accelerate puts its own there when it places a model
+                undo.callback(setattr, module, "forward", module.__dict__["forward"])
+            else:
+                undo.callback(delattr, module, "forward")
+            module.forward = give_stream if index == layer else pass_through
+        yield
+
+
+@contextmanager
+def head_rows(model: nn.Module, keep: Tensor) -> Iterator[None]:
+    """Inside: the output head sees only the positions in `keep` [B, T] bool, so logits are [1, n, V]."""
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][keep.to(args[0].device)][None], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def logits(model: nn.Module, layer: int, stream: Tensor, keep: Tensor, **inputs: Any) -> Tensor:
+    """Logits [n, V] at the positions `keep` [B, T], from the stream [B, T, D] that leaves block `layer`.
+
+    Gradients flow to `stream` and no further down. Sequences are right-padded.
+    """
+    # what enters the model is never looked at: block `layer` gives the stream; a zero-stride tensor carries the shape
+    nothing = torch.zeros((), dtype=stream.dtype, device=stream.device).expand(stream.shape)
+    inputs.setdefault("use_cache", False)
+    with replay(model, layer, stream), head_rows(model, keep):
+        return model(inputs_embeds=nothing, **inputs).logits[0]

@@ -1,0 +1,199 @@
+"""One loop: batches of cached activations -> suffix -> the method's loss -> optimizer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spilt import hooks, suffix
+from spilt.activations import Activations, max_tokens
+from spilt.data.batches import by_length, position_mask
+from spilt.hparams.settings import FitSettings
+from spilt.interventions import Intervention, Vector
+from spilt.methods import Method, Scored
+from spilt.scoring import AnswerLogProbs, answer_logprobs, scored_positions
+
+
+class Entry(NamedTuple):
+    """One pair in one direction: sequence numbers, and the sign of its factor. sign 0: the vector's component is removed."""
+
+    winning: int
+    losing: int
+    sign: int
+
+
+def entries(row: int, settings: FitSettings) -> list[Entry]:
+    """The directions in which a pair is shown. Sequence 2 row is its matching answer, 2 row + 1 the not-matching one.
+
+    orig_add: (matching, not_matching) at +s. orig_sub: roles swapped, at -s (`normal`) or with the component removed.
+    """
+    matching, not_matching = 2 * row, 2 * row + 1
+    away = 0 if settings.substraction_type == "null_it_out" else -1
+    sides = {"orig_add": Entry(matching, not_matching, 1), "orig_sub": Entry(not_matching, matching, away)}
+    return [sides[name] for name in settings.preference_pairs]
+
+
+def steered(
+    intervention: Intervention, seen: suffix.Recorded, multiplier: Tensor, removed: Tensor, positions: Tensor | None
+) -> Tensor:
+    """h' [B, T, D]: h + m (dW x + db), in the rows `removed` [B] bool h without the vector's component."""
+    x = seen.x.get(intervention.component) if intervention.component else None
+    changed = intervention(seen.h, x, multiplier[:, None, None])
+    if removed.any():
+        assert isinstance(intervention, Vector)
+        changed = torch.where(removed[:, None, None], intervention.without_component(seen.h), changed)
+    return changed if positions is None else torch.where(positions[..., None], changed, seen.h)
+
+
+class Fit:
+    """One fit under way: what a step needs besides its entries."""
+
+    def __init__(
+        self, model: nn.Module, layer: int, intervention: Intervention, cache: Activations, settings: FitSettings, method: Method, prefix: int
+    ) -> None:
+        self.model, self.layer, self.intervention, self.cache = model, layer, intervention, cache
+        self.settings, self.method, self.prefix = settings, method, prefix
+        self.device = next(intervention.parameters()).device
+        self.draw = random.Random(settings.seed)
+        self.reference = self._reference() if method.needs_reference(settings) else None
+
+    def score(self, indices: list[int], multiplier: Tensor, removed: Tensor) -> AnswerLogProbs:
+        """Answer log-probabilities [B] of the sequences, steered with `multiplier` [B], through the suffix."""
+        tokens, seen = self.cache.batch(indices, self.intervention.component, self.device)
+        where = self.settings.intervention_positions if isinstance(self.intervention, Vector) else None
+        sequences = [self.cache.sequences[i] for i in indices]
+        positions = None if where is None else position_mask(sequences, where, self.prefix).to(self.device)
+        stream = steered(self.intervention, seen, multiplier, removed, positions)
+        logits = suffix.logits(self.model, self.layer, stream, scored_positions(tokens.answer_mask))
+        return answer_logprobs(logits, tokens.input_ids, tokens.answer_mask, tokens.attention_mask)
+
+    @torch.no_grad()
+    def _reference(self) -> AnswerLogProbs:
+        """Every sequence without intervention, once [n]: the reference model is the base model."""
+        lengths = [len(s.input_ids) for s in self.cache.sequences]
+        n = len(lengths)
+        parts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        for indices in by_length(lengths, max_tokens(self.device)):
+            tokens, seen = self.cache.batch(indices, None, self.device)
+            logits = suffix.logits(self.model, self.layer, seen.h, scored_positions(tokens.answer_mask))
+            got = answer_logprobs(logits, tokens.input_ids, tokens.answer_mask, tokens.attention_mask)
+            parts.update({i: (got.total[k], got.tokens[k], got.length[k]) for k, i in enumerate(indices)})
+        return AnswerLogProbs(*(torch.stack(column) for column in zip(*(parts[i] for i in range(n)), strict=True)))
+
+    def loss(self, minibatch: list[Entry]) -> Tensor:
+        """The method's loss of a minibatch: winning and losing answers in one suffix batch."""
+        both = self.method.needs_losing(self.settings)
+        n = len(minibatch)
+        rows = [e.winning for e in minibatch] + ([e.losing for e in minibatch] if both else [])
+        signs = torch.tensor([e.sign for e in minibatch] * (2 if both else 1), device=self.device)
+        # drawn for winning and losing even when the losing side is not scored: the same seed gives the same factors
+        factors = [self.draw.choice(self.settings.steering_factors) for _ in range(2 * n)]
+        if self.settings.shared_factor:
+            factors[n:] = factors[:n]
+        multiplier = torch.tensor(factors[: len(rows)], dtype=torch.float32, device=self.device) * signs
+        scored = self.score(rows, multiplier, signs == 0)
+
+        def part(values: AnswerLogProbs, side: slice) -> AnswerLogProbs:
+            return AnswerLogProbs(*(column[side] for column in values))
+
+        reference: list[AnswerLogProbs | None] = [None, None]
+        if self.reference is not None:
+            picked = [[e.winning for e in minibatch], [e.losing for e in minibatch]]
+            reference = [AnswerLogProbs(*(column[side] for column in self.reference)) for side in picked]
+        assert self.method.loss is not None
+        return self.method.loss(
+            Scored(part(scored, slice(0, n)), part(scored, slice(n, None)) if both else None, *reference), self.settings
+        )
+
+
+def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
+    """The rows in the order of this epoch; depends on seed and epoch alone, so that a resumed fit continues it."""
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    return torch.randperm(rows, generator=generator).tolist()
+
+
+def chunks(items: list[Any], size: int) -> list[list[Any]]:
+    """Consecutive parts of at most `size`; the last may be shorter."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def fit(
+    job: Fit,
+    *,
+    order: Callable[[int, int, int], list[int]] = epoch_order,
+    resume: dict[str, Any] | None = None,
+    checkpoint: Callable[[dict[str, Any]], None] | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train job.intervention in place; returns one row per optimizer step: epoch, step, loss, lr, grad_norm.
+
+    AdamW, linear decay without warm-up to the number of optimizer steps really taken, gradient norm clipped. A batch of
+    `batch_size` pairs expands to |preference_pairs| entries each, cut into minibatches of `batch_size`; each
+    minibatch's loss is divided by (minibatches x batches accumulated).
+    `checkpoint` is given the whole state after each epoch; `resume` continues from such a state to the same result.
+    """
+    s, intervention = job.settings, job.intervention
+    rows = len(job.cache.sequences) // 2
+    per_epoch = -(-(-(-rows // s.batch_size)) // s.gradient_accumulation_steps)
+    steps = per_epoch * s.n_epochs
+    optimizer = torch.optim.AdamW(intervention.parameters(), lr=s.lr, weight_decay=s.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: max(0.0, 1 - k / steps))
+    log: list[dict[str, float]] = []
+    devices = [job.device] if job.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # dropout draws from the global generator: give it back as it was
+        torch.manual_seed(s.seed)
+        first_epoch = 0
+        if resume is not None:
+            first_epoch, log = resume["epoch"], list(resume["log"])
+            intervention.load_state_dict(resume["intervention"])
+            optimizer.load_state_dict(resume["optimizer"])
+            schedule.load_state_dict(resume["schedule"])
+            _set_random(resume["random"], job)
+        intervention.train()
+        for epoch in range(first_epoch, s.n_epochs):
+            for group in chunks(chunks(order(rows, s.seed, epoch), s.batch_size), s.gradient_accumulation_steps):
+                total = 0.0
+                for batch in group:
+                    shown = [entry for row in batch for entry in entries(row, s)]
+                    minibatches = chunks(shown, s.batch_size)
+                    for minibatch in minibatches:
+                        loss = job.loss(minibatch) / (len(minibatches) * len(group))
+                        loss.backward()
+                        total += loss.item()
+                norm = nn.utils.clip_grad_norm_(intervention.parameters(), s.max_grad_norm)
+                if not torch.isfinite(norm):
+                    raise FloatingPointError(
+                        f"the gradient is {norm.item()} at epoch {epoch}, step {len(log)} (loss {total}); lower `lr` or `steering_factors`"
+                    )
+                lr = schedule.get_last_lr()[0]
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                log.append({"epoch": epoch, "step": len(log), "loss": total, "lr": lr, "grad_norm": norm.item()})
+                if progress is not None:
+                    progress(len(log), steps, total)
+            if checkpoint is not None and epoch + 1 < s.n_epochs:
+                state = {"epoch": epoch + 1, "log": log, "intervention": intervention.state_dict(), "optimizer": optimizer.state_dict()}
+                checkpoint({**state, "schedule": schedule.state_dict(), "random": _get_random(job)})
+        intervention.eval()
+    return log
+
+
+def _get_random(job: Fit) -> dict[str, Any]:
+    version, internal, gauss = job.draw.getstate()
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "factors": [version, list(internal), gauss]}
+    if job.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(job.device)
+    return state
+
+
+def _set_random(state: dict[str, Any], job: Fit) -> None:
+    version, internal, gauss = state["factors"]
+    job.draw.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(state["torch"])
+    if job.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], job.device)
