@@ -170,13 +170,12 @@ def _summarise_split(split: object, frame: pd.DataFrame, seed: int, draws: int) 
     boots: dict[str, list[Array]] = {name: [] for name in names[:2]}
     counted: dict[str, list[Mask]] = {}  # [concept][multiplier]: the concept has something to average there
     for _, part in frame.groupby("concept"):
-        wide = part.pivot(index="example", columns="multiplier", values=[*names])  # [question, (name, multiplier)]
         present = part.assign(present=1.0).pivot(index="example", columns="multiplier", values="present")
         here: Mask = present.reindex(columns=multipliers).notna().to_numpy(bool)
         # the same resampled questions at every multiplier: counts [draws, question]
-        counts = rng.multinomial(len(wide), np.full(len(wide), 1 / len(wide)), size=draws).astype(float)
+        counts = rng.multinomial(len(here), np.full(len(here), 1 / len(here)), size=draws).astype(float)
         for name in names:
-            values: Array = wide[name].reindex(columns=multipliers).to_numpy(float)
+            values: Array = part.pivot(index="example", columns="multiplier", values=name).reindex(columns=multipliers).to_numpy(float)
             # an undefined utility leaves its question out; any other nan was measured and shows in the mean
             used: Mask = np.asarray(here & np.isfinite(values)) if name == "utility" else here
             counted.setdefault(name, []).append(np.asarray(used.any(axis=0)))

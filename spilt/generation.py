@@ -1,0 +1,198 @@
+"""Text from a steered model: one stream of rows, each with its own prompt, multiplier and seed.
+
+Rows of any prompt and multiplier share a batch. A finished row leaves, waiting rows take its place (their cache is
+joined to the running one, padded on the left), so the batch stays full until the stream ends. What a row gets does not
+depend on its company: left padding is masked, positions count real tokens, random numbers belong to the row.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig
+from transformers.generation import logits_process as lp
+
+from spilt import hooks
+
+MakeSites = Callable[[Tensor], list[hooks.Site]]  # multipliers [B, 1, 1] -> the sites that are attached for those rows
+
+
+class Row(NamedTuple):
+    """One text to make. multiplier 0: unsteered. seed: decides its random numbers, whatever the batch."""
+
+    prompt: tuple[int, ...]
+    multiplier: float
+    seed: str
+
+
+class Decoding(NamedTuple):
+    """How the next token is chosen. processors see (ids so far [1, t], scores [1, V]); warpers only scores [B, V]."""
+
+    max_new_tokens: int
+    sample: bool
+    eos: tuple[int, ...]
+    pad: int
+    processors: list[Any]
+    warpers: list[Any]
+
+
+def decoding(params: dict[str, Any], model: nn.Module, tokenizer: Any) -> Decoding:
+    """The request's parameters over the checkpoint's generation_config, over the library's defaults, as `generate` does."""
+    own: GenerationConfig = getattr(model, "generation_config", None) or GenerationConfig()
+
+    def value(name: str, default: Any) -> Any:
+        given = params.get(name)
+        given = getattr(own, name, None) if given is None else given
+        return default if given is None else given
+
+    sample = bool(params.get("do_sample", own.do_sample or False))
+    processors: list[Any] = []
+    if value("repetition_penalty", 1.0) != 1.0:
+        processors.append(lp.RepetitionPenaltyLogitsProcessor(float(value("repetition_penalty", 1.0))))
+    if value("no_repeat_ngram_size", 0) > 0:
+        processors.append(lp.NoRepeatNGramLogitsProcessor(int(value("no_repeat_ngram_size", 0))))
+    warpers: list[Any] = []
+    if sample:
+        if value("temperature", 1.0) != 1.0:
+            warpers.append(lp.TemperatureLogitsWarper(float(value("temperature", 1.0))))
+        if value("top_k", 50) > 0:  # 50 is what `generate` takes when nobody says otherwise
+            warpers.append(lp.TopKLogitsWarper(int(value("top_k", 50))))
+        if value("top_p", 1.0) < 1.0:
+            warpers.append(lp.TopPLogitsWarper(float(value("top_p", 1.0))))
+        if value("min_p", 0.0) > 0.0:
+            warpers.append(lp.MinPLogitsWarper(float(value("min_p", 0.0))))
+    eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    ends = tuple(eos) if isinstance(eos, (list, tuple)) else (() if eos is None else (eos,))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
+    return Decoding(int(value("max_new_tokens", 128)), sample, ends, int(pad), processors, warpers)
+
+
+class _Active:
+    """The rows that are being decoded: their tokens, cache and masks."""
+
+    def __init__(self, rows: list[int], multiplier: Tensor, mask: Tensor, cache: DynamicCache, scores: Tensor) -> None:
+        self.rows = rows  # numbers in the request
+        self.multiplier = multiplier  # [B, 1, 1]
+        self.mask = mask  # [B, T] long, 1 = real token
+        self.cache = cache
+        self.scores = scores  # [B, V] of the next token
+
+    def select(self, keep: list[int]) -> None:
+        """Only these rows stay; columns on the left that no row needs any more go."""
+        index = torch.tensor(keep, device=self.mask.device)
+        self.rows = [self.rows[i] for i in keep]
+        self.multiplier, self.mask, self.scores = self.multiplier[index], self.mask[index], self.scores[index]
+        start = int(self.mask.any(0).int().argmax()) if len(keep) else 0
+        self.mask = self.mask[:, start:]
+        self.cache = _cache((layer.keys[index, :, start:], layer.values[index, :, start:]) for layer in self.cache.layers)
+
+    def join(self, other: _Active) -> None:
+        """The other's rows come in; the shorter cache is padded on the left."""
+        width = max(self.mask.shape[1], other.mask.shape[1])
+
+        def both(a: Tensor, b: Tensor, dim: int) -> Tensor:
+            padded = [torch.cat([t.new_zeros(*t.shape[:dim], width - t.shape[dim], *t.shape[dim + 1 :]), t], dim) for t in (a, b)]
+            return torch.cat(padded)
+
+        self.cache = _cache(
+            (both(mine.keys, theirs.keys, 2), both(mine.values, theirs.values, 2))
+            for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True)
+        )
+        self.mask = both(self.mask, other.mask, 1)
+        self.multiplier, self.scores = torch.cat([self.multiplier, other.multiplier]), torch.cat([self.scores, other.scores])
+        self.rows = self.rows + other.rows
+
+
+def _cache(pairs: Any) -> DynamicCache:
+    """Keys and values of each layer, as the library's cache: every layer keeps all positions, windows are masks."""
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(pairs):
+        cache.update(keys, values, layer)
+    return cache
+
+
+def _forward(model: nn.Module, sites: list[hooks.Site], ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+    """Scores [B, V] of the token after ids [B, t]; the cache grows by t."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    with hooks.attach(model, sites):
+        out = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+    return out.logits[:, -1].float()
+
+
+def _prefill(model: nn.Module, make_sites: MakeSites, rows: Sequence[Row], numbers: list[int], pad: int, device: torch.device) -> _Active:
+    prompts = [rows[i].prompt for i in numbers]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    multiplier = torch.tensor([rows[i].multiplier for i in numbers], dtype=torch.float32, device=device)[:, None, None]
+    cache = DynamicCache()
+    scores = _forward(model, make_sites(multiplier), ids, mask, cache)
+    return _Active(list(numbers), multiplier, mask, cache, scores)
+
+
+def _choose(scores: Tensor, how: Decoding, uniform: Tensor | None, ids: list[list[int]]) -> Tensor:
+    """The next token of each row [B]: the likeliest, or the inverse of the cumulative distribution at the row's own number."""
+    if how.processors:
+        rows = []
+        for row, so_far in zip(scores.split(1), ids, strict=True):  # one by one: the library would count the padding as text
+            context = torch.tensor([so_far], device=scores.device)
+            for process in how.processors:
+                row = process(context, row)
+            rows.append(row)
+        scores = torch.cat(rows)
+    if uniform is None:
+        return scores.argmax(-1)
+    for warp in how.warpers:
+        scores = warp(None, scores)
+    cumulative = scores.double().softmax(-1).cumsum(-1)
+    picked = torch.searchsorted(cumulative, (uniform[:, None] * cumulative[:, -1:]), right=True)[:, 0]
+    return picked.clamp(max=scores.shape[-1] - 1)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module, make_sites: MakeSites, rows: Sequence[Row], how: Decoding, batch_size: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Yields (row number, new token ids) as rows finish: at an end token (kept) or after max_new_tokens."""
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    waiting = sorted(range(len(rows)), key=lambda i: (-len(rows[i].prompt), i))[::-1]  # taken from the end: longest first
+    draws = {}
+    new: dict[int, list[int]] = {i: [] for i in range(len(rows))}
+    active: _Active | None = None
+    while waiting or active is not None:
+        free = batch_size - (len(active.rows) if active else 0)
+        # joining copies the cache, so it waits until a quarter of the batch is free
+        if waiting and (active is None or free * 4 >= batch_size):
+            fresh = [waiting.pop() for _ in range(min(free, len(waiting)))]
+            if how.sample:
+                draws.update({i: random.Random(rows[i].seed) for i in fresh})
+            started = _prefill(model, make_sites, rows, fresh, how.pad, device)
+            if active is None:
+                active = started
+            else:
+                active.join(started)
+        assert active is not None
+        uniform = torch.tensor([draws[i].random() for i in active.rows], dtype=torch.float64, device=device) if how.sample else None
+        ids = [[*rows[i].prompt, *new[i]] for i in active.rows] if how.processors else []
+        tokens = _choose(active.scores, how, uniform, ids)
+        keep = []
+        for place, (i, token) in enumerate(zip(list(active.rows), tokens.tolist(), strict=True)):
+            new[i].append(token)
+            if token in how.eos or len(new[i]) >= how.max_new_tokens:
+                yield i, new.pop(i)
+            else:
+                keep.append(place)
+        if not keep:
+            active = None
+            continue
+        if len(keep) < len(active.rows):
+            tokens = tokens[torch.tensor(keep, device=device)]
+            active.select(keep)
+        active.mask = torch.cat([active.mask, active.mask.new_ones(len(keep), 1)], 1)
+        active.scores = _forward(model, make_sites(active.multiplier), tokens[:, None], active.mask, active.cache)
