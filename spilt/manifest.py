@@ -70,6 +70,11 @@ def identity(parts: dict[str, Any]) -> str:
     return digest(json.dumps(parts, sort_keys=True, default=str).encode())
 
 
+@lru_cache(maxsize=1)
+def _versions() -> tuple[tuple[str, str], ...]:
+    return tuple((name, metadata.version(name)) for name in KNOWN_BY)
+
+
 def write(artifact: Path, data: bytes | str, parts: dict[str, Any], notes: dict[str, Any] | None = None) -> None:
     """Store an artifact with its manifest, each whole or not at all.
 
@@ -85,7 +90,7 @@ def write(artifact: Path, data: bytes | str, parts: dict[str, Any], notes: dict[
         "parts": parts,
         "notes": notes or {},
         "spilt": __version__,
-        "versions": {name: metadata.version(name) for name in KNOWN_BY},
+        "versions": dict(_versions()),
         "python": platform.python_version(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -45,9 +45,9 @@ def utility_log_odds(loss_matching: npt.ArrayLike, loss_not_matching: npt.ArrayL
     With a = logaddexp(-L_p, -L_n) this is a - log(1 - e^a). nan where a >= 0 (losses per token of two likely answers can sum to
     more than 1) or a loss is not finite: such a question has no utility, and the caller counts it.
     """
-    a = np.logaddexp(-np.asarray(loss_matching, dtype=float), -np.asarray(loss_not_matching, dtype=float))
-    a = np.where(np.isfinite(a) & (a < 0), a, np.nan)
     with np.errstate(invalid="ignore"):
+        a = np.logaddexp(-np.asarray(loss_matching, dtype=float), -np.asarray(loss_not_matching, dtype=float))
+        a = np.where(np.isfinite(a) & (a < 0), a, np.nan)
         # log(1 - e^a), a < 0: each form is exact where the other one cancels (Maechler 2012, log1mexp)
         rest = np.where(a > -np.log(2), np.log(-np.expm1(np.maximum(a, -1.0))), np.log1p(-np.exp(a)))
     return np.asarray(a - rest)

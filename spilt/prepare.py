@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spilt.atomic import atomic_write
-from spilt.data.readers import Record, read_rows
+from spilt.data.readers import Record, has_half_pair, read_rows
 from spilt.errors import UserError
 
 Row = dict[str, Any]
@@ -52,6 +52,11 @@ def psychopathy(request: Request) -> Splits:
         if kind not in kinds:
             raise UserError(f"{path} {record.where}: {answer} is {record.values[answer]!r}; wanted ' Yes' or ' No'")
         kinds[kind].append(record)
+    asked_yes, asked_no = ({record.values["question"] for record in rows} for rows in kinds.values())
+    if both := asked_yes & asked_no:
+        raise UserError(
+            f"{path}: {len(both)} question(s) have Yes in one row and No in another, such as {min(both)!r}; keep one of the rows"
+        )
     for flag, size in (("--train", request.train), ("--test", request.test)):
         if size % 2:
             raise UserError(f"{flag} {size}: psychopathy splits are half Yes and half No; give an even number")
@@ -60,8 +65,6 @@ def psychopathy(request: Request) -> Splits:
         _split(rows, "question", request.train // 2, request.test // 2, rng, f"rows of {path} whose {answer} is {kind}")
         for kind, rows in kinds.items()
     ]
-    if both := {row["question"] for row in [*halves[0][0], *halves[1][0]]} & {row["question"] for row in [*halves[0][1], *halves[1][1]]}:
-        raise UserError(f"{path}: {len(both)} question(s) have both Yes and No as {answer}, such as {min(both)!r}; keep one row of each")
     train, test = ([row for two in zip(yes, no, strict=True) for row in two] for yes, no in zip(*halves, strict=True))
     return Splits(
         train, test, [f"{request.train // 2} Yes + {request.train // 2} No in train, {request.test // 2} + {request.test // 2} in test"]
@@ -101,10 +104,10 @@ def axbench(request: Request) -> Splits:
     found = set(records[0].values) if records else set()
     if {"output", "category"} <= found and not {"winning_output", "losing_output"} & found:
         raise UserError(
-            f"{path} is in AxBench's Concept10 / Concept500 format (columns found: {', '.join(records[0].values)}): 'output' shows the concept in rows of "
-            "category positive, and does not in rows of category negative, of other inputs. These rows are not paired: the columns "
-            "'winning_output' and 'losing_output', two answers to the same input with and without the concept, are missing. Give the paired file "
-            "(the paper's is Concept500 prod_9b_l20_v1), or add a losing_output, an answer of the unsteered model to each positive input"
+            f"{path} is in AxBench's Concept10 format (columns found: {', '.join(records[0].values)}), which is not paired: "
+            "its positive and negative rows answer different inputs. Missing are 'winning_output' and 'losing_output': two answers "
+            "to the same input, with and without the concept. Give the paired file (the paper's is Concept500 prod_9b_l20_v1), or "
+            "rename 'output' of the positive rows to 'winning_output' and add a 'losing_output', an answer without the concept"
         )
     records = _rows(path, columns, text=columns[:4], given=records)
     by_concept: dict[int, list[Record]] = defaultdict(list)
@@ -168,6 +171,11 @@ def _rows(path: Path, columns: Sequence[str], text: Sequence[str] | None = None,
             value = record.values[column]
             if not isinstance(value, str) or (column != "question" and not value.strip()):
                 raise UserError(f"{path} {record.where}: {column} is {value!r}; wanted text that is not empty ({found})")
+        for column, value in record.values.items():
+            if isinstance(value, str) and has_half_pair(value):
+                raise UserError(
+                    f"{path} {record.where}: {column} has half of a surrogate pair, which no file can store: {ascii(value)[:80]}"
+                )
     return records
 
 
@@ -179,7 +187,7 @@ def _split(records: list[Record], question: str, train: int, test: int, rng: ran
     drawn = list(groups.values())
     rng.shuffle(drawn)
     parts: list[list[Row]] = []
-    for size in (test, train):
+    for name, size in (("test", test), ("train", train)):
         part: list[Row] = []
         left = []
         for group in drawn:  # the rows of one question stay together
@@ -188,7 +196,7 @@ def _split(records: list[Record], question: str, train: int, test: int, rng: ran
             else:
                 left.append(group)
         if len(part) < size:  # only a group too large for the last place is left: in the training split it may be cut
-            if size != train or not left:
+            if name == "test" or not left:
                 raise UserError(_too_few(what, len(records), train, test, len(groups)))
             part += left.pop(0)[: size - len(part)]
         parts.append(part)
@@ -213,7 +221,7 @@ def _too_few(what: str, have: int, train: int, test: int, questions: int) -> str
 def _encoded(rows: list[Row], ending: str) -> bytes:
     """Rows as the bytes of a .jsonl, .csv or .parquet file."""
     if ending == ".jsonl":
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
     columns = list(rows[0])
     if ending == ".csv":
         text = io.StringIO(newline="")
@@ -225,7 +233,10 @@ def _encoded(rows: list[Row], ending: str) -> bytes:
     from pyarrow import parquet
 
     sink = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist([{column: row.get(column) for column in columns} for row in rows]), sink)
+    try:
+        parquet.write_table(pyarrow.Table.from_pylist([{column: row.get(column) for column in columns} for row in rows]), sink)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"rows can't be written as parquet: {error}; every column of the input needs one type") from error
     return sink.getvalue()
 
 

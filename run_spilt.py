@@ -1,0 +1,3 @@
+from spilt.cli import main
+
+raise SystemExit(main())

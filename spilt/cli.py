@@ -1,0 +1,294 @@
+"""The command line: words -> Request -> plan -> run -> one table and an exit code.
+
+0: everything asked for is done. 1: a cell failed, or nothing ran. 2: the request itself is wrong (one message, no
+traceback). The command line's words (generate, apply, loss) are translated in plan.MODES and nowhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spilt import __version__, plan
+from spilt.cell import FORMS
+from spilt.errors import UserError, unknown
+from spilt.hparams import parse_overrides
+from spilt.methods import ALIASES, METHODS
+from spilt.store import Store
+
+DONE, ALREADY, SKIPPED, FAILED = "done", "already done", "skipped", "failed"
+log = logging.getLogger("spilt")
+
+# `spilt WORD ...` runs another program of the package
+PROGRAMS = {"report": "spilt.report", "recommend": "spilt.recommend", "prepare": "spilt.prepare", "verify": "spilt.verify"}
+
+
+class Outcome(NamedTuple):
+    """One line of the summary table."""
+
+    step: str
+    outcome: str
+    reason: str
+    seconds: float
+    output: str
+    wrong_request: bool = False
+
+
+def parser() -> argparse.ArgumentParser:
+    """All flags; choices are derived from the tables."""
+    made = argparse.ArgumentParser(
+        prog="run_spilt.py",
+        description="Fit, apply and measure small interventions on transformer language models.",
+        epilog=f"Other programs: {', '.join(f'python -m {module}' for module in PROGRAMS.values())}. See README.md.",
+    )
+    add = made.add_argument
+    add("--dataset", required=True, help="a name in hparams/Steer/dataset_format.yaml, such as psychopathy, powerseeking, axbench")
+    add("--method", required=True, help=f"{', '.join(METHODS)} or all ({', '.join(f'{a} = {b}' for a, b in ALIASES.items())})")
+    add("--model_name", required=True, help="a checkpoint folder under models/")
+    add("--intervention_method", required=True, help=f"{', '.join(FORMS)} or all")
+    add("--mode", default="both", help=f"{', '.join(plan.MODES)}: fit / produce text / both / measure (default both)")
+    add("--device", default="cuda:0", help="a torch device, cpu, or auto (accelerate's device map); default cuda:0")
+    add("--multipliers", nargs="+", metavar="M", help="strengths m, signed; loss mode also takes 'sweep'; default: the YAML's, else 1.0")
+    add("--base_dir", default=".", type=Path, help="every relative path is below it; default: this folder")
+    add("--dry_run", action="store_true", help="print the plan; write nothing, load no model")
+    ours = made.add_argument_group("ours")
+    add = ours.add_argument
+    add("--dtype", help="of the model: float32, bfloat16, float16 (over the YAML's)")
+    add("--batch_size", type=_positive, help="texts decoded side by side (changes no result beyond rounding)")
+    add("--limit", type=_positive, help="rows of each data file, from the first")
+    add("--seed", type=int, help="over the YAML's")
+    add("--concepts", nargs="+", type=int, metavar="ID", help=f"concept ids of a dataset with concepts; default the first {plan.FIRST_CONCEPTS}")
+    add("--split", help=f"loss mode: {', '.join(plan.DATA_OF['measure'])} or both; default: what dataset_format.yaml has")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="any YAML setting, over the file's; repeatable")
+    add("--force", action="store_true", help="do again what is already done")
+    add("--quiet", action="store_true", help="no progress bars")
+    add("--version", action="version", version=f"spilt {__version__}")
+    # argparse takes -1e-2 for a flag
+    made._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|-inf$|-nan$")  # type: ignore[attr-defined]
+    return made
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def request_of(args: argparse.Namespace) -> plan.Request:
+    """Checked words, or a UserError."""
+    overrides = parse_overrides(args.overrides)
+    flags = [word for item in args.overrides for word in ("--set", item)]
+    for name in ("seed", "dtype"):
+        value = getattr(args, name)
+        if value is not None:
+            overrides[name] = str(value)
+            flags += [f"--{name}", str(value)]
+    for name in ("limit", "batch_size", "split"):
+        if getattr(args, name) is not None:
+            flags += [f"--{name}", str(getattr(args, name))]
+    splits = (*plan.DATA_OF["measure"], "both")
+    if args.split is not None and args.split not in splits:
+        raise unknown("split", args.split, splits)
+    return plan.Request(
+        dataset=args.dataset,
+        method=ALIASES.get(args.method, args.method),
+        model=args.model_name,
+        intervention=args.intervention_method,
+        mode=args.mode,
+        device=args.device,
+        multipliers=_multipliers(args.multipliers, args.mode),
+        base_dir=args.base_dir,
+        overrides=overrides,
+        concepts=tuple(args.concepts) if args.concepts else None,
+        limit=args.limit,
+        split=args.split,
+        batch_size=args.batch_size,
+        force=args.force,
+        flags=tuple(flags),
+    )
+
+
+def _multipliers(words: Sequence[str] | None, mode: str) -> tuple[float, ...] | str | None:
+    if words is None:
+        return None
+    if list(words) == [plan.SWEEP]:
+        if mode != "loss":
+            raise UserError(f"--multipliers {plan.SWEEP} goes with --mode loss; for --mode {mode} give numbers, such as --multipliers -1 0 1")
+        return plan.SWEEP
+    values = []
+    for word in words:
+        try:
+            value = float(word)
+        except ValueError:
+            raise UserError(f"--multipliers: {word!r} is not a number") from None
+        if not math.isfinite(value) or abs(value) > 1e6:
+            raise UserError(f"--multipliers: {word} is not a usable strength; wanted a finite number within +-1e6")
+        values.append(value + 0.0)  # -0.0 is 0.0
+    return tuple(dict.fromkeys(values))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in PROGRAMS:
+        import importlib
+
+        return int(importlib.import_module(PROGRAMS[words[0]]).main(words[1:]) or 0)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    try:
+        args = parser().parse_args(words)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        request = request_of(args)
+        made = plan.make(request, dry=args.dry_run)
+        if args.dry_run:
+            print_plan(made, request)
+            return 0
+        for item in made.left_out:
+            print(f"left out: {item.name}: {item.why}")
+        outcomes = run(made, request, quiet=args.quiet or not sys.stderr.isatty())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    print_table(outcomes)
+    return exit_code(outcomes)
+
+
+def exit_code(outcomes: Sequence[Outcome]) -> int:
+    """0 all done (skipped cells allowed beside done ones), 2 when wrong input was all that came of it, else 1."""
+    names = {outcome.outcome for outcome in outcomes}
+    good = names & {DONE, ALREADY}
+    if FAILED in names:
+        return 2 if not good and all(o.wrong_request for o in outcomes if o.outcome == FAILED) else 1
+    return 0 if good else 1
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def print_plan(made: plan.Plan, request: plan.Request) -> None:
+    """Every step in order: what runs, its own command line, hparam file, inputs, outputs, and whether it is done."""
+    for number, step in enumerate(made.steps, 1):
+        missing = set(plan.missing_inputs(step))
+        standing = plan.standing(step, request.limit)
+        print(f"{number}. {step}   [{plan.summary(standing)}]")
+        print(f"   {step.command}")
+        for path in step.files:
+            print(f"   hparams  {path}")
+        made_before = {path for earlier in made.steps[: number - 1] for path in earlier.outputs}
+        for path in step.inputs:
+            print(f"   input    {path}{'' if path not in missing else '   made by an earlier step' if path in made_before else '   missing'}")
+        shown = list(standing.items())
+        for path, state in shown if len(shown) <= 12 else [*shown[:3], *shown[-1:]]:
+            print(f"   output   {path}{'' if state == 'missing' else f'   {state}'}")
+        if len(shown) > 12:
+            print(f"            ({len(shown)} files in all)")
+        if step.sweep:
+            print(f"            (widened by half while a tail still moves, up to {plan.SWEEP_MOST} multipliers)")
+        for note in step.notes:
+            print(f"   note     {note}")
+    for item in made.left_out:
+        print(f"left out: {item.name}: {item.why}")
+    print(f"{len(made.steps)} steps, {len(made.left_out)} combinations left out; nothing was run or written")
+
+
+# ---------------------------------------------------------------- the run
+
+
+def run(made: plan.Plan, request: plan.Request, *, quiet: bool) -> list[Outcome]:
+    """Every step, one model load. A failing step is reported and the others go on."""
+    waiting = []  # skipped before the model is loaded: nothing stored, nothing to fit it
+    outcomes: list[Outcome] = []
+    coming = {path for step in made.steps if step.verb == "fit" for path in step.outputs}
+    for step in made.steps:
+        lacking = [path for path in step.vectors if not path.exists() and path not in coming]
+        if lacking:
+            reason = f"no vector file {lacking[0]}; make it with --mode generate"
+            log.warning("%s: skipped: %s", step, reason)
+            outcomes.append(Outcome(str(step), SKIPPED, reason, 0.0, ""))
+        elif not request.force and not step.sweep and _all_done(step, request):
+            outcomes.append(Outcome(str(step), ALREADY, "", 0.0, _short(step.outputs[0], request)))
+        else:
+            waiting.append(step)
+    if not waiting:
+        return outcomes
+    from spilt import stages
+    from spilt.host import Host, load
+
+    host: Host | None = None
+    dtype = None
+    recordings = stages.Recordings(waiting, request.limit)
+    for step in waiting:
+        start = time.monotonic()
+        try:
+            if host is None or step.settings.dtype != dtype:
+                _quiet_libraries()
+                host, dtype = None, step.settings.dtype
+                recordings.clear()
+                host = load(step.model, dtype, request.device)
+            here = stages.Run(request, host, Store(request.base_dir), recordings, quiet)
+            lacking = stages.not_there(step)
+            if lacking:
+                outcome = Outcome(str(step), SKIPPED, f"no vector file {lacking[0]} (its fit failed)", 0.0, "")
+            else:
+                outcome = Outcome(str(step), stages.run_step(step, here), "", time.monotonic() - start, _short(step.outputs[0], request))
+        except UserError as error:
+            if host is None:
+                raise  # the model itself: nothing can run
+            outcome = Outcome(str(step), FAILED, str(error), time.monotonic() - start, "", wrong_request=True)
+            print(f"error: {step}: {error}", file=sys.stderr)
+        except (OSError, RuntimeError, ArithmeticError, ValueError, TypeError, KeyError, IndexError, AssertionError) as error:
+            if host is None:
+                raise
+            outcome = Outcome(str(step), FAILED, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", time.monotonic() - start, "")
+            traceback.print_exc()  # not the user's mistake: the place in the code is wanted
+        if not quiet:
+            print(f"{outcome.outcome}: {step}" + (f": {outcome.reason}" if outcome.reason else "") + f" ({outcome.seconds:.1f} s)", file=sys.stderr)
+        outcomes.append(outcome)
+    if request.mode == "loss":
+        stages.report(waiting, request)
+    return outcomes
+
+
+def _all_done(step: plan.Step, request: plan.Request) -> bool:
+    return set(plan.standing(step, request.limit).values()) <= ({"done", "foreign"} if step.verb == "fit" else {"done"})
+
+
+def _quiet_libraries() -> None:
+    """Their bars and notices on loading say nothing a user of this tool needs."""
+    from transformers.utils import logging as theirs
+
+    theirs.disable_progress_bar()
+    theirs.set_verbosity_error()
+
+
+def _short(path: Path, request: plan.Request) -> str:
+    return Store(request.base_dir).relative(path)
+
+
+def print_table(outcomes: Sequence[Outcome]) -> None:
+    """cell, outcome, reason, seconds, output path."""
+    header = ("cell", "outcome", "seconds", "output / reason")
+    rows: list[tuple[Any, ...]] = [(o.step, o.outcome, f"{o.seconds:.1f}", o.output or o.reason) for o in outcomes]
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(3)]
+    print()
+    for row in [header, tuple("-" * width for width in [*widths, len(header[3])]), *rows]:
+        print("  ".join([*(str(cell).ljust(width) for cell, width in zip(row, widths, strict=False)), str(row[3])]).rstrip())
+    counts = {name: sum(o.outcome == name for o in outcomes) for name in (DONE, ALREADY, SKIPPED, FAILED)}
+    print("\n" + ", ".join(f"{count} {name}" for name, count in counts.items() if count) + f" in {sum(o.seconds for o in outcomes):.1f} s")

@@ -1,0 +1,276 @@
+"""Log-odds against multiplier: the paper's curve models and their fit (design/analysis.md "Curves"). numpy and scipy only.
+
+Everything here is in the caller's units: m dimensionless, log-odds in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import minimize
+
+Array = npt.NDArray[np.float64]
+Kind = Literal["preference", "utility"]
+
+LINEAR = {"preference": ("alpha", "beta", "b"), "utility": ("beta_u", "b_u")}
+DECAY = ("m_plus", "L_plus", "p_plus", "m_minus", "L_minus", "p_minus")
+# scaled units (m / max|m|). L and p are searched on a log scale, they span decades
+LOWER = np.array([0.0, np.log(1e-4), np.log(0.01), -1.0, np.log(1e-4), np.log(0.01)])
+UPPER = np.array([1.0, np.log(1e3), np.log(20.0), 0.0, np.log(1e3), np.log(20.0)])
+STARTS = 24
+FEW_POINTS = 12
+GOOD_R2 = 0.95
+CONTINUITY = 1e-6
+RIDGE = 1e-9  # keeps alpha, beta and b finite where D is so flat that they trade off against each other
+
+
+@dataclass(frozen=True)
+class Warned:
+    """A named reason not to trust a fit as it is."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One fitted curve. `parameters` is None when no fit was made; the warnings then say why.
+
+    r2 = 1 - SSres/SStot on the fitted points; r2_held_out: fitted on every second multiplier, scored on the others.
+    gap: |D(0+) - D(0-)|. bound_hits: parameters that ended on a bound of the search. evaluations: of the objective, all starts.
+    """
+
+    kind: Kind
+    parameters: dict[str, float] | None
+    r2: float | None
+    r2_held_out: float | None
+    n_points: int
+    gap: float | None = None
+    bound_hits: tuple[str, ...] = ()
+    warnings: tuple[Warned, ...] = ()
+    evaluations: int = 0
+    starts_agreeing: int = 0
+    extent: tuple[float, float] = field(default=(0.0, 0.0))  # smallest and largest multiplier fitted
+
+    def __call__(self, multiplier: npt.ArrayLike) -> Array:
+        if self.parameters is None:
+            raise ValueError(f"no {self.kind} fit: {'; '.join(w.text for w in self.warnings)}")
+        return evaluate(self.kind, multiplier, self.parameters)
+
+    def as_dict(self) -> dict[str, Any]:
+        out = asdict(self)
+        return {**out, "bound_hits": list(self.bound_hits), "extent": list(self.extent), "warnings": [asdict(w) for w in self.warnings]}
+
+    @staticmethod
+    def from_dict(stored: Mapping[str, Any]) -> Fit:
+        warned = tuple(Warned(**w) for w in stored["warnings"])
+        rest = {key: stored[key] for key in Fit.__dataclass_fields__ if key in stored}
+        return Fit(**{**rest, "warnings": warned, "bound_hits": tuple(stored["bound_hits"]), "extent": tuple(stored["extent"])})
+
+
+def validity_decay(multiplier: npt.ArrayLike, parameters: Mapping[str, float]) -> Array:
+    """D(m) = (1 + (m - m_s)^2 / L_s)^(-p_s), s = + for m >= 0 and - for m < 0."""
+    m = np.asarray(multiplier, dtype=float)
+    sides = [np.exp(-parameters[f"p_{s}"] * np.log1p((m - parameters[f"m_{s}"]) ** 2 / parameters[f"L_{s}"])) for s in ("plus", "minus")]
+    return np.asarray(np.where(m >= 0, *sides))
+
+
+def evaluate(kind: Kind, multiplier: npt.ArrayLike, parameters: Mapping[str, float]) -> Array:
+    """preference(m) = (alpha m + beta) D(m) + b; utility(m) = beta_u D(m) + b_u. In nats."""
+    decay = validity_decay(multiplier, parameters)
+    if kind == "utility":
+        return np.asarray(parameters["beta_u"] * decay + parameters["b_u"])
+    return np.asarray((parameters["alpha"] * np.asarray(multiplier, dtype=float) + parameters["beta"]) * decay + parameters["b"])
+
+
+def r_squared(measured: npt.ArrayLike, predicted: npt.ArrayLike) -> float | None:
+    """1 - SSres/SStot; None when nothing varies."""
+    y, f = np.asarray(measured, dtype=float), np.asarray(predicted, dtype=float)
+    total = float(((y - y.mean()) ** 2).sum()) if len(y) else 0.0
+    return float(1 - ((y - f) ** 2).sum() / total) if total > 0 else None
+
+
+def warned_of(fit: Fit, name: str) -> bool:
+    return any(w.name == name for w in fit.warnings)
+
+
+def fit_curve(multiplier: npt.ArrayLike, value: npt.ArrayLike, kind: Kind, seed: int = 0, starts: int = STARTS) -> Fit:
+    """Fit one averaged curve: multiplier [n], value [n] in nats. Same seed, same result. Never raises on bad points: it warns."""
+    m, y = np.asarray(multiplier, dtype=float), np.asarray(value, dtype=float)
+    warned: list[Warned] = []
+    good = np.isfinite(m) & np.isfinite(y)
+    if not good.all():
+        left_out = ", ".join(f"{x:g}" for x in m[~good])
+        warned.append(Warned("non_finite", f"{int((~good).sum())} of {len(m)} points are not finite and left out (m = {left_out})"))
+    order = np.argsort(m[good], kind="stable")
+    m, y = m[good][order], y[good][order]
+    n, wanted = len(m), len(LINEAR[kind]) + len(DECAY) + 2
+    extent = (float(m[0]), float(m[-1])) if n else (0.0, 0.0)
+
+    def without(name: str, text: str) -> Fit:
+        return Fit(kind, None, None, None, n, warnings=(*warned, Warned(name, text)), extent=extent)
+
+    if len(np.unique(m)) < wanted:
+        return without(
+            "too_few_points", f"{len(np.unique(m))} multipliers; the {kind} curve needs {wanted} at least, 21 are better: not fitted"
+        )
+    if np.ptp(y) <= 1e-9 * max(1.0, np.abs(y).max()):
+        return without("constant", f"all {n} points have the same value {y[0]:.6g}: nothing to fit")
+    if n < FEW_POINTS:
+        warned.append(Warned("few_points", f"{n} points for {wanted - 2} parameters: R^2 says little below {FEW_POINTS} points"))
+    few = [sign for sign, count in (("m > 0", (m > 0).sum()), ("m < 0", (m < 0).sum())) if count < 4]
+    if few:
+        warned.append(Warned("one_sided", f"fewer than 4 points at {' and '.join(few)}: the decay there is not determined"))
+
+    best = _search(m, y, kind, seed, starts)
+    predicted = evaluate(kind, m, best.parameters)
+    r2 = r_squared(y, predicted)
+    held_out = None
+    if n // 2 + n % 2 >= wanted - 2 and len(np.unique(m[::2])) >= wanted - 2 and np.ptp(y[::2]) > 0:
+        half = _search(m[::2], y[::2], kind, seed, starts)
+        held_out = r_squared(y[1::2], evaluate(kind, m[1::2], half.parameters))
+    else:
+        warned.append(Warned("no_held_out", f"{n} points are too few to fit every second one and score the others"))
+    dense = evaluate(kind, np.linspace(m[0], m[-1], 2001), best.parameters)
+    if dense.max() > y.max() + np.ptp(y) / 4 or dense.min() < y.min() - np.ptp(y) / 4:
+        warned.append(Warned("spike", "the curve leaves the range of the points between two of them: no peak or region is read from it"))
+    if r2 is not None and r2 < GOOD_R2:
+        warned.append(Warned("low_r2", f"R^2 {r2:.3f} is below {GOOD_R2}: read the points, not the line"))
+    elif held_out is not None and held_out < GOOD_R2:
+        warned.append(
+            Warned("low_held_out_r2", f"held-out R^2 {held_out:.3f} is below {GOOD_R2}: the line between the points is not supported")
+        )
+    return Fit(kind, best.parameters, r2, held_out, n, best.gap, best.hits, tuple(warned), best.evaluations, best.agreeing, extent)
+
+
+@dataclass(frozen=True)
+class _Best:
+    parameters: dict[str, float]
+    gap: float
+    hits: tuple[str, ...]
+    evaluations: int
+    agreeing: int
+
+
+def _search(m: Array, y: Array, kind: Kind, seed: int, starts: int) -> _Best:
+    """SLSQP from `starts` seeded points over D's six parameters; the linear ones are solved exactly for each D (Golub & Pereyra 1973).
+
+    Solving them inside leaves the same minimum as a search over all 8 or 9, and far fewer ways to miss it.
+    """
+    scale, mean, std = float(np.abs(m).max()), float(y.mean()), float(y.std())
+    problem = _Problem(m / scale, (y - mean) / std, kind == "preference")
+    rng = np.random.default_rng(seed)
+    # L between a tenth and three times the sweep's width, squared; p around 1
+    low, high = np.log([0.01, 0.1]), np.log([10.0, 10.0])
+    draws = rng.uniform([0, *low, -1, *low], [1, *high, 0, *high], (starts, 6))
+    draws[: starts // 3, [0, 3]] *= 0.1  # a third of the starts decay from near 0, the paper's usual shape
+    found: list[tuple[float, Array]] = []
+    for start in draws:
+        with np.errstate(all="ignore"):
+            result = minimize(
+                problem.loss,
+                start,
+                jac=True,
+                method="SLSQP",
+                bounds=list(zip(LOWER, UPPER, strict=True)),
+                constraints={"type": "eq", "fun": problem.gap, "jac": problem.gap_gradient},
+                options={"maxiter": 200, "ftol": 1e-10},
+            )
+        if np.isfinite(result.x).all():
+            found.append(problem.repaired(np.clip(result.x, LOWER, UPPER)))
+    value, theta = min(found, key=lambda pair: pair[0])
+    linear = problem.solve(problem.decay(theta)[0])[1]
+    decay = dict(zip(DECAY, (theta[0], np.exp(theta[1]), np.exp(theta[2]), theta[3], np.exp(theta[4]), np.exp(theta[5])), strict=True))
+    at_bound = np.minimum(theta - LOWER, UPPER - theta) < 1e-6
+    # back to the caller's units: m scale, L scale^2, and the z-score undone
+    units = {"m": scale, "L": scale**2, "p": 1.0}
+    parameters = {name: float(v * units[name[0]]) + 0.0 for name, v in decay.items()}  # -0.0 is 0.0
+    if kind == "preference":
+        own = {"alpha": std * linear[0] / scale, "beta": std * linear[1], "b": std * linear[2] + mean}
+    else:
+        own = {"beta_u": std * linear[0], "b_u": std * linear[1] + mean}
+    sides = [validity_decay(x, parameters) for x in (0.0, -1e-300)]
+    return _Best(
+        parameters={**{name: float(v) for name, v in own.items()}, **parameters},
+        gap=float(abs(sides[0] - sides[1])),
+        hits=tuple(name for name, hit in zip(DECAY, at_bound, strict=True) if hit),
+        evaluations=problem.evaluations,
+        agreeing=sum(other - value < 1e-3 for other, _ in found),
+    )
+
+
+class _Problem:
+    """The scaled least-squares problem: x in [-1, 1], y with mean 0 and variance 1, so that the loss is 1 - R^2."""
+
+    def __init__(self, x: Array, y: Array, sloped: bool) -> None:
+        self.x, self.y, self.sloped = x, y, sloped
+        self.plus = x >= 0
+        self.evaluations = 0
+
+    def decay(self, theta: Array) -> tuple[Array, Array]:
+        """D [n] and dD/dtheta [n, 6]; theta = (m, log L, log p) of + and -."""
+        gradient = np.zeros((len(self.x), 6))
+        out = np.empty(len(self.x))
+        for rows, at in ((self.plus, 0), (~self.plus, 3)):
+            centre, length, power = theta[at], np.exp(theta[at + 1]), np.exp(theta[at + 2])
+            u = self.x[rows] - centre
+            q = u * u / length
+            t = np.log1p(q)
+            d = np.exp(-power * t)
+            out[rows] = d
+            gradient[rows, at] = d * power * 2 * u / length / (1 + q)
+            gradient[rows, at + 1] = d * power * q / (1 + q)
+            gradient[rows, at + 2] = -d * power * t
+        return out, gradient
+
+    def solve(self, d: Array) -> tuple[Array, Array, float]:
+        """Residual [n], linear parameters, and loss of the best curve with this D."""
+        columns: Array = np.stack([self.x * d, d, np.ones_like(d)] if self.sloped else [d, np.ones_like(d)], axis=1)
+        n = len(self.y)
+        linear = np.linalg.solve(columns.T @ columns + n * RIDGE * np.eye(columns.shape[1]), columns.T @ self.y)
+        residual: Array = np.asarray(columns @ linear - self.y)
+        return residual, np.asarray(linear), float(residual @ residual / n + RIDGE * linear @ linear)
+
+    def loss(self, theta: Array) -> tuple[float, Array]:
+        """Loss and gradient. The linear parameters are optimal, so their change does not enter (envelope theorem)."""
+        self.evaluations += 1
+        d, slope = self.decay(theta)
+        residual, linear, value = self.solve(d)
+        weight = linear[0] * self.x + linear[1] if self.sloped else linear[0]
+        return value, 2 / len(self.y) * ((residual * weight) @ slope)
+
+    @staticmethod
+    def gap(theta: Array) -> float:
+        """log D(0-) - log D(0+): 0 where D is continuous."""
+        t = np.log1p(theta[[0, 3]] ** 2 / np.exp(theta[[1, 4]]))
+        return float(np.exp(theta[2]) * t[0] - np.exp(theta[5]) * t[1])
+
+    @staticmethod
+    def gap_gradient(theta: Array) -> Array:
+        out = np.zeros(6)
+        for at, sign in ((0, 1.0), (3, -1.0)):
+            centre, length, power = theta[at], np.exp(theta[at + 1]), sign * np.exp(theta[at + 2])
+            q = centre * centre / length
+            out[at : at + 3] = power * 2 * centre / length / (1 + q), -power * q / (1 + q), power * np.log1p(q)
+        return out
+
+    def repaired(self, theta: Array) -> tuple[float, Array]:
+        """The candidate near theta that is continuous to rounding and has the smallest loss.
+
+        SLSQP stops with |gap| around 1e-8 or gives up; the power of one side is set from the other's, or both centres are put at 0.
+        """
+        centred = theta.copy()
+        centred[[0, 3]] = 0.0
+        options = [centred]
+        t = np.log1p(theta[[0, 3]] ** 2 / np.exp(theta[[1, 4]]))
+        if (t > 0).all():
+            for at, value in ((5, np.exp(theta[2]) * t[0] / t[1]), (2, np.exp(theta[5]) * t[1] / t[0])):
+                if np.exp(LOWER[at]) <= value <= np.exp(UPPER[at]):
+                    moved = theta.copy()
+                    moved[at] = np.log(value)
+                    options.append(moved)
+        return min(((self.solve(self.decay(option)[0])[2], option) for option in options), key=lambda pair: pair[0])

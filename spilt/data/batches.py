@@ -1,0 +1,97 @@
+"""Sequences -> padded tensors and masks, and which sequences share a batch."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spilt.data.chat import Sequence
+from spilt.errors import UserError
+
+POSITIONS = "all, all_prompt, all_generation, f{n}, l{n}, f{n}+l{n} with n >= 1 (first / last n prompt tokens after the template prefix)"
+
+
+class Batch(NamedTuple):
+    """Padded sequences. The causal shift is not done here but in scoring: masks are about the tokens themselves."""
+
+    input_ids: Tensor  # [B, T] long
+    attention_mask: Tensor  # [B, T] bool, True = real token
+    answer_mask: Tensor  # [B, T] bool, True = scored token: answer and template suffix
+    text_mask: Tensor  # [B, T] bool, True = answer token without the template suffix
+
+
+def pad(sequences: list[Sequence], pad_id: int, side: str = "right") -> Batch:
+    """Pad to the longest sequence: on the right for fitting and scoring, on the left for generation.
+
+    pad([Sequence((5, 6, 7, 8), 2, 1), Sequence((5, 6), 1, 0)], pad_id=0)
+    input_ids    5 6 7 8    attention_mask 1 1 1 1    answer_mask 0 0 1 1    text_mask 0 0 1 0
+                 5 6 0 0                   1 1 0 0                0 1 0 0              0 1 0 0
+    """
+    if side not in ("right", "left"):
+        raise ValueError(f"side {side!r}: right or left")
+    lengths = torch.tensor([len(sequence.input_ids) for sequence in sequences])
+    width = _width(sequences)
+    start = torch.zeros_like(lengths) if side == "right" else width - lengths
+    index = torch.arange(width) - start[:, None]  # [B, T] place in the unpadded sequence, < 0 or >= length on padding
+    real = (index >= 0) & (index < lengths[:, None])
+    input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
+    input_ids[real] = torch.tensor([token for sequence in sequences for token in sequence.input_ids], dtype=torch.long)
+    prompt = torch.tensor([sequence.prompt_length for sequence in sequences])
+    suffix = torch.tensor([sequence.suffix_length for sequence in sequences])
+    answer = real & (index >= prompt[:, None])
+    return Batch(input_ids, real, answer, answer & (index < (lengths - suffix)[:, None]))
+
+
+def position_mask(sequences: list[Sequence], positions: str, prefix_length: int) -> Tensor:
+    """[B, T] bool, right-padded: where a vector acts while it is fitted and scored. False on padding.
+
+    all: from the template prefix to the end. all_prompt: the prompt's part of that. all_generation: from the answer on.
+    f{n}+l{n}, f{n}, l{n}: the first n / last n prompt tokens after the prefix; in a short prompt they overlap (pyreft's convention).
+    Raises UserError for any other string.
+    """
+    ends = re.fullmatch(r"f([1-9][0-9]{0,8})(?:\+l([1-9][0-9]{0,8}))?|l([1-9][0-9]{0,8})", positions)
+    if ends is None and positions not in ("all", "all_prompt", "all_generation"):
+        raise UserError(f"unknown intervention_positions {positions!r}; have: {POSITIONS}")
+    first, last = (int(ends[1] or 0), int(ends[2] or ends[3] or 0)) if ends else (0, 0)
+    index = torch.arange(_width(sequences))
+    rows = []
+    for ids, prompt_length, _ in sequences:
+        real = index < len(ids)
+        prompt = real & (index >= prefix_length) & (index < prompt_length)
+        if positions == "all":
+            rows.append(real & (index >= prefix_length))
+        elif positions == "all_prompt":
+            rows.append(prompt)
+        elif positions == "all_generation":
+            rows.append(real & (index >= prompt_length))
+        else:
+            rows.append(prompt & ((index < prefix_length + first) | (index >= prompt_length - last)))
+    return torch.stack(rows)
+
+
+def by_length(lengths: list[int], max_tokens: int, max_rows: int | None = None) -> list[list[int]]:
+    """Indices in batches, longest first (out of memory comes at once), rows x longest <= `max_tokens` each.
+
+    A sequence longer than `max_tokens` is a batch of its own. Equal lengths keep their order, so the result depends on the input only.
+    """
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows {max_rows}: at least 1")
+    batches: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if room < 1:
+            batches.append([])
+            room = max(1, max_tokens // max(1, lengths[i]))
+            room = room if max_rows is None else min(room, max_rows)
+        batches[-1].append(i)
+        room -= 1
+    return batches
+
+
+def _width(sequences: list[Sequence]) -> int:
+    if not sequences:
+        raise ValueError("no sequences to pad")
+    return max(len(sequence.input_ids) for sequence in sequences)

@@ -1,0 +1,175 @@
+"""Questions and answers as token ids: the chat template, its prefix and suffix, and where the answer begins.
+
+    | BOS user turn ... | question | end of turn, model turn | answer | end of turn |
+    |<- prefix_length ->|                                    |        |<- suffix ->|
+    |<----------------- prompt_length ---------------------->|<- scored tokens --->|
+
+The released code's way (methods.md, section 3): prompt and answer are tokenised as one string, and the scored tokens are
+those after the prompt's own token count. No torch and no transformers here: a tokenizer is handed in.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import Any, NamedTuple
+
+from spilt.errors import UserError
+
+
+class Sequence(NamedTuple):
+    """Prompt and answer as tokens, unpadded."""
+
+    input_ids: tuple[int, ...]
+    prompt_length: int  # the labels are the tokens from this index on
+    suffix_length: int  # how many of the last tokens are the template's suffix; 0 when truncated away
+
+
+@dataclass(frozen=True)
+class Chat:
+    """How one tokenizer turns questions into prompts. Make it with `Chat.of`."""
+
+    tokenizer: Any = field(repr=False)
+    use_template: bool
+    system_prompt: str | None
+    fold_system: bool  # the template has no system role: the system prompt begins the user turn
+    bos_ids: tuple[int, ...]  # what the tokenizer itself puts before a text (BOS); never added to one that has it
+    prefix_length: int = 0  # leading tokens shared by two different one-letter user turns; no template: len(bos_ids)
+    suffix: str = ""  # what the template puts after a turn's text (end of turn), as text and as tokens
+    suffix_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: Any, use_chat_template: bool = True, system_prompt: str | None = None) -> Chat:
+        """Look at the tokenizer's template. A tokenizer without one, or `use_chat_template` False, means raw text.
+
+        Raises UserError when the template refuses a single user turn, or all letters are one token to the tokenizer.
+        """
+        use_template = use_chat_template and bool(tokenizer.chat_template)
+        system_prompt = system_prompt or None
+        fold = system_prompt is not None and not (use_template and _takes_system(tokenizer, system_prompt))
+        chat = cls(tokenizer, use_template, system_prompt, fold, _bos_ids(tokenizer))
+        if not use_template:
+            return replace(chat, prefix_length=len(chat.bos_ids))
+        # the first two letters that differ to this tokenizer; nearly always a and b
+        for one, other in combinations(string.ascii_lowercase, 2):
+            prompts, turns = ([chat._ids(chat._render(letter, ask)) for letter in (one, other)] for ask in (True, False))
+            if prompts[0] != prompts[1]:
+                suffix_ids = _shared([ids[::-1] for ids in turns])[::-1]
+                suffix = tokenizer.decode(list(suffix_ids), skip_special_tokens=False) if suffix_ids else ""
+                return replace(chat, prefix_length=len(_shared(prompts)), suffix=suffix, suffix_ids=suffix_ids)
+        raise UserError("every letter is the same token to this tokenizer (all unknown?); take the tokenizer that belongs to the model")
+
+    def prompt_text(self, question: str) -> str:
+        """The prompt as text, generation prompt included, without a leading BOS (tokenising adds it)."""
+        text, bos = self._render(question, ask=True), self.tokenizer.bos_token
+        return text[len(bos) :] if self.use_template and bos and text.startswith(bos) else text
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """The tokens that generation feeds; the same as the first `prompt_length` of `encode` on ordinary tokenizers.
+
+        Raises UserError when there is none (an empty question without template and BOS).
+        """
+        ids = self._ids(self._render(question, ask=True))
+        if not ids:
+            raise UserError(f"question {question!r} gives no token without a chat template; write a question or use the chat template")
+        return ids
+
+    def encode(self, question: str, answer: str, max_length: int = 512, row: int | None = None) -> Sequence:
+        """prompt + answer + template suffix, cut to the first `max_length` tokens. `row` only serves the message.
+
+        Raises UserError when no answer token is left.
+        """
+        ids, prompt_length = self._joined(question, answer + self.suffix, row)
+        suffix_length = len(_shared([ids[::-1], self.suffix_ids[::-1]]))
+        cut = max(0, len(ids) - max_length)
+        if prompt_length >= max_length:
+            raise UserError(
+                f"{_name(question, row)}: its prompt of {prompt_length} tokens leaves no room for the answer in "
+                f"output_length {max_length}; raise output_length above {prompt_length} or shorten the question"
+            )
+        return Sequence(tuple(ids[:max_length]), prompt_length, max(0, suffix_length - cut))
+
+    def encode_caa(self, question: str, answer: str, row: int | None = None) -> Sequence:
+        """prompt + one space + answer, no suffix, not cut: the released tokenisation of caa (an answer with a leading space gets two)."""
+        ids, prompt_length = self._joined(question, " " + answer, row)
+        return Sequence(tuple(ids), prompt_length, 0)
+
+    def _joined(self, question: str, answer: str, row: int | None) -> tuple[list[int], int]:
+        """(tokens of prompt + answer tokenised as one string, the prompt's own token count)."""
+        ids, prompt_length = self._ids(self._render(question, ask=True) + answer), len(self.prompt_ids(question))
+        if prompt_length >= len(ids):  # raw text only: a token reaches across the border
+            raise UserError(
+                f"{_name(question, row)}: the answer {answer!r} adds no token to its prompt; begin it with a space or use the chat template"
+            )
+        return ids, prompt_length
+
+    def _render(self, question: str, ask: bool) -> str:
+        """The text of a conversation of one user turn; `ask` adds the generation prompt. Raw text without template."""
+        if self.system_prompt is not None and self.fold_system:
+            question = f"{self.system_prompt}\n\n{question}"
+        if not self.use_template:
+            return question
+        turns = [{"role": "user", "content": question}]
+        if self.system_prompt is not None and not self.fold_system:
+            turns.insert(0, {"role": "system", "content": self.system_prompt})
+        return _apply(self.tokenizer, turns, ask)
+
+    def _ids(self, text: str) -> list[int]:
+        """Tokens of a text with exactly one BOS, if the template or the tokenizer has one, and no EOS of the tokenizer's own."""
+        ids = _encode(self.tokenizer, text)
+        n = len(self.bos_ids)
+        has_bos = tuple(ids[:n]) == self.bos_ids or ids[:1] == [self.tokenizer.bos_token_id]
+        return ids if has_bos else [*self.bos_ids, *ids]
+
+
+def _apply(tokenizer: Any, turns: list[dict[str, str]], ask: bool) -> str:
+    """The template's text. As text, since with tokenize=True transformers 4 returns a list and 5 a BatchEncoding."""
+    from jinja2.exceptions import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise UserError(
+            f"the tokenizer's chat template refuses turns of {roles}: {error}; correct it or set use_chat_template: false"
+        ) from error
+
+
+def _takes_system(tokenizer: Any, system_prompt: str) -> bool:
+    """Whether the template has a system role: some refuse it, some drop it in silence."""
+    turns = [{"role": "system", "content": system_prompt}, {"role": "user", "content": "a"}]
+    try:
+        text = _apply(tokenizer, turns, ask=True)
+    except UserError:  # refused: not an error but the answer to the question; a template that refuses all fails at once on the user turn
+        return False
+    return system_prompt.strip() in text
+
+
+def _encode(tokenizer: Any, text: str, special: bool = False) -> list[int]:
+    """Token ids; `special` adds the tokenizer's own BOS and EOS. Ids only: token_type_ids and the like are left."""
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def _bos_ids(tokenizer: Any) -> tuple[int, ...]:
+    """What the tokenizer puts before every text: BOS for most, nothing for Qwen."""
+    plain, special = _encode(tokenizer, "a"), _encode(tokenizer, "a", special=True)
+    start = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
+    return tuple(special[:start])
+
+
+def _shared(lists: Many[Many[int]]) -> tuple[int, ...]:
+    """The longest common beginning."""
+    shared = []
+    for items in zip(*lists, strict=False):
+        if len(set(items)) > 1:
+            break
+        shared.append(items[0])
+    return tuple(shared)
+
+
+def _name(question: str, row: int | None) -> str:
+    """How a message names a question."""
+    short = question if len(question) <= 60 else question[:57] + "..."
+    return f"question {short!r}" if row is None else f"row {row} (0-based), question {short!r}"

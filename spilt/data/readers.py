@@ -1,0 +1,497 @@
+"""hparams/Steer/dataset_format.yaml and the data files that it names, read as pairs and prompts.
+
+Every mistake in a file is one UserError with the file, the line (or the row, in parquet) and the columns found.
+Text is kept exactly: leading spaces of answers matter, 'NA' and 'None' are answers, not missing values.
+No torch and no transformers here, and pyarrow only when a parquet file is opened: a dry run starts at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spilt.errors import UserError, nearest, unknown
+
+FORMATS_FILE = Path("hparams/Steer/dataset_format.yaml")
+ENTRY_KEYS = ("file_path", "field_names", "multi_concept")
+PAIR_FIELDS = ("question", "matching", "not_matching")
+PROMPT_FIELDS = ("input", "reference_response")
+CONCEPT_FIELDS = ("output_concept", "concept_id", "concept_genre", "category")
+# section of dataset_format.yaml -> standard fields that a row of it has
+SECTIONS = {"train": PAIR_FIELDS, "valid": PAIR_FIELDS, "generation": PROMPT_FIELDS}
+
+
+class DatasetFormat(NamedTuple):
+    """One entry of dataset_format.yaml: where the rows of a dataset lie and what their columns are called."""
+
+    dataset: str
+    section: str  # train, valid or generation
+    path: Path  # file_path, below base_dir unless it is absolute
+    field_names: Mapping[str, str]  # standard name -> the file's column; a name left out is its own column
+    multi_concept: bool  # one intervention per concept_id (axbench)
+
+    def column(self, field: str) -> str:
+        """The file's column for a standard name."""
+        return self.field_names.get(field, field)
+
+
+class Pair(NamedTuple):
+    """A question with its winning (`matching`) and losing (`not_matching`) answer, of one concept."""
+
+    question: str
+    matching: str
+    not_matching: str
+    concept_id: int | None
+    concept: str | None
+    row: int  # 0-based row in the file
+
+
+class Prompt(NamedTuple):
+    """An input to generate from; `extra` has the row's other columns, as JSON values."""
+
+    input: str
+    reference_response: str | None
+    concept_id: int | None
+    concept: str | None
+    row: int  # 0-based row in the file
+    extra: dict[str, Any]
+
+
+class Record(NamedTuple):
+    """One row of a data file as it was found."""
+
+    row: int  # 0-based
+    where: str  # 'line 17', 1-based, where the row begins; in parquet 'row 16 (0-based)'
+    values: dict[str, Any]
+
+
+# ---- dataset_format.yaml ----
+
+
+def load_formats(base_dir: Path) -> dict[str, dict[str, DatasetFormat]]:
+    """All entries of `base_dir`/hparams/Steer/dataset_format.yaml: section -> dataset -> DatasetFormat.
+
+    Raises UserError: no such file, not YAML, an unknown section or key, a dataset name that is no plain folder name.
+    """
+    raw = _sections(base_dir)
+    return {
+        section: {dataset: _format(base_dir, section, dataset, entry) for dataset, entry in raw[section].items()} for section in SECTIONS
+    }
+
+
+def dataset_format(base_dir: Path, dataset: str, section: str) -> DatasetFormat:
+    """The entry of one dataset; other entries are not looked at, so a mistake in one dataset does not stop another.
+
+    A missing `generation` entry is the `valid` one with input = question and reference_response = matching.
+    Raises UserError: unknown section or dataset (with those there are), or no entry in this section (with what to add).
+    """
+    if section not in SECTIONS:
+        raise unknown("section", section, SECTIONS)
+    raw = _sections(base_dir)
+    if dataset in raw[section]:
+        return _format(base_dir, section, dataset, raw[section][dataset])
+    if section == "generation" and dataset in raw["valid"]:
+        return _as_prompts(_format(base_dir, "valid", dataset, raw["valid"][dataset]))
+    file = base_dir / FORMATS_FILE
+    there = [name for name in SECTIONS if dataset in raw[name]]
+    if not there:
+        raise UserError(f"{unknown('dataset', dataset, {name for entries in raw.values() for name in entries})} (in {file})")
+    fields = ", ".join(f"{field}: <column>" for field in SECTIONS[section])
+    raise UserError(
+        f"dataset {dataset!r} has no {section!r} entry in {file} (it has: {', '.join(there)}); "
+        f"add under '{section}:'\n  {dataset}: {{file_path: <file>, field_names: {{{fields}}}}}"
+    )
+
+
+def _sections(base_dir: Path) -> dict[str, dict[str, Any]]:
+    """section -> dataset -> entry as written; every section is there, empty when the file lacks it."""
+    from spilt.hparams import load_yaml  # here, since reading data files needs no YAML
+
+    file = base_dir / FORMATS_FILE
+    raw = load_yaml(file)
+    for section, entries in raw.items():
+        if section not in SECTIONS:
+            raise UserError(f"{unknown('section', str(section), SECTIONS)} (in {file})")
+        if not isinstance(entries, dict | None):
+            raise UserError(f"{file}: section {section!r} is {entries!r}; wanted 'dataset: {{file_path: ...}}' entries")
+    return {section: {str(name): entry for name, entry in (raw.get(section) or {}).items()} for section in SECTIONS}
+
+
+def _format(base_dir: Path, section: str, dataset: str, entry: Any) -> DatasetFormat:
+    """Check one entry of dataset_format.yaml."""
+    here = f"{base_dir / FORMATS_FILE}: {section}: {dataset}"
+    # the name becomes a folder of vectors/ and generation/: it must stay in there
+    if not re.fullmatch(r"[^\x00-\x1f/\\:]+", dataset) or dataset in (".", ".."):
+        raise UserError(
+            f"{here}: {dataset!r} can't be a dataset's name: it names folders, so no '/', '\\', ':', control character, '.' or '..'"
+        )
+    if not isinstance(entry, dict):
+        raise UserError(f"{here}: {entry!r} is no entry; wanted the keys {', '.join(ENTRY_KEYS)}")
+    for key in entry:
+        if key not in ENTRY_KEYS:
+            raise UserError(f"{here}: {unknown('key', str(key), ENTRY_KEYS)}")
+    file_path, names, multi = entry.get("file_path"), entry.get("field_names") or {}, entry.get("multi_concept") or False
+    if not isinstance(file_path, str) or not file_path.strip() or "\0" in file_path:
+        raise UserError(f"{here}: file_path is {file_path!r}; wanted the data file's path, absolute or from base_dir")
+    if not isinstance(multi, bool):
+        raise UserError(f"{here}: multi_concept is {multi!r}; wanted true or false")
+    if not isinstance(names, dict):
+        raise UserError(f"{here}: field_names is {names!r}; wanted 'standard name: column' entries")
+    standard = {*PAIR_FIELDS, *PROMPT_FIELDS, *CONCEPT_FIELDS}
+    for field, column in names.items():
+        if not isinstance(field, str) or not isinstance(column, str | None):
+            raise UserError(f"{here}: field_names has {field!r}: {column!r}; wanted a standard name and the file's column, both text")
+        # a name of one's own is harmless, a misspelt standard one would be dropped in silence
+        if field not in standard and nearest(field, standard):
+            raise UserError(f"{here}: {unknown('field name', field, standard)}")
+    columns = {field: column for field, column in names.items() if column}  # null: the file has no such column
+    return DatasetFormat(dataset, section, base_dir / file_path, columns, multi)
+
+
+def _as_prompts(valid: DatasetFormat) -> DatasetFormat:
+    """The `valid` entry read as a `generation` entry: ask the question, keep the winning answer as the reference."""
+    renamed = {"input": valid.column("question"), "reference_response": valid.column("matching")}
+    kept = {field: column for field, column in valid.field_names.items() if field not in (*PAIR_FIELDS, *PROMPT_FIELDS)}
+    return valid._replace(section="generation", field_names={**renamed, **kept})
+
+
+# ---- pairs, prompts, concepts ----
+
+
+def read_pairs(fmt: DatasetFormat, concept: int | None = None, limit: int | None = None) -> list[Pair]:
+    """The pairs of a `train` or `valid` entry in file order, at most `limit`, of one concept or of all with id >= 0.
+
+    A question may be empty (two of the released power-seeking rows are), an answer may not.
+    Raises UserError: see the module; also when no row is left.
+    """
+    pairs = []
+    for record, concept_id, text in _wanted(fmt, concept, limit):
+        question = _text(fmt, record, "question")
+        answers = [_text(fmt, record, field) for field in ("matching", "not_matching")]
+        for field, answer in zip(("matching", "not_matching"), answers, strict=True):
+            if not answer.strip():
+                raise _bad(
+                    fmt, record, f"empty answer {answer!r} in column {fmt.column(field)!r} ({field}); write an answer or remove the row"
+                )
+        pairs.append(Pair(question, answers[0], answers[1], concept_id, text, record.row))
+    return pairs
+
+
+def read_prompts(fmt: DatasetFormat, concept: int | None = None, limit: int | None = None) -> list[Prompt]:
+    """The prompts of a `generation` entry in file order, at most `limit`, of one concept or of all with id >= 0.
+
+    `reference_response` is None where the file has none. Raises UserError: see the module; also when no row is left.
+    """
+    used = {fmt.column(field) for field in (*PROMPT_FIELDS, "concept_id", "output_concept")}
+    prompts = []
+    for record, concept_id, text in _wanted(fmt, concept, limit):
+        reference = None
+        # asked for in field_names: the column must be there; otherwise it is taken if it is there
+        if "reference_response" in fmt.field_names or "reference_response" in record.values:
+            if _value(fmt, record, "reference_response") is not None:
+                reference = _text(fmt, record, "reference_response")
+        extra = {column: _json_value(value) for column, value in record.values.items() if column not in used}
+        prompts.append(Prompt(_text(fmt, record, "input"), reference, concept_id, text, record.row, extra))
+    return prompts
+
+
+def concepts(fmt: DatasetFormat) -> dict[int, str]:
+    """concept_id -> concept text in id order; ids below 0 (negative examples) left out; {} without multi_concept.
+
+    Raises UserError when one id has two texts, or no id is >= 0.
+    """
+    if not fmt.multi_concept:
+        return {}
+    found: dict[int, str] = {}
+    for record, concept_id, text in _wanted(fmt, None, None):
+        assert concept_id is not None  # multi_concept
+        name = text if text is not None else f"concept {concept_id}"
+        if found.setdefault(concept_id, name) != name:
+            raise _bad(fmt, record, f"concept_id {concept_id} is {name!r} here and {found[concept_id]!r} above; one id, one concept")
+    return dict(sorted(found.items()))
+
+
+def _wanted(fmt: DatasetFormat, concept: int | None, limit: int | None) -> Iterator[tuple[Record, int | None, str | None]]:
+    """(record, concept id, concept text) of the rows asked for. Reads no further than `limit` needs."""
+    if limit is not None and limit < 1:
+        raise UserError(f"limit {limit}: at least one row is needed; leave the limit out to read all of {fmt.path}")
+    if concept is not None and not fmt.multi_concept:
+        raise UserError(
+            f"concept {concept} asked of dataset {fmt.dataset!r}, which has none; set multi_concept: true in {FORMATS_FILE} if it has"
+        )
+    given, rows, ids = 0, 0, set()
+    for record in _records(fmt):
+        rows += 1
+        concept_id, text = _concept(fmt, record)
+        if concept_id is not None:
+            ids.add(concept_id)
+        if fmt.multi_concept and (concept_id != concept if concept is not None else concept_id is not None and concept_id < 0):
+            continue
+        yield record, concept_id, text
+        given += 1
+        if given == limit:
+            return
+    if not rows:
+        raise UserError(
+            f"{fmt.path}: no rows (dataset {fmt.dataset!r}, {fmt.section}); put data in it or change file_path in {FORMATS_FILE}"
+        )
+    if not given:
+        what = f"no row of concept {concept}" if concept is not None else "only negative examples (concept_id < 0)"
+        raise UserError(
+            f"{fmt.path}: {what} (dataset {fmt.dataset!r}, {fmt.section}); concept ids found: {', '.join(map(str, sorted(ids)))}"
+        )
+
+
+def _concept(fmt: DatasetFormat, record: Record) -> tuple[int | None, str | None]:
+    """Concept id and text of a row, None where the file has none; multi_concept needs the id."""
+    concept_id = text = None
+    if fmt.multi_concept or fmt.column("concept_id") in record.values:
+        value = _value(fmt, record, "concept_id")
+        if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", value):  # CSV knows only text
+            concept_id = int(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            concept_id = value
+        elif isinstance(value, float) and value.is_integer():  # pandas stores whole numbers with gaps as floats
+            concept_id = int(value)
+        elif fmt.multi_concept:
+            raise _bad(fmt, record, f"concept_id is {value!r} in column {fmt.column('concept_id')!r}; wanted a whole number")
+    if record.values.get(fmt.column("output_concept")) is not None:
+        text = _text(fmt, record, "output_concept")
+    return concept_id, text
+
+
+def _value(fmt: DatasetFormat, record: Record, field: str) -> Any:
+    column = fmt.column(field)
+    if column not in record.values:
+        raise _bad(fmt, record, f"no column {column!r} for {field!r}; map '{field}: <column>' in field_names of {FORMATS_FILE}")
+    return record.values[column]
+
+
+def _text(fmt: DatasetFormat, record: Record, field: str) -> str:
+    value = _value(fmt, record, field)
+    if not isinstance(value, str):
+        raise _bad(fmt, record, f"{field} is {value!r} ({type(value).__name__}) in column {fmt.column(field)!r}; wanted text")
+    if has_half_pair(value):
+        raise _bad(
+            fmt,
+            record,
+            f"{field} has half of a surrogate pair in column {fmt.column(field)!r}: {ascii(value)[:80]}; write the whole character",
+        )
+    return value
+
+
+def has_half_pair(text: str) -> bool:
+    """Whether half of a surrogate pair is in it, as JSON's \\ud83d alone gives: neither UTF-8 nor a tokenizer can take it."""
+    return any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _bad(fmt: DatasetFormat, record: Record, fact: str) -> UserError:
+    return UserError(f"{fmt.path} {record.where}: {fact} (dataset {fmt.dataset!r}, {fmt.section}; {_columns(record.values)})")
+
+
+def _columns(names: Iterable[str]) -> str:
+    return f"columns found: {', '.join(map(str, names)) or 'none'}"
+
+
+def _json_value(value: Any) -> Any:
+    """`value` as JSON can hold it: NaN becomes null, dates and the like their text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(item) for item in value]
+    return str(value)
+
+
+# ---- files ----
+
+
+def read_rows(path: Path) -> list[Record]:
+    """All rows of a .jsonl, .json, .csv or .parquet file, unchecked. Raises UserError as the module says."""
+    return list(_read(path))
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of the file's bytes, hex."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return digest.hexdigest()
+
+
+def _records(fmt: DatasetFormat) -> Iterator[Record]:
+    if not fmt.path.exists():
+        raise UserError(
+            f"data file {fmt.path} of dataset {fmt.dataset!r} ({fmt.section}) does not exist; "
+            f"put it there ('python -m spilt.prepare --help' makes the paper's splits) or change file_path in {FORMATS_FILE}"
+        )
+    return _read(fmt.path)
+
+
+def _read(path: Path) -> Iterator[Record]:
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"data file {path}: unknown ending {path.suffix!r}; have: {', '.join(READERS)}")
+    for row, (where, values) in enumerate(reader(path)):
+        yield Record(row, where, values)
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"data file {path} can't be read: {error.strerror or error}")
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _utf8(path: Path, data: bytes, first_line: int = 1) -> str:
+    """Bytes -> text, a byte order mark left out."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = first_line + error.object.count(b"\n", 0, error.start)
+        byte = error.object[error.start]
+        raise UserError(f"{path} line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from error
+
+
+def _object(path: Path, where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{path} {where}: {type(value).__name__} {str(value)[:60]!r} where an object with named columns was wanted")
+    return value
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """One JSON object a line; blank lines are skipped."""
+    columns = ""
+    # split at \n only: str.splitlines would also cut at U+2028 inside a text
+    for number, line in enumerate(_bytes(path).split(b"\n"), 1):
+        text = _utf8(path, line, number)
+        if text.strip():
+            where = f"line {number}"
+            try:
+                values = _object(path, where, json.loads(text))
+            except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError, and numbers of thousands of digits
+                raise UserError(f"{path} {where}: not JSON: {error}; correct or remove the line{columns}") from error
+            columns = f" ({_columns(values)} in the line before)"
+            yield where, values
+
+
+def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A list of objects, or one object. Read entry by entry, so that a mistake has its line."""
+    text = _utf8(path, _bytes(path))
+    decoder = json.JSONDecoder()
+    blank = re.compile(r"[ \t\r\n]*")
+    at = counted = 0
+    line = 1
+
+    def skip() -> str:
+        """Go to the next character that is not blank and return it, '' at the end."""
+        nonlocal at, counted, line
+        match = blank.match(text, at)
+        at = match.end() if match else at
+        line += text.count("\n", counted, at)
+        counted = at
+        return text[at : at + 1]
+
+    def entry() -> Any:
+        nonlocal at
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {error.lineno}: not JSON: {error.msg} (column {error.colno}); correct the file") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} line {line}: not JSON: {error}; correct the file") from error
+        return value
+
+    if not skip():
+        return
+    if skip() != "[":
+        where = f"line {line}"
+        yield where, _object(path, where, entry())
+    else:
+        at += 1
+        following = skip()
+        while following != "]":
+            where = f"line {line}"
+            yield where, _object(path, where, entry())
+            following = skip()
+            if following == ",":
+                at += 1
+                following = skip()
+                if following == "]":
+                    raise UserError(f"{path} line {line}: not JSON: a comma before ']'; correct the file")
+            elif following != "]":
+                raise UserError(f"{path} line {line}: not JSON: wanted ',' or ']', found {following or 'the end'!r}; correct the file")
+        at += 1
+    if skip():
+        raise UserError(f"{path} line {line}: text after the end of the JSON value; one list of rows a file, or name it .jsonl")
+
+
+def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A header and rows of as many fields, comma-separated; every value is text. A row's line is the one it begins on."""
+    reader = csv.reader(io.StringIO(_utf8(path, _bytes(path)), newline=""), strict=True)
+    header: list[str] = []
+    while True:
+        where = f"line {reader.line_num + 1}"
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            hint = "a quote is not closed, or an inner one not doubled"
+            raise UserError(f"{path} {where}: not CSV: {error} ({hint}; {_columns(header)})") from error
+        if not fields:  # a blank line
+            continue
+        if not header:
+            header = fields
+            if len(set(header)) < len(header):
+                raise UserError(f"{path} {where}: the header names a column twice; {_columns(header)}")
+            continue
+        if len(fields) != len(header):
+            hint = "quote fields that hold a comma or a line break"
+            raise UserError(f"{path} {where}: {len(fields)} fields where the header has {len(header)} ({hint}; {_columns(header)})")
+        yield where, dict(zip(header, fields, strict=True))
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a parquet file; pandas' stored index is no column."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = [name for name in file.schema_arrow.names if not name.startswith("__index_level_")]
+            row = 0
+            for batch in file.iter_batches(columns=columns):
+                for values in batch.to_pylist():
+                    yield f"row {row} (0-based)", values
+                    row += 1
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except pyarrow.ArrowException as error:
+        raise UserError(f"data file {path} is not readable as parquet: {error}") from error
+
+
+READERS: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

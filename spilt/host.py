@@ -1,0 +1,75 @@
+"""Host: the model and its tokenizer, loaded once per run. A record, not a wrapper."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from spilt import anatomy
+from spilt.data.chat import Chat
+from spilt.errors import UserError
+
+
+class Host(NamedTuple):
+    model: nn.Module
+    tokenizer: Any
+    path: Path
+
+    @property
+    def pad_id(self) -> int:
+        """Any token serves: padding is on the right and masked. The tokenizer's own where it has one."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0):
+            if token is not None:
+                return int(token)
+        return 0
+
+    def chat(self, use_chat_template: bool, system_prompt: str) -> Chat:
+        return _chat(self.tokenizer, use_chat_template, system_prompt)
+
+    def device(self, layer: int) -> torch.device:
+        """Where block `layer` lies (several devices: accelerate's map)."""
+        return next(anatomy.block(self.model, layer).parameters()).device
+
+
+@cache
+def _chat(tokenizer: Any, use_chat_template: bool, system_prompt: str) -> Chat:
+    return Chat.of(tokenizer, use_chat_template, system_prompt or None)
+
+
+def load(path: Path, dtype: str, device: str) -> Host:
+    """The checkpoint in evaluation mode with frozen weights; 'auto' places it by accelerate's device map.
+
+    Local files only, no code from the checkpoint. Raises UserError for a folder that is no such checkpoint or a device that is not there.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    _check_device(device)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        # sdpa leaves out the soft cap on Gemma-2's attention scores
+        eager = {"attn_implementation": "eager"} if getattr(config.get_text_config(), "attn_logit_softcapping", None) else {}
+        placed = {"device_map": "auto"} if device == "auto" else {"device_map": {"": device}}
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False, **placed, **eager
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{path}: cannot be loaded as a Hugging Face checkpoint: {str(error).strip().splitlines()[0][:300]}") from error
+    anatomy.family(model)  # an unknown family is told now
+    return Host(model.eval().requires_grad_(False), tokenizer, path)
+
+
+def _check_device(device: str) -> None:
+    if device == "auto":
+        return
+    try:
+        wanted = torch.device(device)
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {device} is not here ({reason}); have: {', '.join(have)}; try --device {have[-1]}") from None

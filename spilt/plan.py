@@ -1,0 +1,314 @@
+"""Request -> steps: what will run, in order, with what it reads and writes, and why some combinations are left out.
+
+No torch here: a dry run prints this and stops. Names come from the tables (METHODS, FORMS, dataset_format.yaml).
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spilt import manifest
+from spilt.cell import FORMS, Cell
+from spilt.data import readers
+from spilt.errors import UserError, nearest, unknown
+from spilt.hparams import FitSettings, GenerateSettings, MeasureSettings, resolve_fit, resolve_generate, resolve_measure
+from spilt.methods import ALIASES, METHODS
+from spilt.store import PREFERENCE_TYPES, Store
+
+ALL = "all"
+# the command line's words for the verbs; translated here and nowhere else
+MODES: dict[str, tuple[str, ...]] = {"generate": ("fit",), "apply": ("generate",), "both": ("fit", "generate"), "loss": ("measure",)}
+MODE_OF = {"fit": "generate", "generate": "apply", "measure": "loss"}
+# what each verb reads: purpose -> section of dataset_format.yaml
+DATA_OF = {"fit": {"train": "train"}, "generate": {"prompts": "generation"}, "measure": {"train": "train", "test": "valid"}}
+SWEEP = "sweep"  # the word for --multipliers
+SWEEP_POINTS, SWEEP_MOST = 21, 31
+FIRST_CONCEPTS = 10
+VERSION = 1  # of the code that fits, generates and measures: raised when equal settings would give other results
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, in checked words."""
+
+    dataset: str
+    method: str
+    model: str
+    intervention: str
+    mode: str = "both"
+    device: str = "cuda:0"
+    multipliers: tuple[float, ...] | str | None = None  # 'sweep' (loss mode); None: the YAML's, else 1.0
+    base_dir: Path = Path(".")
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # --set, --seed, --dtype
+    concepts: tuple[int, ...] | None = None
+    limit: int | None = None
+    split: str | None = None  # of loss mode: train, test, both; None: both where dataset_format.yaml has a `valid` entry
+    batch_size: int | None = None
+    force: bool = False
+    flags: tuple[str, ...] = ()  # our own flags as they were typed, for the copy-paste command lines
+
+
+class LeftOut(NamedTuple):
+    """A combination of `all` that does not exist."""
+
+    name: str
+    why: str
+
+
+class Step(NamedTuple):
+    """One piece of work: cells has several only for `generate` on a dataset with concepts (one file for all of them)."""
+
+    verb: str
+    cells: tuple[Cell, ...]
+    settings: FitSettings | GenerateSettings | MeasureSettings
+    files: tuple[Path, ...]  # hparam files read
+    model: Path
+    data: dict[str, Path]  # by what it is for: train, test (loss mode), prompts
+    vectors: tuple[Path, ...]  # stored interventions that are read
+    outputs: tuple[Path, ...]
+    command: str
+    multipliers: tuple[float, ...] = ()
+    sweep: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        return (self.model, *self.data.values(), *self.vectors)
+
+    def __str__(self) -> str:
+        first = self.cells[0]
+        concepts = f" concepts {','.join(str(c.concept) for c in self.cells)}" if len(self.cells) > 1 else ""
+        return f"{MODE_OF[self.verb]} {first}" if not concepts else f"{MODE_OF[self.verb]} {first.dataset}{concepts} {first.method} {first.intervention}"
+
+
+class Plan(NamedTuple):
+    steps: list[Step]
+    left_out: list[LeftOut]
+
+
+def pairs_of(method: str, intervention: str) -> tuple[list[tuple[str, str]], list[LeftOut]]:
+    """(method, form) combinations of a request, and those of `all` that do not exist. Impossible by name: UserError."""
+    method = ALIASES.get(method, method)
+    if method not in (*METHODS, ALL):
+        raise unknown("method", method, METHODS)
+    if intervention not in (*FORMS, ALL):
+        raise unknown("intervention_method", intervention, FORMS)
+    methods = list(METHODS) if method == ALL else [method]
+    forms = list(FORMS) if intervention == ALL else [intervention]
+    valid, left_out = [], []
+    for name in methods:
+        for form in forms:
+            if form in METHODS[name].forms:
+                valid.append((name, form))
+            elif ALL in (method, intervention) and (method != name or intervention == ALL):
+                left_out.append(LeftOut(f"{name} {form}", METHODS[name].why))
+            else:
+                raise UserError(
+                    f"{name} + {form} does not exist: {METHODS[name].why}; {name} goes with: {', '.join(METHODS[name].forms)}"
+                )
+    if not valid:
+        raise UserError(f"nothing to do: {'; '.join(f'{x.name}: {x.why}' for x in left_out)}")
+    return valid, left_out
+
+
+def make(request: Request, *, dry: bool = False) -> Plan:
+    """The steps of a request, in the order in which they run.
+
+    Raises UserError for a wrong request: unknown names, impossible pairs, missing or wrong settings; unless `dry` also
+    for a missing model or data file, and for data that cannot be read, so that nothing is written before all is known to be well.
+    """
+    store = Store(request.base_dir)
+    if not request.base_dir.is_dir():
+        raise UserError(f"--base_dir {request.base_dir}: no such folder")
+    combinations, left_out = pairs_of(request.method, request.intervention)
+    if request.mode not in MODES:
+        raise unknown("mode", request.mode, MODES)
+    model = store.model(request.model)
+    if not dry:
+        check_model(store, request.model)
+    sections = {verb: DATA_OF[verb] for verb in MODES[request.mode]}
+    if "measure" in sections:
+        sections["measure"] = {split: DATA_OF["measure"][split] for split in splits_of(request)}
+    formats = {
+        section: readers.dataset_format(request.base_dir, request.dataset, section) for names in sections.values() for section in names.values()
+    }
+    concepts = concept_ids(request, formats, dry)
+    if not dry:
+        check_data(formats, concepts, request.limit)
+
+    steps: list[Step] = []
+    for verb, names in sections.items():
+        groups: list[Step] = []
+        data = {purpose: formats[section].path for purpose, section in names.items()}
+        for method, form in combinations:
+            groups += _steps(request, store, verb, method, form, concepts, data, model)
+        # cells of one concept side by side: they share what is recorded
+        groups.sort(key=lambda step: (step.cells[0].concept is not None, step.cells[0].concept or 0) if len(step.cells) == 1 else (False, 0))
+        steps += groups
+    return Plan(steps, left_out)
+
+
+def check_model(store: Store, name: str) -> None:
+    folder = store.model(name)
+    if (folder / "config.json").is_file():
+        return
+    have = store.models()
+    guess = nearest(name, have)
+    hint = f"did you mean {guess!r}? " if guess else ""
+    raise UserError(f"unknown model {name!r}: no {folder / 'config.json'}; {hint}have: {', '.join(have) or 'none'}; put a checkpoint folder there")
+
+
+def concept_ids(request: Request, formats: Mapping[str, readers.DatasetFormat], dry: bool) -> list[int | None]:
+    """The concepts of the request: [None] for a dataset without; the first ten ids unless --concepts says which."""
+    first = next(iter(formats.values()))
+    if not first.multi_concept:
+        if request.concepts is not None:
+            raise UserError(f"--concepts: dataset {request.dataset!r} has no concepts (multi_concept in dataset_format.yaml)")
+        return [None]
+    if dry and not first.path.exists():
+        return list(request.concepts or range(FIRST_CONCEPTS))
+    have = list(readers.concepts(first))
+    if request.concepts is None:
+        return list(have[:FIRST_CONCEPTS])
+    for concept in request.concepts:
+        if concept not in have:
+            raise unknown("concept", str(concept), map(str, have))
+    return list(request.concepts)
+
+
+def check_data(formats: Mapping[str, readers.DatasetFormat], concepts: list[int | None], limit: int | None) -> None:
+    """Read everything once: a broken line is found before anything is written."""
+    for fmt in formats.values():
+        for concept in concepts:
+            (readers.read_prompts if fmt.section == "generation" else readers.read_pairs)(fmt, concept, limit)
+
+
+def sweep_multipliers(factors: tuple[float, ...], points: int = SWEEP_POINTS, widen: float = 1.0) -> tuple[float, ...]:
+    """`points` values symmetric about 0 (0 among them) over the training factor range, times `widen`."""
+    top = max(abs(f) for f in factors) * widen
+    half = points // 2
+    return tuple(round(top * k / half, 6) for k in range(-half, half + 1))
+
+
+def _steps(
+    request: Request, store: Store, verb: str, method: str, form: str, concepts: list[int | None], data: dict[str, Path], model: Path
+) -> list[Step]:
+    """The steps of one (method, form) and verb: one per concept, or one for all concepts together (generate)."""
+    resolve = {"fit": resolve_fit, "generate": resolve_generate, "measure": resolve_measure}[verb]
+    found = resolve(request.base_dir, request.model, request.dataset, method, form, request.overrides)
+    settings: Any = found.settings
+    cells = [Cell(request.model, request.dataset, method, form, tuple(settings.layers), concept) for concept in concepts]
+    sweep = request.multipliers == SWEEP
+    if sweep:
+        multipliers = sweep_multipliers(resolve_fit(request.base_dir, request.model, request.dataset, method, form).settings.steering_factors)
+    elif verb == "fit":
+        multipliers = ()
+    else:
+        given = request.multipliers if isinstance(request.multipliers, tuple) else getattr(settings, "multipliers", None)
+        multipliers = tuple(dict.fromkeys(float(m) for m in (given or (1.0,))))
+    groups = [tuple(cells)] if verb == "generate" else [(cell,) for cell in cells]
+    steps = []
+    for group in groups:
+        vectors = [store.vector(cell, layer) for cell in group for layer in cell.layers]
+        if verb == "fit":
+            outputs = vectors
+        elif verb == "generate":
+            outputs = [store.results(group[0], m) for m in multipliers]
+        else:
+            outputs = [store.losses(group[0], m, kind, split) for split in data for m in multipliers for kind in PREFERENCE_TYPES]
+        read = tuple(vectors) if verb != "fit" else ()
+        command = _command(request, verb, group, method, form, multipliers, sweep)
+        steps.append(
+            Step(verb, group, settings, found.files, model, data, read, tuple(outputs), command, multipliers, sweep, tuple(found.unused))
+        )
+    return steps
+
+
+def _command(
+    request: Request, verb: str, group: tuple[Cell, ...], method: str, form: str, multipliers: tuple[float, ...], sweep: bool
+) -> str:
+    words = ["python", "run_spilt.py", "--dataset", request.dataset, "--method", method, "--model_name", request.model]
+    words += ["--intervention_method", form, "--mode", MODE_OF[verb], "--device", request.device, "--base_dir", str(request.base_dir)]
+    if verb != "fit":
+        words += ["--multipliers", *(["sweep"] if sweep else [str(m) for m in multipliers])]
+    if group[0].concept is not None:
+        words += ["--concepts", *(str(cell.concept) for cell in group)]
+    return shlex.join([*words, *request.flags])
+
+
+# ---------------------------------------------------------------- identity: the same from a plan and from a stored artifact
+
+
+def fit_parts(step: Step, cell: Cell, layer: int, limit: int | None) -> dict[str, Any]:
+    """Everything that decides a fitted vector."""
+    settings = {**step.settings.as_dict(), "layers": [layer]}
+    return {"settings": settings, "concept": cell.concept, **_common(step, step.data["train"], limit)}
+
+
+def generate_parts(step: Step, multiplier: float, limit: int | None) -> dict[str, Any]:
+    """Everything that decides the texts of one multiplier."""
+    settings = {k: v for k, v in step.settings.as_dict().items() if k not in ("multipliers", "batch_size")}
+    own = {"multiplier": float(multiplier), "concepts": [cell.concept for cell in step.cells]}
+    return {"settings": settings, **own, **_common(step, step.data["prompts"], limit)}
+
+
+def measure_parts(step: Step, multiplier: float, preference_type: str, split: str, limit: int | None) -> dict[str, Any]:
+    """Everything that decides one train_losses.csv."""
+    settings = {k: v for k, v in step.settings.as_dict().items() if k != "batch_size"}
+    own = {"multiplier": float(multiplier), "preference_type": preference_type, "split": split, "concept": step.cells[0].concept}
+    return {"settings": settings, **own, **_common(step, step.data[split], limit)}
+
+
+def _common(step: Step, data: Path, limit: int | None) -> dict[str, Any]:
+    sources = {"model": manifest.model_hash(step.model), "data": manifest.file_hash(data), "vectors": [manifest.file_hash(p) for p in step.vectors]}
+    return {"verb": step.verb, "version": VERSION, "limit": limit, **sources}
+
+
+def missing_inputs(step: Step) -> list[Path]:
+    """Inputs that are not there (a model folder counts by its config.json)."""
+    model = [] if (step.model / "config.json").is_file() else [step.model]
+    return model + [p for p in (*step.data.values(), *step.vectors) if not p.is_file()]
+
+
+def splits_of(request: Request) -> tuple[str, ...]:
+    """The item sets that loss mode measures."""
+    every = DATA_OF["measure"]
+    if request.split == "both":
+        return tuple(every)
+    if request.split is not None:
+        return (request.split,)
+    there = readers.load_formats(request.base_dir)
+    return tuple(split for split, section in every.items() if request.dataset in there[section]) or ("train",)
+
+
+def summary(standing: Mapping[Path, str]) -> str:
+    """One word for a step: what its outputs are."""
+    states = set(standing.values())
+    if states <= {"done"}:
+        return "already done"
+    if states <= {"done", "foreign"}:
+        return "there, without manifest"
+    words = [f"{sum(v == state for v in standing.values())} {state}" for state in ("done", "stale", "damaged", "foreign", "missing") if state in states]
+    return "to do" if states == {"missing"} else f"to do: {', '.join(words)}"
+
+
+def output_parts(step: Step, limit: int | None) -> dict[Path, dict[str, Any]]:
+    """output -> what decides it; only when all inputs are there."""
+    if step.verb == "fit":
+        parts = [fit_parts(step, cell, layer, limit) for cell in step.cells for layer in cell.layers]
+    elif step.verb == "generate":
+        parts = [generate_parts(step, m, limit) for m in step.multipliers]
+    else:
+        parts = [measure_parts(step, m, k, s, limit) for s in step.data for m in step.multipliers for k in PREFERENCE_TYPES]
+    return dict(zip(step.outputs, parts, strict=True))
+
+
+def standing(step: Step, limit: int | None) -> dict[Path, str]:
+    """output -> 'done' | 'missing' | 'stale' | 'damaged' | 'foreign' (manifest.standing); 'missing' when an input is."""
+    if missing_inputs(step):
+        return {path: "foreign" if path.exists() and not manifest.manifest_path(path).exists() else "missing" for path in step.outputs}
+    return {path: manifest.standing(path, parts) for path, parts in output_parts(step, limit).items()}

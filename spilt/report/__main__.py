@@ -1,0 +1,5 @@
+import sys
+
+from spilt.report import main
+
+sys.exit(main())

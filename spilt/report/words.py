@@ -1,0 +1,174 @@
+"""The report's findings in words: what stands at the top of the page. Plain text; the page escapes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pandas as pd
+
+from spilt.curves.fit import GOOD_R2
+from spilt.report import tables
+from spilt.report.cells import Measured
+from spilt.report.figures import form_name
+
+
+class Finding(NamedTuple):
+    """One tile: a short label, the one figure to remember, the sentence that says what it means, and whether it is a warning."""
+
+    label: str
+    figure: str
+    sentence: str
+    warning: bool = False
+
+
+def number(value: object, digits: int = 2) -> str:
+    """1234.5 -> '1234.50', -1 -> '−1.00' (a real minus), nothing -> '–'."""
+    if value is None or isinstance(value, (int, float)) and not math.isfinite(value):
+        return "–"
+    if not isinstance(value, (int, float)):
+        return str(value)
+    text = f"{value:.{digits}f}"
+    return (text[1:] if float(text) == 0 and text.startswith("-") else text).replace("-", "−")
+
+
+def short(value: float | None) -> str:
+    """A multiplier: 6.0 -> '6', -0.2 -> '−0.2'."""
+    return "–" if value is None else f"{value:g}".replace("-", "−")
+
+
+def name_of(cell: str) -> str:
+    """'spilt local_weight' -> 'spilt local weight', as printed."""
+    method, _, form = cell.partition(" ")
+    return f"{method} {form_name(form)}"
+
+
+def findings(cells: Sequence[Measured], split: str, trade: pd.DataFrame, control: pd.DataFrame) -> list[Finding]:
+    out = [_kept(trade), _recommended(cells), _fits(cells, split), _undefined(cells, split), _control(control)]
+    return [finding for finding in out if finding]
+
+
+def coverage(cells: Sequence[Measured]) -> str:
+    """What was measured, in one sentence."""
+    methods = list(dict.fromkeys(c.place.method for c in cells))
+    forms = list(dict.fromkeys(form_name(c.place.intervention) for c in cells))
+    counts = [f"{n} {name} questions" for name in ("train", "test") if (n := max(_asked(c, name) for c in cells))]
+    points = sorted({len(c.rows("train")) for c in cells})
+    many = f"{points[0]}" if len(points) == 1 else f"{points[0]} to {points[-1]}"
+    concepts = max(len(c.place.concepts) for c in cells)
+    over = f", averaged over {concepts} concepts" if concepts else ""
+    cells_word = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
+    return f"{cells_word}: {_list(methods)} as {_list(forms)}; {many} multipliers each, on {_list(counts) or 'stored averages'}{over}."
+
+
+def _asked(cell: Measured, split: str) -> int:
+    return (
+        int(cell.fit["splits"].get(split, {}).get("n_questions", [0, 0])[-1:][0])
+        if cell.fit["splits"].get(split, {}).get("n_questions")
+        else 0
+    )
+
+
+def _list(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+
+
+def _kept(trade: pd.DataFrame) -> Finding | None:
+    if trade.empty:
+        return None
+    sentences, top = [], ""
+    for among, part in trade.groupby("among", sort=False):
+        first, second = part.iloc[0], part.iloc[1]
+        close = bool(first["margin"] < max(first["half_interval"], second["half_interval"]))
+        where = "Over all cells" if among == "all" else f"Among {form_name(str(among))} cells"
+        printed = [name_of(row["cell"]) if among == "all" else str(row["cell"]).partition(" ")[0] for row in (first, second)]
+        if close:
+            verdict = f"{printed[0]} and {printed[1]} are too close to call ({number(first['margin'])} nat apart, inside the 95% interval)"
+        else:
+            verdict = f"{printed[0]} keeps most utility, {number(first['margin'])} nat more than {printed[1]}"
+        sentences.append(f"{where}: {verdict}.")
+        if among == "all" or not top:
+            top = "too close to call" if close else name_of(first["cell"])
+    return Finding("Keeps most utility at equal preference", top, " ".join(sentences[::-1] if len(sentences) > 1 else sentences))
+
+
+def _recommended(cells: Sequence[Measured]) -> Finding | None:
+    table = tables.recommendations(cells)
+    table = table[table["multiplier"].notna()]
+    if table.empty:
+        reason = cells[0].best["reason"]
+        return Finding("Recommended multiplier", "none", f"No multiplier can be recommended: {reason}.", True)
+    budget = table["budget"].iloc[0]
+    best = table.sort_values("preference_gain_train", na_position="first", kind="stable").iloc[-1]
+    suffix = "test" if best["reported_on"] == "test" else "train"
+    shown = "test" if suffix == "test" else str(best["chosen_on"])
+    cell = name_of(f"{best['method']} {best['intervention']}")
+    if best["multiplier"] == 0:
+        return Finding(
+            "Recommended multiplier", "0", f"No measured multiplier gains preference for at most {budget:g} nat of utility.", True
+        )
+    drop, gain = best[f"utility_drop_{suffix}"], best[f"preference_gain_{suffix}"]
+    cost = f"utility falls by {number(drop)} nat" if drop > 0 else f"utility rises by {number(-drop)} nat"
+    share = ""
+    if pd.notna(best[f"accuracy_{suffix}"]):
+        share = f" ({best[f'accuracy_at_0_{suffix}']:.0%} → {best[f'accuracy_{suffix}']:.0%} of questions prefer the matching answer)"
+    sentence = (
+        f"The largest gain within a utility budget of {budget:g} nat, chosen on {best['chosen_on']} questions: "
+        f"{cell} at m = {short(best['multiplier'])}. On {shown} questions preference moves by {number(gain)} nats{share} and {cost}."
+    )
+    sentence += " On test questions the cost is over the budget." if suffix == "test" and drop > budget else ""
+    return Finding("Recommended multiplier", f"m = {short(best['multiplier'])}, {cell}", sentence)
+
+
+def _fits(cells: Sequence[Measured], split: str) -> Finding:
+    curves = [(cell, kind, cell.curve(split, kind)) for cell in cells for kind in ("preference", "utility")]
+    good = [fit for _, _, fit in curves if fit.r2 is not None and fit.r2 >= GOOD_R2]
+    missing = [f"{name_of(c.name)} ({kind})" for c, kind, fit in curves if fit.r2 is None]
+    low = [f"{name_of(c.name)} ({kind}, {fit.r2:.3f})" for c, kind, fit in curves if fit.r2 is not None and fit.r2 < GOOD_R2]
+    weak = [f"{name_of(c.name)} ({kind}, {fit.r2_held_out:.2f})" for c, kind, fit in curves if _weak(fit.r2, fit.r2_held_out)]
+    sentence = f"{len(good)} of {len(curves)} curves reach R² {GOOD_R2:g}."
+    sentence += f" Short of it: {_list(low)}." if low else ""
+    sentence += f" Not fitted: {_list(missing)}." if missing else ""
+    sentence += f" Good on all points but not between them (held-out R²): {_list(weak)}." if weak else ""
+    return Finding("Curve fits", f"{len(good)} of {len(curves)}", sentence, bool(low or missing or weak))
+
+
+def _weak(r2: float | None, held_out: float | None) -> bool:
+    return r2 is not None and held_out is not None and r2 >= GOOD_R2 > held_out
+
+
+def _undefined(cells: Sequence[Measured], split: str) -> Finding:
+    table = tables.undefined(cells, split)
+    if table.empty:
+        return Finding("Undefined utilities", "none", "Every question has a utility value at every multiplier.")
+    worst = table.assign(share=table["n_undefined"] / table["n"]).sort_values("share").iloc[-1]
+    total, scored = int(table["total"].sum()), int(sum(cell.rows(split)["n"].sum() for cell in cells))
+    return Finding(
+        "Undefined utilities",
+        f"{total} of {scored}",
+        f"So many values of question and multiplier have no utility: their two answers are so likely per token that the probabilities "
+        f"sum to 1 or more. They are left out of the mean utility and of nothing else, never clipped. Most: {name_of(worst['cell'])} at "
+        f"m = {short(worst['multiplier'])}, {worst['n_undefined']:.0f} of {worst['n']:.0f} questions.",
+        bool((table["n_undefined"] / table["n"] > 0.1).any()),
+    )
+
+
+def _control(table: pd.DataFrame) -> Finding | None:
+    if table.empty:
+        return None
+    sloped = [name_of(f"{row.method} {row.intervention}") for row in table[~table["no_slope"].astype(bool)].itertuples()]
+    lost = table["utility_drop_at_ends"].mean()
+    falls = (
+        f"utility falls by {number(lost)} nats at the ends of the sweep" if lost > 0 else "utility does not fall at the ends of the sweep"
+    )
+    if sloped:
+        slopes = f"mean preference has a slope beside {_list(sloped)}"
+    else:
+        slopes = "mean preference has no slope"
+    return Finding(
+        "Random directions of the same norm",
+        f"{table['draws'].sum()} draws",
+        f"As a control, {slopes}, and {falls}.",
+        bool(sloped) or not lost > 0,
+    )
