@@ -223,7 +223,7 @@ def run(made: plan.Plan, request: plan.Request, *, quiet: bool) -> list[Outcome]
             log.warning("%s: skipped: %s", step, reason)
             outcomes.append(Outcome(str(step), SKIPPED, reason, 0.0, ""))
         elif not request.force and not step.sweep and _all_done(step, request):
-            outcomes.append(Outcome(str(step), ALREADY, "", 0.0, _short(step.outputs[0], request)))
+            outcomes.append(Outcome(str(step), ALREADY, "", 0.0, _shown(step, request)))
         else:
             waiting.append(step)
     if not waiting:
@@ -247,7 +247,7 @@ def run(made: plan.Plan, request: plan.Request, *, quiet: bool) -> list[Outcome]
             if lacking:
                 outcome = Outcome(str(step), SKIPPED, f"no vector file {lacking[0]} (its fit failed)", 0.0, "")
             else:
-                outcome = Outcome(str(step), stages.run_step(step, here), "", time.monotonic() - start, _short(step.outputs[0], request))
+                outcome = Outcome(str(step), stages.run_step(step, here), "", time.monotonic() - start, _shown(step, request))
         except UserError as error:
             if host is None:
                 raise  # the model itself: nothing can run
@@ -261,8 +261,10 @@ def run(made: plan.Plan, request: plan.Request, *, quiet: bool) -> list[Outcome]
         if not quiet:
             print(f"{outcome.outcome}: {step}" + (f": {outcome.reason}" if outcome.reason else "") + f" ({outcome.seconds:.1f} s)", file=sys.stderr)
         outcomes.append(outcome)
-    if request.mode == "loss":
-        stages.report(waiting, request)
+    if request.mode == "loss" and any(outcome.outcome in (DONE, ALREADY) for outcome in outcomes):
+        start = time.monotonic()
+        page = stages.report(waiting, request, quiet)
+        outcomes.append(Outcome("report", DONE, "", time.monotonic() - start, page))
     return outcomes
 
 
@@ -278,8 +280,12 @@ def _quiet_libraries() -> None:
     theirs.set_verbosity_error()
 
 
-def _short(path: Path, request: plan.Request) -> str:
-    return Store(request.base_dir).relative(path)
+def _shown(step: plan.Step, request: plan.Request) -> str:
+    """The output that the table names: the file, of several multipliers the first, of loss mode the cell's folder."""
+    store = Store(request.base_dir)
+    if step.verb == "measure":
+        return store.relative(store.loss_folder(step.cells[0]))
+    return store.relative(step.outputs[0]) + (f" (and {len(step.outputs) - 1} more)" if len(step.outputs) > 1 else "")
 
 
 def print_table(outcomes: Sequence[Outcome]) -> None:

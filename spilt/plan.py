@@ -194,6 +194,24 @@ def sweep_multipliers(factors: tuple[float, ...], points: int = SWEEP_POINTS, wi
     return tuple(round(top * k / half, 6) for k in range(-half, half + 1))
 
 
+def widened(multipliers: tuple[float, ...]) -> tuple[float, ...]:
+    """The same spacing over a range half as wide again, up to SWEEP_MOST values."""
+    half = (len(multipliers) - 1) // 2
+    spacing = max(multipliers) / half
+    more = min(half + half // 2, (SWEEP_MOST - 1) // 2)
+    return tuple(round(spacing * k, 6) for k in range(-more, more + 1))
+
+
+def with_multipliers(step: Step, store: Store, multipliers: tuple[float, ...]) -> Step:
+    """The same measuring step at other strengths."""
+    outputs = _loss_files(store, step.cells[0], step.data, multipliers)
+    return step._replace(multipliers=multipliers, outputs=tuple(outputs))
+
+
+def _loss_files(store: Store, cell: Cell, data: Mapping[str, Path], multipliers: tuple[float, ...]) -> list[Path]:
+    return [store.losses(cell, m, kind, split) for split in data for m in multipliers for kind in PREFERENCE_TYPES]
+
+
 def _steps(
     request: Request, store: Store, verb: str, method: str, form: str, concepts: list[int | None], data: dict[str, Path], model: Path
 ) -> list[Step]:
@@ -219,7 +237,7 @@ def _steps(
         elif verb == "generate":
             outputs = [store.results(group[0], m) for m in multipliers]
         else:
-            outputs = [store.losses(group[0], m, kind, split) for split in data for m in multipliers for kind in PREFERENCE_TYPES]
+            outputs = _loss_files(store, group[0], data, multipliers)
         read = tuple(vectors) if verb != "fit" else ()
         command = _command(request, verb, group, method, form, multipliers, sweep)
         steps.append(

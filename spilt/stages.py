@@ -7,14 +7,16 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
-from spilt import activations, anatomy, generation, hooks, manifest, measure, plan, training
+from spilt import activations, anatomy, curves, generation, hooks, manifest, measure, odds, plan, training
 from spilt.atomic import atomic_write
 from spilt.cell import Cell
 from spilt.data import readers
@@ -117,7 +119,7 @@ def fit(step: Step, run: Run) -> str:
     """Find the intervention of one cell, at each of its layers, and store it. Returns 'done' or 'already done'."""
     (cell,) = step.cells
     settings: Any = step.settings
-    done = 0
+    done, story = 0, list[str]()
     for layer, (path, parts) in zip(cell.layers, plan.output_parts(step, run.request.limit).items(), strict=True):
         standing = manifest.standing(path, parts)
         if not run.request.force and standing in ("done", "foreign"):
@@ -132,7 +134,8 @@ def fit(step: Step, run: Run) -> str:
             intervention, rows = _train(cell, layer, settings, run, fmt)
         text = readers.concepts(fmt).get(cell.concept) if cell.concept is not None else None
         atomic_write(run.store.metadata(cell, layer), metadata_line(intervention, cell.concept, text))
-        atomic_write(run.store.train_log(cell), _train_log(cell, layer, rows))
+        story.append(_train_log(cell, layer, rows))
+        atomic_write(run.store.train_log(cell), "".join(story))
         manifest.write(path, dump(intervention, cell.concept), parts, {"layer": layer, "steps": len(rows), "last_loss": rows[-1]["loss"] if rows else None})
     return "already done" if done == len(cell.layers) else "done"
 
@@ -309,65 +312,161 @@ def _generation_log(step: Step, multiplier: float, made: list[dict[str, Any]]) -
 
 # ---------------------------------------------------------------- measure
 
+CONTROL_DRAWS = 16  # random directions of the vector's norm: one alone can have a slope by chance, their mean should have none
+CONTROL_PAIRS = 64  # questions that they are scored on, at most
+CONTROL_EVERY = 3  # every third multiplier of the sweep
+
 
 def measure_cell(step: Step, run: Run) -> str:
-    """Losses of both answers at every multiplier, as train_losses.csv files."""
+    """Losses of both answers at every multiplier, as train_losses.csv files; a sweep is widened once when a tail still moves."""
+    (cell,) = step.cells
+    interventions = stored(cell, step.settings, run)
+    if step.sweep:
+        step = plan.with_multipliers(step, run.store, _sweep(step, interventions, run))
+    new = _measure(step, interventions, run)
+    if step.sweep:
+        if not curves.flattened(odds.summarise(pd.concat([odds.collect(run.store.loss_folder(cell), split) for split in step.data]))):
+            wider = plan.widened(step.multipliers)
+            new = _measure(plan.with_multipliers(step, run.store, wider), interventions, run) or new
+            step = plan.with_multipliers(step, run.store, wider)
+        if cell.intervention == "vector":
+            new = _control(step, interventions, run) or new
+    return "done" if new else "already done"
+
+
+def _sweep(step: Step, interventions: dict[int, Intervention], run: Run) -> tuple[float, ...]:
+    """The sweep's multipliers. caa is not trained at any strength: its range makes max |m v| that of the trained vectors."""
+    (cell,) = step.cells
+    if METHODS[cell.method].loss is not None:
+        return step.multipliers
+    layer = min(interventions)
+    own = _norm(interventions[layer])
+    if own == 0:
+        return step.multipliers
+    others = [replace(cell, method=name) for name, row in METHODS.items() if row.loss is not None and cell.intervention in row.forms]
+    there = [other for other in others if run.store.vector(other, layer).is_file()]
+    norms = [_norm(stored(replace(other, layers=(layer,)), step.settings, run)[layer]) for other in there]
+    if norms:
+        top = max(map(abs, step.multipliers)) * sum(norms) / len(norms)
+    else:  # nothing trained is stored: the strength at which the vector is twice as long as the stream is
+        key = run.recordings.keys(step)[0]
+        fmt = readers.dataset_format(run.request.base_dir, cell.dataset, plan.DATA_OF["measure"][next(iter(step.data))])
+        top = 2 * torch.cat(run.recordings.get(key, run.host, fmt, None).h).float().norm(dim=-1).mean().item()
+    return plan.sweep_multipliers((float(f"{top / own:.2g}"),))
+
+
+def _norm(intervention: Intervention) -> float:
+    assert isinstance(intervention, Vector)
+    return intervention.v.norm().item()
+
+
+def _cache(step: Step, split: str, component: str | None, run: Run) -> activations.Activations:
+    fmt = readers.dataset_format(run.request.base_dir, step.cells[0].dataset, plan.DATA_OF["measure"][split])
+    key = next(key for key in run.recordings.keys(step) if key.data == step.data[split])
+    return run.recordings.get(key, run.host, fmt, component)
+
+
+def _measure(step: Step, interventions: dict[int, Intervention], run: Run) -> bool:
+    """Write what is not there yet; multipliers that are done are not scored again. Returns whether anything was written."""
     (cell,) = step.cells
     s: Any = step.settings
     outputs = plan.output_parts(step, run.request.limit)
-    if not run.request.force and all(manifest.standing(path, parts) == "done" for path, parts in outputs.items()):
-        return "already done"
-    interventions = stored(cell, s, run)
+    todo = {path for path, parts in outputs.items() if run.request.force or manifest.standing(path, parts) != "done"}
     prefix = run.host.chat(s.use_chat_template, s.system_prompt).prefix_length
+    first = min(interventions)
     for split in step.data:
-        fmt = readers.dataset_format(run.request.base_dir, cell.dataset, plan.DATA_OF["measure"][split])
-        key = next(key for key in run.recordings.keys(step) if key.data == step.data[split])
-        cache = run.recordings.get(key, run.host, fmt, interventions[key.layer].component)
-        signed = sorted({m for m in step.multipliers} | {-m for m in step.multipliers} | {0.0})
-        device = run.host.device(key.layer)
+        wanted = [m for m in step.multipliers if any(run.store.losses(cell, m, kind, split) in todo for kind in PREFERENCE_TYPES)]
+        if not wanted:
+            continue
+        cache = _cache(step, split, interventions[first].component, run)
+        signed = sorted({m for m in wanted} | {-m + 0.0 for m in wanted})
         with tqdm(total=len(cache.sequences), desc=f"loss {cell} {split}", unit="seq", leave=False, disable=run.quiet) as bar:
             found = measure.losses(
-                run.host.model, interventions, cache, signed, s.intervention_positions, prefix, device, progress=bar.update
+                run.host.model, interventions, cache, signed, s.intervention_positions, prefix, run.host.device(first), progress=bar.update
             )
         place = {m: k for k, m in enumerate(signed)}
-        for m in step.multipliers:
+        for m in wanted:
             for kind in PREFERENCE_TYPES:
                 path = run.store.losses(cell, m, kind, split)
                 table = loss_table(found, place, m, kind, s.preference_pairs)
                 atomic_write(path.with_name("train.log"), f"{cell} m={m} {kind}: {len(table)} rows, mean {table['pos_steer_loss'].mean():.6f}\n")
-                buffer = io.StringIO()
-                table.to_csv(buffer, index=False, lineterminator="\n")
-                manifest.write(path, buffer.getvalue(), outputs[path])
-    return "done"
+                manifest.write(path, _csv(table), outputs[path])
+    return bool(todo)
+
+
+def _csv(table: pd.DataFrame) -> str:
+    buffer = io.StringIO()
+    table.to_csv(buffer, index=False, lineterminator="\n")
+    return buffer.getvalue()
 
 
 def loss_table(found: measure.Losses, place: dict[float, int], m: float, kind: str, pairs: tuple[str, ...]) -> pd.DataFrame:
-    """Rows of train_losses.csv: (example, pair) in dataset order. winning_only scores matching at +m (orig_add) and
-    not_matching at -m (orig_sub); losing_only the other two."""
-    rows = []
-    for example in range(found.total.shape[1] // 2):
-        for pair in pairs:
-            applied = m if pair == "orig_add" else -m
-            matching = (pair == "orig_add") == (kind == "winning_only")
-            sequence, k = 2 * example + (0 if matching else 1), place[applied + 0.0]
-            total, answer = found.total[k, sequence], found.answer[k, sequence]
-            rows.append(
-                {
-                    "epoch": 0,
-                    "step": len(rows),
-                    "pos_steer_loss": total / found.tokens[sequence],
-                    "pos_steering_factors": applied,
-                    "neg_steering_factors": applied,
-                    "example": example,
-                    "pair": pair,
-                    "target": "matching" if matching else "not_matching",
-                    "n_tokens": found.tokens[sequence],
-                    "loss_sum": total,
-                    "answer_tokens": found.answer_tokens[sequence],
-                    "answer_loss_sum": answer,
-                }
-            )
-    return pd.DataFrame(rows)
+    """Rows of train_losses.csv: (example, pair) in dataset order.
+
+    winning_only scores matching at +m (orig_add) and not_matching at -m (orig_sub); losing_only the other two.
+    """
+    examples = found.total.shape[1] // 2
+    columns = []
+    for pair in pairs:
+        applied = (m if pair == "orig_add" else -m) + 0.0
+        matching = (pair == "orig_add") == (kind == "winning_only")
+        sequence, k = 2 * np.arange(examples) + (0 if matching else 1), place[applied]
+        columns.append(
+            {
+                "pos_steer_loss": found.total[k, sequence] / found.tokens[sequence],
+                "pos_steering_factors": np.full(examples, applied),
+                "neg_steering_factors": np.full(examples, applied),
+                "example": np.arange(examples),
+                "pair": np.full(examples, pair),
+                "target": np.full(examples, "matching" if matching else "not_matching"),
+                "n_tokens": found.tokens[sequence],
+                "loss_sum": found.total[k, sequence],
+                "answer_tokens": found.answer_tokens[sequence],
+                "answer_loss_sum": found.answer[k, sequence],
+            }
+        )
+    # one row of each pair after the other, example by example
+    rows = {name: np.stack([part[name] for part in columns], 1).reshape(-1) for name in columns[0]}
+    return pd.DataFrame({"epoch": 0, "step": np.arange(examples * len(pairs)), **rows})
+
+
+def _control(step: Step, interventions: dict[int, Intervention], run: Run) -> bool:
+    """control.csv: preference and utility along random directions of the stored vector's norm, per draw and multiplier."""
+    (cell,) = step.cells
+    s: Any = step.settings
+    split = list(step.data)[-1]  # test items where they are measured
+    multipliers = [0.0, *(sign * m for m in [m for m in step.multipliers if m > 0][:: -CONTROL_EVERY] for sign in (1, -1))]
+    path = run.store.control(cell)
+    drawn = {"multipliers": multipliers, "draws": CONTROL_DRAWS, "pairs": CONTROL_PAIRS}
+    parts = {"control": drawn, **plan.measure_parts(step, 0.0, "control", split, run.request.limit)}
+    if not run.request.force and manifest.standing(path, parts) == "done":
+        return False
+    first = min(interventions)
+    whole = _cache(step, split, None, run)
+    few = slice(0, 2 * CONTROL_PAIRS)
+    cache = activations.Activations(whole.sequences[few], whole.h[few], {}, whole.pad_id)
+    prefix = run.host.chat(s.use_chat_template, s.system_prompt).prefix_length
+    generator = torch.Generator().manual_seed(s.seed)
+    tables = []
+    for draw in tqdm(range(CONTROL_DRAWS), desc=f"control {cell}", unit="draw", leave=False, disable=run.quiet):
+        random_ones: dict[int, Intervention] = {}
+        for layer, intervention in interventions.items():
+            direction = torch.randn(anatomy.hidden_size(run.host.model), generator=generator)
+            made = Vector.from_state(direction / direction.norm() * _norm(intervention), site=s.site)
+            random_ones[layer] = made.eval().to(run.host.device(layer))
+        found = measure.losses(
+            run.host.model, random_ones, cache, multipliers, s.intervention_positions, prefix, run.host.device(first)
+        )
+        mean = found.answer / found.answer_tokens
+        utility = odds.utility_log_odds(mean[:, 0::2], mean[:, 1::2])
+        defined = np.isfinite(utility).sum(1)
+        table = pd.DataFrame({"split": split, "draw": draw, "multiplier": multipliers})
+        table["preference"] = odds.preference_log_odds(mean[:, 0::2], mean[:, 1::2]).mean(1)
+        table["utility"] = np.where(defined > 0, np.nansum(utility, 1) / np.maximum(defined, 1), np.nan)
+        table["n"], table["n_undefined"] = utility.shape[1], utility.shape[1] - defined
+        tables.append(table)
+    manifest.write(path, _csv(pd.concat(tables)), parts)
+    return True
 
 
 STAGES = {"fit": fit, "generate": generate, "measure": measure_cell}
@@ -381,8 +480,14 @@ def run_step(step: Step, run: Run) -> str:
         run.recordings.release(step)
 
 
-def report(steps: Iterable[Step], request: Request) -> None:
-    """Curves, pictures and report.html from what is stored by now."""
+def report(steps: Iterable[Step], request: Request, quiet: bool) -> str:
+    """Curves, pictures and report.html of everything stored by now; returns the page, relative to base_dir."""
+    from spilt.report import update
+
+    cell = next(iter(steps)).cells[0]
+    with tqdm(desc="report", unit="cell", leave=False, disable=quiet) as bar:
+        page = update(request.base_dir, cell.model, cell.dataset, progress=lambda _: bar.update() and None)
+    return Store(request.base_dir).relative(page)
 
 
 def not_there(step: Step) -> list[Path]:

@@ -478,6 +478,16 @@ def test_an_answer_that_vanishes_in_the_prompts_last_token_is_refused():
     assert chat.encode("a ", "!!").prompt_length == 3  # the prompt's own count, as released, although the border moved
 
 
+@pytest.mark.parametrize("template", ["<eot><start>" + TURNS, TURNS])
+def test_a_tokenizer_that_puts_two_tokens_in_front(template):  # as ChatGLM does; it has no BOS
+    tok = tokenizer(template, adds_bos=False)
+    front = processors.TemplateProcessing(single="<eot> <start> $A", special_tokens=[("<eot>", 5), ("<start>", 3)])
+    tok.backend_tokenizer.post_processor = front
+    tok.bos_token = None
+    assert shown(tok, Chat.of(tok).prompt_ids("Why?")) == "<eot><start><start>user\nWhy?<end>\n<start>model\n"
+    assert Chat.of(tok, use_chat_template=False).prefix_length == 2
+
+
 def test_token_type_ids_are_left():
     tok = tokenizer(model_input_names=["input_ids", "token_type_ids", "attention_mask"])
     assert "token_type_ids" in tok("a")

@@ -119,8 +119,7 @@ class Chat:
     def _ids(self, text: str) -> list[int]:
         """Tokens of a text with exactly one BOS, if the template or the tokenizer has one, and no EOS of the tokenizer's own."""
         ids = _encode(self.tokenizer, text)
-        n = len(self.bos_ids)
-        has_bos = tuple(ids[:n]) == self.bos_ids or ids[:1] == [self.tokenizer.bos_token_id]
+        has_bos = tuple(ids[: len(self.bos_ids)]) == self.bos_ids
         return ids if has_bos else [*self.bos_ids, *ids]
 
 

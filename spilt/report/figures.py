@@ -7,6 +7,7 @@ an SVG's colours into those for a dark page. PNG files have a white ground and r
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, GRID, GROUND, RANDOM, BAND = "#1b1d21", "#5a6068", "#dfe2e6", "#fffffe", "#757b84", "#cfd3d9"
+NARROW = 4.1  # inches: the width of a figure for small screens
 TINTS = {"linear": "#e6edf4", "transitional": "#f3f6f9"}
 # method -> colours of (vector and local_weight, lora), markers of the same; Okabe-Ito hues, told apart by lightness too
 SERIES = {
@@ -54,7 +56,7 @@ def _drawing(narrow: bool, salt: str) -> Iterator[None]:
     import matplotlib
 
     matplotlib.use("Agg")
-    size = 8.0 if narrow else 9.5
+    size = 9.0 if narrow else 9.5
     with matplotlib.rc_context(
         {
             **{"font.size": size, "axes.titlesize": size + 1, "axes.labelsize": size, "legend.fontsize": size - 0.5},
@@ -73,7 +75,9 @@ def svg_of(figure: Figure) -> str:
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
-    return text[text.index("<svg") :]
+    text = re.sub(r"^\s+", "", text[text.index("<svg") :], flags=re.MULTILINE)
+    # two decimals are a hundredth of a point; transforms keep theirs, glyphs are scaled by them
+    return re.sub(r' (d|x|y)="[^"]*"', lambda hit: re.sub(r"(\.\d\d)\d+", r"\1", hit[0]), text)
 
 
 def png_of(figure: Figure, dpi: int = 160) -> bytes:
@@ -92,7 +96,11 @@ def look(method: str, form: str) -> dict[str, Any]:
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.set(h_pad=0.1, w_pad=0.06)  # type: ignore[call-arg]
+    return figure
 
 
 def _curve_pair(axes: Axes, cell: Measured, split: str, unit: float = 1.0, bars: bool = False, label: str = "") -> None:
@@ -185,7 +193,7 @@ def paper_figure(cells: Sequence[Measured], split: str, narrow: bool = False) ->
     if not panels:
         return None
     with _drawing(narrow, f"paper{narrow}"):
-        figure = _figure(4.3, 4.3 * len(panels)) if narrow else _figure(10.2, 4.1 * len(panels))
+        figure = _figure(NARROW, 4.3 * len(panels)) if narrow else _figure(10.2, 4.1 * len(panels))
         for axes, (forms, some) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
             units, label = _units(some, split)
             relative = set(units) != {1.0}
@@ -220,7 +228,7 @@ def trade_off_figure(cells: Sequence[Measured], split: str, narrow: bool = False
     if not forms:
         return None
     with _drawing(narrow, f"trade{narrow}"):
-        figure = _figure(4.3, 3.5 * len(forms) + 0.6) if narrow else _figure(max(5.0, 3.5 * len(forms)), 4.4)
+        figure = _figure(NARROW, 3.5 * len(forms) + 0.6) if narrow else _figure(max(5.0, 3.5 * len(forms)), 4.4)
         grid = (len(forms), 1) if narrow else (1, len(forms))
         all_axes = figure.subplots(*grid, squeeze=False, sharex=True, sharey=True).ravel()
         for axes, form in zip(all_axes, forms, strict=True):
@@ -266,7 +274,7 @@ def control_figure(cells: Sequence[Measured], split: str, narrow: bool = False) 
         return None
     with _drawing(narrow, f"control{narrow}"):
         n = len(some)
-        figure = _figure(4.3, 2.1 * n + 1.0) if narrow else _figure(max(5.5, 2.75 * n), 5.2)
+        figure = _figure(NARROW, 2.1 * n + 1.0) if narrow else _figure(max(5.5, 2.75 * n), 5.2)
         axes = figure.subplots(n, 2, squeeze=False, sharey="col").T if narrow else figure.subplots(2, n, squeeze=False, sharey="row")
         for column, cell in enumerate(some):
             style = look(cell.place.method, cell.place.intervention)
@@ -309,7 +317,7 @@ def cell_figure(cell: Measured, split: str, narrow: bool = False) -> Figure:
     from matplotlib.lines import Line2D
 
     with _drawing(narrow, f"cell{cell.name}{narrow}"):
-        figure = _figure(4.3, 4.4) if narrow else _figure(8.2, 4.6)
+        figure = _figure(NARROW, 4.4) if narrow else _figure(8.2, 4.6)
         axes = figure.subplots()
         _curve_pair(axes, cell, split, bars=True)
         axes.axhline(0, color=MUTED, linewidth=0.6, zorder=1)

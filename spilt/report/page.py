@@ -16,7 +16,7 @@ from spilt.curves.fit import GOOD_R2
 from spilt.report import style, tables
 from spilt.report.cells import Measured, Sample
 from spilt.report.figures import dark, form_name
-from spilt.report.words import Finding, coverage, number, short
+from spilt.report.words import Finding, coverage, name_of, number, short
 
 
 class Picture(NamedTuple):
@@ -57,7 +57,7 @@ def m_of(value: object) -> str:
 def table(frame: pd.DataFrame, columns: Sequence[Column], caption: str) -> str:
     """A sortable table in its own scroll box; the first column heads its row."""
     heads = "".join(
-        f'<th scope="col" aria-sort="none"{" class=n" if c.show else ""}><button type="button">{escape(c.heading)}'
+        f'<th scope="col" aria-sort="none"{" class=n" if c.show else ""}><button type="button"><span>{escape(c.heading)}</span>'
         f"{f'<small>{escape(c.unit)}</small>' if c.unit else ''}</button></th>"
         for c in columns
     )
@@ -106,13 +106,13 @@ def _size(svg: str) -> str:
     return f' width="{float(found[1]):.0f}" height="{float(found[2]):.0f}"' if found else ""
 
 
-CELL = [Column("method", "method"), Column("form", "form")]
+CELL = [Column("cell", "cell")]
 NATS = digits(2)
 
 
 def recommendation_table(cells: Sequence[Measured]) -> str:
     frame = _named(tables.recommendations(cells))
-    frame["gain_shown"] = frame["preference_gain_test"]
+    frame["reason"] = frame["reason"].replace("largest preference gain within the budget", "")
     has_test = bool((frame["reported_on"] == "test").any())
     columns = [
         *CELL,
@@ -127,7 +127,8 @@ def recommendation_table(cells: Sequence[Measured]) -> str:
             Column(f"n_{s}", "questions", s, digits(0)),
             Column(f"n_undefined_{s}", "undefined utility", f"{s}, chosen m", digits(0)),
         ]
-    columns.append(Column("reason", "note", kind="text"))
+    if frame["reason"].any():
+        columns.append(Column("reason", "note", kind="text"))
     budget = frame["budget"].iloc[0]
     where = (
         "chosen on train questions, test numbers beside it"
@@ -143,10 +144,22 @@ def recommendation_table(cells: Sequence[Measured]) -> str:
     )
 
 
-def fit_table(cells: Sequence[Measured], model: str, dataset: str) -> str:
+def fit_tables(cells: Sequence[Measured], model: str, dataset: str, split: str) -> str:
+    """The fits of the shown split; those of the others folded below."""
     frame = _named(tables.fits(cells, model, dataset))
+    shown = pd.concat(
+        [part[part["split"] == cell.split_for(split)] for cell in cells for part in [frame[frame["cell"] == name_of(cell.name)]]]
+    )
+    rest = frame.drop(shown.index)
+    html = _fit_table(shown)
+    for other, part in rest.groupby("split", sort=False):
+        html += f"<details><summary>The same fits on {escape(str(other))} questions</summary>{_fit_table(part)}</details>"
+    return html
+
+
+def _fit_table(frame: pd.DataFrame) -> str:
     three = digits(3)
-    columns = [*CELL, Column("curve", "curve"), Column("split", "questions"), Column("r2", "R²", "all points", three)]
+    columns = [*CELL, Column("curve", "curve"), Column("r2", "R²", "all points", three)]
     columns.append(Column("r2_held_out", "R²", "held out", three))
     if frame["r2_paper"].notna().any():
         columns.append(Column("r2_paper", "R²", "paper", digits(2)))
@@ -162,7 +175,7 @@ def fit_table(cells: Sequence[Measured], model: str, dataset: str) -> str:
     return table(
         frame,
         columns,
-        "Fits. Held out: fitted on every second multiplier, scored on the others. The parameters trade off against each other: "
+        f"Fits on {frame['split'].iloc[0]} questions. Held out: fitted on every second multiplier, scored on the others. The parameters trade off against each other: "
         "read the curve, "
         "not one parameter. b and beta in nats, alpha in nats per unit of m, L in units of m².",
     )
@@ -193,15 +206,22 @@ def reading_table(cells: Sequence[Measured], split: str) -> str:
     )
 
 
-def trade_table(trade: pd.DataFrame) -> str:
+def trade_tables(trade: pd.DataFrame) -> str:
+    """Within each form; over all cells folded below."""
     if trade.empty:
-        return ""
-    frame = trade.copy()
-    frame[["method", "form"]] = frame["cell"].str.split(" ", n=1, expand=True)
-    frame["form"], frame["among"] = frame["form"].map(form_name), frame["among"].map(form_name)
+        return '<p class="quiet">Fewer than two cells can be compared at equal preference.</p>'
+    shown = trade.assign(form=trade["cell"].str.partition(" ")[2].map(form_name), cell=trade["cell"].map(name_of))
+    within, over = shown[shown["among"] != "all"], shown[shown["among"] == "all"]
+    html = _trade_table(within, "Utility kept at equal preference, within each form") if len(within) else ""
+    if len(over):
+        html += f"<details><summary>The same over all cells</summary>{_trade_table(over, 'Utility kept at equal preference, all cells')}</details>"
+    return html
+
+
+def _trade_table(frame: pd.DataFrame, title: str) -> str:
     columns = [
         *CELL,
-        Column("among", "compared among"),
+        Column("form", "form"),
         Column("utility", "utility kept", "mean, nats", NATS),
         Column("margin", "ahead of next", "nats", NATS),
         Column("half_interval", "± interval", "95%, nats", NATS),
@@ -210,9 +230,8 @@ def trade_table(trade: pd.DataFrame) -> str:
     return table(
         frame,
         columns,
-        "Utility kept at equal preference. Mean, over the preferences that all compared cells reach, of the largest utility at "
-        "or beyond that "
-        "preference. A lead smaller than the interval is too close to call.",
+        f"{title}. Mean, over the preferences that all compared cells reach, of the largest utility at or beyond that preference. "
+        "A lead smaller than the interval is too close to call.",
     )
 
 
@@ -241,6 +260,7 @@ def claim_table(frame: pd.DataFrame) -> str:
     shown = frame.assign(
         verdict=[f"{row['holds']} of {row['judged']}" if row["judged"] else "not judged" for row in frame.to_dict("records")]
     )
+    shown["exceptions"] = [", ".join(name_of(name) for name in row.split(", ") if name) for row in shown["exceptions"]]
     columns = [Column("claim", "claim", kind="text"), Column("verdict", "holds in"), Column("exceptions", "not in", kind="text")]
     html = table(shown, columns, "The paper's claims on these cells. A cell that cannot be judged (no fit, m = 0 missing) is not counted.")
     return html.replace('<th scope="row">', '<th scope="row" class="claim">')
@@ -259,7 +279,7 @@ def paper_table(model: str, dataset: str) -> str:
 
 
 def _named(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame.assign(form=[form_name(form) for form in frame["intervention"]])
+    return frame.assign(cell=[f"{row['method']} {form_name(row['intervention'])}".strip() for row in frame.to_dict("records")])
 
 
 def tiles(findings: Sequence[Finding]) -> str:
@@ -335,10 +355,10 @@ def page(
     sections = [
         ("curves", "Preference and utility against the multiplier", _shown(pictures, "paper") + notes("To read with care", short_of)),
         ("recommended", "Recommended multipliers", recommendation_table(cells) + paper_table(model, dataset)),
-        ("trade-off", "The trade-off", _shown(pictures, "trade_off") + trade_table(trade)),
+        ("trade-off", "The trade-off", _shown(pictures, "trade_off") + trade_tables(trade)),
         ("control", "Control: random directions", _shown(pictures, "control") + control_table(control) if len(control) else _no_control()),
         ("claims", "What the paper claims", claim_table(claims)),
-        ("fits", "Fits and readings", fit_table(cells, model, dataset) + reading_table(cells, split)),
+        ("fits", "Fits and readings", reading_table(cells, split) + fit_tables(cells, model, dataset, split)),
         ("cells", "Every cell", folded),
         ("texts", "What the model writes", texts or '<p class="quiet">No generations are stored for this dataset and model.</p>'),
     ]

@@ -32,10 +32,10 @@ a { color: var(--accent); text-underline-offset: .18em; }
 nav { margin: 1.5rem 0 0; font-size: .92rem; }
 nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .3rem 1.25rem; margin: 0; padding: 0; }
 section { margin: clamp(2.5rem, 5vw, 4rem) 0; scroll-margin-top: 1rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; margin: 1.25rem 0; padding: 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; margin: 1.25rem 0; padding: 0; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: 1.1rem 1.25rem; }
 .tile dt { color: var(--muted); font-size: .87rem; }
-.tile dd { margin: 0; }
+.tile dd, .tile .said { margin: 0; }
 .tile .figure { font: 600 1.4rem/1.25 var(--serif); margin: .15rem 0 .5rem; overflow-wrap: anywhere; }
 .tile .said { font-size: .95rem; line-height: 1.55; }
 .tile.wide { grid-column: 1 / -1; }
@@ -52,19 +52,22 @@ figcaption { color: var(--muted); font-size: .9rem; max-width: 52rem; margin: .9
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums lining-nums; }
 caption { text-align: left; padding: .9rem 1rem .6rem; color: var(--muted); font-size: .9rem; line-height: 1.5; }
 caption span { display: block; position: sticky; left: 1rem; width: min(50rem, calc(100vw - 5rem)); }
-th, td { padding: .42rem .8rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
-thead th { vertical-align: bottom; padding: 0; white-space: nowrap; font-weight: 600; }
-tbody th { font-weight: 600; white-space: nowrap; }
+th, td { padding: .42rem .7rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
+thead th { vertical-align: bottom; padding: 0; font-weight: 600; }
+tbody th { font-weight: 600; white-space: nowrap; position: sticky; left: 0; background: var(--card); }
+tbody th.claim { font-weight: 400; white-space: normal; position: static; min-width: 14rem; }
+tbody tr:hover th { background: var(--soft); }
+@media (max-width: 640px) { tbody th { white-space: normal; max-width: 7rem; } }
 td.n, thead th.n { text-align: right; white-space: nowrap; }
 tbody tr:hover { background: var(--soft); }
-td.text { min-width: 16rem; } td.nobr { white-space: nowrap; }
-thead button { all: unset; box-sizing: border-box; display: block; width: 100%; padding: .5rem .8rem; cursor: pointer; line-height: 1.3; }
+td.text { min-width: 14rem; } td.nobr { white-space: nowrap; }
+thead button { all: unset; box-sizing: border-box; display: block; width: 100%; padding: .5rem .7rem; cursor: pointer; line-height: 1.3; }
 thead button:hover { color: var(--accent); }
 thead button:focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; }
 thead button small { display: block; font-weight: 400; color: var(--muted); }
-thead button::after { content: " \\2195"; color: var(--muted); opacity: .55; font-weight: 400; }
-th[aria-sort="ascending"] button::after { content: " \\2191"; color: var(--accent); opacity: 1; }
-th[aria-sort="descending"] button::after { content: " \\2193"; color: var(--accent); opacity: 1; }
+thead button span::after { content: " \\2195"; color: var(--muted); opacity: .55; font-weight: 400; }
+th[aria-sort="ascending"] button span::after { content: " \\2191"; color: var(--accent); opacity: 1; }
+th[aria-sort="descending"] button span::after { content: " \\2193"; color: var(--accent); opacity: 1; }
 details { border-top: 1px solid var(--line); } details:last-of-type { border-bottom: 1px solid var(--line); }
 summary { cursor: pointer; padding: .7rem .2rem; font-weight: 600; } summary:hover { color: var(--accent); }
 summary small { font-weight: 400; color: var(--muted); margin-left: .5rem; }
@@ -77,9 +80,10 @@ summary small { font-weight: 400; color: var(--muted); margin-left: .5rem; }
   margin-left: .4rem; }
 .strip .answer { margin: .35rem 0 0; font-size: .9rem; line-height: 1.5; white-space: pre-wrap; overflow-wrap: anywhere;
   max-height: 16rem; overflow-y: auto; }
+.prompt + .quiet { margin: .25rem 0 .5rem; font-size: .9rem; }
 .quiet { color: var(--muted); } code { font-size: .9em; overflow-wrap: anywhere; }
 footer { color: var(--muted); font-size: .87rem; padding-bottom: 3rem; } footer p { margin: .4rem 0; }
-@media print { body { background: #fff; } nav, thead button::after { display: none; } figure, .tile { break-inside: avoid; } }
+@media print { body { background: #fff; } nav, thead button span::after { display: none; } figure, .tile { break-inside: avoid; } }
 """
 
 JS = """

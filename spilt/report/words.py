@@ -78,19 +78,27 @@ def _kept(trade: pd.DataFrame) -> Finding | None:
     if trade.empty:
         return None
     sentences, top = [], ""
-    for among, part in trade.groupby("among", sort=False):
-        first, second = part.iloc[0], part.iloc[1]
-        close = bool(first["margin"] < max(first["half_interval"], second["half_interval"]))
+    for among, part in reversed(list(trade.groupby("among", sort=False))):
+        top_row = part.iloc[0]
+        near = part[part["utility"] > top_row["utility"] - top_row["half_interval"]]["cell"].tolist() or [top_row["cell"]]
         where = "Over all cells" if among == "all" else f"Among {form_name(str(among))} cells"
-        printed = [name_of(row["cell"]) if among == "all" else str(row["cell"]).partition(" ")[0] for row in (first, second)]
-        if close:
-            verdict = f"{printed[0]} and {printed[1]} are too close to call ({number(first['margin'])} nat apart, inside the 95% interval)"
+        printed = [name_of(cell) if among == "all" else str(cell).partition(" ")[0] for cell in near]
+        methods = {str(cell).partition(" ")[0] for cell in near}
+        behind = part.iloc[len(near)] if len(near) < len(part) else None
+        lead = ""
+        if behind is not None:
+            name = name_of(behind["cell"]) if among == "all" else str(behind["cell"]).partition(" ")[0]
+            lead = f", {number(top_row['utility'] - behind['utility'])} nat more than {name}"
+        if len(near) == 1:
+            sentences.append(f"{where} {printed[0]} keeps most{lead}.")
+        elif len(near) == len(part):
+            sentences.append(f"{where} nothing can be told apart: all lie within one 95% interval.")
         else:
-            verdict = f"{printed[0]} keeps most utility, {number(first['margin'])} nat more than {printed[1]}"
-        sentences.append(f"{where}: {verdict}.")
-        if among == "all" or not top:
-            top = "too close to call" if close else name_of(first["cell"])
-    return Finding("Keeps most utility at equal preference", top, " ".join(sentences[::-1] if len(sentences) > 1 else sentences))
+            sentences.append(f"{where} {_list(printed)} keep most and lie within one 95% interval of each other.")
+        top = top or (
+            name_of(near[0]) if len(near) == 1 else f"{methods.pop()}, in {len(near)} forms" if len(methods) == 1 else "too close to call"
+        )
+    return Finding("Keeps most utility at equal preference", top, " ".join(sentences))
 
 
 def _recommended(cells: Sequence[Measured]) -> Finding | None:
@@ -128,6 +136,9 @@ def _fits(cells: Sequence[Measured], split: str) -> Finding:
     low = [f"{name_of(c.name)} ({kind}, {fit.r2:.3f})" for c, kind, fit in curves if fit.r2 is not None and fit.r2 < GOOD_R2]
     weak = [f"{name_of(c.name)} ({kind}, {fit.r2_held_out:.2f})" for c, kind, fit in curves if _weak(fit.r2, fit.r2_held_out)]
     sentence = f"{len(good)} of {len(curves)} curves reach R² {GOOD_R2:g}."
+    if good:
+        least = min((fit.r2 or 0.0, f"{name_of(c.name)}, {kind}") for c, kind, fit in curves if fit in good)
+        sentence += f" The lowest of these: {least[0]:.3f} ({least[1]})."
     sentence += f" Short of it: {_list(low)}." if low else ""
     sentence += f" Not fitted: {_list(missing)}." if missing else ""
     sentence += f" Good on all points but not between them (held-out R²): {_list(weak)}." if weak else ""
@@ -147,8 +158,8 @@ def _undefined(cells: Sequence[Measured], split: str) -> Finding:
     return Finding(
         "Undefined utilities",
         f"{total} of {scored}",
-        f"So many values of question and multiplier have no utility: their two answers are so likely per token that the probabilities "
-        f"sum to 1 or more. They are left out of the mean utility and of nothing else, never clipped. Most: {name_of(worst['cell'])} at "
+        f"{total} of {scored} values (questions × multipliers × cells) have no utility: the two answers are so likely per token that their "
+        f"probabilities sum to 1 or more. They are left out of the mean utility only, and never clipped. Most: {name_of(worst['cell'])} at "
         f"m = {short(worst['multiplier'])}, {worst['n_undefined']:.0f} of {worst['n']:.0f} questions.",
         bool((table["n_undefined"] / table["n"] > 0.1).any()),
     )
@@ -168,7 +179,7 @@ def _control(table: pd.DataFrame) -> Finding | None:
         slopes = "mean preference has no slope"
     return Finding(
         "Random directions of the same norm",
-        f"{table['draws'].sum()} draws",
-        f"As a control, {slopes}, and {falls}.",
+        "a preference slope" if sloped else "no preference slope",
+        f"Over {table['draws'].sum()} random directions as a control, {slopes}, and {falls}.",
         bool(sloped) or not lost > 0,
     )
