@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from spilt import suffix
+from spilt import memory, suffix
 from spilt.data.batches import Batch, by_length, pad
 from spilt.data.chat import Sequence
 
@@ -43,12 +43,18 @@ def record(
     h: dict[int, Tensor] = {}
     x: dict[str, dict[int, Tensor]] = {name: {} for name in components}
     lengths = [len(s.input_ids) for s in sequences]
-    for indices in by_length(lengths, budget or max_tokens(device)):
+
+    def some(indices: Seq[int]) -> None:
         batch = pad([sequences[i] for i in indices], pad_id)
         seen = suffix.record(model, layer, batch.input_ids.to(device), tuple(components))
         for row, i in enumerate(indices):
             h[i] = seen.h[row, : lengths[i]].clone()
             for name in components:
                 x[name][i] = seen.x[name][row, : lengths[i]].clone()
+
+    for indices in by_length(lengths, budget or max_tokens(device)):
+        longest = lengths[indices[0]]
+        smallest = f"one sequence of {longest} tokens does not fit in memory up to layer {layer}; lower output_length, or use --device auto"
+        memory.halved(some, indices, f"recording layer {layer}, sequences of {longest} tokens", smallest)
     order = range(len(sequences))
     return Activations(sequences, [h[i] for i in order], {name: [kept[i] for i in order] for name, kept in x.items()}, pad_id)

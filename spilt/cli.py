@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,9 +67,10 @@ def parser() -> argparse.ArgumentParser:
     add("--batch_size", type=_positive, help="texts decoded side by side (changes no result beyond rounding)")
     add("--limit", type=_positive, help="rows of each data file, from the first")
     add("--seed", type=int, help="over the YAML's")
-    add("--concepts", nargs="+", type=int, metavar="ID", help=f"concept ids of a dataset with concepts; default the first {plan.FIRST_CONCEPTS}")
+    add("--concepts", nargs="+", type=int, metavar="ID", help=f"ids of a dataset with concepts; default: first {plan.FIRST_CONCEPTS}")
     add("--split", help=f"loss mode: {', '.join(plan.DATA_OF['measure'])} or both; default: what dataset_format.yaml has")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="any YAML setting, over the file's; repeatable")
+    add("--checkpoint_seconds", type=float, default=60.0, metavar="S", help="a fit under way is saved after this long (default 60)")
     add("--force", action="store_true", help="do again what is already done")
     add("--quiet", action="store_true", help="no progress bars")
     add("--version", action="version", version=f"spilt {__version__}")
@@ -113,6 +115,7 @@ def request_of(args: argparse.Namespace) -> plan.Request:
         split=args.split,
         batch_size=args.batch_size,
         force=args.force,
+        checkpoint_seconds=args.checkpoint_seconds,
         flags=tuple(flags),
     )
 
@@ -122,7 +125,7 @@ def _multipliers(words: Sequence[str] | None, mode: str) -> tuple[float, ...] | 
         return None
     if list(words) == [plan.SWEEP]:
         if mode != "loss":
-            raise UserError(f"--multipliers {plan.SWEEP} goes with --mode loss; for --mode {mode} give numbers, such as --multipliers -1 0 1")
+            raise UserError(f"--multipliers {plan.SWEEP} goes with --mode loss; --mode {mode} wants numbers, such as --multipliers -1 0 1")
         return plan.SWEEP
     values = []
     for word in words:
@@ -154,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dry_run:
             print_plan(made, request)
             return 0
-        for item in made.left_out:
+        for item in made.left_out if int(os.environ.get("RANK", "0")) == 0 else []:
             print(f"left out: {item.name}: {item.why}")
         outcomes = run(made, request, quiet=args.quiet or not sys.stderr.isatty())
     except UserError as error:
@@ -166,7 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    print_table(outcomes)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print_table(outcomes)
     return exit_code(outcomes)
 
 
@@ -193,7 +197,8 @@ def print_plan(made: plan.Plan, request: plan.Request) -> None:
             print(f"   hparams  {path}")
         made_before = {path for earlier in made.steps[: number - 1] for path in earlier.outputs}
         for path in step.inputs:
-            print(f"   input    {path}{'' if path not in missing else '   made by an earlier step' if path in made_before else '   missing'}")
+            lacking = "" if path not in missing else "   made by an earlier step" if path in made_before else "   missing"
+            print(f"   input    {path}{lacking}")
         shown = list(standing.items())
         for path, state in shown if len(shown) <= 12 else [*shown[:3], *shown[-1:]]:
             print(f"   output   {path}{'' if state == 'missing' else f'   {state}'}")
@@ -213,8 +218,7 @@ def print_plan(made: plan.Plan, request: plan.Request) -> None:
 
 def run(made: plan.Plan, request: plan.Request, *, quiet: bool) -> list[Outcome]:
     """Every step, one model load. A failing step is reported and the others go on."""
-    waiting = []  # skipped before the model is loaded: nothing stored, nothing to fit it
-    outcomes: list[Outcome] = []
+    outcomes, waiting = [], []
     coming = {path for step in made.steps if step.verb == "fit" for path in step.outputs}
     for step in made.steps:
         lacking = [path for path in step.vectors if not path.exists() and path not in coming]
@@ -226,46 +230,102 @@ def run(made: plan.Plan, request: plan.Request, *, quiet: bool) -> list[Outcome]
             outcomes.append(Outcome(str(step), ALREADY, "", 0.0, _shown(step, request)))
         else:
             waiting.append(step)
-    if not waiting:
-        return outcomes
-    from spilt import stages
-    from spilt.host import Host, load
-
-    host: Host | None = None
-    dtype = None
-    recordings = stages.Recordings(waiting, request.limit)
-    for step in waiting:
-        start = time.monotonic()
-        try:
-            if host is None or step.settings.dtype != dtype:
-                _quiet_libraries()
-                host, dtype = None, step.settings.dtype
-                recordings.clear()
-                host = load(step.model, dtype, request.device)
-            here = stages.Run(request, host, Store(request.base_dir), recordings, quiet)
-            lacking = stages.not_there(step)
-            if lacking:
-                outcome = Outcome(str(step), SKIPPED, f"no vector file {lacking[0]} (its fit failed)", 0.0, "")
-            else:
-                outcome = Outcome(str(step), stages.run_step(step, here), "", time.monotonic() - start, _shown(step, request))
-        except UserError as error:
-            if host is None:
-                raise  # the model itself: nothing can run
-            outcome = Outcome(str(step), FAILED, str(error), time.monotonic() - start, "", wrong_request=True)
-            print(f"error: {step}: {error}", file=sys.stderr)
-        except (OSError, RuntimeError, ArithmeticError, ValueError, TypeError, KeyError, IndexError, AssertionError) as error:
-            if host is None:
-                raise
-            outcome = Outcome(str(step), FAILED, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", time.monotonic() - start, "")
-            traceback.print_exc()  # not the user's mistake: the place in the code is wanted
-        if not quiet:
-            print(f"{outcome.outcome}: {step}" + (f": {outcome.reason}" if outcome.reason else "") + f" ({outcome.seconds:.1f} s)", file=sys.stderr)
-        outcomes.append(outcome)
+    if waiting or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        outcomes = _run_waiting(waiting, outcomes, request, quiet)
     if request.mode == "loss" and any(outcome.outcome in (DONE, ALREADY) for outcome in outcomes):
-        start = time.monotonic()
-        page = stages.report(waiting, request, quiet)
-        outcomes.append(Outcome("report", DONE, "", time.monotonic() - start, page))
+        outcomes.append(_report(made.steps[0], request, quiet))
     return outcomes
+
+
+def _run_waiting(waiting: list[plan.Step], before: list[Outcome], request: plan.Request, quiet: bool) -> list[Outcome]:
+    """The steps that are to run: fits dealt out over the processes, the others done together."""
+    from spilt import stages
+    from spilt.team import Team
+
+    team = Team(request.device)
+    if not team.main:
+        quiet = True
+        log.setLevel(logging.ERROR)
+    waiting, before = team.agree(lambda: (waiting, before))
+    request = replace(request, device=team.device)
+    recordings = stages.Recordings(waiting, request.limit)
+    hosts = _Hosts(request, recordings)
+
+    def one(step: plan.Step) -> Outcome:
+        return _run_step(step, stages.Run(request, hosts.of(step), Store(request.base_dir), recordings, quiet, team))
+
+    done = {str(step): one(step) for step in team.mine([step for step in waiting if step.verb == "fit"])}
+    after = {name: outcome for part in team.gather(lambda: done) for name, outcome in part.items()}
+    for step in waiting:
+        if step.verb != "fit":
+            after[str(step)] = one(step)
+    return [*before, *(after[str(step)] for step in waiting)]
+
+
+class _Hosts:
+    """The model, loaded when the first step asks for it, and once for all steps that want the same dtype."""
+
+    def __init__(self, request: plan.Request, recordings: Any) -> None:
+        self.request, self.recordings = request, recordings
+        self.host: Any = None
+        self.dtype = ""
+
+    def of(self, step: plan.Step) -> Any:
+        if self.host is None or step.settings.dtype != self.dtype:
+            from spilt.host import load
+
+            _quiet_libraries()
+            self.host, self.dtype = None, step.settings.dtype
+            self.recordings.clear()
+            self.host = load(step.model, self.dtype, self.request.device)
+        return self.host
+
+
+def _run_step(step: plan.Step, here: Any) -> Outcome:
+    """One step. Whatever goes wrong in it is its outcome, not the end of the run."""
+    from spilt import stages
+    from spilt.memory import OutOfMemory
+
+    start = time.monotonic()
+    try:
+        lacking = stages.not_there(step)
+        if lacking:
+            outcome = Outcome(str(step), SKIPPED, f"no vector file {lacking[0]} (its fit failed)", 0.0, "")
+        else:
+            outcome = Outcome(str(step), stages.run_step(step, here), "", time.monotonic() - start, _shown(step, here.request))
+    except (UserError, OutOfMemory, OSError) as error:  # what the message says is all there is to know
+        reason = str(error) if isinstance(error, UserError | OutOfMemory) else f"{type(error).__name__}: {error}"
+        outcome = Outcome(str(step), FAILED, reason, time.monotonic() - start, "", wrong_request=isinstance(error, UserError))
+        if here.team.main:
+            print(f"error: {step}: {reason}", file=sys.stderr)
+    except Exception as error:  # noqa: BLE001 - reported with its traceback; the other cells go on
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        outcome = Outcome(str(step), FAILED, reason, time.monotonic() - start, "")
+        traceback.print_exc()
+    if not here.quiet:
+        ending = f": {outcome.reason}" if outcome.reason else ""
+        print(f"{outcome.outcome}: {step}{ending} ({outcome.seconds:.1f} s)", file=sys.stderr)
+    return outcome
+
+
+def _report(step: plan.Step, request: plan.Request, quiet: bool) -> Outcome:
+    """Curves, pictures and the page, of everything that is stored by now."""
+    from spilt.report import update
+
+    start = time.monotonic()
+    if int(os.environ.get("RANK", "0")) > 0:
+        return Outcome("report", DONE, "", 0.0, "")
+    try:
+        page = update(
+            request.base_dir,
+            request.model,
+            request.dataset,
+            progress=lambda text: None if quiet else print(f"report: {text}", file=sys.stderr),
+        )
+    except (UserError, OSError) as error:
+        print(f"error: report: {error}", file=sys.stderr)
+        return Outcome("report", FAILED, str(error), time.monotonic() - start, "")
+    return Outcome("report", DONE, "", time.monotonic() - start, Store(request.base_dir).relative(page))
 
 
 def _all_done(step: plan.Step, request: plan.Request) -> bool:

@@ -7,8 +7,9 @@ depend on its company: left padding is masked, positions count real tokens, rand
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation import logits_process as lp
 
-from spilt import hooks
+from spilt import hooks, memory
+
+log = logging.getLogger("spilt")
 
 MakeSites = Callable[[Tensor], list[hooks.Site]]  # multipliers [B, 1, 1] -> the sites that are attached for those rows
 
@@ -88,7 +91,7 @@ class _Active:
         self.multiplier, self.mask, self.scores = self.multiplier[index], self.mask[index], self.scores[index]
         start = int(self.mask.any(0).int().argmax()) if len(keep) else 0
         self.mask = self.mask[:, start:]
-        self.cache = _cache((layer.keys[index, :, start:], layer.values[index, :, start:]) for layer in self.cache.layers)
+        self.cache = _cache((keys[index, :, start:], values[index, :, start:]) for keys, values in _pairs(self.cache))
 
     def join(self, other: _Active) -> None:
         """The other's rows come in; the shorter cache is padded on the left."""
@@ -98,16 +101,20 @@ class _Active:
             padded = [torch.cat([t.new_zeros(*t.shape[:dim], width - t.shape[dim], *t.shape[dim + 1 :]), t], dim) for t in (a, b)]
             return torch.cat(padded)
 
-        self.cache = _cache(
-            (both(mine.keys, theirs.keys, 2), both(mine.values, theirs.values, 2))
-            for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True)
-        )
+        pairs = zip(_pairs(self.cache), _pairs(other.cache), strict=True)
+        self.cache = _cache((both(mine[0], theirs[0], 2), both(mine[1], theirs[1], 2)) for mine, theirs in pairs)
         self.mask = both(self.mask, other.mask, 1)
         self.multiplier, self.scores = torch.cat([self.multiplier, other.multiplier]), torch.cat([self.scores, other.scores])
         self.rows = self.rows + other.rows
 
 
-def _cache(pairs: Any) -> DynamicCache:
+def _pairs(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values [B, H, T, d] of each layer."""
+    layers: list[Any] = cache.layers
+    return [(layer.keys, layer.values) for layer in layers]
+
+
+def _cache(pairs: Iterable[tuple[Tensor, Tensor]]) -> DynamicCache:
     """Keys and values of each layer, as the library's cache: every layer keeps all positions, windows are masks."""
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(pairs):
@@ -119,9 +126,7 @@ def _forward(model: nn.Module, sites: list[hooks.Site], ids: Tensor, mask: Tenso
     """Scores [B, V] of the token after ids [B, t]; the cache grows by t."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     with hooks.attach(model, sites):
-        out = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return out.logits[:, -1].float()
 
 
@@ -155,44 +160,92 @@ def _choose(scores: Tensor, how: Decoding, uniform: Tensor | None, ids: list[lis
     return picked.clamp(max=scores.shape[-1] - 1)
 
 
+class _Stream:
+    """All rows of a request on their way: waiting, active, finished."""
+
+    def __init__(self, model: nn.Module, make_sites: MakeSites, rows: Sequence[Row], how: Decoding, batch_size: int) -> None:
+        self.model, self.make_sites, self.rows, self.how, self.batch_size = model, make_sites, rows, how, batch_size
+        self.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+        self.new: dict[int, list[int]] = {i: [] for i in range(len(rows))}  # of rows that are not finished
+        self.draws: dict[int, random.Random] = {}
+        self.active: _Active | None = None
+        self.finished: list[tuple[int, list[int]]] = []
+        self.wait(range(len(rows)))
+
+    def wait(self, numbers: Iterable[int]) -> None:
+        """Taken from the end: longest prompts first, and in their order."""
+        self.waiting = sorted(numbers, key=lambda i: (len(self.rows[i].prompt), -i))
+
+    def advance(self) -> None:
+        """Waiting rows take the free places, and every active row gets one token."""
+        self._fill()
+        active = self.active
+        assert active is not None
+        draws = [self.draws[i].random() for i in active.rows] if self.how.sample else None
+        uniform = None if draws is None else torch.tensor(draws, dtype=torch.float64, device=self.device)
+        ids = [[*self.rows[i].prompt, *self.new[i]] for i in active.rows] if self.how.processors else []
+        tokens = _choose(active.scores, self.how, uniform, ids)
+        keep = []
+        for place, (i, token) in enumerate(zip(active.rows, tokens.tolist(), strict=True)):
+            self.new[i].append(token)
+            if token in self.how.eos or len(self.new[i]) >= self.how.max_new_tokens:
+                self.finished.append((i, self.new.pop(i)))
+            else:
+                keep.append(place)
+        if not keep:
+            self.active = None
+            return
+        if len(keep) < len(active.rows):
+            tokens = tokens[torch.tensor(keep, device=self.device)]
+            active.select(keep)
+        active.mask = torch.cat([active.mask, active.mask.new_ones(len(keep), 1)], 1)
+        active.scores = _forward(self.model, self.make_sites(active.multiplier), tokens[:, None], active.mask, active.cache)
+
+    def _fill(self) -> None:
+        free = self.batch_size - (len(self.active.rows) if self.active else 0)
+        # joining copies the cache, so it waits until a quarter of the batch is free
+        if not self.waiting or (self.active is not None and free * 4 < self.batch_size):
+            return
+        fresh = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
+        if self.how.sample:
+            self.draws.update({i: random.Random(self.rows[i].seed) for i in fresh})
+        started = _prefill(self.model, self.make_sites, self.rows, fresh, self.how.pad, self.device)
+        if self.active is None:
+            self.active = started
+        else:
+            self.active.join(started)
+
+    def halve(self, error: Exception) -> None:
+        """Out of memory: the rows under way begin again, half as many at once."""
+        under_way = len(self.new) - len(self.waiting)
+        if self.batch_size == 1:
+            tokens = max(len(self.rows[i].prompt) for i in self.new)
+            raise memory.OutOfMemory(
+                f"one prompt of up to {tokens} tokens with {self.how.max_new_tokens} new ones does not fit in memory; "
+                "lower generation_params.max_new_tokens, or use --device auto or a smaller --dtype"
+            ) from error
+        self.batch_size = max(1, min(self.batch_size, under_way) // 2)
+        log.warning("out of memory: text from %d prompts at once; going on with --batch_size %d", under_way, self.batch_size)
+        self.active = None
+        self.new = {i: [] for i in self.new}
+        self.wait(self.new)
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module, make_sites: MakeSites, rows: Sequence[Row], how: Decoding, batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yields (row number, new token ids) as rows finish: at an end token (kept) or after max_new_tokens."""
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    waiting = sorted(range(len(rows)), key=lambda i: (-len(rows[i].prompt), i))[::-1]  # taken from the end: longest first
-    draws = {}
-    new: dict[int, list[int]] = {i: [] for i in range(len(rows))}
-    active: _Active | None = None
-    while waiting or active is not None:
-        free = batch_size - (len(active.rows) if active else 0)
-        # joining copies the cache, so it waits until a quarter of the batch is free
-        if waiting and (active is None or free * 4 >= batch_size):
-            fresh = [waiting.pop() for _ in range(min(free, len(waiting)))]
-            if how.sample:
-                draws.update({i: random.Random(rows[i].seed) for i in fresh})
-            started = _prefill(model, make_sites, rows, fresh, how.pad, device)
-            if active is None:
-                active = started
-            else:
-                active.join(started)
-        assert active is not None
-        uniform = torch.tensor([draws[i].random() for i in active.rows], dtype=torch.float64, device=device) if how.sample else None
-        ids = [[*rows[i].prompt, *new[i]] for i in active.rows] if how.processors else []
-        tokens = _choose(active.scores, how, uniform, ids)
-        keep = []
-        for place, (i, token) in enumerate(zip(list(active.rows), tokens.tolist(), strict=True)):
-            new[i].append(token)
-            if token in how.eos or len(new[i]) >= how.max_new_tokens:
-                yield i, new.pop(i)
-            else:
-                keep.append(place)
-        if not keep:
-            active = None
-            continue
-        if len(keep) < len(active.rows):
-            tokens = tokens[torch.tensor(keep, device=device)]
-            active.select(keep)
-        active.mask = torch.cat([active.mask, active.mask.new_ones(len(keep), 1)], 1)
-        active.scores = _forward(model, make_sites(active.multiplier), tokens[:, None], active.mask, active.cache)
+    """Yields (row number, new token ids) as rows finish: at an end token (kept) or after max_new_tokens.
+
+    Out of memory: the rows under way begin again in batches half as large.
+    """
+    stream = _Stream(model, make_sites, rows, how, batch_size)
+    while stream.new:
+        try:
+            stream.advance()
+        except (RuntimeError, MemoryError) as error:
+            if not memory.ran_out(error):
+                raise
+            stream.halve(error)
+        yield from stream.finished
+        stream.finished.clear()

@@ -49,6 +49,7 @@ class Request:
     split: str | None = None  # of loss mode: train, test, both; None: both where dataset_format.yaml has a `valid` entry
     batch_size: int | None = None
     force: bool = False
+    checkpoint_seconds: float = 60.0  # a fit under way is saved after this long
     flags: tuple[str, ...] = ()  # our own flags as they were typed, for the copy-paste command lines
 
 
@@ -82,7 +83,11 @@ class Step(NamedTuple):
     def __str__(self) -> str:
         first = self.cells[0]
         concepts = f" concepts {','.join(str(c.concept) for c in self.cells)}" if len(self.cells) > 1 else ""
-        return f"{MODE_OF[self.verb]} {first}" if not concepts else f"{MODE_OF[self.verb]} {first.dataset}{concepts} {first.method} {first.intervention}"
+        return (
+            f"{MODE_OF[self.verb]} {first}"
+            if not concepts
+            else f"{MODE_OF[self.verb]} {first.dataset}{concepts} {first.method} {first.intervention}"
+        )
 
 
 class Plan(NamedTuple):
@@ -107,9 +112,7 @@ def pairs_of(method: str, intervention: str) -> tuple[list[tuple[str, str]], lis
             elif ALL in (method, intervention) and (method != name or intervention == ALL):
                 left_out.append(LeftOut(f"{name} {form}", METHODS[name].why))
             else:
-                raise UserError(
-                    f"{name} + {form} does not exist: {METHODS[name].why}; {name} goes with: {', '.join(METHODS[name].forms)}"
-                )
+                raise UserError(f"{name} + {form} does not exist: {METHODS[name].why}; {name} goes with: {', '.join(METHODS[name].forms)}")
     if not valid:
         raise UserError(f"nothing to do: {'; '.join(f'{x.name}: {x.why}' for x in left_out)}")
     return valid, left_out
@@ -133,8 +136,9 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     sections = {verb: DATA_OF[verb] for verb in MODES[request.mode]}
     if "measure" in sections:
         sections["measure"] = {split: DATA_OF["measure"][split] for split in splits_of(request)}
+    wanted = {section for names in sections.values() for section in names.values()}
     formats = {
-        section: readers.dataset_format(request.base_dir, request.dataset, section) for names in sections.values() for section in names.values()
+        section: readers.dataset_format(request.base_dir, request.dataset, section) for section in readers.SECTIONS if section in wanted
     }
     concepts = concept_ids(request, formats, dry)
     if not dry:
@@ -147,7 +151,9 @@ def make(request: Request, *, dry: bool = False) -> Plan:
         for method, form in combinations:
             groups += _steps(request, store, verb, method, form, concepts, data, model)
         # cells of one concept side by side: they share what is recorded
-        groups.sort(key=lambda step: (step.cells[0].concept is not None, step.cells[0].concept or 0) if len(step.cells) == 1 else (False, 0))
+        groups.sort(
+            key=lambda step: (step.cells[0].concept is not None, step.cells[0].concept or 0) if len(step.cells) == 1 else (False, 0)
+        )
         steps += groups
     return Plan(steps, left_out)
 
@@ -159,7 +165,9 @@ def check_model(store: Store, name: str) -> None:
     have = store.models()
     guess = nearest(name, have)
     hint = f"did you mean {guess!r}? " if guess else ""
-    raise UserError(f"unknown model {name!r}: no {folder / 'config.json'}; {hint}have: {', '.join(have) or 'none'}; put a checkpoint folder there")
+    raise UserError(
+        f"unknown model {name!r}: no {folder / 'config.json'}; {hint}have: {', '.join(have) or 'none'}; put a checkpoint folder there"
+    )
 
 
 def concept_ids(request: Request, formats: Mapping[str, readers.DatasetFormat], dry: bool) -> list[int | None]:
@@ -222,7 +230,9 @@ def _steps(
     cells = [Cell(request.model, request.dataset, method, form, tuple(settings.layers), concept) for concept in concepts]
     sweep = request.multipliers == SWEEP
     if sweep:
-        multipliers = sweep_multipliers(resolve_fit(request.base_dir, request.model, request.dataset, method, form).settings.steering_factors)
+        multipliers = sweep_multipliers(
+            resolve_fit(request.base_dir, request.model, request.dataset, method, form).settings.steering_factors
+        )
     elif verb == "fit":
         multipliers = ()
     else:
@@ -282,7 +292,11 @@ def measure_parts(step: Step, multiplier: float, preference_type: str, split: st
 
 
 def _common(step: Step, data: Path, limit: int | None) -> dict[str, Any]:
-    sources = {"model": manifest.model_hash(step.model), "data": manifest.file_hash(data), "vectors": [manifest.file_hash(p) for p in step.vectors]}
+    sources = {
+        "model": manifest.model_hash(step.model),
+        "data": manifest.file_hash(data),
+        "vectors": [manifest.file_hash(p) for p in step.vectors],
+    }
     return {"verb": step.verb, "version": VERSION, "limit": limit, **sources}
 
 
@@ -310,7 +324,11 @@ def summary(standing: Mapping[Path, str]) -> str:
         return "already done"
     if states <= {"done", "foreign"}:
         return "there, without manifest"
-    words = [f"{sum(v == state for v in standing.values())} {state}" for state in ("done", "stale", "damaged", "foreign", "missing") if state in states]
+    words = [
+        f"{sum(v == state for v in standing.values())} {state}"
+        for state in ("done", "stale", "damaged", "foreign", "missing")
+        if state in states
+    ]
     return "to do" if states == {"missing"} else f"to do: {', '.join(words)}"
 
 

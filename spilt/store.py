@@ -80,6 +80,10 @@ class Store:
             return self.generation_folder(cell) / f"all_generation_results_m{float(multiplier)}.json"
         return self.generation_folder(cell) / f"m{float(multiplier)}" / f"{cell.dataset}_results.json"
 
+    def unfinished(self, cell: Cell, rank: int) -> Path:
+        """Texts made by a run that did not finish; one file per process, removed when the results are written."""
+        return self.generation_folder(cell) / f"unfinished_{rank}.jsonl"
+
     def generation_log(self, cell: Cell, multiplier: float) -> Path:
         return self.generation_folder(cell) / "logs" / f"{cell.method}_{cell.intervention}_m{float(multiplier)}.log"
 
@@ -126,7 +130,9 @@ def metadata_line(intervention: Intervention, concept: int | None, text: str | N
     return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
-def load(path: Path, form: str, concept: int | None, hidden: int, widths: dict[str, int], default_component: str, site: str) -> Intervention:
+def load(
+    path: Path, form: str, concept: int | None, hidden: int, widths: dict[str, int], default_component: str, site: str
+) -> Intervention:
     """One concept's intervention from a stored file, checked against the model.
 
     hidden: D of the model. widths: read point name -> F. default_component: for files that do not name one.
@@ -192,25 +198,25 @@ def _check_shapes(state: Any, path: Path, form: str, hidden: int, width: int, co
     found = {"": state} if form == "vector" else state
     rank = None
     if form == "lora":
-        shape = getattr(state.get("lora_A"), "shape", ())
-        rank = shape[1] if len(shape) == 2 else None
+        shape: tuple[int, ...] = tuple(getattr(state.get("lora_A"), "shape", ()))
+        rank = int(shape[1]) if len(shape) == 2 else None
         if rank is None or rank < 1:
             raise UserError(f"{path}: lora_A has shape {list(shape)}; wanted [F, r] = [{width}, rank]")
         if state.get("r") not in (None, rank):
             raise UserError(f"{path}: says r = {state['r']}, but lora_A has shape {list(shape)}")
-    wanted: dict[str, tuple[int, ...]] = {
+    forms: dict[str, dict[str, tuple[int, ...]]] = {
         "vector": {"": (hidden,)},
         "lora": {"lora_A": (width, rank or 0), "lora_B": (rank or 0, hidden)},
         "local_weight": {"weight": (width, hidden), "bias": (hidden,)},
-    }[form]
-    for name, shape in wanted.items():
+    }
+    for name, size in forms[form].items():
         value = found.get(name)
         label = name or "the vector"
         if not isinstance(value, torch.Tensor):
-            raise UserError(f"{path}: {label} is missing; wanted a tensor of shape {list(shape)}; found: {', '.join(map(str, found))}")
-        if tuple(value.shape) != shape:
+            raise UserError(f"{path}: {label} is missing; wanted a tensor of shape {list(size)}; found: {', '.join(map(str, found))}")
+        if tuple(value.shape) != size:
             at = f" (read at {component!r})" if component else ""
-            raise UserError(f"{path}: {label} has shape {list(value.shape)}; this model wants {list(shape)}{at}")
+            raise UserError(f"{path}: {label} has shape {list(value.shape)}; this model wants {list(size)}{at}")
         if not value.is_floating_point():
             raise UserError(f"{path}: {label} has dtype {value.dtype}; wanted floating point")
         if not torch.isfinite(value).all():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,13 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spilt import hooks, suffix
+from spilt import memory, suffix
 from spilt.activations import Activations, max_tokens
 from spilt.data.batches import by_length, position_mask
 from spilt.hparams.settings import FitSettings
 from spilt.interventions import Intervention, Vector
 from spilt.methods import Method, Scored
 from spilt.scoring import AnswerLogProbs, answer_logprobs, scored_positions
+
+log = logging.getLogger("spilt")
 
 
 class Entry(NamedTuple):
@@ -37,9 +41,7 @@ def entries(row: int, settings: FitSettings) -> list[Entry]:
     return [sides[name] for name in settings.preference_pairs]
 
 
-def steered(
-    intervention: Intervention, seen: suffix.Recorded, multiplier: Tensor, removed: Tensor, positions: Tensor | None
-) -> Tensor:
+def steered(intervention: Intervention, seen: suffix.Recorded, multiplier: Tensor, removed: Tensor, positions: Tensor | None) -> Tensor:
     """h' [B, T, D]: h + m (dW x + db), in the rows `removed` [B] bool h without the vector's component."""
     x = seen.x.get(intervention.component) if intervention.component else None
     changed = intervention(seen.h, x, multiplier[:, None, None])
@@ -53,11 +55,19 @@ class Fit:
     """One fit under way: what a step needs besides its entries."""
 
     def __init__(
-        self, model: nn.Module, layer: int, intervention: Intervention, cache: Activations, settings: FitSettings, method: Method, prefix: int
+        self,
+        model: nn.Module,
+        layer: int,
+        intervention: Intervention,
+        cache: Activations,
+        settings: FitSettings,
+        method: Method,
+        prefix: int,
     ) -> None:
         self.model, self.layer, self.intervention, self.cache = model, layer, intervention, cache
         self.settings, self.method, self.prefix = settings, method, prefix
         self.device = next(intervention.parameters()).device
+        self.recompute = False  # set when memory ran out: blocks keep no activations for the backward pass
         self.draw = random.Random(settings.seed)
         self.reference = self._reference() if method.needs_reference(settings) else None
 
@@ -68,7 +78,7 @@ class Fit:
         sequences = [self.cache.sequences[i] for i in indices]
         positions = None if where is None else position_mask(sequences, where, self.prefix).to(self.device)
         stream = steered(self.intervention, seen, multiplier, removed, positions)
-        logits = suffix.logits(self.model, self.layer, stream, scored_positions(tokens.answer_mask))
+        logits = suffix.logits(self.model, self.layer, stream, scored_positions(tokens.answer_mask), recompute=self.recompute)
         return answer_logprobs(logits, tokens.input_ids, tokens.answer_mask, tokens.attention_mask)
 
     @torch.no_grad()
@@ -121,12 +131,34 @@ def chunks(items: list[Any], size: int) -> list[list[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
+def gradients(job: Fit, minibatch: list[Entry], share: int) -> tuple[float, list[Tensor]]:
+    """(loss / share, its gradients). Out of memory: once more with the suffix blocks' activations recomputed, then for all of the fit."""
+    before = _get_random(job)
+    parameters = list(job.intervention.parameters())
+    try:
+        loss = job.loss(minibatch) / share
+        return loss.item(), list(torch.autograd.grad(loss, parameters))
+    except (RuntimeError, MemoryError) as error:
+        if not memory.ran_out(error):
+            raise
+        if job.recompute:
+            longest = max(len(job.cache.sequences[i].input_ids) for entry in minibatch for i in entry[:2])
+            raise memory.OutOfMemory(
+                f"a minibatch of {len(minibatch)} pairs of up to {longest} tokens does not fit in memory at layer {job.layer}; "
+                "lower batch_size or output_length (--set batch_size=1), or use --device auto"
+            ) from error
+    log.warning("out of memory: fitting layer %d goes on with the blocks after it recomputed in the backward pass", job.layer)
+    job.recompute = True
+    _set_random(before, job)
+    return gradients(job, minibatch, share)
+
+
 def fit(
     job: Fit,
     *,
     order: Callable[[int, int, int], list[int]] = epoch_order,
     resume: dict[str, Any] | None = None,
-    checkpoint: Callable[[dict[str, Any]], None] | None = None,
+    checkpoint: Callable[[Callable[[], dict[str, Any]]], None] | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train job.intervention in place; returns one row per optimizer step: epoch, step, loss, lr, grad_norm.
@@ -134,53 +166,57 @@ def fit(
     AdamW, linear decay without warm-up to the number of optimizer steps really taken, gradient norm clipped. A batch of
     `batch_size` pairs expands to |preference_pairs| entries each, cut into minibatches of `batch_size`; each
     minibatch's loss is divided by (minibatches x batches accumulated).
-    `checkpoint` is given the whole state after each epoch; `resume` continues from such a state to the same result.
+    `checkpoint` is given a function that returns the whole state, after each step; `resume` continues from such a state to the same result.
     """
     s, intervention = job.settings, job.intervention
     rows = len(job.cache.sequences) // 2
-    per_epoch = -(-(-(-rows // s.batch_size)) // s.gradient_accumulation_steps)
+    per_epoch = math.ceil(math.ceil(rows / s.batch_size) / s.gradient_accumulation_steps)
     steps = per_epoch * s.n_epochs
     optimizer = torch.optim.AdamW(intervention.parameters(), lr=s.lr, weight_decay=s.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: max(0.0, 1 - k / steps))
-    log: list[dict[str, float]] = []
+    rows_of_log: list[dict[str, float]] = []
+
+    def state() -> dict[str, Any]:
+        kept = {"intervention": intervention.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        return {"log": rows_of_log, "random": _get_random(job), **kept}
+
     devices = [job.device] if job.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # dropout draws from the global generator: give it back as it was
         torch.manual_seed(s.seed)
-        first_epoch = 0
         if resume is not None:
-            first_epoch, log = resume["epoch"], list(resume["log"])
+            rows_of_log = list(resume["log"])
             intervention.load_state_dict(resume["intervention"])
             optimizer.load_state_dict(resume["optimizer"])
             schedule.load_state_dict(resume["schedule"])
             _set_random(resume["random"], job)
         intervention.train()
-        for epoch in range(first_epoch, s.n_epochs):
-            for group in chunks(chunks(order(rows, s.seed, epoch), s.batch_size), s.gradient_accumulation_steps):
-                total = 0.0
-                for batch in group:
-                    shown = [entry for row in batch for entry in entries(row, s)]
-                    minibatches = chunks(shown, s.batch_size)
-                    for minibatch in minibatches:
-                        loss = job.loss(minibatch) / (len(minibatches) * len(group))
-                        loss.backward()
-                        total += loss.item()
-                norm = nn.utils.clip_grad_norm_(intervention.parameters(), s.max_grad_norm)
-                if not torch.isfinite(norm):
-                    raise FloatingPointError(
-                        f"the gradient is {norm.item()} at epoch {epoch}, step {len(log)} (loss {total}); lower `lr` or `steering_factors`"
-                    )
-                lr = schedule.get_last_lr()[0]
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                log.append({"epoch": epoch, "step": len(log), "loss": total, "lr": lr, "grad_norm": norm.item()})
-                if progress is not None:
-                    progress(len(log), steps, total)
-            if checkpoint is not None and epoch + 1 < s.n_epochs:
-                state = {"epoch": epoch + 1, "log": log, "intervention": intervention.state_dict(), "optimizer": optimizer.state_dict()}
-                checkpoint({**state, "schedule": schedule.state_dict(), "random": _get_random(job)})
+        for step in range(len(rows_of_log), steps):
+            epoch, place = divmod(step, per_epoch)
+            groups = chunks(chunks(order(rows, s.seed, epoch), s.batch_size), s.gradient_accumulation_steps)
+            total = 0.0
+            for batch in groups[place]:
+                minibatches = chunks([entry for row in batch for entry in entries(row, s)], s.batch_size)
+                for minibatch in minibatches:
+                    loss, grads = gradients(job, minibatch, len(minibatches) * len(groups[place]))
+                    total += loss
+                    for parameter, grad in zip(intervention.parameters(), grads, strict=True):
+                        parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+            norm = nn.utils.clip_grad_norm_(intervention.parameters(), s.max_grad_norm).item()
+            if not math.isfinite(norm):
+                raise FloatingPointError(
+                    f"the gradient is {norm} at epoch {epoch}, step {step} (loss {total}); lower lr or steering_factors"
+                )
+            lr = float(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            rows_of_log.append({"epoch": epoch, "step": step, "loss": total, "lr": lr, "grad_norm": norm})
+            if progress is not None:
+                progress(step + 1, steps, total)
+            if checkpoint is not None and step + 1 < steps:
+                checkpoint(state)
         intervention.eval()
-    return log
+    return rows_of_log
 
 
 def _get_random(job: Fit) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pandas as pd
 
 from spilt.atomic import atomic_write
 from spilt.curves import BUDGET, recommendation
-from spilt.errors import UserError
+from spilt.errors import UserError, unknown
 from spilt.odds import Norm
 from spilt.report import cells as stored
 from spilt.report import figures, page, tables, words
@@ -159,6 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not options.budget >= 0:
             raise UserError(f"--budget {options.budget:g}: nats of utility to spend, 0 or more")
+        if options.model_name and options.model_name not in stored.models(base):
+            raise unknown("model", options.model_name, stored.models(base))
         names = [options.model_name] if options.model_name else stored.models(base)
         jobs = [(m, d) for m in names for d in ([options.dataset] if options.dataset else stored.datasets(base, m))]
         if not options.model_name and options.dataset:

@@ -26,17 +26,17 @@ NARROW = 4.1  # inches: the width of a figure for small screens
 TINTS = {"linear": "#e6edf4", "transitional": "#f3f6f9"}
 # method -> colours of (vector and local_weight, lora), markers of the same; Okabe-Ito hues, told apart by lightness too
 SERIES = {
-    "spilt": (("#0a4c86", "#4a90cb"), ("o", "s")),
-    "reps": (("#c9571c", "#e79257"), ("^", "v")),
-    "sft": (("#1c7f5d", "#58b795"), ("D", "X")),
-    "caa": (("#84489e", "#b282c8"), ("P", "P")),
+    "spilt": (("#0a4c86", "#3b82c0"), ("o", "s")),
+    "reps": (("#c9571c", "#d97c3c"), ("^", "v")),
+    "sft": (("#1c7f5d", "#3a9c78"), ("D", "X")),
+    "caa": (("#84489e", "#a069ba"), ("P", "P")),
 }
 OTHER = (("#6b6200", "#a39a3c"), ("*", "p"))
 DARK = {
     **{INK: "#eceae5", MUTED: "#a7acb4", GRID: "#363b42", GROUND: "#1a1d21", RANDOM: "#9aa1ab", BAND: "#3a4048"},
     **{TINTS["linear"]: "#222b35", TINTS["transitional"]: "#1e242b"},
-    **{"#0a4c86": "#62aef5", "#4a90cb": "#a6d1fb", "#c9571c": "#f58a50", "#e79257": "#ffc09a", "#1c7f5d": "#45c197"},
-    **{"#58b795": "#9ce0c6", "#84489e": "#cc95e6", "#b282c8": "#e3c3f2", "#6b6200": "#d6c945", "#a39a3c": "#ece49a"},
+    **{"#0a4c86": "#62aef5", "#3b82c0": "#a6d1fb", "#c9571c": "#f58a50", "#d97c3c": "#ffc09a", "#1c7f5d": "#45c197"},
+    **{"#3a9c78": "#9ce0c6", "#84489e": "#cc95e6", "#a069ba": "#e3c3f2", "#6b6200": "#d6c945", "#a39a3c": "#ece49a"},
 }
 NAMES = {"vector": "vector", "lora": "LoRA", "local_weight": "local weight"}
 
@@ -52,7 +52,7 @@ def dark(svg: str) -> str:
 
 
 @contextmanager
-def _drawing(narrow: bool, salt: str) -> Iterator[None]:
+def _drawing(narrow: bool) -> Iterator[None]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -64,7 +64,7 @@ def _drawing(narrow: bool, salt: str) -> Iterator[None]:
             **{"text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": MUTED, "ytick.color": MUTED},
             **{"axes.edgecolor": MUTED, "axes.linewidth": 0.7, "axes.spines.top": False, "axes.spines.right": False},
             **{"axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.facecolor": "none"},
-            **{"figure.facecolor": "none", "legend.frameon": False, "svg.fonttype": "path", "svg.hashsalt": salt},
+            **{"figure.facecolor": "none", "legend.frameon": False},
             **{"axes.unicode_minus": True, "xtick.major.width": 0.7, "ytick.major.width": 0.7, "axes.titlepad": 9.0},
         }
     ):
@@ -72,8 +72,12 @@ def _drawing(narrow: bool, salt: str) -> Iterator[None]:
 
 
 def svg_of(figure: Figure) -> str:
+    import matplotlib
+
     out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    # ids from the figure's own label: the same figure gives the same bytes
+    with matplotlib.rc_context({"svg.hashsalt": str(figure.get_label()), "svg.fonttype": "path"}):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     text = re.sub(r"^\s+", "", text[text.index("<svg") :], flags=re.MULTILINE)
     # two decimals are a hundredth of a point; transforms keep theirs, glyphs are scaled by them
@@ -93,10 +97,11 @@ def look(method: str, form: str) -> dict[str, Any]:
     return {"color": colours[at], "marker": markers[at], "linewidth": 1.3 if form == "lora" else 1.9}
 
 
-def _figure(width: float, height: float) -> Figure:
+def _figure(name: str, width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
+    figure.set_label(name)
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.set(h_pad=0.1, w_pad=0.06)  # type: ignore[call-arg]
@@ -192,8 +197,8 @@ def paper_figure(cells: Sequence[Measured], split: str, narrow: bool = False) ->
     panels = [(forms, some) for forms, some in panels if some]
     if not panels:
         return None
-    with _drawing(narrow, f"paper{narrow}"):
-        figure = _figure(NARROW, 4.3 * len(panels)) if narrow else _figure(10.2, 4.1 * len(panels))
+    with _drawing(narrow):
+        figure = _figure("paper", NARROW, 4.3 * len(panels)) if narrow else _figure("paper", 10.2, 4.1 * len(panels))
         for axes, (forms, some) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
             units, label = _units(some, split)
             relative = set(units) != {1.0}
@@ -209,12 +214,12 @@ def paper_figure(cells: Sequence[Measured], split: str, narrow: bool = False) ->
             axes.set_title(" and ".join(form_name(form) for form in forms if any(c.place.intervention == form for c in some)), pad=18)
             axes.axhline(0, color=MUTED, linewidth=0.6, zorder=1)
             _shade(axes, _panel_regions(some, split, units))
-            axes.set_xlabel(label)
+            axes.set_xlabel(label.replace(" as a share of each sweep's end", " / end of sweep") if narrow else label)
             axes.set_ylabel("log-odds (nats)")
             handles += _style_handles(any(bool((c.rows(split)["n_undefined"] > 0).any()) for c in some))
             title = "method, R² of preference | utility"
             if narrow:
-                axes.legend(handles=handles, title=title, loc="upper center", bbox_to_anchor=(0.5, -0.16), alignment="left")
+                axes.legend(handles=handles, title=title, loc="upper center", bbox_to_anchor=(0.5, -0.2), alignment="left")
             else:
                 axes.legend(handles=handles, title=title, loc="upper left", bbox_to_anchor=(1.01, 1.0), alignment="left", labelspacing=0.75)
         return figure
@@ -227,8 +232,8 @@ def trade_off_figure(cells: Sequence[Measured], split: str, narrow: bool = False
     forms = [form for form in dict.fromkeys(cell.place.intervention for cell in cells)]
     if not forms:
         return None
-    with _drawing(narrow, f"trade{narrow}"):
-        figure = _figure(NARROW, 3.5 * len(forms) + 0.6) if narrow else _figure(max(5.0, 3.5 * len(forms)), 4.4)
+    with _drawing(narrow):
+        figure = _figure("trade_off", NARROW, 3.5 * len(forms) + 0.6) if narrow else _figure("trade_off", max(5.0, 3.5 * len(forms)), 4.4)
         grid = (len(forms), 1) if narrow else (1, len(forms))
         all_axes = figure.subplots(*grid, squeeze=False, sharex=True, sharey=True).ravel()
         for axes, form in zip(all_axes, forms, strict=True):
@@ -272,9 +277,9 @@ def control_figure(cells: Sequence[Measured], split: str, narrow: bool = False) 
     some = [cell for cell in cells if cell.control is not None]
     if not some:
         return None
-    with _drawing(narrow, f"control{narrow}"):
+    with _drawing(narrow):
         n = len(some)
-        figure = _figure(NARROW, 2.1 * n + 1.0) if narrow else _figure(max(5.5, 2.75 * n), 5.2)
+        figure = _figure("control", NARROW, 2.1 * n + 1.0) if narrow else _figure("control", max(5.5, 2.75 * n), 5.2)
         axes = figure.subplots(n, 2, squeeze=False, sharey="col").T if narrow else figure.subplots(2, n, squeeze=False, sharey="row")
         for column, cell in enumerate(some):
             style = look(cell.place.method, cell.place.intervention)
@@ -316,8 +321,8 @@ def cell_figure(cell: Measured, split: str, narrow: bool = False) -> Figure:
     """curves.png: one cell with 95% intervals, its own regions and the recommended multiplier."""
     from matplotlib.lines import Line2D
 
-    with _drawing(narrow, f"cell{cell.name}{narrow}"):
-        figure = _figure(NARROW, 4.4) if narrow else _figure(8.2, 4.6)
+    with _drawing(narrow):
+        figure = _figure(f"cell {cell.name}", NARROW, 4.4) if narrow else _figure(f"cell {cell.name}", 8.2, 4.6)
         axes = figure.subplots()
         _curve_pair(axes, cell, split, bars=True)
         axes.axhline(0, color=MUTED, linewidth=0.6, zorder=1)

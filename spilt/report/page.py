@@ -175,9 +175,9 @@ def _fit_table(frame: pd.DataFrame) -> str:
     return table(
         frame,
         columns,
-        f"Fits on {frame['split'].iloc[0]} questions. Held out: fitted on every second multiplier, scored on the others. The parameters trade off against each other: "
-        "read the curve, "
-        "not one parameter. b and beta in nats, alpha in nats per unit of m, L in units of m².",
+        f"Fits on {frame['split'].iloc[0]} questions. Held out: fitted on every second multiplier, scored on the others. The parameters "
+        "trade off against each other: read the curve, not one parameter. b and beta in nats, alpha in nats per unit of m, "
+        "L in units of m².",
     )
 
 
@@ -212,9 +212,10 @@ def trade_tables(trade: pd.DataFrame) -> str:
         return '<p class="quiet">Fewer than two cells can be compared at equal preference.</p>'
     shown = trade.assign(form=trade["cell"].str.partition(" ")[2].map(form_name), cell=trade["cell"].map(name_of))
     within, over = shown[shown["among"] != "all"], shown[shown["among"] == "all"]
-    html = _trade_table(within, "Utility kept at equal preference, within each form") if len(within) else ""
+    title = "Utility kept at equal preference"
+    html = _trade_table(within, f"{title}, within each form") if len(within) else ""
     if len(over):
-        html += f"<details><summary>The same over all cells</summary>{_trade_table(over, 'Utility kept at equal preference, all cells')}</details>"
+        html += f"<details><summary>The same over all cells</summary>{_trade_table(over, f'{title}, all cells')}</details>"
     return html
 
 
@@ -271,7 +272,7 @@ def paper_table(model: str, dataset: str) -> str:
     if not rows:
         return ""
     frame = _named(pd.DataFrame(rows))
-    measures = [Column(name, name, "paper", NATS) for name in frame.columns if name not in ("method", "intervention", "form")]
+    measures = [Column(name, name, "paper", NATS) for name in frame.columns if name not in ("method", "intervention", "cell")]
     title = (
         f"The paper's main results for {paper.MODELS[paper.model_key(model) or '']} on {dataset}. Generated text, judged: another measure"
     )
@@ -293,10 +294,13 @@ def tiles(findings: Sequence[Finding]) -> str:
     return f'<dl class="tiles">{"".join(parts)}</dl>'
 
 
-def notes(title: str, lines: Sequence[str]) -> str:
+def notes(title: str, lines: Sequence[str], most: int = 5) -> str:
+    """A box of remarks; those beyond `most` are folded."""
     if not lines:
         return ""
-    return f'<div class="note"><p>{escape(title)}</p><ul>{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul></div>'
+    shown, rest = ("".join(f"<li>{escape(line)}</li>" for line in part) for part in (lines[:most], lines[most:]))
+    folded = f"<details><summary>{len(lines) - most} more</summary><ul>{rest}</ul></details>" if rest else ""
+    return f'<div class="note"><p>{escape(title)}</p><ul>{shown}</ul>{folded}</div>'
 
 
 def sample_section(cells: Sequence[Measured], samples: dict[str, list[Sample]]) -> str:

@@ -58,16 +58,16 @@ tbody th { font-weight: 600; white-space: nowrap; position: sticky; left: 0; bac
 tbody th.claim { font-weight: 400; white-space: normal; position: static; min-width: 14rem; }
 tbody tr:hover th { background: var(--soft); }
 @media (max-width: 640px) { tbody th { white-space: normal; max-width: 7rem; } }
-td.n, thead th.n { text-align: right; white-space: nowrap; }
+td.n, thead th.n { text-align: right; } td.n { white-space: nowrap; }
 tbody tr:hover { background: var(--soft); }
 td.text { min-width: 14rem; } td.nobr { white-space: nowrap; }
 thead button { all: unset; box-sizing: border-box; display: block; width: 100%; padding: .5rem .7rem; cursor: pointer; line-height: 1.3; }
 thead button:hover { color: var(--accent); }
 thead button:focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; }
-thead button small { display: block; font-weight: 400; color: var(--muted); }
-thead button span::after { content: " \\2195"; color: var(--muted); opacity: .55; font-weight: 400; }
-th[aria-sort="ascending"] button span::after { content: " \\2191"; color: var(--accent); opacity: 1; }
-th[aria-sort="descending"] button span::after { content: " \\2193"; color: var(--accent); opacity: 1; }
+thead button small { display: block; min-width: 4.2rem; font-weight: 400; color: var(--muted); }
+thead button span::after { content: "\\00a0\\2195"; color: var(--muted); opacity: .55; font-weight: 400; }
+th[aria-sort="ascending"] button span::after { content: "\\00a0\\2191"; color: var(--accent); opacity: 1; }
+th[aria-sort="descending"] button span::after { content: "\\00a0\\2193"; color: var(--accent); opacity: 1; }
 details { border-top: 1px solid var(--line); } details:last-of-type { border-bottom: 1px solid var(--line); }
 summary { cursor: pointer; padding: .7rem .2rem; font-weight: 600; } summary:hover { color: var(--accent); }
 summary small { font-weight: 400; color: var(--muted); margin-left: .5rem; }
@@ -81,6 +81,7 @@ summary small { font-weight: 400; color: var(--muted); margin-left: .5rem; }
 .strip .answer { margin: .35rem 0 0; font-size: .9rem; line-height: 1.5; white-space: pre-wrap; overflow-wrap: anywhere;
   max-height: 16rem; overflow-y: auto; }
 .prompt + .quiet { margin: .25rem 0 .5rem; font-size: .9rem; }
+.note details { border: 0; } .note summary { padding: .3rem 0; font-weight: 400; }
 .quiet { color: var(--muted); } code { font-size: .9em; overflow-wrap: anywhere; }
 footer { color: var(--muted); font-size: .87rem; padding-bottom: 3rem; } footer p { margin: .4rem 0; }
 @media print { body { background: #fff; } nav, thead button span::after { display: none; } figure, .tile { break-inside: avoid; } }

@@ -151,6 +151,11 @@ def _weak(r2: float | None, held_out: float | None) -> bool:
 
 def _undefined(cells: Sequence[Measured], split: str) -> Finding:
     table = tables.undefined(cells, split)
+    unknown = [name_of(cell.name) for cell in cells if cell.rows(split)["n_undefined"].isna().any()]
+    if table.empty and unknown:
+        return Finding(
+            "Undefined utilities", "not counted", f"The stored averages of {_list(unknown)} do not say how many were left out.", True
+        )
     if table.empty:
         return Finding("Undefined utilities", "none", "Every question has a utility value at every multiplier.")
     worst = table.assign(share=table["n_undefined"] / table["n"]).sort_values("share").iloc[-1]
@@ -160,7 +165,8 @@ def _undefined(cells: Sequence[Measured], split: str) -> Finding:
         f"{total} of {scored}",
         f"{total} of {scored} values (questions × multipliers × cells) have no utility: the two answers are so likely per token that their "
         f"probabilities sum to 1 or more. They are left out of the mean utility only, and never clipped. Most: {name_of(worst['cell'])} at "
-        f"m = {short(worst['multiplier'])}, {worst['n_undefined']:.0f} of {worst['n']:.0f} questions.",
+        f"m = {short(worst['multiplier'])}, {worst['n_undefined']:.0f} of {worst['n']:.0f} questions."
+        + (f" Not counted in the stored averages of {_list(unknown)}." if unknown else ""),
         bool((table["n_undefined"] / table["n"] > 0.1).any()),
     )
 

@@ -1,0 +1,45 @@
+"""Out of memory is no end: the work is halved and goes on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+log = logging.getLogger("spilt")
+Item = TypeVar("Item")
+
+
+class OutOfMemory(MemoryError):
+    """One sequence alone does not fit: the cell fails, others go on. The message names length, layer and the way out."""
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether an exception is the device's or the host's 'out of memory'; its cached blocks are given back then."""
+    if isinstance(error, MemoryError) and not isinstance(error, OutOfMemory):
+        return True
+    if should_reduce_batch_size(error):
+        clear_device_cache(garbage_collection=True)
+        return True
+    return False
+
+
+def halved(work: Callable[[Sequence[Item]], None], items: Sequence[Item], what: str, smallest: str) -> None:
+    """work(items); when memory runs out, the two halves one after the other, down to single items.
+
+    what: names the work in the warning; smallest: in the error, when one item alone does not fit.
+    """
+    try:
+        work(items)
+        return
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        if len(items) == 1:
+            raise OutOfMemory(smallest) from error
+    log.warning("out of memory: %s, %d at once; going on with %d", what, len(items), (len(items) + 1) // 2)
+    middle = (len(items) + 1) // 2
+    halved(work, items[:middle], what, smallest)
+    halved(work, items[middle:], what, smallest)

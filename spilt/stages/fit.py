@@ -1,0 +1,153 @@
+"""Fit: find the intervention of one cell and store it (`--mode generate`)."""
+
+from __future__ import annotations
+
+import io
+import logging
+import pickle
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from spilt import activations, anatomy, manifest, plan, suffix, training
+from spilt.atomic import atomic_write
+from spilt.cell import Cell
+from spilt.data import readers
+from spilt.data.batches import by_length, pad
+from spilt.data.chat import Sequence
+from spilt.host import Host
+from spilt.interventions import INTERVENTIONS, Intervention, Vector
+from spilt.methods import METHODS, caa
+from spilt.plan import Step
+from spilt.stages.recordings import Run
+from spilt.store import dump, metadata_line
+
+log = logging.getLogger("spilt")
+
+
+def fit(step: Step, run: Run) -> str:
+    """Find the intervention of one cell, at each of its layers, and store it. Returns 'done' or 'already done'."""
+    (cell,) = step.cells
+    settings: Any = step.settings
+    done, story = 0, list[str]()
+    for layer, (path, parts) in zip(cell.layers, plan.output_parts(step, run.request.limit).items(), strict=True):
+        standing = manifest.standing(path, parts)
+        if not run.request.force and standing in ("done", "foreign"):
+            if standing == "foreign":
+                log.warning("%s has no manifest (made elsewhere): kept as it is; --force fits it again", run.store.relative(path))
+            done += 1
+            continue
+        rows: list[dict[str, float]] = []
+        fmt = readers.dataset_format(run.request.base_dir, cell.dataset, plan.DATA_OF["fit"]["train"])
+        if METHODS[cell.method].loss is None:
+            intervention = _closed_form(cell, layer, settings, run, fmt)
+        else:
+            intervention, rows = _train(cell, layer, settings, run, fmt, manifest.identity(parts))
+        text = readers.concepts(fmt).get(cell.concept) if cell.concept is not None else None
+        atomic_write(run.store.metadata(cell, layer), metadata_line(intervention, cell.concept, text))
+        story.append(_train_log(cell, layer, rows))
+        atomic_write(run.store.train_log(cell), "".join(story))
+        notes = {"layer": layer, "steps": len(rows), "last_loss": rows[-1]["loss"] if rows else None}
+        manifest.write(path, dump(intervention, cell.concept), parts, notes)
+        run.store.checkpoint(cell, layer).unlink(missing_ok=True)
+    return "already done" if done == len(cell.layers) else "done"
+
+
+def new_intervention(cell: Cell, layer: int, settings: Any, host: Host) -> Intervention:
+    """A fresh intervention on the block's device; the same seed gives the same start."""
+    component = None if cell.intervention == "vector" else settings.intervention_components
+    width = anatomy.read_width(host.model, layer, component) if component else 0
+    with torch.random.fork_rng([]):
+        torch.manual_seed(settings.seed)
+        made = INTERVENTIONS[cell.intervention](
+            anatomy.hidden_size(host.model),
+            width,
+            component=component,
+            site=settings.site,
+            dropout=settings.dropout,
+            rank=settings.rank,
+            alpha=settings.lora_alpha,
+        )
+    return made.to(host.device(layer))
+
+
+def _train(
+    cell: Cell, layer: int, settings: Any, run: Run, fmt: readers.DatasetFormat, identity: str
+) -> tuple[Intervention, list[dict[str, float]]]:
+    intervention = new_intervention(cell, layer, settings, run.host)
+    key = next(key for key in run.recordings.keys(_as_step(cell, settings, fmt)) if key.layer == layer)
+    cache = run.recordings.get(key, run.host, fmt, intervention.component)
+    prefix = run.host.chat(settings.use_chat_template, settings.system_prompt).prefix_length
+    job = training.Fit(run.host.model, layer, intervention, cache, settings, METHODS[cell.method], prefix)
+    unfinished = run.store.checkpoint(cell, layer)
+    resume = None if run.request.force else _resume(unfinished, identity)
+    saved = time.monotonic()
+
+    def checkpoint(state: Callable[[], dict[str, Any]]) -> None:
+        nonlocal saved
+        if time.monotonic() - saved >= run.request.checkpoint_seconds:
+            buffer = io.BytesIO()
+            torch.save({"identity": identity, **state()}, buffer)
+            atomic_write(unfinished, buffer.getvalue())
+            saved = time.monotonic()
+
+    with tqdm(desc=f"fit {cell}", unit="step", leave=False, disable=run.quiet) as bar:
+
+        def progress(step: int, steps: int, loss: float) -> None:
+            bar.total, bar.n = steps, step
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update(0)
+
+        return intervention, training.fit(job, resume=resume, checkpoint=checkpoint, progress=progress)
+
+
+def _resume(path: Path, identity: str) -> dict[str, Any] | None:
+    """The state that a killed fit of these very settings left, or None."""
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, OSError) as error:
+        log.warning("%s: cannot be read (%s); the fit begins again", path, type(error).__name__)
+        return None
+    return state if isinstance(state, dict) and state.get("identity") == identity else None
+
+
+def _as_step(cell: Cell, settings: Any, fmt: readers.DatasetFormat) -> Step:
+    return Step("fit", (cell,), settings, (), Path(), {"train": fmt.path}, (), (), "")
+
+
+def _closed_form(cell: Cell, layer: int, settings: Any, run: Run, fmt: readers.DatasetFormat) -> Intervention:
+    """caa: mean stream over the answer's tokens, blocks up to `layer` only, the released tokenisation without suffix."""
+    chat = run.host.chat(settings.use_chat_template, settings.system_prompt)
+    pairs = readers.read_pairs(fmt, cell.concept, run.recordings.rows(settings))
+    sequences = [chat.encode_caa(p.question, text, p.row) for p in pairs for text in (p.matching, p.not_matching)]
+    means = answer_means(run.host, layer, sequences, settings.multiple_choice)
+    return Vector.from_state(caa(means[0::2], means[1::2]), site=settings.site).eval()
+
+
+def answer_means(host: Host, layer: int, sequences: list[Sequence], multiple_choice: bool) -> torch.Tensor:
+    """The stream at block `layer` averaged over each sequence's answer tokens (or its second-to-last token), float32 [S, D]."""
+    device = host.model.get_input_embeddings().weight.device  # type: ignore[operator]
+    lengths = [len(s.input_ids) for s in sequences]
+    means: dict[int, torch.Tensor] = {}
+    for indices in by_length(lengths, activations.max_tokens(device)):
+        batch = pad([sequences[i] for i in indices], host.pad_id)
+        h = suffix.record(host.model, layer, batch.input_ids.to(device)).h.float()
+        for row, i in enumerate(indices):
+            answer = h[row, sequences[i].prompt_length : lengths[i]]
+            means[i] = h[row, lengths[i] - 2] if multiple_choice else answer.mean(0)
+    return torch.stack([means[i] for i in range(len(sequences))])
+
+
+def _train_log(cell: Cell, layer: int, rows: list[dict[str, float]]) -> str:
+    lines = [f"{cell} layer {layer}"]
+    lines += [
+        f"epoch {row['epoch']} step {row['step']} loss {row['loss']:.6f} lr {row['lr']:.6g} grad_norm {row['grad_norm']:.6g}"
+        for row in rows
+    ]
+    return "\n".join(lines if rows else [*lines, "closed form: no steps"]) + "\n"

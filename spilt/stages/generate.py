@@ -1,0 +1,162 @@
+"""Generate: text from a steered model (`--mode apply`)."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from spilt import generation, hooks, manifest, plan
+from spilt.atomic import atomic_write
+from spilt.cell import Cell
+from spilt.data import readers
+from spilt.plan import Step
+from spilt.stages.recordings import Run, stored
+
+
+class Text(NamedTuple):
+    """Which text of a step: multiplier (None: the unsteered answer), concept, prompt number, response number."""
+
+    multiplier: float | None
+    concept: int | None
+    prompt: int
+    response: int
+
+
+class Unfinished:
+    """Texts that are made but not yet in a results file: one JSON line each, so a killed run loses at most the last.
+
+    A line counts only with the identity of the result that it belongs to. Lines of other settings are ignored.
+    """
+
+    def __init__(self, path: Path, identities: dict[float | None, str]) -> None:
+        self.path, self.identities = path, identities
+        self.file: int | None = None
+
+    def read(self) -> dict[Text, list[int]]:
+        """Text -> new token ids, of the lines that are whole and of this request."""
+        found: dict[Text, list[int]] = {}
+        if not self.path.exists():
+            return found
+        known = {identity: multiplier for multiplier, identity in self.identities.items()}
+        for line in self.path.read_bytes().split(b"\n"):
+            try:
+                identity, concept, prompt, response, tokens = json.loads(line)
+            except ValueError:  # the line that a kill cut short, or nothing after the last
+                continue
+            if identity in known:
+                found[Text(known[identity], concept, prompt, response)] = tokens
+        return found
+
+    def add(self, text: Text, tokens: list[int]) -> None:
+        """One line, written at once: lines of two processes do not mix."""
+        if self.file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            cut = self.path.exists() and self.path.stat().st_size > 0 and not self.path.read_bytes().endswith(b"\n")
+            self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            if cut:
+                os.write(self.file, b"\n")
+        os.write(self.file, json.dumps([self.identities[text.multiplier], *text[1:], tokens]).encode() + b"\n")
+
+    def close(self) -> None:
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
+
+
+def generate(step: Step, run: Run) -> str:
+    """Text for every prompt, multiplier and response of a step, in one stream; one file per multiplier."""
+    outputs = dict(zip(step.multipliers, plan.output_parts(step, run.request.limit).items(), strict=True))
+
+    def decide() -> list[float]:
+        return [m for m, (path, parts) in outputs.items() if run.request.force or manifest.standing(path, parts) != "done"]
+
+    wanted = run.team.agree(decide)
+    if not wanted:
+        return "already done"
+    identities: dict[float | None, str] = {m: manifest.identity(outputs[m][1]) for m in wanted}
+    identities[None] = manifest.identity({**outputs[wanted[0]][1], "multiplier": None})  # the same for every multiplier
+    unfinished = Unfinished(run.store.unfinished(step.cells[0], run.team.rank), identities)
+    if run.request.force:
+        unfinished.path.unlink(missing_ok=True)
+    made: dict[float, list[dict[str, Any]]] = {m: [] for m in wanted}
+    try:
+        for cell in step.cells:
+            for m, results in _texts(cell, step, wanted, run, unfinished).items():
+                made[m].append(results)
+    finally:
+        unfinished.close()
+    if run.team.main:
+        for m in wanted:
+            content: Any = made[m] if step.cells[0].concept is not None else made[m][0]["generated_results"]
+            atomic_write(run.store.generation_log(step.cells[0], m), _generation_log(step, m, made[m]))
+            manifest.write(outputs[m][0], json.dumps(content, indent=2, ensure_ascii=False) + "\n", outputs[m][1])
+    run.team.agree(lambda: None)  # the results are written: nobody needs the lines any more
+    unfinished.path.unlink(missing_ok=True)
+    return "done"
+
+
+def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinished: Unfinished) -> dict[float, dict[str, Any]]:
+    """multiplier -> {concept_id, concept_name, generated_results, eval_data, multiplier} of one cell."""
+    s: Any = step.settings
+    fmt = readers.dataset_format(run.request.base_dir, cell.dataset, plan.DATA_OF["generate"]["prompts"])
+    given = [n for n in (run.request.limit, s.generation_data_size) if n is not None]
+    prompts = readers.read_prompts(fmt, cell.concept, min(given) if given else None)
+    interventions = stored(cell, s, run)
+    chat = run.host.chat(s.use_chat_template, s.system_prompt)
+    ids = [tuple(chat.prompt_ids(prompt.input)) for prompt in prompts]
+
+    def sites(multiplier: torch.Tensor) -> list[hooks.Site]:
+        return [hooks.Site(layer, intervention, multiplier) for layer, intervention in interventions.items()]
+
+    strengths = [*([None] if s.generate_orig_output else []), *multipliers]
+    every = [Text(m, cell.concept, i, k) for m in strengths for i in range(len(ids)) for k in range(s.num_responses)]
+    how = generation.decoding(s.generation_params.as_kwargs(), run.host.model, run.host.tokenizer)
+
+    def work() -> dict[Text, list[int]]:
+        mine = run.team.mine(every)
+        known = unfinished.read()
+        texts = {text: known[text] for text in mine if text in known}
+        todo = [text for text in mine if text not in texts]
+        # the seed is the prompt's and the response's own: the same random numbers at every multiplier
+        rows = [generation.Row(ids[t.prompt], t.multiplier or 0.0, f"{s.seed}/{t.prompt}/{t.response}") for t in todo]
+        with tqdm(total=len(mine), initial=len(texts), desc=f"apply {cell}", unit="text", leave=False, disable=run.quiet) as bar:
+            for number, new in generation.generate(run.host.model, sites, rows, how, run.request.batch_size or s.batch_size):
+                texts[todo[number]] = new
+                unfinished.add(todo[number], new)
+                bar.update()
+        return texts
+
+    texts = {text: tokens for part in run.team.gather(work) for text, tokens in part.items()}
+
+    def decode(tokens: Any, skip: bool) -> str:
+        return run.host.tokenizer.decode(list(tokens), skip_special_tokens=skip)
+
+    def answers(multiplier: float | None, i: int) -> list[list[int]]:
+        return [texts[Text(multiplier, cell.concept, i, k)] for k in range(s.num_responses)]
+
+    out = {}
+    for m in multipliers:
+        results = [
+            {
+                "input": prompt.input,
+                "orig_pred": [decode(new, True) for new in answers(None, i)] if s.generate_orig_output else [],
+                "pred": [decode(new, True) for new in answers(m, i)],
+                "reference_response": prompt.reference_response,
+                "complete_output": [decode([*ids[i], *new], False) for new in answers(m, i)],
+            }
+            for i, prompt in enumerate(prompts)
+        ]
+        name = next((prompt.concept for prompt in prompts if prompt.concept), None)
+        extra = [prompt.extra for prompt in prompts]
+        out[m] = {"concept_id": cell.concept, "concept_name": name, "generated_results": results, "eval_data": extra, "multiplier": m}
+    return out
+
+
+def _generation_log(step: Step, multiplier: float, made: list[dict[str, Any]]) -> str:
+    rows = sum(len(part["generated_results"]) for part in made)
+    return f"{step}\nmultiplier {multiplier}\nprompts {rows}\nsettings {json.dumps(step.settings.as_dict(), default=str)}\n"

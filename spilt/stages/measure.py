@@ -1,0 +1,206 @@
+"""Measure: losses of both answers at every multiplier, the random control, and the report (`--mode loss`)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from spilt import activations, anatomy, curves, manifest, measure, odds, plan
+from spilt.atomic import atomic_write
+from spilt.data import readers
+from spilt.interventions import Intervention, Vector
+from spilt.methods import METHODS
+from spilt.plan import Step
+from spilt.stages.recordings import Run, stored
+from spilt.store import PREFERENCE_TYPES
+
+CONTROL_DRAWS = 16  # random directions of the vector's norm: one alone can have a slope by chance, their mean should have none
+CONTROL_PAIRS = 64  # questions that they are scored on, at most
+CONTROL_EVERY = 3  # every third multiplier of the sweep
+
+
+def measure_cell(step: Step, run: Run) -> str:
+    """Losses of both answers at every multiplier, as train_losses.csv files; a sweep is widened once when a tail still moves."""
+    (cell,) = step.cells
+    interventions = stored(cell, step.settings, run)
+    if step.sweep:
+        step = plan.with_multipliers(step, run.store, _sweep(step, interventions, run))
+    new = _measure(step, interventions, run)
+    if step.sweep:
+
+        def still_moves() -> bool:
+            frames = [odds.collect(run.store.loss_folder(cell), split) for split in step.data]
+            return not curves.flattened(odds.summarise(pd.concat(frames)))
+
+        if run.team.agree(still_moves):
+            wider = plan.widened(step.multipliers)
+            new = _measure(plan.with_multipliers(step, run.store, wider), interventions, run) or new
+            step = plan.with_multipliers(step, run.store, wider)
+        if cell.intervention == "vector":
+            new = _control(step, interventions, run) or new
+    return "done" if new else "already done"
+
+
+def _sweep(step: Step, interventions: dict[int, Intervention], run: Run) -> tuple[float, ...]:
+    """The sweep's multipliers. caa is not trained at any strength: its range makes max |m v| that of the trained vectors."""
+    (cell,) = step.cells
+    if METHODS[cell.method].loss is not None:
+        return step.multipliers
+    layer = min(interventions)
+    own = _norm(interventions[layer])
+    if own == 0:
+        return step.multipliers
+    others = [replace(cell, method=name) for name, row in METHODS.items() if row.loss is not None and cell.intervention in row.forms]
+    there = [other for other in others if run.store.vector(other, layer).is_file()]
+    norms = [_norm(stored(replace(other, layers=(layer,)), step.settings, run)[layer]) for other in there]
+    if norms:
+        top = max(map(abs, step.multipliers)) * sum(norms) / len(norms)
+    else:  # nothing trained is stored: the strength at which the vector is twice as long as the stream is
+        key = run.recordings.keys(step)[0]
+        fmt = readers.dataset_format(run.request.base_dir, cell.dataset, plan.DATA_OF["measure"][next(iter(step.data))])
+        top = 2 * torch.cat(run.recordings.get(key, run.host, fmt, None).h).float().norm(dim=-1).mean().item()
+    return plan.sweep_multipliers((float(f"{top / own:.2g}"),))
+
+
+def _norm(intervention: Intervention) -> float:
+    assert isinstance(intervention, Vector)
+    return intervention.v.norm().item()
+
+
+def _cache(step: Step, split: str, component: str | None, run: Run) -> activations.Activations:
+    fmt = readers.dataset_format(run.request.base_dir, step.cells[0].dataset, plan.DATA_OF["measure"][split])
+    key = next(key for key in run.recordings.keys(step) if key.data == step.data[split])
+    return run.recordings.get(key, run.host, fmt, component)
+
+
+def _measure(step: Step, interventions: dict[int, Intervention], run: Run) -> bool:
+    """Write what is not there yet; multipliers that are done are not scored again. Returns whether anything was written."""
+    (cell,) = step.cells
+    s: Any = step.settings
+    outputs = plan.output_parts(step, run.request.limit)
+
+    def decide() -> set[Path]:
+        return {path for path, parts in outputs.items() if run.request.force or manifest.standing(path, parts) != "done"}
+
+    todo = run.team.agree(decide)
+    prefix = run.host.chat(s.use_chat_template, s.system_prompt).prefix_length
+    first = min(interventions)
+    for split in step.data:
+        wanted = [m for m in step.multipliers if any(run.store.losses(cell, m, kind, split) in todo for kind in PREFERENCE_TYPES)]
+        if not wanted:
+            continue
+        cache = _cache(step, split, interventions[first].component, run)
+        signed = sorted({m for m in wanted} | {-m + 0.0 for m in wanted})
+        with tqdm(total=len(cache.sequences) * len(signed), desc=f"loss {cell} {split}", unit="row", leave=False, disable=run.quiet) as bar:
+            found = _shared_losses(run, interventions, cache, signed, s.intervention_positions, prefix, bar.update)
+        if not run.team.main:
+            continue
+        place = {m: k for k, m in enumerate(signed)}
+        for m in wanted:
+            for kind in PREFERENCE_TYPES:
+                path = run.store.losses(cell, m, kind, split)
+                table = loss_table(found, place, m, kind, s.preference_pairs)
+                atomic_write(
+                    path.with_name("train.log"), f"{cell} m={m} {kind}: {len(table)} rows, mean {table['pos_steer_loss'].mean():.6f}\n"
+                )
+                manifest.write(path, _csv(table), outputs[path])
+    return bool(todo)
+
+
+def _shared_losses(
+    run: Run,
+    interventions: dict[int, Intervention],
+    cache: activations.Activations,
+    multipliers: Sequence[float],
+    positions: str,
+    prefix: int,
+    progress: Callable[[int], Any] | None = None,
+) -> measure.Losses:
+    """The losses, the batches dealt out over the processes: each batch is the same as with one process, so the bytes are too."""
+    device = run.host.device(min(interventions))
+    share = slice(run.team.rank, None, run.team.size)
+    parts = run.team.gather(
+        lambda: measure.losses(run.host.model, interventions, cache, multipliers, positions, prefix, device, progress=progress, share=share)
+    )
+    return parts[0]._replace(total=np.sum([part.total for part in parts], 0), answer=np.sum([part.answer for part in parts], 0))
+
+
+def _csv(table: pd.DataFrame) -> str:
+    buffer = io.StringIO()
+    table.to_csv(buffer, index=False, lineterminator="\n")
+    return buffer.getvalue()
+
+
+def loss_table(found: measure.Losses, place: dict[float, int], m: float, kind: str, pairs: tuple[str, ...]) -> pd.DataFrame:
+    """Rows of train_losses.csv: (example, pair) in dataset order.
+
+    winning_only scores matching at +m (orig_add) and not_matching at -m (orig_sub); losing_only the other two.
+    """
+    examples = found.total.shape[1] // 2
+    columns = []
+    for pair in pairs:
+        applied = (m if pair == "orig_add" else -m) + 0.0
+        matching = (pair == "orig_add") == (kind == "winning_only")
+        sequence, k = 2 * np.arange(examples) + (0 if matching else 1), place[applied]
+        columns.append(
+            {
+                "pos_steer_loss": found.total[k, sequence] / found.tokens[sequence],
+                "pos_steering_factors": np.full(examples, applied),
+                "neg_steering_factors": np.full(examples, applied),
+                "example": np.arange(examples),
+                "pair": np.full(examples, pair),
+                "target": np.full(examples, "matching" if matching else "not_matching"),
+                "n_tokens": found.tokens[sequence],
+                "loss_sum": found.total[k, sequence],
+                "answer_tokens": found.answer_tokens[sequence],
+                "answer_loss_sum": found.answer[k, sequence],
+            }
+        )
+    # one row of each pair after the other, example by example
+    rows = {name: np.stack([part[name] for part in columns], 1).reshape(-1) for name in columns[0]}
+    return pd.DataFrame({"epoch": 0, "step": np.arange(examples * len(pairs)), **rows})
+
+
+def _control(step: Step, interventions: dict[int, Intervention], run: Run) -> bool:
+    """control.csv: preference and utility along random directions of the stored vector's norm, per draw and multiplier."""
+    (cell,) = step.cells
+    s: Any = step.settings
+    split = list(step.data)[-1]  # test items where they are measured
+    multipliers = [0.0, *(sign * m for m in [m for m in step.multipliers if m > 0][::-CONTROL_EVERY] for sign in (1, -1))]
+    path = run.store.control(cell)
+    drawn = {"multipliers": multipliers, "draws": CONTROL_DRAWS, "pairs": CONTROL_PAIRS}
+    parts = {"control": drawn, **plan.measure_parts(step, 0.0, "control", split, run.request.limit)}
+    if run.team.agree(lambda: not run.request.force and manifest.standing(path, parts) == "done"):
+        return False
+    whole = _cache(step, split, None, run)
+    few = slice(0, 2 * CONTROL_PAIRS)
+    cache = activations.Activations(whole.sequences[few], whole.h[few], {}, whole.pad_id)
+    prefix = run.host.chat(s.use_chat_template, s.system_prompt).prefix_length
+    generator = torch.Generator().manual_seed(s.seed)
+    tables = []
+    for draw in tqdm(range(CONTROL_DRAWS), desc=f"control {cell}", unit="draw", leave=False, disable=run.quiet):
+        random_ones: dict[int, Intervention] = {}
+        for layer, intervention in interventions.items():
+            direction = torch.randn(anatomy.hidden_size(run.host.model), generator=generator)
+            made = Vector.from_state(direction / direction.norm() * _norm(intervention), site=s.site)
+            random_ones[layer] = made.eval().to(run.host.device(layer))
+        found = _shared_losses(run, random_ones, cache, multipliers, s.intervention_positions, prefix)
+        mean = found.answer / found.answer_tokens
+        utility = odds.utility_log_odds(mean[:, 0::2], mean[:, 1::2])
+        defined = np.isfinite(utility).sum(1)
+        table = pd.DataFrame({"split": split, "draw": draw, "multiplier": multipliers})
+        table["preference"] = odds.preference_log_odds(mean[:, 0::2], mean[:, 1::2]).mean(1)
+        table["utility"] = np.where(defined > 0, np.nansum(utility, 1) / np.maximum(defined, 1), np.nan)
+        table["n"], table["n_undefined"] = utility.shape[1], utility.shape[1] - defined
+        tables.append(table)
+    if run.team.main:
+        manifest.write(path, _csv(pd.concat(tables)), parts)
+    return True

@@ -1,0 +1,119 @@
+"""What the steps of a run share: the model, and the activations recorded once for all of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spilt import activations, anatomy
+from spilt.cell import Cell
+from spilt.data import readers
+from spilt.host import Host
+from spilt.interventions import Intervention
+from spilt.methods import METHODS
+from spilt.plan import Request, Step
+from spilt.store import Store, load
+from spilt.team import Team
+
+
+class Key(NamedTuple):
+    """What a recording depends on: equal keys share it."""
+
+    data: Path
+    concept: int | None
+    layer: int
+    use_chat_template: bool
+    system_prompt: str
+    output_length: int
+    limit: int | None
+
+
+class Recordings:
+    """Activations of the pairs, recorded once per (data, layer) for all steps that read them, dropped after the last."""
+
+    def __init__(self, steps: Iterable[Step], limit: int | None) -> None:
+        self.limit = limit
+        self.kept: dict[Key, activations.Activations] = {}
+        self.uses: Counter[Key] = Counter()
+        self.components: dict[Key, set[str]] = {}
+        for step in steps:
+            for key in self.keys(step):
+                self.uses[key] += 1
+                parts = self.components.setdefault(key, set())
+                if step.cells[0].intervention != "vector":
+                    parts.add(step.settings.intervention_components)
+
+    def keys(self, step: Step) -> list[Key]:
+        """What a step will ask for."""
+        s: Any = step.settings
+        if step.verb == "generate" or METHODS[step.cells[0].method].loss is None and step.verb == "fit":
+            return []
+        layers = s.layers if step.verb == "fit" else (min(s.layers),)
+        return [
+            Key(path, step.cells[0].concept, layer, s.use_chat_template, s.system_prompt, s.output_length, self.rows(s))
+            for path in step.data.values()
+            for layer in layers
+        ]
+
+    def rows(self, settings: Any) -> int | None:
+        """How many rows are read: the smaller of --limit and max_num_of_examples."""
+        given = [n for n in (self.limit, settings.max_num_of_examples) if n is not None]
+        return min(given) if given else None
+
+    def get(self, key: Key, host: Host, fmt: readers.DatasetFormat, component: str | None) -> activations.Activations:
+        """Sequence 2 i is row i's matching answer, 2 i + 1 its not-matching one."""
+        known = self.components.setdefault(key, set())
+        if key not in self.kept or (component is not None and component not in self.kept[key].x):
+            if component is not None:
+                known.add(component)
+            chat = host.chat(key.use_chat_template, key.system_prompt)
+            pairs = readers.read_pairs(fmt, key.concept, key.limit)
+            sequences = [
+                chat.encode(pair.question, text, key.output_length, pair.row)
+                for pair in pairs
+                for text in (pair.matching, pair.not_matching)
+            ]
+            self.kept[key] = activations.record(host.model, key.layer, sequences, sorted(known), host.pad_id)
+        return self.kept[key]
+
+    def clear(self) -> None:
+        """Another model is about to be loaded."""
+        self.kept.clear()
+
+    def release(self, step: Step) -> None:
+        """The step is over: drop what no later step reads."""
+        for key in self.keys(step):
+            self.uses[key] -= 1
+            if self.uses[key] <= 0:
+                self.kept.pop(key, None)
+
+
+class Run(NamedTuple):
+    """What every step is handed."""
+
+    request: Request
+    host: Host
+    store: Store
+    recordings: Recordings
+    quiet: bool
+    team: Team
+
+
+def stored(cell: Cell, settings: Any, run: Run) -> dict[int, Intervention]:
+    """layer -> the stored intervention of a cell, checked against the model."""
+    found = {}
+    for layer in cell.layers:
+        widths = {name: anatomy.read_width(run.host.model, layer, name) for name in anatomy.COMPONENTS}
+        made = load(
+            run.store.vector(cell, layer),
+            cell.intervention,
+            cell.concept if cell.concept is not None else settings.concept_id,
+            anatomy.hidden_size(run.host.model),
+            widths,
+            settings.intervention_components,
+            settings.site,
+        )
+        found[layer] = made.to(run.host.device(layer))
+    return found

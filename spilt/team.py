@@ -1,0 +1,67 @@
+"""Several processes on one request (`accelerate launch run_spilt.py ...`), through accelerate; one process is the usual case.
+
+Fits are dealt out whole, so each is the same as with one process; the texts of a request and the batches of a
+measurement are dealt out and gathered. Process 0 decides what is to be done and writes; the others see what it decided.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+
+
+class TeamError(RuntimeError):
+    """Another process failed at this piece of work."""
+
+
+class Team:
+    """rank of this process and number of processes. With one process every method is the identity."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.rank, self.size, self.device = 0, int(os.environ.get("WORLD_SIZE", "1")), device
+        if self.size > 1:
+            from accelerate import PartialState
+
+            state = PartialState(cpu=device == "cpu")
+            self.rank, self.size = state.process_index, state.num_processes
+            if device.startswith("cuda"):
+                self.device = str(state.device)  # each process its own card
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def mine(self, items: Sequence[Value]) -> list[Value]:
+        """The items dealt to this process, in order."""
+        return list(items[self.rank :: self.size])
+
+    def agree(self, decide: Callable[[], Value]) -> Value:
+        """Process 0's decision, everywhere: what is on disk may change while the others look."""
+        if self.size == 1:
+            return decide()
+        from accelerate.utils import broadcast_object_list
+
+        decided: list[Any] = [decide() if self.main else None]
+        return broadcast_object_list(decided)[0]
+
+    def gather(self, work: Callable[[], Value]) -> list[Value]:
+        """work() of every process, in rank order. An error of any process is an error of all, so that none waits for ever."""
+        if self.size == 1:
+            return [work()]
+        from accelerate.utils import gather_object
+
+        error: Exception | None = None
+        try:
+            result: Any = (True, work())
+        except Exception as caught:  # told to all, and raised below
+            error, result = caught, (False, f"process {self.rank}: {type(caught).__name__}: {caught}")
+        every = gather_object([result])
+        if error is not None:
+            raise error
+        failed = [value for good, value in every if not good]
+        if failed:
+            raise TeamError("; ".join(failed))
+        return [value for _, value in every]
