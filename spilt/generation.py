@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation import logits_process as lp
 
-from spilt import hooks, memory
+from spilt import hooks, memory, packing, suffix
+from spilt.activations import prefix_pairs
+from spilt.data.chat import Sequence as DataSequence
 
 log = logging.getLogger("spilt")
 
@@ -130,15 +134,130 @@ def _forward(model: nn.Module, sites: list[hooks.Site], ids: Tensor, mask: Tenso
     return out.logits[:, -1].float()
 
 
-def _prefill(model: nn.Module, make_sites: MakeSites, rows: Sequence[Row], numbers: list[int], pad: int, device: torch.device) -> _Active:
-    prompts = [rows[i].prompt for i in numbers]
+class _Prompts:
+    """Prompts up to the lowest steered block, run once whatever the number of multipliers and responses.
+
+    What all prompts share (the template's beginning) is run once: below that block for all, above it once per multiplier.
+    """
+
+    def __init__(self, model: nn.Module, make_sites: MakeSites, rows: Sequence[Row], pad: int, device: torch.device) -> None:
+        self.model, self.make_sites, self.pad, self.device = model, make_sites, pad, device
+        sites = make_sites(torch.zeros(1, 1, 1, device=device))
+        self.base = min(hooks.base(site.layer, site.intervention) for site in sites)
+        self.components = tuple({site.intervention.component for site in sites if self._on_stream(site) and site.intervention.component})
+        self.left = Counter(row.prompt for row in rows)  # rows that still want the prompt
+        self.kept: dict[tuple[int, ...], tuple[suffix.Recorded, packing.KeysValues]] = {}
+        self.heads: dict[float, packing.KeysValues] = {}
+        sequences = [DataSequence(prompt, len(prompt), 0) for prompt in self.left]
+        self.prefix = packing.prefix_length(sequences) if sequences and self.base >= 0 else 0
+        self.head: suffix.Recorded | None = None
+        self.below: packing.KeysValues = {}
+        if self.prefix:
+            ids = torch.tensor([sequences[0].input_ids[: self.prefix]], device=device)
+            cache = packing.cache_of({})
+            self.head = suffix.record(model, self.base, ids, self.components, past_key_values=cache, use_cache=True)
+            self.below = packing.pairs_of(cache)
+
+    def _on_stream(self, site: hooks.Site) -> bool:
+        return site.layer == self.base and site.intervention.site == "block"
+
+    def _rows(self, prompts: Sequence[tuple[int, ...]]) -> packing.Rows:
+        packs = [packing.pack([DataSequence(prompt, len(prompt) + 1, 0)], (0,), self.prefix) for prompt in prompts]
+        return packing.Rows(*(t.to(self.device) for t in packing.pad_packs(packs, self.pad)))
+
+    def _steered(self, seen: suffix.Recorded, multiplier: Tensor) -> tuple[Tensor, list[hooks.Site]]:
+        h, above = seen.h, []
+        for site in self.make_sites(multiplier):
+            if self._on_stream(site):
+                h = hooks.steer(site, h, seen.x.get(site.intervention.component or ""))
+            else:
+                above.append(site)
+        return h, above
+
+    def _record(self, prompts: list[tuple[int, ...]]) -> None:
+        """Blocks 0..base of prompts that are not there yet."""
+        rows = self._rows(prompts)
+        cache = packing.cache_of(self.below, torch.zeros(len(prompts), dtype=torch.long, device=self.device))
+        inputs = packing.attention_inputs(self.model, rows, self.prefix)
+        seen = suffix.record(self.model, self.base, rows.input_ids, self.components, past_key_values=cache, **inputs)
+        pairs = packing.pairs_of(cache)
+        for b, prompt in enumerate(prompts):
+            n = len(prompt) - self.prefix
+            own = {layer: (k[b, :, self.prefix :][:, :n], v[b, :, self.prefix :][:, :n]) for layer, (k, v) in pairs.items()}
+            self.kept[prompt] = suffix.Recorded(seen.h[b, :n], {name: x[b, :n] for name, x in seen.x.items()}), own
+
+    def _head(self, multiplier: float) -> packing.KeysValues:
+        """Keys and values of the shared beginning above the base, at one multiplier."""
+        if multiplier not in self.heads and self.head is not None:
+            stream, above = self._steered(self.head, torch.full((1, 1, 1), multiplier, device=self.device))
+            with hooks.attach(self.model, above):
+                self.heads[multiplier] = prefix_pairs(self.model, self.base, stream, self.pad)
+        return self.heads.get(multiplier, {})
+
+    def start(self, rows: Sequence[Row], numbers: list[int]) -> _Active:
+        """These rows with their prompts read: cache and the next token's scores."""
+        multiplier = torch.tensor([rows[i].multiplier for i in numbers], dtype=torch.float32, device=self.device)[:, None, None]
+        prompts = [rows[i].prompt for i in numbers]
+        if self.base < 0:  # the first block's inside is steered: nothing can be shared
+            return _prefill(self.model, self.make_sites(multiplier), prompts, list(numbers), multiplier, self.pad, self.device)
+        new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.kept))
+        if new:
+            self._record(new)
+        kept = [self.kept[prompt] for prompt in prompts]
+        names = self.components
+        seen = suffix.Recorded(
+            pad_sequence([k[0].h for k in kept], batch_first=True),
+            {n: pad_sequence([k[0].x[n] for k in kept], batch_first=True) for n in names},
+        )
+        stream, above = self._steered(seen, multiplier)
+        own = self._rows(prompts)
+        real = own.branch != packing.PADDING
+        lengths = real.sum(1)
+        last = torch.arange(real.shape[1], device=self.device) == (lengths - 1)[:, None]
+        heads = [self._head(rows[i].multiplier) for i in numbers]
+        upper = {layer: tuple(torch.cat([head[layer][kv] for head in heads]) for kv in (0, 1)) for layer in heads[0]}
+        cache = packing.cache_of(upper)  # type: ignore[arg-type]
+        inputs = packing.attention_inputs(self.model, own, self.prefix)
+        with hooks.attach(self.model, above):
+            scores = suffix.logits(self.model, self.base, stream, last, past_key_values=cache, **inputs).float()
+        pairs = packing.pairs_of(cache)
+        for layer in kept[0][1]:
+            rest = [pad_sequence([k[1][layer][kv].transpose(0, 1) for k in kept], batch_first=True).transpose(1, 2) for kv in (0, 1)]
+            begun = self.below.get(layer)
+            if begun is not None:
+                rest = [torch.cat([begun[kv].expand(len(kept), -1, -1, -1), rest[kv]], 2) for kv in (0, 1)]
+            pairs[layer] = (rest[0], rest[1])
+        # from right to left padding: row b moves right by what it is shorter
+        width = self.prefix + real.shape[1]
+        place = torch.arange(width, device=self.device) - (real.shape[1] - lengths)[:, None]
+        mask = (place >= 0).long()
+
+        def moved(t: Tensor) -> Tensor:
+            return t.gather(2, place.clamp(min=0).to(t.device)[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))
+
+        for prompt in prompts:
+            self.left[prompt] -= 1
+            if not self.left[prompt]:
+                self.kept.pop(prompt, None)
+        ordered = [(moved(pairs[layer][0]), moved(pairs[layer][1])) for layer in sorted(pairs)]
+        return _Active(list(numbers), multiplier, mask, _cache(ordered), scores)
+
+
+def _prefill(
+    model: nn.Module,
+    sites: list[hooks.Site],
+    prompts: list[tuple[int, ...]],
+    numbers: list[int],
+    multiplier: Tensor,
+    pad: int,
+    device: torch.device,
+) -> _Active:
+    """The plain way: whole prompts through the whole model."""
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    multiplier = torch.tensor([rows[i].multiplier for i in numbers], dtype=torch.float32, device=device)[:, None, None]
     cache = DynamicCache()
-    scores = _forward(model, make_sites(multiplier), ids, mask, cache)
-    return _Active(list(numbers), multiplier, mask, cache, scores)
+    return _Active(numbers, multiplier, mask, cache, _forward(model, sites, ids, mask, cache))
 
 
 def _choose(scores: Tensor, how: Decoding, uniform: Tensor | None, ids: list[list[int]]) -> Tensor:
@@ -171,10 +290,11 @@ class _Stream:
         self.active: _Active | None = None
         self.finished: list[tuple[int, list[int]]] = []
         self.wait(range(len(rows)))
+        self.prompts = _Prompts(model, make_sites, rows, how.pad, self.device)
 
     def wait(self, numbers: Iterable[int]) -> None:
-        """Taken from the end: longest prompts first, and in their order."""
-        self.waiting = sorted(numbers, key=lambda i: (len(self.rows[i].prompt), -i))
+        """Taken from the end: longest prompts first, all rows of a prompt beside each other."""
+        self.waiting = sorted(numbers, key=lambda i: (len(self.rows[i].prompt), self.rows[i].prompt, -i))
 
     def advance(self) -> None:
         """Waiting rows take the free places, and every active row gets one token."""
@@ -209,7 +329,7 @@ class _Stream:
         fresh = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
         if self.how.sample:
             self.draws.update({i: random.Random(self.rows[i].seed) for i in fresh})
-        started = _prefill(self.model, self.make_sites, self.rows, fresh, self.how.pad, self.device)
+        started = self.prompts.start(self.rows, fresh)
         if self.active is None:
             self.active = started
         else:
@@ -229,6 +349,7 @@ class _Stream:
         self.active = None
         self.new = {i: [] for i in self.new}
         self.wait(self.new)
+        self.prompts = _Prompts(self.model, self.make_sites, [self.rows[i] for i in self.new], self.how.pad, self.device)
 
 
 @torch.no_grad()

@@ -22,6 +22,11 @@ class Site(NamedTuple):
     positions: Tensor | None = None
 
 
+def base(layer: int, intervention: Intervention) -> int:
+    """The block whose output can be recorded: block `layer`, or the one below it when the inside of `layer` is steered."""
+    return layer if intervention.site == "block" else layer - 1
+
+
 def first(output: Any) -> Tensor:
     """The stream in what a block returns: a tensor or a tuple, by family and transformers version."""
     return output[0] if isinstance(output, tuple) else output

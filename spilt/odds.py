@@ -31,6 +31,7 @@ COLUMNS = ["split", "example", "multiplier", "loss_matching", "loss_not_matching
 SUMMARY = [
     *("split", "multiplier", "preference", "preference_low", "preference_high", "utility", "utility_low", "utility_high"),
     *("n", "n_undefined", "loss_matching", "loss_not_matching", "accuracy"),
+    *("gain_low", "gain_high", "drop_low", "drop_high"),
 ]
 
 
@@ -153,7 +154,9 @@ def summarise(frame: pd.DataFrame, seed: int = 0, draws: int = 1000) -> pd.DataF
 
     With a column `concept`, means are taken within a concept and then over concepts, in every bootstrap draw too.
     n: questions scored; n_undefined: those without a utility (left out of its mean, and only of its mean);
-    accuracy: share of questions with preference > 0. A loss that is not finite makes the preference mean of its row nan.
+    accuracy: share of questions with preference > 0. gain_*, drop_*: 95% intervals of preference(m) - preference(0) and of
+    utility(0) - utility(m), the same questions resampled at both, so that what questions differ by cancels.
+    A loss that is not finite makes the preference mean of its row nan.
     """
     parts = [_summarise_split(split, part, seed, draws) for split, part in frame.groupby("split", sort=False)]
     if not parts:
@@ -186,13 +189,11 @@ def _summarise_split(split: object, frame: pd.DataFrame, seed: int, draws: int) 
     for name in names:
         out[name] = _over_concepts(np.stack(means[name]), np.stack(counted[name]))
         if name in boots:
-            # a draw without any defined question of its concept has no mean; at least 9 of 10 draws must have one
             drawn = _over_concepts(np.stack(boots[name]), np.stack(counted[name])[:, None])
-            enough = np.isfinite(drawn).mean(axis=0) >= 0.9
-            low, high = np.full((2, len(multipliers)), np.nan)
-            if enough.any():
-                low[enough], high[enough] = np.nanpercentile(drawn[:, enough], [2.5, 97.5], axis=0)
-            out[f"{name}_low"], out[f"{name}_high"] = low, high
+            out[f"{name}_low"], out[f"{name}_high"] = _interval(drawn)
+            label, sign = ("gain", 1.0) if name == "preference" else ("drop", -1.0)
+            base = drawn[:, multipliers == 0] if (multipliers == 0).any() else np.full((draws, 1), np.nan)
+            out[f"{label}_low"], out[f"{label}_high"] = _interval(sign * (drawn - base))
     groups = frame.groupby("multiplier")
     out["n"] = groups.size().reindex(multipliers).to_numpy(int)
     out["n_undefined"] = groups["utility"].apply(lambda values: int(values.isna().sum())).reindex(multipliers).to_numpy(int)
@@ -203,6 +204,18 @@ def _weighted(weights: Array, values: Array, used: Mask) -> Array:
     """[draws, question] x [question, multiplier] -> weighted means [draws, multiplier] over the used questions."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray((weights @ np.where(used, values, 0.0)) / (weights @ used.astype(float)))
+
+
+def _interval(drawn: Array) -> Array:
+    """[draws, multiplier] -> [2, multiplier], the middle 95%.
+
+    A draw that holds no question with a value has no mean; at least 9 of 10 draws must have one.
+    """
+    out = np.full((2, drawn.shape[1]), np.nan)
+    enough = np.isfinite(drawn).mean(axis=0) >= 0.9
+    if enough.any():
+        out[:, enough] = np.nanpercentile(drawn[:, enough], [2.5, 97.5], axis=0) + 0.0  # -0.0 is 0.0
+    return out
 
 
 def _over_concepts(stack: Array, counted: Mask) -> Array:

@@ -65,9 +65,9 @@ class AnswerLogProbs(NamedTuple):
         return -self.total / self.tokens
 
 
-def answer_logprobs(logits: Tensor, input_ids: Tensor, answer_mask: Tensor, attention_mask: Tensor) -> AnswerLogProbs:
-    """From logits [n, V] at `scored_positions(answer_mask)` (row-major) to sums per sequence."""
+def answer_logprobs(logits: Tensor, input_ids: Tensor, answer_mask: Tensor, length: Tensor) -> AnswerLogProbs:
+    """From logits [n, V] at `scored_positions(answer_mask)` (row-major) to sums per sequence; length [B]: its real tokens."""
     token = token_logprobs(logits, input_ids[answer_mask])
     rows = answer_mask.nonzero()[:, 0]
     total = torch.zeros(len(input_ids), dtype=token.dtype, device=token.device).index_add(0, rows, token)
-    return AnswerLogProbs(total, answer_mask.sum(1), attention_mask.sum(1))
+    return AnswerLogProbs(total, answer_mask.sum(1), length)

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spilt import memory, suffix
-from spilt.activations import Activations, max_tokens
-from spilt.data.batches import by_length, position_mask
+from spilt import hooks, measure, memory, packing, suffix
+from spilt.activations import Activations, prefix_pairs
+from spilt.data.batches import position_mask
 from spilt.hparams.settings import FitSettings
-from spilt.interventions import Intervention, Vector
+from spilt.interventions import Intervention, Multiplier, Vector
 from spilt.methods import Method, Scored
 from spilt.scoring import AnswerLogProbs, answer_logprobs, scored_positions
 
@@ -41,14 +41,19 @@ def entries(row: int, settings: FitSettings) -> list[Entry]:
     return [sides[name] for name in settings.preference_pairs]
 
 
-def steered(intervention: Intervention, seen: suffix.Recorded, multiplier: Tensor, removed: Tensor, positions: Tensor | None) -> Tensor:
-    """h' [B, T, D]: h + m (dW x + db), in the rows `removed` [B] bool h without the vector's component."""
-    x = seen.x.get(intervention.component) if intervention.component else None
-    changed = intervention(seen.h, x, multiplier[:, None, None])
-    if removed.any():
-        assert isinstance(intervention, Vector)
-        changed = torch.where(removed[:, None, None], intervention.without_component(seen.h), changed)
-    return changed if positions is None else torch.where(positions[..., None], changed, seen.h)
+class _Shown(Intervention):
+    """The intervention as a minibatch meets it: rows `removed` [B] lose what points along the vector instead of being steered."""
+
+    def __init__(self, intervention: Intervention, removed: Tensor) -> None:
+        super().__init__(intervention.component, intervention.site, 0.0)
+        self.intervention, self.removed = intervention, removed
+
+    def forward(self, h: Tensor, x: Tensor | None, multiplier: Multiplier) -> Tensor:
+        changed = self.intervention(h, x, multiplier)
+        if not self.removed.any():
+            return changed
+        assert isinstance(self.intervention, Vector)
+        return torch.where(self.removed[:, None, None], self.intervention.without_component(h), changed)
 
 
 class Fit:
@@ -69,30 +74,43 @@ class Fit:
         self.device = next(intervention.parameters()).device
         self.recompute = False  # set when memory ran out: blocks keep no activations for the backward pass
         self.draw = random.Random(settings.seed)
+        self.on_stream = hooks.base(layer, intervention) == layer
+        # a vector leaves the template's tokens alone: their keys and values never change while it is fitted
+        self.untouched = min(prefix, cache.prefix) if isinstance(intervention, Vector) else 0
+        with torch.no_grad():
+            self.head = prefix_pairs(model, cache.layer, cache.prefix_h[None, : self.untouched].to(self.device), cache.pad_id)
         self.reference = self._reference() if method.needs_reference(settings) else None
 
     def score(self, indices: list[int], multiplier: Tensor, removed: Tensor) -> AnswerLogProbs:
         """Answer log-probabilities [B] of the sequences, steered with `multiplier` [B], through the suffix."""
-        tokens, seen = self.cache.batch(indices, self.intervention.component, self.device)
-        where = self.settings.intervention_positions if isinstance(self.intervention, Vector) else None
+        start = 0 if self.recompute else self.untouched  # a cache must not be filled again when blocks are recomputed
+        on_stream = self.intervention.component if self.on_stream else None
+        tokens, seen = self.cache.batch(indices, on_stream, self.device, start)
         sequences = [self.cache.sequences[i] for i in indices]
-        positions = None if where is None else position_mask(sequences, where, self.prefix).to(self.device)
-        stream = steered(self.intervention, seen, multiplier, removed, positions)
-        logits = suffix.logits(self.model, self.layer, stream, scored_positions(tokens.answer_mask), recompute=self.recompute)
-        return answer_logprobs(logits, tokens.input_ids, tokens.answer_mask, tokens.attention_mask)
+        positions = None
+        if isinstance(self.intervention, Vector):
+            positions = position_mask(sequences, self.settings.intervention_positions, self.prefix)[:, start:].to(self.device)
+        site = hooks.Site(self.layer, _Shown(self.intervention, removed), multiplier[:, None, None], positions)
+        stream = hooks.steer(site, seen.h, seen.x.get(on_stream or "")) if self.on_stream else seen.h
+        inputs: dict[str, Any] = {}
+        if start:
+            place = torch.arange(start, start + stream.shape[1], device=self.device).expand(len(indices), -1)
+            branch = torch.where(tokens.attention_mask, packing.SHARED, packing.PADDING)
+            inputs = packing.attention_inputs(self.model, packing.Rows(tokens.input_ids, place, branch), start)
+            inputs["past_key_values"] = packing.cache_of(self.head, torch.zeros(len(indices), dtype=torch.long, device=self.device))
+        with hooks.attach(self.model, [] if self.on_stream else [site]):
+            keep = scored_positions(tokens.answer_mask)
+            logits = suffix.logits(self.model, self.cache.layer, stream, keep, recompute=self.recompute, **inputs)
+        length = torch.tensor([len(s.input_ids) for s in sequences], device=logits.device)
+        return answer_logprobs(logits, tokens.input_ids, tokens.answer_mask, length)
 
-    @torch.no_grad()
     def _reference(self) -> AnswerLogProbs:
         """Every sequence without intervention, once [n]: the reference model is the base model."""
-        lengths = [len(s.input_ids) for s in self.cache.sequences]
-        n = len(lengths)
-        parts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        for indices in by_length(lengths, max_tokens(self.device)):
-            tokens, seen = self.cache.batch(indices, None, self.device)
-            logits = suffix.logits(self.model, self.layer, seen.h, scored_positions(tokens.answer_mask))
-            got = answer_logprobs(logits, tokens.input_ids, tokens.answer_mask, tokens.attention_mask)
-            parts.update({i: (got.total[k], got.tokens[k], got.length[k]) for k, i in enumerate(indices)})
-        return AnswerLogProbs(*(torch.stack(column) for column in zip(*(parts[i] for i in range(n)), strict=True)))
+        asked = measure.Request(self.model, {self.layer: self.intervention}, self.settings.intervention_positions, self.prefix, self.device)
+        found = measure.losses(asked, self.cache, [0.0])
+        total = torch.tensor(-found.total[0], dtype=torch.float32, device=self.device)
+        length = torch.tensor([len(s.input_ids) for s in self.cache.sequences], device=self.device)
+        return AnswerLogProbs(total, torch.tensor(found.tokens, device=self.device), length)
 
     def loss(self, minibatch: list[Entry]) -> Tensor:
         """The method's loss of a minibatch: winning and losing answers in one suffix batch."""
@@ -141,7 +159,7 @@ def gradients(job: Fit, minibatch: list[Entry], share: int) -> tuple[float, list
     except (RuntimeError, MemoryError) as error:
         if not memory.ran_out(error):
             raise
-        if job.recompute:
+        if job.recompute or not job.on_stream:  # recomputing would miss the hook inside the block
             longest = max(len(job.cache.sequences[i].input_ids) for entry in minibatch for i in entry[:2])
             raise memory.OutOfMemory(
                 f"a minibatch of {len(minibatch)} pairs of up to {longest} tokens does not fit in memory at layer {job.layer}; "

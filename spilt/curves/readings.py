@@ -133,6 +133,7 @@ def recommendation(summary: pd.DataFrame, budget: float = BUDGET) -> dict[str, A
     have = list(dict.fromkeys(summary["split"]))
     split = "train" if "train" in have else (have[0] if have else None)
     out: dict[str, Any] = {"budget": budget, "multiplier": None, "chosen_on": split, "reported_on": None, "chosen": None, "reported": None}
+    out["within_chance"] = False
     rows = summary[summary["split"] == split].set_index("multiplier")
     usable = np.isfinite(rows["preference"]) & np.isfinite(rows["utility"]) & ~(rows["n_undefined"] > rows["n"] / 2)
     out["left_out"] = [float(m) for m in rows.index[~usable]]
@@ -153,6 +154,10 @@ def recommendation(summary: pd.DataFrame, budget: float = BUDGET) -> dict[str, A
         reason = "the largest gain within the budget lies at the end of the sweep: a wider sweep may find more"
     else:
         reason = "largest preference gain within the budget"
+    # without stored intervals (another tool's CSV) nothing can be said about chance
+    low = rows["gain_low"].get(best, np.nan) if best != 0 and "gain_low" in rows else np.nan
+    out["within_chance"] = bool(low <= 0)
+    reason += "; the gain is within its 95% interval of 0" if low <= 0 else ""
     return {**out, "reason": reason}
 
 

@@ -42,7 +42,7 @@ def update(
 ) -> Path:
     """Rebuild preference_utility.csv, fit.json and curves.png of every cell, then the figures, tables and report.html; returns its path.
 
-    A cell is fitted and drawn again only when its losses or a setting changed. A cell that cannot be read is named in the report and
+    A cell is fitted again only when its losses or a setting changed. A cell that cannot be read is named in the report and
     does not stop the others; when none can be read, its error is raised.
     """
     measured, problems = [], []
@@ -51,9 +51,9 @@ def update(
             for concept, folder in place.concepts.items():
                 progress(f"{place.name} concept {concept}")
                 one = dataclasses.replace(place, dataset=f"{dataset}_concept_{concept}", folder=folder, concepts={})
-                _cell(one, norm, budget, split, seed)
+                _concept(one, norm, budget, split, seed)
             progress(place.name)
-            measured.append(_cell(place, norm, budget, split, seed))
+            measured.append(stored.analyse(place, norm, budget, seed))
         except UserError as error:
             problems.append(f"{place.name}: {error}")
     if not measured:
@@ -62,13 +62,13 @@ def update(
     return _report(Path(base_dir), model, dataset, measured, problems, split)
 
 
-def _cell(place: stored.Place, norm: Norm, budget: float, split: str, seed: int) -> stored.Measured:
+def _concept(place: stored.Place, norm: Norm, budget: float, split: str, seed: int) -> None:
+    """One concept's own files; drawn again only when its losses or a setting changed."""
     before = stored.stored_source(place)
     cell = stored.analyse(place, norm, budget, seed)
     path = place.folder / stored.CURVES_FILE
     if cell.fit["source"] != before or not path.is_file():
         atomic_write(path, figures.png_of(figures.cell_figure(cell, split)))
-    return cell
 
 
 def recommend(
@@ -107,8 +107,9 @@ def _report(base: Path, model: str, dataset: str, measured: list[stored.Measured
     for cell in measured:
         alt = f"Preference and utility log-odds against the multiplier, {words.name_of(cell.name)}."
         caption = f"{words.name_of(cell.name)}: points measured with 95% intervals, lines fitted, this cell's own regions shaded."
-        draw_cell = (figures.cell_figure(cell, split), figures.cell_figure(cell, split, narrow=True))
-        pictures[cell.name] = _picture(*draw_cell, alt, caption)
+        wide = figures.cell_figure(cell, split)
+        atomic_write(cell.place.folder / stored.CURVES_FILE, figures.png_of(wide))
+        pictures[cell.name] = _picture(wide, figures.cell_figure(cell, split, narrow=True), alt, caption)
     findings = words.findings(measured, split, trade, control)
     samples = {cell.name: stored.samples(cell.place, SAMPLES) for cell in measured}
     html = page.page(model, dataset, split, measured, pictures, findings, trade, control, claims, samples, problems)

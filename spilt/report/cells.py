@@ -18,7 +18,7 @@ from spilt.atomic import atomic_write
 from spilt.curves import BUDGET, Fit, fit_curve, recommendation, regions, utility_drops, utility_peak
 from spilt.errors import UserError, unknown
 
-VERSION = 1  # of fit.json; a change makes `update` fit again
+VERSION = 2  # of fit.json; a change makes `update` fit again
 FIT_FILE, CURVES_FILE, CONTROL_FILE = "fit.json", "curves.png", "control.csv"
 METHODS = ("caa", "sft", "reps", "spilt")  # order of tables and legends; other names follow
 FORMS = ("vector", "lora", "local_weight")

@@ -233,7 +233,11 @@ def trade_off_figure(cells: Sequence[Measured], split: str, narrow: bool = False
     if not forms:
         return None
     with _drawing(narrow):
-        figure = _figure("trade_off", NARROW, 3.5 * len(forms) + 0.6) if narrow else _figure("trade_off", max(5.0, 3.5 * len(forms)), 4.4)
+        figure = (
+            _figure("trade_off", NARROW, 3.5 * len(forms) + 0.6)
+            if narrow
+            else _figure("trade_off", (5.5, 8.0, 10.5)[min(len(forms), 3) - 1], 4.4)
+        )
         grid = (len(forms), 1) if narrow else (1, len(forms))
         all_axes = figure.subplots(*grid, squeeze=False, sharex=True, sharey=True).ravel()
         for axes, form in zip(all_axes, forms, strict=True):
@@ -279,7 +283,7 @@ def control_figure(cells: Sequence[Measured], split: str, narrow: bool = False) 
         return None
     with _drawing(narrow):
         n = len(some)
-        figure = _figure("control", NARROW, 2.1 * n + 1.0) if narrow else _figure("control", max(5.5, 2.75 * n), 5.2)
+        figure = _figure("control", NARROW, 2.1 * n + 1.0) if narrow else _figure("control", (5.5, 8.0, 9.0, 11.0)[min(n, 4) - 1], 5.2)
         axes = figure.subplots(n, 2, squeeze=False, sharey="col").T if narrow else figure.subplots(2, n, squeeze=False, sharey="row")
         for column, cell in enumerate(some):
             style = look(cell.place.method, cell.place.intervention)

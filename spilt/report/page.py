@@ -29,13 +29,14 @@ class Picture(NamedTuple):
 
 
 class Column(NamedTuple):
-    """One table column: the data's name, its heading, a unit below it, and how a value is printed (None: text)."""
+    """One table column: the data's name, its heading, a unit below it, how a value is printed (None: text), and what stands below it."""
 
     name: str
     heading: str
     unit: str = ""
     show: Callable[[object], str] | None = None
     kind: str = ""
+    below: str = ""
 
 
 def digits(count: int) -> Callable[[object], str]:
@@ -68,9 +69,9 @@ def table(frame: pd.DataFrame, columns: Sequence[Column], caption: str) -> str:
             value = record.get(c.name)
             missing = absent(value)
             if c.show:
-                cells.append(
-                    f'<td class="n" data-v="{"" if missing else escape(str(value))}">{escape(c.show(None if missing else value))}</td>'
-                )
+                key, shown = "" if missing else escape(str(value)), escape(c.show(None if missing else value))
+                below = f"<small>{escape(str(record[c.below]))}</small>" if c.below else ""
+                cells.append(f'<td class="n" data-v="{key}">{shown}{below}</td>')
             elif at == 0:
                 cells.append(f'<th scope="row">{escape(str(value))}</th>')
             else:
@@ -90,10 +91,9 @@ def picture(item: Picture) -> str:
         (dark(item.wide), "(prefers-color-scheme: dark)"),
     ]
     inner = "".join(f'<source media="{media}" srcset="{_data(svg)}"{_size(svg)}>' for svg, media in sources)
-    return (
-        f'<figure><picture>{inner}<img src="{_data(item.wide)}" alt="{escape(item.alt)}"{_size(item.wide)}></picture>'
-        f"<figcaption>{escape(item.caption)}</figcaption></figure>"
-    )
+    small = " class=small" if _width(item.wide) < 600 else ""
+    shown = f'<img src="{_data(item.wide)}" alt="{escape(item.alt)}"{_size(item.wide)}>'
+    return f"<figure{small}><picture>{inner}{shown}</picture><figcaption>{escape(item.caption)}</figcaption></figure>"
 
 
 def _data(svg: str) -> str:
@@ -102,8 +102,18 @@ def _data(svg: str) -> str:
 
 def _size(svg: str) -> str:
     """width and height attributes, so that the page does not jump while images decode."""
-    found = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    found = _box(svg)
     return f' width="{float(found[1]):.0f}" height="{float(found[2]):.0f}"' if found else ""
+
+
+def _width(svg: str) -> float:
+    """Width in points; a small figure is not blown up to the page's width."""
+    found = _box(svg)
+    return float(found[1]) if found else 0.0
+
+
+def _box(svg: str) -> re.Match[str] | None:
+    return re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
 
 
 CELL = [Column("cell", "cell")]
@@ -114,19 +124,22 @@ def recommendation_table(cells: Sequence[Measured]) -> str:
     frame = _named(tables.recommendations(cells))
     frame["reason"] = frame["reason"].replace("largest preference gain within the budget", "")
     has_test = bool((frame["reported_on"] == "test").any())
-    columns = [
-        *CELL,
-        Column("multiplier", "m", "chosen", m_of),
-        *(Column(f"preference_gain_{s}", "preference gain", f"{s}, nats", NATS) for s in ("train", "test") if s == "train" or has_test),
-        *(Column(f"utility_drop_{s}", "utility drop", f"{s}, nats", NATS) for s in ("train", "test") if s == "train" or has_test),
-    ]
-    for s in ("test",) if has_test else ("train",):
+    columns = [*CELL, Column("multiplier", "m", "chosen", m_of)]
+    if has_test:
         columns += [
-            Column(f"accuracy_at_0_{s}", "prefer matching", f"{s}, m = 0", percent),
-            Column(f"accuracy_{s}", "prefer matching", f"{s}, chosen m", percent),
-            Column(f"n_{s}", "questions", s, digits(0)),
-            Column(f"n_undefined_{s}", "undefined utility", f"{s}, chosen m", digits(0)),
+            Column("preference_gain_train", "preference gain", "train, nats", NATS),
+            Column("utility_drop_train", "utility drop", "train, nats", NATS),
         ]
+    s = "test" if has_test else "train"
+    for value, label, ends in (("preference_gain", "preference gain", "gain"), ("utility_drop", "utility drop", "drop")):
+        frame[f"{ends}_interval"] = [_between(row[f"{ends}_low_{s}"], row[f"{ends}_high_{s}"]) for row in frame.to_dict("records")]
+        columns.append(Column(f"{value}_{s}", label, f"{s}, nats", NATS, below=f"{ends}_interval"))
+    columns += [
+        Column(f"accuracy_at_0_{s}", "prefer matching", f"{s}, m = 0", percent),
+        Column(f"accuracy_{s}", "prefer matching", f"{s}, m", percent),
+        Column(f"n_{s}", "asked", s, digits(0)),
+        Column(f"n_undefined_{s}", "utility undefined", f"{s}, m", digits(0)),
+    ]
     if frame["reason"].any():
         columns.append(Column("reason", "note", kind="text"))
     budget = frame["budget"].iloc[0]
@@ -140,8 +153,13 @@ def recommendation_table(cells: Sequence[Measured]) -> str:
         columns,
         f"Recommended multiplier per cell. The measured m with the largest preference gain over m = 0 whose utility drop is at "
         f"most {budget:g} "
-        f"nat, {where}. Prefer matching: share of questions with preference > 0.",
+        f"nat, {where}. Prefer matching: share of questions with preference > 0. "
+        "Below gain and drop: their 95% intervals, over questions.",
     )
+
+
+def _between(low: object, high: object) -> str:
+    return "" if absent(low) or absent(high) else f"{number(low)} to {number(high)}"
 
 
 def fit_tables(cells: Sequence[Measured], model: str, dataset: str, split: str) -> str:

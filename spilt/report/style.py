@@ -47,6 +47,7 @@ section { margin: clamp(2.5rem, 5vw, 4rem) 0; scroll-margin-top: 1rem; }
 figure { margin: 1.25rem 0; background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
   padding: clamp(.6rem, 2vw, 1.5rem); }
 figure img { display: block; width: 100%; height: auto; margin: 0 auto; }
+figure.small img { max-width: 45rem; margin: 0; }
 figcaption { color: var(--muted); font-size: .9rem; max-width: 52rem; margin: .9rem 0 0; }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; margin: 1.25rem 0; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums lining-nums; }
@@ -60,6 +61,7 @@ tbody tr:hover th { background: var(--soft); }
 @media (max-width: 640px) { tbody th { white-space: normal; max-width: 7rem; } }
 td.n, thead th.n { text-align: right; } td.n { white-space: nowrap; }
 tbody tr:hover { background: var(--soft); }
+td small { display: block; color: var(--muted); font-size: .8em; }
 td.text { min-width: 14rem; } td.nobr { white-space: nowrap; }
 thead button { all: unset; box-sizing: border-box; display: block; width: 100%; padding: .5rem .7rem; cursor: pointer; line-height: 1.3; }
 thead button:hover { color: var(--accent); }

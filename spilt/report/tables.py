@@ -15,6 +15,10 @@ from spilt.report.cells import Measured
 from spilt.report.figures import control_spread, form_name
 
 NEAR_ZERO = 0.1  # of the sweep: a utility peak closer to 0 than this counts as near 0
+CONTROL = [
+    *("method", "intervention", "draws", "slope", "slope_low", "slope_high", "slope_spread", "slope_of_the_vector", "no_slope"),
+    *("utility_drop_at_ends", "ends"),
+]
 MIRROR = 0.05  # of the curve's range: mean |P(m) + P(-m) - 2 P(0)| above it is no mirror image
 
 
@@ -26,9 +30,28 @@ def recommendations(cells: Sequence[Measured]) -> pd.DataFrame:
         row: dict[str, Any] = {"method": cell.place.method, "intervention": cell.place.intervention, "multiplier": best["multiplier"]}
         for part, suffix in (("chosen", "train"), ("reported", "test")):
             numbers = best[part] or {}
-            wanted = ("preference_gain", "utility_drop", "preference", "utility", "accuracy_at_0", "accuracy", "n", "n_undefined")
+            wanted = (
+                "preference_gain",
+                "gain_low",
+                "gain_high",
+                "utility_drop",
+                "drop_low",
+                "drop_high",
+                "preference",
+                "utility",
+                "accuracy_at_0",
+                "accuracy",
+                "n",
+                "n_undefined",
+            )
             row |= {f"{name}_{suffix}": numbers.get(name) for name in wanted}
-        row |= {"chosen_on": best["chosen_on"], "reported_on": best["reported_on"], "budget": best["budget"], "reason": best["reason"]}
+        row |= {
+            "chosen_on": best["chosen_on"],
+            "reported_on": best["reported_on"],
+            "budget": best["budget"],
+            "within_chance": best["within_chance"],
+            "reason": best["reason"],
+        }
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -112,7 +135,7 @@ def control(cells: Sequence[Measured], split: str) -> pd.DataFrame:
                 **{"utility_drop_at_ends": drop, "ends": float(np.abs(m).max())},
             }
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=CONTROL)
 
 
 def trade_off(cells: Sequence[Measured], split: str) -> pd.DataFrame:

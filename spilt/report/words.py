@@ -126,7 +126,10 @@ def _recommended(cells: Sequence[Measured]) -> Finding | None:
         f"{cell} at m = {short(best['multiplier'])}. On {shown} questions preference moves by {number(gain)} nats{share} and {cost}."
     )
     sentence += " On test questions the cost is over the budget." if suffix == "test" and drop > budget else ""
-    return Finding("Recommended multiplier", f"m = {short(best['multiplier'])}, {cell}", sentence)
+    chance = bool(best["within_chance"])
+    sentence += " The gain cannot be told from 0: its 95% interval holds 0." if chance else ""
+    figure = "no gain beyond chance" if chance else f"m = {short(best['multiplier'])}, {cell}"
+    return Finding("Recommended multiplier", figure, sentence, chance)
 
 
 def _fits(cells: Sequence[Measured], split: str) -> Finding:

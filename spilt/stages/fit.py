@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from spilt import activations, anatomy, manifest, plan, suffix, training
+from spilt import activations, anatomy, hooks, manifest, plan, training
 from spilt.atomic import atomic_write
 from spilt.cell import Cell
 from spilt.data import readers
-from spilt.data.batches import by_length, pad
 from spilt.data.chat import Sequence
 from spilt.host import Host
 from spilt.interventions import INTERVENTIONS, Intervention, Vector
@@ -79,8 +78,9 @@ def _train(
     cell: Cell, layer: int, settings: Any, run: Run, fmt: readers.DatasetFormat, identity: str
 ) -> tuple[Intervention, list[dict[str, float]]]:
     intervention = new_intervention(cell, layer, settings, run.host)
-    key = next(key for key in run.recordings.keys(_as_step(cell, settings, fmt)) if key.layer == layer)
-    cache = run.recordings.get(key, run.host, fmt, intervention.component)
+    base = hooks.base(layer, intervention)
+    key = next(key for key in run.recordings.keys(_as_step(cell, settings, fmt)) if key.layer == base)
+    cache = run.recordings.get(key, run.host, fmt, intervention.component if base == layer else None)
     prefix = run.host.chat(settings.use_chat_template, settings.system_prompt).prefix_length
     job = training.Fit(run.host.model, layer, intervention, cache, settings, METHODS[cell.method], prefix)
     unfinished = run.store.checkpoint(cell, layer)
@@ -132,16 +132,12 @@ def _closed_form(cell: Cell, layer: int, settings: Any, run: Run, fmt: readers.D
 
 def answer_means(host: Host, layer: int, sequences: list[Sequence], multiple_choice: bool) -> torch.Tensor:
     """The stream at block `layer` averaged over each sequence's answer tokens (or its second-to-last token), float32 [S, D]."""
-    device = host.model.get_input_embeddings().weight.device  # type: ignore[operator]
-    lengths = [len(s.input_ids) for s in sequences]
-    means: dict[int, torch.Tensor] = {}
-    for indices in by_length(lengths, activations.max_tokens(device)):
-        batch = pad([sequences[i] for i in indices], host.pad_id)
-        h = suffix.record(host.model, layer, batch.input_ids.to(device)).h.float()
-        for row, i in enumerate(indices):
-            answer = h[row, sequences[i].prompt_length : lengths[i]]
-            means[i] = h[row, lengths[i] - 2] if multiple_choice else answer.mean(0)
-    return torch.stack([means[i] for i in range(len(sequences))])
+    cache = activations.record(host.model, layer, sequences, (), host.pad_id, together=2)
+    means = []
+    for i, sequence in enumerate(sequences):
+        h = cache.batch([i], None, cache.prefix_h.device)[1].h[0].float()
+        means.append(h[-2] if multiple_choice else h[sequence.prompt_length :].mean(0))
+    return torch.stack(means)
 
 
 def _train_log(cell: Cell, layer: int, rows: list[dict[str, float]]) -> str:

@@ -66,7 +66,8 @@ def _sweep(step: Step, interventions: dict[int, Intervention], run: Run) -> tupl
     else:  # nothing trained is stored: the strength at which the vector is twice as long as the stream is
         key = run.recordings.keys(step)[0]
         fmt = readers.dataset_format(run.request.base_dir, cell.dataset, plan.DATA_OF["measure"][next(iter(step.data))])
-        top = 2 * torch.cat(run.recordings.get(key, run.host, fmt, None).h).float().norm(dim=-1).mean().item()
+        recorded = run.recordings.get(key, run.host, fmt, None)
+        top = 2 * torch.cat([recorded.prefix_h, *recorded.h]).float().norm(dim=-1).mean().item()
     return plan.sweep_multipliers((float(f"{top / own:.2g}"),))
 
 
@@ -91,16 +92,15 @@ def _measure(step: Step, interventions: dict[int, Intervention], run: Run) -> bo
         return {path for path, parts in outputs.items() if run.request.force or manifest.standing(path, parts) != "done"}
 
     todo = run.team.agree(decide)
-    prefix = run.host.chat(s.use_chat_template, s.system_prompt).prefix_length
-    first = min(interventions)
+    asked = _asked(interventions, s, run)
     for split in step.data:
         wanted = [m for m in step.multipliers if any(run.store.losses(cell, m, kind, split) in todo for kind in PREFERENCE_TYPES)]
         if not wanted:
             continue
-        cache = _cache(step, split, interventions[first].component, run)
+        cache = _cache(step, split, asked.component, run)
         signed = sorted({m for m in wanted} | {-m + 0.0 for m in wanted})
         with tqdm(total=len(cache.sequences) * len(signed), desc=f"loss {cell} {split}", unit="row", leave=False, disable=run.quiet) as bar:
-            found = _shared_losses(run, interventions, cache, signed, s.intervention_positions, prefix, bar.update)
+            found = _shared_losses(run, asked, cache, signed, bar.update)
         if not run.team.main:
             continue
         place = {m: k for k, m in enumerate(signed)}
@@ -115,21 +115,22 @@ def _measure(step: Step, interventions: dict[int, Intervention], run: Run) -> bo
     return bool(todo)
 
 
+def _asked(interventions: dict[int, Intervention], settings: Any, run: Run) -> measure.Request:
+    prefix = run.host.chat(settings.use_chat_template, settings.system_prompt).prefix_length
+    device = run.host.device(min(interventions))
+    return measure.Request(run.host.model, interventions, settings.intervention_positions, prefix, device)
+
+
 def _shared_losses(
     run: Run,
-    interventions: dict[int, Intervention],
+    asked: measure.Request,
     cache: activations.Activations,
     multipliers: Sequence[float],
-    positions: str,
-    prefix: int,
     progress: Callable[[int], Any] | None = None,
 ) -> measure.Losses:
     """The losses, the batches dealt out over the processes: each batch is the same as with one process, so the bytes are too."""
-    device = run.host.device(min(interventions))
     share = slice(run.team.rank, None, run.team.size)
-    parts = run.team.gather(
-        lambda: measure.losses(run.host.model, interventions, cache, multipliers, positions, prefix, device, progress=progress, share=share)
-    )
+    parts = run.team.gather(lambda: measure.losses(asked, cache, multipliers, progress=progress, share=share))
     return parts[0]._replace(total=np.sum([part.total for part in parts], 0), answer=np.sum([part.answer for part in parts], 0))
 
 
@@ -180,10 +181,7 @@ def _control(step: Step, interventions: dict[int, Intervention], run: Run) -> bo
     parts = {"control": drawn, **plan.measure_parts(step, 0.0, "control", split, run.request.limit)}
     if run.team.agree(lambda: not run.request.force and manifest.standing(path, parts) == "done"):
         return False
-    whole = _cache(step, split, None, run)
-    few = slice(0, 2 * CONTROL_PAIRS)
-    cache = activations.Activations(whole.sequences[few], whole.h[few], {}, whole.pad_id)
-    prefix = run.host.chat(s.use_chat_template, s.system_prompt).prefix_length
+    cache = _cache(step, split, None, run).first(2 * CONTROL_PAIRS)
     generator = torch.Generator().manual_seed(s.seed)
     tables = []
     for draw in tqdm(range(CONTROL_DRAWS), desc=f"control {cell}", unit="draw", leave=False, disable=run.quiet):
@@ -192,7 +190,7 @@ def _control(step: Step, interventions: dict[int, Intervention], run: Run) -> bo
             direction = torch.randn(anatomy.hidden_size(run.host.model), generator=generator)
             made = Vector.from_state(direction / direction.norm() * _norm(intervention), site=s.site)
             random_ones[layer] = made.eval().to(run.host.device(layer))
-        found = _shared_losses(run, random_ones, cache, multipliers, s.intervention_positions, prefix)
+        found = _shared_losses(run, _asked(random_ones, s, run), cache, multipliers)
         mean = found.answer / found.answer_tokens
         utility = odds.utility_log_odds(mean[:, 0::2], mean[:, 1::2])
         defined = np.isfinite(utility).sum(1)

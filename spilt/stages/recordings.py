@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from spilt import activations, anatomy
 from spilt.cell import Cell
 from spilt.data import readers
+from spilt.errors import UserError
 from spilt.host import Host
 from spilt.interventions import Intervention
 from spilt.methods import METHODS
@@ -42,7 +43,7 @@ class Recordings:
             for key in self.keys(step):
                 self.uses[key] += 1
                 parts = self.components.setdefault(key, set())
-                if step.cells[0].intervention != "vector":
+                if step.cells[0].intervention != "vector" and step.settings.site == "block":
                     parts.add(step.settings.intervention_components)
 
     def keys(self, step: Step) -> list[Key]:
@@ -50,7 +51,10 @@ class Recordings:
         s: Any = step.settings
         if step.verb == "generate" or METHODS[step.cells[0].method].loss is None and step.verb == "fit":
             return []
-        layers = s.layers if step.verb == "fit" else (min(s.layers),)
+        below = 0 if s.site == "block" else 1  # the block itself is run again when its inside is steered
+        layers = [layer - below for layer in (s.layers if step.verb == "fit" else (min(s.layers),))]
+        if min(layers) < 0:
+            raise UserError("site: down_proj at layer 0 has no block below it to record; choose a layer above 0, or site: block")
         return [
             Key(path, step.cells[0].concept, layer, s.use_chat_template, s.system_prompt, s.output_length, self.rows(s))
             for path in step.data.values()
@@ -75,7 +79,7 @@ class Recordings:
                 for pair in pairs
                 for text in (pair.matching, pair.not_matching)
             ]
-            self.kept[key] = activations.record(host.model, key.layer, sequences, sorted(known), host.pad_id)
+            self.kept[key] = activations.record(host.model, key.layer, sequences, sorted(known), host.pad_id, together=2)
         return self.kept[key]
 
     def clear(self) -> None:

@@ -1,0 +1,132 @@
+"""What sequences share is computed once: the beginning common to all, and the prompt common to the answers of a question.
+
+    sequence 0   |-- prefix --|-- shared --|-- own 0 --|
+    sequence 1   |-- prefix --|-- shared --|-- own 1 --|
+
+Attention is causal, so the keys and values of the prefix are the same for all sequences at one multiplier: they are
+computed once and handed over in a cache. The rest of a question is one row, a pack: the shared tokens, then each
+answer's own. A mask lets an own token see the prefix, the shared tokens and its own branch; positions restart at each branch.
+The last prompt token belongs to the branches: its logits score the first answer token, which differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from spilt.data.chat import Sequence
+
+SHARED, PADDING = -1, -2  # of `branch`
+KeysValues = dict[int, tuple[Tensor, Tensor]]  # layer -> keys, values [B, H, T, d]
+
+
+class Pack(NamedTuple):
+    """One row: sequences of a question without the common prefix."""
+
+    members: tuple[int, ...]  # sequence numbers
+    ids: tuple[int, ...]
+    positions: tuple[int, ...]  # place of each token in its own sequence
+    branch: tuple[int, ...]  # SHARED, or which member the token belongs to
+    places: tuple[tuple[int, ...], ...]  # per member: where its tokens after the prefix are in the row, in order
+
+
+def _common(rows: Seq[Seq[int]]) -> int:
+    """Length of the longest common beginning."""
+    first, last = min(map(tuple, rows)), max(map(tuple, rows))  # the lexicographic extremes differ first
+    for i, (a, b) in enumerate(zip(first, last, strict=False)):
+        if a != b:
+            return i
+    return min(len(first), len(last))
+
+
+def prefix_length(sequences: Seq[Sequence]) -> int:
+    """Leading tokens that all sequences share, the last prompt token of the shortest prompt excluded."""
+    return min(_common([s.input_ids for s in sequences]), min(s.prompt_length for s in sequences) - 1)
+
+
+def pack(sequences: Seq[Sequence], members: Seq[int], prefix: int) -> Pack:
+    """The members as one row; a single member is its own row without branches."""
+    rows = [sequences[i].input_ids for i in members]
+    shared = max(prefix, min(_common(rows), *(sequences[i].prompt_length - 1 for i in members)))
+    ids = list(rows[0][prefix:shared])
+    positions, branch = list(range(prefix, shared)), [SHARED] * len(ids)
+    places = []
+    for k, row in enumerate(rows):
+        start = len(ids)
+        ids += row[shared:]
+        positions += range(shared, len(row))
+        branch += [k] * (len(row) - shared)
+        places.append((*range(shared - prefix), *range(start, len(ids))))
+    return Pack(tuple(members), tuple(ids), tuple(positions), tuple(branch), tuple(places))
+
+
+class Rows(NamedTuple):
+    """Packs, right-padded to one length T."""
+
+    input_ids: Tensor  # [B, T] long
+    positions: Tensor  # [B, T] long
+    branch: Tensor  # [B, T] long
+
+
+def pad_packs(packs: Seq[Pack], pad_id: int) -> Rows:
+    width = max(len(p.ids) for p in packs)
+
+    def filled(values: Seq[Seq[int]], padding: int) -> Tensor:
+        return torch.tensor([[*row, *[padding] * (width - len(row))] for row in values])
+
+    return Rows(filled([p.ids for p in packs], pad_id), filled([p.positions for p in packs], 0), filled([p.branch for p in packs], PADDING))
+
+
+def visible(rows: Rows, prefix: int, window: int | None = None) -> Tensor:
+    """[B, T, prefix + T] bool: which keys each token sees; keys are the prefix, then the row itself."""
+    device = rows.positions.device
+    own = rows.branch[:, None, :] == rows.branch[:, :, None]
+    row = ((rows.branch[:, None, :] == SHARED) | own) & (rows.positions[:, None, :] <= rows.positions[:, :, None])
+    # padding sees itself, so that no row of attention scores is empty
+    row = torch.where((rows.branch == PADDING)[:, :, None], torch.eye(row.shape[1], dtype=torch.bool, device=device), row)
+    seen = torch.cat([torch.ones(*row.shape[:2], prefix, dtype=torch.bool, device=device), row], -1)
+    if window is None:
+        return seen
+    keys = torch.cat([torch.arange(prefix, device=device).expand(len(row), -1), rows.positions], -1)
+    return seen & ((keys[:, None, :] > rows.positions[:, :, None] - window) | (rows.branch == PADDING)[:, :, None])
+
+
+def attention_inputs(model: nn.Module, rows: Rows, prefix: int, copies: int = 1) -> dict[str, Any]:
+    """position_ids and the 4-dimensional attention_mask (per kind of layer where the model has two), for a library forward.
+
+    copies: the whole batch stands that many times one after the other (once per multiplier).
+    """
+    config: Any = model.config
+    text = config.get_text_config()
+    dtype = next(model.parameters()).dtype
+
+    def additive(window: int | None) -> Tensor:
+        mask = torch.zeros((), dtype=dtype, device=rows.positions.device).where(visible(rows, prefix, window), torch.finfo(dtype).min)
+        return mask[:, None].repeat(copies, 1, 1, 1)
+
+    kinds = set(getattr(text, "layer_types", None) or ())
+    window = getattr(text, "sliding_window", None)
+    if "sliding_attention" in kinds:
+        mask: Any = {"full_attention": additive(None), "sliding_attention": additive(window)}
+    else:  # one kind: with a window everywhere (Mistral), or without
+        mask = additive(None if kinds else window)
+    return {"position_ids": rows.positions.repeat(copies, 1), "attention_mask": mask, "use_cache": True}
+
+
+def cache_of(pairs: KeysValues, index: Tensor | None = None) -> DynamicCache:
+    """The library's cache with these keys and values, rows picked by `index`; other layers stay empty."""
+    cache = DynamicCache()
+    for layer, (keys, values) in pairs.items():
+        at = None if index is None else index.to(keys.device)
+        cache.update(keys if at is None else keys[at], values if at is None else values[at], layer)
+    return cache
+
+
+def pairs_of(cache: DynamicCache) -> KeysValues:
+    """Keys and values of the layers that were computed."""
+    layers: list[Any] = cache.layers
+    return {i: (layer.keys, layer.values) for i, layer in enumerate(layers) if layer.keys is not None}
