@@ -30,7 +30,7 @@ DONE, ALREADY, SKIPPED, FAILED = "done", "already done", "skipped", "failed"
 log = logging.getLogger("spilt")
 
 # `spilt WORD ...` runs another program of the package
-PROGRAMS = {"report": "spilt.report", "recommend": "spilt.recommend", "prepare": "spilt.prepare", "verify": "spilt.verify"}
+PROGRAMS = {name: f"spilt.{name}" for name in ("look", "prepare", "recommend", "report", "verify")}
 
 
 class Outcome(NamedTuple):
@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="any YAML setting, over the file's; repeatable")
     add("--checkpoint_seconds", type=float, default=60.0, metavar="S", help="a fit under way is saved after this long (default 60)")
     add("--force", action="store_true", help="do again what is already done")
+    add("--verify", action="store_true", help="check every stored artifact under --base_dir instead, and say what is stale or damaged")
     add("--quiet", action="store_true", help="no progress bars")
     add("--version", action="version", version=f"spilt {__version__}")
     # argparse takes -1e-2 for a flag
@@ -142,6 +143,8 @@ def _multipliers(words: Sequence[str] | None, mode: str) -> tuple[float, ...] | 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if "--verify" in words:  # looks at what is stored; needs no dataset or method
+        words = ["verify", *(word for word in words if word != "--verify")]
     if words and words[0] in PROGRAMS:
         import importlib
 

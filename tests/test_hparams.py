@@ -699,3 +699,20 @@ def test_any_override_is_read_or_refused(tree: Tree, items: list[tuple[str, str]
     except UserError:
         return
     resolve_all(tree.base, overrides)
+
+
+def test_multipliers_may_be_given_by_form(tmp_path: Path) -> None:
+    """A vector and a weight update live on different scales: `multipliers: {vector: [...], lora: [...]}`."""
+    folder = tmp_path / ROOT / "psychopathy" / "some-model" / "sft"
+    folder.mkdir(parents=True)
+    (folder / "apply_sft.yaml").write_text("layers: [1]\nmultipliers: {vector: [-8, 8], lora: [1]}\n", encoding="utf-8")
+
+    def found(form: str) -> tuple[float, ...]:
+        return resolve_generate(tmp_path, "some-model", "psychopathy", "sft", form).settings.multipliers
+
+    assert found("vector") == (-8.0, 8.0)
+    assert found("lora") == (1.0,)
+    assert found("local_weight") == (1.0,), "not named there: the default"
+    (folder / "apply_sft.yaml").write_text("layers: [1]\nmultipliers: {vektor: [8]}\n", encoding="utf-8")
+    with pytest.raises(UserError, match="did you mean 'vector'"):
+        found("vector")

@@ -59,12 +59,15 @@ def write_losses(
         noise = rng.normal(size=(2, n)) * [[1.2], [0.8]]
         tokens = rng.integers(1, 4, size=(2, n))
         for m in np.linspace(0, end, points):
-            losses = {}
+            losses: dict[int, np.ndarray] = {}
             for sign in (1, -1):
+                if m == 0 and losses:  # the same request: the same loss
+                    losses[sign] = losses[1]
+                    continue
                 preference, utility = (value + shift for value, shift in zip(curves(np.array(sign * m / end), method), noise, strict=True))
-                mass = sigmoid(utility)
                 preference = preference + rng.normal() * 0.06 + rng.normal(size=n) * 0.2
                 utility = utility + rng.normal() * 0.06 + rng.normal(size=n) * 0.1
+                mass = sigmoid(utility)
                 losses[sign] = -np.log(np.stack([mass * sigmoid(preference), mass * sigmoid(-preference)]))
                 losses[sign][:, : undefined if m > 0.7 * end else 0] = 0.4
             for kind in ("winning_only", "losing_only"):
@@ -120,12 +123,10 @@ def write_generations(base: Path, method: str, form: str, multipliers: list[floa
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten cells of one model and dataset, with control, generations and a few undefined utilities."""
+    """Eight cells of one model and dataset, with control, generations and a few undefined utilities."""
     base = tmp_path_factory.mktemp("stored")
     for form, end in FORMS.items():
-        for method in ("caa", "sft", "reps", "spilt"):
-            if method == "caa" and form != "vector":
-                continue
+        for method in {"vector": ("caa", "sft", "reps", "spilt"), "lora": ("reps", "spilt"), "local_weight": ("sft", "spilt")}[form]:
             size = 6.0 if method == "caa" else end
             cell = write_losses(
                 base, method, form, size, {"train": 40, "test": 16}, undefined=2 if (method, form) == ("caa", "vector") else 0
@@ -231,3 +232,237 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     driven = Browser(tmp_path_factory.mktemp("profile"))
     yield driven
     driven.close()
+
+
+# --- what is written
+
+
+def text_of(path: Path) -> str:
+    """The page without its pictures: small enough to search."""
+    return re.sub(r"data:image/svg\+xml;base64,[A-Za-z0-9+/=]+", "", path.read_text(encoding="utf-8"))
+
+
+def strict(path: Path) -> Any:
+    """JSON as the standard has it: NaN is refused."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+@pytest.mark.slow
+def test_every_cell_gets_its_files(stored: Path, built: Path) -> None:
+    assert built == stored / f"vectors/{MODEL}/get_sft_loss/report/{DATASET}/report.html"
+    cell = stored / f"vectors/{MODEL}/get_sft_loss/caa/{DATASET}/caa_vector"
+    summary = pd.read_csv(cell / "preference_utility.csv")
+    assert list(summary.columns[:11]) == [
+        *("split", "multiplier", "preference", "preference_low", "preference_high", "utility", "utility_low", "utility_high"),
+        *("n", "n_undefined", "loss_matching"),
+    ]
+    assert summary.groupby("split")["multiplier"].nunique().to_dict() == {"test": 21, "train": 21}
+    assert (cell / "curves.png").read_bytes().startswith(b"\x89PNG")
+    fit = strict(cell / "fit.json")
+    assert fit["cell"] == {"model": MODEL, "dataset": DATASET, "method": "caa", "intervention": "vector", "concepts": None}
+    assert set(fit["splits"]) == {"train", "test"} and fit["recommendation"]["reported_on"] == "test"
+    for kind in ("preference", "utility"):
+        assert fit["splits"]["train"][kind]["r2"] > 0.97 and fit["splits"]["train"][kind]["gap"] < 1e-6
+    # 2 train and 2 test questions at the multipliers beyond 0.7 of the end, on both sides
+    assert fit["splits"]["train"]["undefined"]["total"] >= 12 and "Undefined utilities" in text_of(built)
+    for name in ("paper", "trade_off", "control"):
+        assert (built.parent / f"{name}.png").is_file() and (built.parent / f"{name}.svg").is_file()
+    assert not list(built.parent.glob(".*"))  # no temporary file is left
+
+
+@pytest.mark.slow
+def test_nothing_is_fitted_again_when_nothing_changed(stored: Path, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("fitted again")
+
+    before = built.read_bytes()
+    monkeypatch.setattr("spilt.report.cells.fit_curve", never)
+    report.update(stored, MODEL, DATASET)
+    assert built.read_bytes() == before  # same results, same bytes
+
+
+@pytest.mark.slow
+def test_page_has_the_papers_numbers_and_words_on_top(built: Path) -> None:
+    page = text_of(built)
+    assert "What was found" in page and "Among vector cells" in page and "chosen on train questions" in page
+    assert "<small>paper</small>" in page and "Gemma-2-9B-IT" in page
+    fits = pd.read_csv(built.parent / "fits.csv")
+    row = fits[(fits["method"] == "reps") & (fits["intervention"] == "lora") & (fits["curve"] == "preference")]
+    assert (row["r2_paper"] == 0.83).all() and fits[fits["method"] == "spilt"]["r2_paper"].isna().all()
+    control = pd.read_csv(built.parent / "control.csv")
+    assert control["no_slope"].all() and (control["draws"] == 16).all() and (control["utility_drop_at_ends"] > 1).all()
+
+
+@pytest.mark.slow
+def test_recommend_reads_only(stored: Path) -> None:
+    files = {path: path.stat().st_mtime_ns for path in stored.rglob("*") if path.is_file()}
+    table = report.recommend(stored, MODEL, DATASET, 0.5)
+    assert len(table) == 8 and table["multiplier"].notna().all()
+    assert (
+        (table["utility_drop_train"] <= 0.5).all() and (table["preference_gain_train"] >= 0).all() and table["accuracy_test"].notna().all()
+    )
+    wider = report.recommend(stored, MODEL, DATASET, 3.0)
+    assert (wider["preference_gain_train"] >= table["preference_gain_train"]).all()
+    assert files == {path: path.stat().st_mtime_ns for path in stored.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="unknown model 'gemma'; .*have: gemma-2-9b-it"):
+        report.recommend(stored, "gemma", DATASET)
+    with pytest.raises(UserError, match="unknown dataset 'psycho'; did you mean 'psychopathy'"):
+        report.recommend(stored, MODEL, "psycho")
+
+
+def test_a_poor_fit_a_broken_cell_and_few_points_are_said(tmp_path: Path) -> None:
+    noisy = write_losses(tmp_path, "sft", "vector", 20.0, {"train": 3}, model="tiny", points=11)
+    rng = np.random.default_rng(0)
+    for path in sorted(noisy.rglob("train_losses.csv")):
+        table = pd.read_csv(path)
+        table.assign(answer_loss_sum=table["answer_tokens"] * rng.uniform(1, 4, len(table))).to_csv(path, index=False)
+    write_losses(tmp_path, "caa", "vector", 2.0, {"train": 4}, model="tiny", points=3)
+    broken = write_losses(tmp_path, "reps", "vector", 2.0, {"train": 4}, model="tiny", points=2)
+    (broken / "vector_reps_m2.0_winning_only" / "train_losses.csv").write_text("a,b\n1,2\n")
+    page = text_of(report.update(tmp_path, "tiny", DATASET))
+    assert re.search(r"Short of it: .*sft vector", page) and "is below 0.95: read the points, not the line" in page
+    assert re.search(r"Not fitted: .*caa vector", page) and "the preference curve needs 11 at least" in page
+    assert "Left out" in page and "no column &#x27;pos_steer_loss&#x27;; have: a, b" in page
+    assert "paper</small>" not in page  # the paper has no numbers for this model
+    assert "No random-direction control is stored" in page and "No generations are stored" in page
+
+
+def test_released_losses_and_somebody_elses_csv(tmp_path: Path) -> None:
+    write_losses(tmp_path, "spilt", "lora", 2.0, {"train": 6}, model="tiny", points=7, released=True)
+    theirs = tmp_path / f"vectors/tiny/get_sft_loss/sft/{DATASET}/sft_lora"
+    theirs.mkdir(parents=True)
+    m = np.linspace(-2, 2, 13)
+    preference, utility = curves(m / 2, "sft")
+    pd.DataFrame({"multiplier": m, "preference": preference, "utility": utility}).to_csv(theirs / "preference_utility.csv", index=False)
+    page = text_of(report.update(tmp_path, "tiny", DATASET))
+    assert "no loss rows are stored: preference_utility.csv is used as it is" in page
+    assert "The stored averages of sft LoRA do not say how many were left out" in page
+    assert strict(theirs / "fit.json")["splits"]["train"]["preference"]["r2"] > 0.99
+    table = report.recommend(tmp_path, "tiny", DATASET)
+    assert table["chosen_on"].tolist() == ["train", "train"] and table["reported_on"].isna().all()
+
+
+def test_concepts_are_averaged_into_one_cell(tmp_path: Path) -> None:
+    for concept in (0, 3, 12):
+        write_losses(
+            tmp_path, "sft", "vector", 20.0, {"train": 4}, dataset=f"axbench_concept_{concept}", model="tiny", points=6, seed=concept
+        )
+    path = report.update(tmp_path, "tiny", "axbench")
+    root = tmp_path / "vectors/tiny/get_sft_loss/sft"
+    single = [pd.read_csv(root / f"axbench_concept_{i}/sft_vector/preference_utility.csv") for i in (0, 3, 12)]
+    mean = pd.read_csv(root / "axbench/sft_vector/preference_utility.csv")
+    np.testing.assert_allclose(mean["preference"], np.mean([s["preference"] for s in single], axis=0))
+    assert (mean["n"] == 12).all() and strict(root / "axbench/sft_vector/fit.json")["cell"]["concepts"] == [0, 3, 12]
+    assert (root / "axbench_concept_3/sft_vector/curves.png").is_file() and "averaged over 3 concepts" in text_of(path)
+    report.update(tmp_path, "tiny", "axbench")  # the folder it made is not taken for a cell of its own
+    assert len(report.recommend(tmp_path, "tiny", "axbench")) == 1
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["--base_dir", str(tmp_path)]) == 2
+    assert "no stored losses below" in capsys.readouterr().err
+    write_losses(tmp_path, "caa", "vector", 2.0, {"train": 4, "test": 4}, model="tiny", points=3)
+    assert report.main(["--base_dir", str(tmp_path), "--split", "test", "--norm", "sum", "--budget", "1"]) == 0
+    out = Path(capsys.readouterr().out.strip())
+    assert out.name == "report.html" and "Figures show test questions. Losses are summed" in text_of(out)
+    assert report.main(["--base_dir", str(tmp_path), "--model_name", "tny"]) == 2
+    assert "did you mean 'tiny'" in capsys.readouterr().err
+    assert report.main(["--base_dir", str(tmp_path), "--budget", "-1"]) == 2
+
+
+def test_no_model_code_and_no_plotting_is_imported_before_it_is_needed() -> None:
+    code = "import sys, spilt.report; bad = {'torch', 'transformers', 'matplotlib'} & set(sys.modules); assert not bad, bad"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# --- the page in a browser
+
+
+@pytest.mark.slow
+def test_images_load_and_nothing_is_requested(built: Path, browser: Browser) -> None:
+    browser.open(built)
+    images = browser.js("[...document.images].map((i) => [i.complete, i.naturalWidth, i.alt.length])")
+    assert len(images) == 11 and all(done and width > 100 and alt > 20 for done, width, alt in images)
+    asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+    assert asked and all(url == built.as_uri() or url.startswith("data:") for url in asked)
+    assert not [e for e in browser.events if e["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
+    blocked = browser.js("fetch('https://example.org').then(() => 'sent', () => 'blocked')")
+    assert blocked == "blocked"
+
+
+@pytest.mark.slow
+def test_hostile_text_shows_as_text(built: Path, browser: Browser) -> None:
+    browser.open(built)
+    assert browser.js("document.title").startswith("psychopathy on gemma-2-9b-it")
+    assert browser.js("document.scripts.length") == 1 and browser.js("document.querySelectorAll('img[onerror]').length") == 0
+    shown = browser.js("[...document.querySelectorAll('.answer')].map((a) => a.textContent)")
+    assert f"{HOSTILE} at 8" in shown and not any("unseen" in text for text in shown)
+    assert HOSTILE in browser.js("[...document.querySelectorAll('.prompt')].map((a) => a.textContent).join(' ')")
+
+
+@pytest.mark.slow
+def test_tables_sort_by_mouse_and_keyboard(built: Path, browser: Browser) -> None:
+    browser.open(built)
+    table = "document.querySelector('#recommended table')"
+    column = f"[...{table}.querySelectorAll('thead th')].findIndex((h) => h.textContent.startsWith('preference gain'))"
+    values = f"[...{table}.tBodies[0].rows].map((r) => Number(r.children[{column}].dataset.v))"
+    button = f"{table}.querySelectorAll('thead button')[{column}]"
+    start = browser.js(values)
+    browser.js(f"{button}.click()")
+    assert browser.js(values) == sorted(start) != start
+    assert browser.js(f"{table}.querySelectorAll('thead th')[{column}].getAttribute('aria-sort')") == "ascending"
+    browser.js(f"{button}.focus()")
+    for kind in ("rawKeyDown", "char", "keyUp"):
+        browser.do(
+            "Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r" if kind == "char" else ""
+        )
+    assert browser.js(values) == sorted(start, reverse=True)
+    # text, and rows without a value last in either direction
+    first = f"[...{table}.tBodies[0].rows].map((r) => r.children[0].textContent)"
+    browser.js(f"{table}.querySelector('thead button').click()")
+    names = browser.js(first)
+    assert names == sorted(names, key=str.lower)
+    ranks = "[...document.querySelectorAll('#trade-off tbody')][0]"
+    head = "document.querySelectorAll('#trade-off thead')[0].querySelectorAll('button')[3]"
+    for _ in range(2):
+        browser.js(f"{head}.click()")
+        assert browser.js(f"[...{ranks}.rows].slice(-3).every((r) => r.children[3].dataset.v === '')")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("dark", [False, True])
+def test_reads_at_both_widths_in_light_and_dark(built: Path, browser: Browser, width: int, dark: bool, tmp_path: Path) -> None:
+    browser.open(built, width, dark)
+    browser.js("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    assert browser.js("document.documentElement.scrollWidth") <= width
+    # whatever is wider than the page scrolls in its own box
+    escaped = """[...document.querySelectorAll('main *')].filter((e) => e.getBoundingClientRect().right > innerWidth + 1
+        && !e.closest('.scroll, .strip')).map((e) => e.outerHTML.slice(0, 80))"""
+    assert browser.js(escaped) == []
+    shown = browser.js("document.querySelector('#curves img').currentSrc")
+    svg = base64.b64decode(shown.split(",", 1)[1]).decode()
+    assert ("#62aef5" in svg) == dark and ("#0a4c86" in svg) != dark
+    assert (browser.js("document.querySelector('#curves img').naturalWidth") < 500) == (width == 400)
+    # text keeps a contrast of 4.5 : 1 on its ground
+    colour = "getComputedStyle(document.querySelector('{}')).{}.match(/[0-9.]+/g).slice(0, 3).map(Number)"
+    ground = browser.js(colour.format("body", "backgroundColor"))
+    for selector in ("body", ".lede", "a"):
+        assert contrast(browser.js(colour.format(selector, "color")), ground) > 4.5
+    browser.screenshot(tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 50_000
+
+
+def contrast(one: list[float], other: list[float]) -> float:
+    """WCAG contrast ratio of two sRGB colours."""
+
+    def luminance(rgb: list[float]) -> float:
+        linear = [c / 255 / 12.92 if c <= 10.3 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
+        return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spilt.cell import FORMS
 from spilt.errors import UserError, unknown
 from spilt.hparams.keys import FIELDS, IGNORED_KEYS, IGNORED_PARAMS, KEY_ALIASES, KNOWN, PARAM_ALIASES, PARAMS, SECTIONS, SETTINGS
 from spilt.hparams.loader import kind, load_yaml, parse_yaml
@@ -209,7 +210,18 @@ class _Stack:
                 continue
             if value is None and not _may_be_none(key):
                 continue
+            if name == "multipliers" and isinstance(value, dict):  # ours: a vector and a weight update live on different scales
+                value = self._of_form(value, where)
+                if value is None:
+                    continue
             self.values[name] = read_field(key, value, where)
+
+    def _of_form(self, by_form: dict[str, Any], where: str) -> Any:
+        """This form's entry of `multipliers: {vector: [...], lora: [...]}`; None when it has none."""
+        for form in by_form:
+            if form not in FORMS:
+                raise UserError(f"{where}: multipliers: {unknown('intervention_method', str(form), FORMS)}")
+        return by_form.get(self.intervention)
 
     def _missing(self) -> UserError:
         wanted = expected_hparam_files(self.base_dir, self.dataset, self.model, self.method, self.intervention, self.verb)

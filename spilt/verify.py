@@ -1,0 +1,442 @@
+"""Is what is stored sound? Every artifact under vectors/ and generation/ against its manifest and against itself. Reads only.
+
+ok: as its manifest says. stale: sound, but the model, the data or the vectors that it was made from have changed since.
+damaged: not the bytes of its manifest, or not readable, complete and finite. foreign: no manifest (the released code's), and sound.
+leftover: what a killed run left behind; a rerun of the same command uses it or makes it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spilt import manifest, plan, store
+from spilt.atomic import TEMPORARY
+from spilt.cell import FORMS, Cell
+from spilt.data import readers
+from spilt.errors import UserError
+
+OK, STALE, DAMAGED, FOREIGN, LEFTOVER = STATES = ("ok", "stale", "damaged", "foreign", "leftover")
+RELEASED = ("epoch", "step", "pos_steer_loss", "pos_steering_factors", "neg_steering_factors")
+OURS = (*RELEASED, "example", "pair", "target", "n_tokens", "loss_sum", "answer_tokens", "answer_loss_sum")
+CONTROL = ("split", "draw", "multiplier", "preference", "utility", "n", "n_undefined")
+ROW_KEYS = ("input", "orig_pred", "pred", "reference_response", "complete_output")
+CONCEPT_KEYS = ("concept_id", "concept_name", "generated_results", "eval_data", "multiplier")
+MANIFEST = ".manifest.json"
+VECTOR = re.compile(r"layer_(\d+)\.pt")
+RESULTS = re.compile(r".+_results\.json|all_generation_results_m.+\.json")
+LOSSES = {name: split for split, name in store.SPLITS.items()}
+
+
+class Found(NamedTuple):
+    """One line of the list."""
+
+    state: str
+    path: Path
+    reason: str = ""
+
+
+class Damaged(Exception):
+    """An artifact is not what it should be; the message says how."""
+
+
+class Artifact:
+    """One stored file with the place that its path names (model, dataset, form) and its manifest, each None where there is none."""
+
+    def __init__(self, base_dir: Path, path: Path) -> None:
+        self.base_dir, self.path = base_dir, path
+        parts = path.relative_to(base_dir).parts
+        self.kind, self.model = parts[0], parts[1] if len(parts) > 2 else ""
+        losses = self.kind == "vectors" and parts[2:3] == ("get_sft_loss",)
+        self.method, self.folder, self.leaf = (*parts[3 if losses else 2 : -1], "", "", "")[:3]
+        self.record = manifest.read(path)
+
+    @cached_property
+    def parts(self) -> dict[str, Any]:
+        found = (self.record or {}).get("parts")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        found = self.parts.get("settings")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def dataset(self) -> str:
+        """The folder's name without the concept that it may end in."""
+        concept = self.parts.get("concept")
+        return self.folder if concept is None else self.folder.removesuffix(f"_concept_{concept}")
+
+    @property
+    def form(self) -> str | None:
+        if self.leaf == "caa_vector":
+            return "vector"
+        form = self.leaf.removeprefix(f"{self.method}_")
+        return form if form in FORMS else None
+
+    def data(self) -> readers.DatasetFormat:
+        """The data file that the manifest's verb reads. Raises UserError when dataset_format.yaml has none."""
+        sections = plan.DATA_OF[self.parts["verb"]]
+        split = self.parts.get("split") or next(iter(sections))
+        return readers.dataset_format(self.base_dir, self.dataset, sections[split])
+
+    def vectors(self) -> list[Path]:
+        """The stored interventions that it was made from, in the manifest's order."""
+        if self.form is None or self.parts["verb"] == "fit":
+            return []
+        layers = tuple(self.settings.get("layers", ()))
+        concepts = self.parts.get("concepts", [self.parts.get("concept")])
+        cells = [Cell(self.model, self.dataset, self.method, self.form, layers, concept) for concept in concepts]
+        return [store.Store(self.base_dir).vector(cell, layer) for cell in cells for layer in layers]
+
+
+# ---------------------------------------------------------------- what is there
+
+
+def check(base_dir: Path) -> Iterator[Found]:
+    """Every artifact and leftover under a base_dir, in the order of their paths."""
+    for path in sorted(_files(base_dir)):
+        if found := _check_file(base_dir, path):
+            yield found
+
+
+def _files(base_dir: Path) -> Iterator[Path]:
+    """Files below vectors/ and generation/, through links too, each folder once."""
+    been: set[tuple[int, int]] = set()
+    for top in ("vectors", "generation"):
+        for folder, inside, names in os.walk(base_dir / top, followlinks=True):
+            here = os.stat(folder)
+            if (here.st_dev, here.st_ino) in been:
+                inside.clear()
+                continue
+            been.add((here.st_dev, here.st_ino))
+            yield from (Path(folder) / name for name in names)
+
+
+def _check_file(base_dir: Path, path: Path) -> Found | None:
+    """None for a file that is no artifact: logs, and what the report makes anew."""
+    name = path.name
+    if TEMPORARY in name:
+        return Found(LEFTOVER, path, "a write that was cut off; may be deleted")
+    if re.fullmatch(r"unfinished_\d+\.jsonl", name):
+        return Found(LEFTOVER, path, "texts of a run that did not finish; the same command goes on from them")
+    if re.fullmatch(r"layer_\d+\.unfinished\.pt", name):
+        return Found(LEFTOVER, path, "state of a fit that did not finish; the same command goes on from it")
+    if name.endswith(MANIFEST):
+        stem = name.removesuffix(MANIFEST)
+        if any((path.with_name(stem + ending)).exists() for ending in (".pt", ".json", ".csv")):
+            return None
+        return Found(LEFTOVER, path, "a manifest without its artifact; the same command makes it again")
+    contents = None if path.relative_to(base_dir).parts[2:4] == ("get_sft_loss", "report") else _contents_of(path)
+    return None if contents is None else _judge(Artifact(base_dir, path), contents)
+
+
+def _contents_of(path: Path) -> Any:
+    """The function that checks what is in such a file."""
+    if VECTOR.fullmatch(path.name):
+        return _vector
+    if path.name in LOSSES:
+        return _losses
+    if path.name == "control.csv":
+        return _control
+    return _results if RESULTS.fullmatch(path.name) else None
+
+
+def _judge(artifact: Artifact, contents: Any) -> Found:
+    path = artifact.path
+    has_manifest = manifest.manifest_path(path).exists()
+    try:
+        if has_manifest:
+            _as_recorded(artifact)
+        note = contents(artifact)
+    except (Damaged, UserError) as error:
+        return Found(DAMAGED, path, str(error).removeprefix(f"{path}: "))
+    except OSError as error:
+        return Found(DAMAGED, path, f"cannot be read: {error.strerror or error}")
+    except (TypeError, ValueError, KeyError, AttributeError, LookupError) as error:  # a manifest with our keys and another's values
+        return Found(DAMAGED, path, f"its manifest is not one of ours ({type(error).__name__}: {error})")
+    if not has_manifest:
+        return Found(FOREIGN, path, note or "no manifest: made by the released code, or copied without it")
+    try:
+        changed = _changed(artifact)
+    except (OSError, TypeError, ValueError) as error:
+        return Found(DAMAGED, path, f"what it was made from cannot be read: {error}")
+    return Found(STALE, path, changed) if changed else Found(OK, path, note or "")
+
+
+def _as_recorded(artifact: Artifact) -> None:
+    """The bytes are those of the manifest, and the manifest says what it must."""
+    record = artifact.record
+    if record is None:
+        raise Damaged("its manifest is not readable JSON")
+    needed = {"sha256": str, "bytes": int, "identity": str, "parts": dict}
+    if wrong := [name for name, kind in needed.items() if not isinstance(record.get(name), kind)]:
+        raise Damaged(f"its manifest has no usable {wrong[0]!r}")
+    verb, concepts = artifact.parts.get("verb"), artifact.parts.get("concepts", [])
+    if verb not in plan.DATA_OF or not isinstance(concepts, list):
+        raise Damaged(f"its manifest has a verb {verb!r}; have: {', '.join(plan.DATA_OF)}")
+    if manifest.identity(artifact.parts) != record["identity"]:
+        raise Damaged("its manifest was changed: identity is not that of its parts")
+    size = artifact.path.stat().st_size
+    if size != record["bytes"]:
+        raise Damaged(f"has {size} bytes, its manifest says {record['bytes']}")
+    if manifest.file_hash(artifact.path) != record["sha256"]:
+        raise Damaged("its bytes are not those of its manifest (sha256 differs)")
+
+
+def _changed(artifact: Artifact) -> str:
+    """What lies there now and is not what the artifact was made from; '' when nothing is."""
+    said, parts = list[str](), artifact.parts
+    if parts.get("version") != plan.VERSION:
+        said.append(f"made by version {parts.get('version')} of the code, this is {plan.VERSION}")
+    model = artifact.base_dir / "models" / artifact.model
+    if (model / "config.json").is_file() and manifest.model_hash(model) != parts.get("model"):
+        said.append(f"model {artifact.model} has changed")
+    try:
+        data = artifact.data().path
+    except UserError:
+        data = None  # not listed any more: nothing to compare with
+    if data is not None and data.is_file() and manifest.file_hash(data) != parts.get("data"):
+        said.append(f"data {_short(artifact.base_dir, data)} has changed")
+    then = parts.get("vectors", [])
+    for path, before in zip(artifact.vectors(), then, strict=False) if isinstance(then, list) else ():
+        if not path.is_file():
+            said.append(f"vector {_short(artifact.base_dir, path)} is gone")
+        elif manifest.file_hash(path) != before:
+            said.append(f"vector {_short(artifact.base_dir, path)} has changed")
+    return "; ".join(said)
+
+
+# ---------------------------------------------------------------- contents
+
+
+def _vector(artifact: Artifact) -> str:
+    """Loads as plain tensors; shapes of one concept go together and are the model's; every value is finite."""
+    stored = store._read(artifact.path)
+    form = artifact.form or _form_of(stored)
+    if form == "vector":
+        shape = tuple(getattr(stored, "shape", ()))
+        if len(shape) not in (1, 2) or 0 in shape:
+            raise Damaged(f"holds a {type(stored).__name__} of shape {list(shape)}; a vector is [D] or, for several concepts, [n, D]")
+        concepts: list[Any] = list(range(shape[0])) if len(shape) == 2 else [None]
+    else:
+        several = isinstance(stored, dict) and stored and all(isinstance(value, dict) for value in stored.values())
+        concepts = list(stored) if several else [None]
+    for concept in concepts:
+        state = store._one_concept(stored, artifact.path, form, concept)
+        hidden, width = _sizes(state, form, artifact)
+        store._check_shapes(state, artifact.path, form, hidden, width, None)
+    return f"{len(concepts)} concepts" if len(concepts) > 1 else ""
+
+
+def _form_of(stored: Any) -> str:
+    """Of a file that lies where the layout has no form."""
+    if not isinstance(stored, dict):
+        return "vector"
+    first = next(iter(stored.values()), None)
+    return "lora" if "lora_A" in (first if isinstance(first, dict) else stored) else "local_weight"
+
+
+def _sizes(state: Any, form: str, artifact: Artifact) -> tuple[int, int]:
+    """D of the model where config.json says it, else the file's own; F is the file's own: the read point decides it."""
+    first = state if form == "vector" else state.get({"lora": "lora_A", "local_weight": "weight"}[form])
+    last = state if form == "vector" else state.get({"lora": "lora_B", "local_weight": "weight"}[form])
+    own, width = (tuple(getattr(tensor, "shape", ())) for tensor in (last, first))
+    hidden = own[-1] if own else 0
+    try:
+        config = json.loads((artifact.base_dir / "models" / artifact.model / "config.json").read_text(encoding="utf-8"))
+        said = config.get("text_config", config).get("hidden_size", config.get("n_embd", hidden))
+        hidden = said if isinstance(said, int) else hidden
+    except (OSError, ValueError, AttributeError):
+        pass
+    return hidden, width[0] if width else 0
+
+
+def _results(artifact: Artifact) -> str:
+    """Rows of the contract's keys and types; with a manifest as many as were asked for."""
+    rows = _json(artifact.path)
+    if not isinstance(rows, list) or not rows:
+        raise Damaged(f"holds a {type(rows).__name__}{'' if rows else ' that is empty'}; wanted a list of rows")
+    if artifact.path.name.startswith("all_generation_results_m"):
+        for number, block in enumerate(rows):
+            _keys(block, CONCEPT_KEYS, f"entry {number}", exactly=artifact.record is not None)
+            if not isinstance(block["generated_results"], list):
+                raise Damaged(f"entry {number}: generated_results is no list")
+            _rows(artifact, block["generated_results"], f"entry {number}, ", block["concept_id"])
+        have, wanted = [block["concept_id"] for block in rows], artifact.parts.get("concepts")
+        if artifact.record is not None and have != wanted:
+            raise Damaged(f"has concepts {have}; wanted {wanted}")
+        return ""
+    _rows(artifact, rows, "", None)
+    return ""
+
+
+def _rows(artifact: Artifact, rows: list[Any], where: str, concept: int | None) -> None:
+    settings, ours = artifact.settings, artifact.record is not None
+    for number, row in enumerate(rows):
+        here = f"{where}row {number}"
+        _keys(row, ROW_KEYS, here, exactly=ours)
+        for name in ("orig_pred", "pred", "complete_output"):
+            texts = row[name]
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise Damaged(f"{here}: {name} is no list of texts")
+            count = settings.get("num_responses", len(texts)) if name != "orig_pred" or settings.get("generate_orig_output") else 0
+            if ours and len(texts) != count:
+                raise Damaged(f"{here}: {name} has {len(texts)} texts; wanted {count}")
+        if not isinstance(row["input"], str) or not isinstance(row["reference_response"], str | None):
+            raise Damaged(f"{here}: input or reference_response is no text")
+    if ours and (wanted := _wanted_rows(artifact, concept)) is not None and len(rows) != wanted:
+        raise Damaged(f"{where}{len(rows)} rows; wanted {wanted}, one per prompt")
+
+
+def _losses(artifact: Artifact) -> str:
+    """Columns, one row per (example, pair), every number finite. A file of the released code only has to be readable."""
+    header, rows = _csv(artifact.path)
+    if artifact.record is None:
+        if missing := [name for name in RELEASED[2:4] if name not in header]:
+            raise Damaged(f"no column {missing[0]!r}; columns found: {', '.join(header)}")
+        if not rows:
+            raise Damaged("no rows")
+        return ""
+    _columns(header, OURS)
+    pairs = artifact.settings.get("preference_pairs") or ["orig_add", "orig_sub"]
+    order = [(str(example), pair) for example in range(len(rows) // len(pairs)) for pair in pairs]
+    at = {name: place for place, name in enumerate(header)}
+    if [(row[at["example"]], row[at["pair"]]) for row in rows] != order:
+        raise Damaged(f"its {len(rows)} rows are not one per example and pair ({', '.join(pairs)}) in order")
+    _finite(rows, [at[name] for name in OURS if name not in ("pair", "target")])
+    wanted = _wanted_rows(artifact, artifact.parts.get("concept"))
+    if wanted is not None and len(rows) != wanted * len(pairs):
+        raise Damaged(f"{len(rows)} rows; wanted {wanted * len(pairs)}, one per example and pair")
+    return ""
+
+
+def _control(artifact: Artifact) -> str:
+    header, rows = _csv(artifact.path)
+    if artifact.record is None:
+        return ""
+    _columns(header, CONTROL)
+    _finite(rows, [place for place, name in enumerate(CONTROL) if name not in ("split", "utility")])
+    drawn = artifact.parts.get("control")
+    if isinstance(drawn, dict):
+        wanted = drawn.get("draws", 0) * len(drawn.get("multipliers", []))
+        if len(rows) != wanted:
+            raise Damaged(f"{len(rows)} rows; wanted {wanted}, one per draw and multiplier")
+    return ""
+
+
+def _wanted_rows(artifact: Artifact, concept: int | None) -> int | None:
+    """How many examples or prompts the manifest's request reads; None when its data is not here any more."""
+    try:
+        fmt = artifact.data()
+        if manifest.file_hash(fmt.path) != artifact.parts.get("data"):
+            return None
+        sizes = (artifact.parts.get("limit"), artifact.settings.get("generation_data_size"), artifact.settings.get("max_num_of_examples"))
+        limit = min((size for size in sizes if isinstance(size, int)), default=None)
+        read = readers.read_prompts if artifact.parts["verb"] == "generate" else readers.read_pairs
+        return len(read(fmt, concept if fmt.multi_concept else None, limit))
+    except (UserError, OSError):
+        return None
+
+
+# ---------------------------------------------------------------- small helpers
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"not readable as JSON: {error}") from None
+
+
+def _csv(path: Path) -> tuple[list[str], list[list[str]]]:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            header, *rows = [row for row in csv.reader(file, strict=True) if row]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise Damaged(f"not readable as CSV: {error}") from None
+    except ValueError:
+        raise Damaged("is empty") from None
+    if short := [number for number, row in enumerate(rows, 2) if len(row) != len(header)]:
+        raise Damaged(f"line {short[0]}: {len(rows[short[0] - 2])} fields where the header has {len(header)}")
+    return header, rows
+
+
+def _keys(value: Any, wanted: Sequence[str], where: str, exactly: bool) -> None:
+    if not isinstance(value, dict):
+        raise Damaged(f"{where}: a {type(value).__name__} where an object was wanted")
+    if missing := [name for name in wanted if name not in value]:
+        raise Damaged(f"{where}: no {missing[0]!r}; has: {', '.join(value)}")
+    if exactly and (extra := [name for name in value if name not in wanted]):
+        raise Damaged(f"{where}: {extra[0]!r} does not belong there")
+
+
+def _columns(header: list[str], wanted: Sequence[str]) -> None:
+    if tuple(header) != tuple(wanted):
+        raise Damaged(f"columns {', '.join(header)}; wanted {', '.join(wanted)}")
+
+
+def _finite(rows: list[list[str]], places: list[int]) -> None:
+    for number, row in enumerate(rows, 2):
+        for place in places:
+            try:
+                finite = math.isfinite(float(row[place]))
+            except ValueError:
+                raise Damaged(f"line {number}: {row[place]!r} is not a number") from None
+            if not finite:
+                raise Damaged(f"line {number}: {row[place]} is not finite; measure at a smaller multiplier or with --dtype float32")
+
+
+def _short(base_dir: Path, path: Path) -> str:
+    return store.Store(base_dir).relative(path)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: nothing is damaged. 1: something is. 2: the request is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m spilt.verify", description="Check stored vectors, texts and losses against their manifests; writes nothing."
+    )
+    parser.add_argument("--base_dir", type=Path, default=Path("."), help="folder that holds vectors/ and generation/ (default: here)")
+    parser.add_argument("--quiet", action="store_true", help="list only what is not ok")
+    parser.add_argument("--verify", action="store_true", help=argparse.SUPPRESS)  # run_spilt.py --verify
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    base_dir: Path = args.base_dir
+    if not any((base_dir / top).is_dir() for top in ("vectors", "generation")):
+        fact = "has neither vectors/ nor generation/" if base_dir.is_dir() else "is no folder"
+        print(f"error: --base_dir {base_dir} {fact}; give the folder that the runs were started with", file=sys.stderr)
+        return 2
+    counts: Counter[str] = Counter()
+    try:
+        for found in check(base_dir):
+            counts[found.state] += 1
+            if found.state != OK or not args.quiet:
+                print(f"{found.state:8}  {_short(base_dir, found.path)}{f': {found.reason}' if found.reason else ''}")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    print("\nstate     files")
+    for state in STATES:
+        print(f"{state:8}  {counts[state]:5}")
+    if counts[DAMAGED]:
+        print(f"\n{counts[DAMAGED]} damaged: the command that made a file makes it again (damaged files are never taken for done)")
+    return 1 if counts[DAMAGED] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
