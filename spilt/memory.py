@@ -6,8 +6,6 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-
 log = logging.getLogger("spilt")
 Item = TypeVar("Item")
 
@@ -20,6 +18,8 @@ def ran_out(error: Exception) -> bool:
     """Whether an exception is the device's or the host's 'out of memory'; its cached blocks are given back then."""
     if isinstance(error, MemoryError) and not isinstance(error, OutOfMemory):
         return True
+    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size  # slow to import, seldom needed
+
     if should_reduce_batch_size(error):
         clear_device_cache(garbage_collection=True)
         return True

@@ -109,7 +109,8 @@ def test_the_stream_keeps_its_dtype_and_the_parameters_are_float32(form: str, dt
     assert made(h, x, torch.ones(ROWS, 1, 1)).dtype == dtype
     assert {p.dtype for p in made.parameters()} == {torch.float32}
     # computed in float32 from the values of the stream, cast once, then added
-    torch.testing.assert_close(delta.double().expand(h.shape), expected_delta(made, x, torch.ones(1, 1, 1)).expand(h.shape), atol=2e-6, rtol=1e-6)
+    expected = expected_delta(made, x, torch.ones(1, 1, 1)).expand(h.shape)
+    torch.testing.assert_close(delta.double().expand(h.shape), expected, atol=2e-6, rtol=1e-6)
     assert torch.equal(made(h, x, 1.0), h + delta.to(dtype))
 
 
@@ -226,7 +227,11 @@ def test_in_every_family_the_stream_moves_by_the_equation(family: str, form: str
     assert component is None or base.x[component].shape == (3, 6, width)
     factors = torch.tensor([1.5, -1.5, 0.0])[:, None, None]
     seen: list[Tensor] = []
-    after = anatomy.block(tiny, layer + 1).register_forward_pre_hook(lambda _, args, kwargs: seen.append(hooks.input_of(args, kwargs)), with_kwargs=True)
+
+    def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(hooks.input_of(args, kwargs))
+
+    after = anatomy.block(tiny, layer + 1).register_forward_pre_hook(keep, with_kwargs=True)
     try:
         with hooks.attach(tiny, [hooks.Site(layer, made, factors)]):
             loss = tiny(input_ids=ids, use_cache=False).logits.pow(2).sum()

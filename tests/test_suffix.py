@@ -117,7 +117,8 @@ def test_measuring_equals_hooks_at_either_site(family: str, site: str) -> None:
         found = measure.losses(tiny, {layer: made}, cache, [1.0, 0.0, -0.5], "all", 0, torch.device("cpu"))
         for k, m in enumerate([1.0, 0.0, -0.5]):
             wanted = by_hooks(tiny, layer, made, m, None)[1]
-            torch.testing.assert_close(torch.tensor(found.total[k] / found.tokens).float(), wanted, atol=1e-5, rtol=0, msg=f"{form} {component} {m}")
+            losses = torch.tensor(found.total[k] / found.tokens).float()
+            torch.testing.assert_close(losses, wanted, atol=1e-5, rtol=0, msg=f"{form} {component} {m}")
 
 
 @pytest.mark.parametrize("site", ["block", "down_proj"])

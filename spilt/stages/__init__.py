@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 from spilt.plan import Step
-from spilt.stages.fit import fit
-from spilt.stages.generate import generate
-from spilt.stages.measure import measure_cell
 from spilt.stages.recordings import Recordings, Run
 
-STAGES = {"fit": fit, "generate": generate, "measure": measure_cell}
+# verb -> module and function; imported when the verb is run, since each brings libraries that the others do without
+STAGES = {
+    "fit": ("spilt.stages.fit", "fit"),
+    "generate": ("spilt.stages.generate", "generate"),
+    "measure": ("spilt.stages.measure", "measure_cell"),
+}
 
 
 def run_step(step: Step, run: Run) -> str:
     """Run one step; whatever happens, what no later step needs is released."""
     try:
-        return STAGES[step.verb](step, run)
+        module, function = STAGES[step.verb]
+        return getattr(import_module(module), function)(step, run)
     finally:
         run.recordings.release(step)
 

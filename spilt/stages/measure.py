@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from spilt import activations, anatomy, curves, manifest, measure, odds, plan
+from spilt import activations, anatomy, manifest, measure, odds, plan
 from spilt.atomic import atomic_write
 from spilt.data import readers
 from spilt.interventions import Intervention, Vector
@@ -37,6 +37,8 @@ def measure_cell(step: Step, run: Run) -> str:
     if step.sweep:
 
         def still_moves() -> bool:
+            from spilt import curves  # brings scipy
+
             frames = [odds.collect(run.store.loss_folder(cell), split) for split in step.data]
             return not curves.flattened(odds.summarise(pd.concat(frames)))
 
