@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
+import tempfile
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -13,6 +17,8 @@ from spilt import memory, packing, suffix
 from spilt.data.batches import Batch, by_length, pad
 from spilt.data.chat import Sequence
 from spilt.packing import Pack, Rows
+
+log = logging.getLogger("spilt")
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,25 @@ class Activations:
         return Activations(self.layer, self.sequences, self.pad_id, packs, 0, self.prefix_h[:0], nothing, h, x)
 
 
+SHARE_OF_DEVICE, SHARE_OF_HOST = 0.25, 0.5  # of the memory that is free now
+
+
+def storage(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for [rows, width] in the smallest safe place: the device, pinned host memory, a memory-mapped temporary file."""
+    size = rows * width * dtype.itemsize
+    if device.type == "cuda":
+        if size < SHARE_OF_DEVICE * torch.cuda.mem_get_info(device)[0]:
+            return torch.empty(rows, width, dtype=dtype, device=device)
+        log.warning("%.1f GiB of activations do not fit beside the model: kept in host memory", size / 2**30)
+    if size < SHARE_OF_HOST * psutil.virtual_memory().available:
+        return torch.empty(rows, width, dtype=dtype, pin_memory=device.type == "cuda")
+    log.warning("%.1f GiB of activations do not fit in memory: kept in a temporary file in %s", size / 2**30, tempfile.gettempdir())
+    file = tempfile.NamedTemporaryFile(prefix="spilt-activations-")  # noqa: SIM115 - unlinked when closed; the mapping keeps its pages
+    room = torch.from_file(file.name, shared=True, size=rows * width, dtype=dtype).view(rows, width)
+    file.close()
+    return room
+
+
 def max_tokens(device: torch.device) -> int:
     """Padded tokens per batch of recording and scoring: enough to fill the arithmetic units, small enough to stay in cache."""
     return 16384 if device.type == "cuda" else 2048
@@ -110,31 +135,30 @@ def record(
     nothing = suffix.Recorded(torch.empty(1, 0, _width(model)), {name: torch.empty(1, 0, 0) for name in names})
     head = suffix.record(model, layer, first, names, past_key_values=cache, use_cache=True) if prefix else nothing
     pairs = packing.pairs_of(cache)
-    h: dict[int, Tensor] = {}
-    x: dict[str, dict[int, Tensor]] = {name: {} for name in names}
     lengths = [len(p.ids) for p in packs]
+    offsets = [0, *itertools.accumulate(lengths)]
+    room: dict[str, Tensor] = {}  # stream or read point -> all rows [sum of lengths, width]
 
     def some(numbers: Seq[int]) -> None:
         rows = Rows(*(t.to(device) for t in packing.pad_packs([packs[i] for i in numbers], pad_id)))
         inputs = packing.attention_inputs(model, rows, prefix)
         shared = packing.cache_of(pairs, torch.zeros(len(numbers), dtype=torch.long, device=device))
         seen = suffix.record(model, layer, rows.input_ids, names, past_key_values=shared, **inputs)
-        for row, i in enumerate(numbers):
-            h[i] = seen.h[row, : lengths[i]].clone()
-            for name in names:
-                x[name][i] = seen.x[name][row, : lengths[i]].clone()
+        for name, value in (("", seen.h), *seen.x.items()):
+            if name not in room:
+                room[name] = storage(offsets[-1], value.shape[-1], value.dtype, value.device)
+            for row, i in enumerate(numbers):
+                room[name][offsets[i] : offsets[i + 1]] = value[row, : lengths[i]]
 
     for numbers in by_length(lengths, budget or max_tokens(device)):
         longest = prefix + lengths[numbers[0]]
         smallest = f"one question of {longest} tokens does not fit in memory up to layer {layer}; lower output_length, or use --device auto"
         memory.halved(some, numbers, f"recording layer {layer}, questions of {longest} tokens", smallest)
-    order = range(len(packs))
-    place = h[0].device  # several devices: where block `layer` lies
-    widths = {name: x[name][0].shape[-1] for name in names}
-    prefix_x = {name: head.x[name][0].to(place).reshape(prefix, widths[name]) for name in names}
-    rows_x = {name: [kept[i] for i in order] for name, kept in x.items()}
-    prefix_h = head.h[0].to(place, h[0].dtype)
-    return Activations(layer, sequences, pad_id, packs, prefix, prefix_h, prefix_x, [h[i] for i in order], rows_x)
+    place = room[""].device
+    split = {name: list(value.split(lengths)) for name, value in room.items()}
+    prefix_x = {name: head.x[name][0].to(place).reshape(prefix, room[name].shape[1]) for name in names}
+    prefix_h = head.h[0].to(place, room[""].dtype)
+    return Activations(layer, sequences, pad_id, packs, prefix, prefix_h, prefix_x, split[""], {name: split[name] for name in names})
 
 
 def _width(model: nn.Module) -> int:

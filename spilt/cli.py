@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="any YAML setting, over the file's; repeatable")
     add("--checkpoint_seconds", type=float, default=60.0, metavar="S", help="a fit under way is saved after this long (default 60)")
     add("--force", action="store_true", help="do again what is already done")
+    add("--deterministic", action="store_true", help="only algorithms that give the same bits every time (slower on a GPU)")
     add("--verify", action="store_true", help="check every stored artifact under --base_dir instead, and say what is stale or damaged")
     add("--quiet", action="store_true", help="no progress bars")
     add("--version", action="version", version=f"spilt {__version__}")
@@ -117,6 +118,7 @@ def request_of(args: argparse.Namespace) -> plan.Request:
         batch_size=args.batch_size,
         force=args.force,
         checkpoint_seconds=args.checkpoint_seconds,
+        deterministic=args.deterministic,
         flags=tuple(flags),
     )
 
@@ -156,6 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     try:
         request = request_of(args)
+        if args.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before torch looks for it
         made = plan.make(request, dry=args.dry_run)
         if args.dry_run:
             print_plan(made, request)
@@ -190,7 +194,9 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
 
 
 def print_plan(made: plan.Plan, request: plan.Request) -> None:
-    """Every step in order: what runs, its own command line, hparam file, inputs, outputs, and whether it is done."""
+    """Every step in order: what runs, its own command line, hparam file, inputs, outputs, cost, and whether it is done."""
+    from spilt.estimate import cost
+
     for number, step in enumerate(made.steps, 1):
         missing = set(plan.missing_inputs(step))
         standing = plan.standing(step, request.limit)
@@ -209,6 +215,8 @@ def print_plan(made: plan.Plan, request: plan.Request) -> None:
             print(f"            ({len(shown)} files in all)")
         if step.sweep:
             print(f"            (widened by half while a tail still moves, up to {plan.SWEEP_MOST} multipliers)")
+        guess = cost(step, request)
+        print(f"   cost     {guess if guess is not None else 'unknown until model and data are there'}")
         for note in step.notes:
             print(f"   note     {note}")
     for item in made.left_out:
@@ -275,8 +283,11 @@ class _Hosts:
 
     def of(self, step: plan.Step) -> Any:
         if self.host is None or step.settings.dtype != self.dtype:
+            import torch
+
             from spilt.host import load
 
+            torch.use_deterministic_algorithms(self.request.deterministic)
             _quiet_libraries()
             self.host, self.dtype = None, step.settings.dtype
             self.recordings.clear()

@@ -50,6 +50,7 @@ class Request:
     batch_size: int | None = None
     force: bool = False
     checkpoint_seconds: float = 60.0  # a fit under way is saved after this long
+    deterministic: bool = False
     flags: tuple[str, ...] = ()  # our own flags as they were typed, for the copy-paste command lines
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,21 +67,30 @@ def test_rows_have_the_real_lengths() -> None:
     assert len(chat.encode("x", " Yes").input_ids) - chat.encode("x", " Yes").prompt_length == 3  # the answer and the suffix
 
 
-def _run(script: str, *words: str) -> str:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, f"benchmarks/{script}", *words], cwd=world.REPO, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+def _here(command: list[str], threads: int, log: Path) -> Any:
+    """workload.timed, in this process."""
+    from benchmarks import naive, workload
+    from spilt import cli
+
+    script, words = Path(command[1]).name, command[2:]
+    assert script in ("run_spilt.py", "naive.py")
+    assert (cli.main(words) if script == "run_spilt.py" else naive.main(words)) in (0, None)
+    return workload.Cost(1.0, 1.0, 1.0)
 
 
 @pytest.mark.slow
-def test_naive_and_ours_give_the_same_numbers(tmp_path: Path) -> None:
-    """Both sides through their processes: losses of fit and loss within 1e-4, all texts equal."""
+def test_naive_and_ours_give_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Losses of fit and loss within 1e-4, all texts equal; without this no ratio means anything."""
+    import spilt.report
+    from benchmarks import workload
+
+    monkeypatch.setattr(workload, "timed", _here)
+    monkeypatch.setattr(spilt.report, "update", lambda base_dir, *_, **__: base_dir)
     out = tmp_path / "out.json"
-    small = ["--shape", "tiny", "--train", "5", "--test", "2", "--new_tokens", "6", "--repeats", "1", "--naive_processes", "2"]
-    printed = _run("workload.py", *small, "--out", str(out))
+    small = ["--shape", "tiny", "--train", "5", "--test", "2", "--new_tokens", "6", "--repeats", "1"]
+    assert workload.main([*small, "--out", str(out)]) == 0
+    assert "same numbers" in capsys.readouterr().out
     record = json.loads(out.read_text())
-    assert "same numbers" in printed
     check = record["check"]
     assert check["fit: largest difference of a step's loss"] <= 1e-4
     assert check["loss: largest difference"] <= 1e-4
@@ -90,9 +98,21 @@ def test_naive_and_ours_give_the_same_numbers(tmp_path: Path) -> None:
     assert set(record["costs"]) == {"fit", "apply", "loss"}
 
 
+def test_naive_gemma_2_has_the_soft_cap_and_the_late_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import spilt.report
+    from benchmarks import workload
+
+    monkeypatch.setattr(workload, "timed", _here)
+    monkeypatch.setattr(spilt.report, "update", lambda base_dir, *_, **__: base_dir)
+    small = ["--shape", "tiny-gemma-2", "--train", "3", "--test", "1", "--new_tokens", "4", "--repeats", "1"]
+    assert workload.main(small) == 0
+
+
 @pytest.mark.slow
 def test_gpu_script_runs_on_the_cpu_at_small_size(tmp_path: Path) -> None:
-    _run("gpu.py", "--tiny", "--out", str(tmp_path))
+    from benchmarks import gpu
+
+    assert gpu.main(["--tiny", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert set(report["shapes"]) == {"tiny", "tiny-gemma-2"}
     for steps in report["shapes"].values():
@@ -102,17 +122,20 @@ def test_gpu_script_runs_on_the_cpu_at_small_size(tmp_path: Path) -> None:
     assert "tiny-gemma-2" in (tmp_path / "gpu.md").read_text()
 
 
-def test_gpu_script_says_when_there_is_no_gpu(tmp_path: Path) -> None:
+def test_gpu_script_says_when_there_is_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import torch
+
+    from benchmarks import gpu
 
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    done = subprocess.run([sys.executable, "benchmarks/gpu.py", "--out", str(tmp_path)], cwd=world.REPO, capture_output=True, text=True)
-    assert done.returncode == 2 and "--tiny" in done.stderr
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert "--tiny" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_growth_point() -> None:
+    from benchmarks import growth
+
     point = {"multipliers": 2, "cells": 2, "rows": 3, "length": 12, "depth": 3, "layer": 1, "stages": ["fit", "apply", "loss"]}
-    found = json.loads(_run("growth.py", "--point", json.dumps(point)).splitlines()[-1])
-    assert all(found[stage] > 0 for stage in point["stages"])  # type: ignore[union-attr]
+    found = growth.point(point)
+    assert all(found[stage] > 0 for stage in ("fit", "apply", "loss"))
