@@ -56,7 +56,8 @@ class Cost(NamedTuple):
     peak: float  # bytes
 
     def __str__(self) -> str:
-        return f"about {self.tokens:,.0f} tokens, {_si(self.flops)}FLOP, recorded activations {_bytes(self.cache)}, peak memory {_bytes(self.peak)}"
+        memory = f"recorded activations {_bytes(self.cache)}, peak memory {_bytes(self.peak)}"
+        return f"about {self.tokens:,.0f} tokens, {_si(self.flops)}FLOP, {memory} besides the libraries"
 
 
 def shape_of(model: Path) -> Shape | None:
