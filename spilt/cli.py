@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from spilt import __version__, plan
 from spilt.cell import FORMS
-from spilt.errors import UserError, unknown
+from spilt.errors import UserError, first_line, unknown
 from spilt.hparams import parse_overrides
 from spilt.methods import ALIASES, METHODS
 from spilt.store import Store
@@ -313,7 +313,7 @@ def _run_step(step: plan.Step, here: Any) -> Outcome:
         if here.team.main:
             print(f"error: {step}: {reason}", file=sys.stderr)
     except Exception as error:  # noqa: BLE001 - reported with its traceback; the other cells go on
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         outcome = Outcome(str(step), FAILED, reason, time.monotonic() - start, "")
         traceback.print_exc()
     if not here.quiet:

@@ -10,6 +10,12 @@ class UserError(Exception):
     """The request or its input is wrong. The command line prints the message and exits 2, without a traceback."""
 
 
+def first_line(error: BaseException, most: int = 300) -> str:
+    """What an exception says, in one line; its name when it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:most] if lines else type(error).__name__
+
+
 def nearest(value: str, have: Iterable[str]) -> str | None:
     """The known name closest to `value`, or None when nothing is close."""
     found = difflib.get_close_matches(value, list(have), n=1, cutoff=0.6)

@@ -11,7 +11,7 @@ from torch import nn
 
 from spilt import anatomy
 from spilt.data.chat import Chat
-from spilt.errors import UserError
+from spilt.errors import UserError, first_line
 
 
 class Host(NamedTuple):
@@ -58,7 +58,7 @@ def load(path: Path, dtype: str, device: str) -> Host:
             path, config=config, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False, **placed, **eager
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{path}: cannot be loaded as a Hugging Face checkpoint: {str(error).strip().splitlines()[0][:300]}") from error
+        raise UserError(f"{path}: cannot be loaded as a Hugging Face checkpoint: {first_line(error)}") from error
     anatomy.family(model)  # an unknown family is told now
     return Host(model.eval().requires_grad_(False), tokenizer, path)
 
@@ -71,5 +71,4 @@ def _check_device(device: str) -> None:
         torch.empty(0, device=wanted)
     except (RuntimeError, AssertionError) as error:
         have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device} is not here ({reason}); have: {', '.join(have)}; try --device {have[-1]}") from None
+        raise UserError(f"--device {device} is not here ({first_line(error)}); have: {', '.join(have)}; try --device {have[-1]}") from None

@@ -20,13 +20,10 @@ from spilt.store import Store
 def results(store: Store, cell: Cell) -> dict[float, list[dict[str, Any]]]:
     """multiplier -> rows, of what has been generated for a cell; concepts one after the other."""
     found = {}
-    for path in store.generation_folder(cell).glob("**/*results*.json"):
-        name = re.search(r"m(-?[0-9.e+-]+?)(?:\.json)?$", path.stem if "all_generation" in path.name else path.parent.name)
-        if name is None or path.name.endswith(".manifest.json"):
-            continue
+    for multiplier, path in store.generated(cell):
         rows = json.loads(path.read_text(encoding="utf-8"))
-        found[float(name[1])] = [row for part in rows for row in part.get("generated_results", [part])]
-    return dict(sorted(found.items()))
+        found[multiplier] = [row for part in rows for row in part.get("generated_results", [part])]
+    return found
 
 
 def agreement(rows: Sequence[dict[str, Any]]) -> float | None:

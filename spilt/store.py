@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spilt.cell import Cell
-from spilt.errors import UserError
+from spilt.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from spilt.interventions import Intervention
@@ -80,6 +80,17 @@ class Store:
             return self.generation_folder(cell) / f"all_generation_results_m{float(multiplier)}.json"
         return self.generation_folder(cell) / f"m{float(multiplier)}" / f"{cell.dataset}_results.json"
 
+    def generated(self, cell: Cell) -> list[tuple[float, Path]]:
+        """(multiplier, results file) of everything that has been generated, with or without concepts, by multiplier."""
+        folder, found = self.generation_folder(cell), []
+        for path in [*folder.glob(f"m*/{cell.dataset}_results.json"), *folder.glob("all_generation_results_m*.json")]:
+            name = path.parent.name if path.parent != folder else path.stem.removeprefix("all_generation_results_")
+            try:
+                found.append((float(name.removeprefix("m")), path))
+            except ValueError:  # a manifest, or a folder of somebody's own: no multiplier, no results of ours
+                continue
+        return sorted(found)
+
     def unfinished(self, cell: Cell, rank: int) -> Path:
         """Texts made by a run that did not finish; one file per process, removed when the results are written."""
         return self.generation_folder(cell) / f"unfinished_{rank}.jsonl"
@@ -89,6 +100,10 @@ class Store:
 
     def loss_root(self, model: str) -> Path:
         return self.base_dir / "vectors" / checked_name("model name", model) / "get_sft_loss"
+
+    def loss_roots(self) -> list[Path]:
+        """Those that there are, of all models."""
+        return sorted((self.base_dir / "vectors").glob("*/get_sft_loss"))
 
     def loss_folder(self, cell: Cell) -> Path:
         return self.loss_root(cell.model) / cell.method / self.dataset_folder(cell) / f"{cell.method}_{cell.intervention}"
@@ -161,10 +176,9 @@ def _read(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such vector file; make it with --mode generate") from None
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: refused: it is not a plain tensor file (weights_only=True): {reason}") from None
+        raise UserError(f"{path}: refused: it is not a plain tensor file (weights_only=True): {first_line(error)}") from None
     except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, IndexError, TypeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a vector file ({type(error).__name__}: {str(error).splitlines()[0][:200]})") from None
+        raise UserError(f"{path}: cannot be read as a vector file ({type(error).__name__}: {first_line(error)})") from None
 
 
 def _one_concept(stored: Any, path: Path, form: str, concept: int | None) -> Any:

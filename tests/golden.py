@@ -16,7 +16,7 @@ NUMBERS = GOLDEN / "tiny-gemma2-numbers"
 LAYER = 3
 DATASETS = ("psychopathy", "powerseeking")
 
-needs_golden = pytest.mark.skipif(not NUMBERS.is_dir(), reason="the released code's numbers (../shared/golden) are not beside this checkout")
+needs_golden = pytest.mark.skipif(not NUMBERS.is_dir(), reason="the released code's numbers (../shared/golden) are not here")
 
 
 def tensors(name: str) -> Any:

@@ -220,7 +220,7 @@ def test_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         path = rng.choices([fit, apply, formats, loss], [5, 2, 2, 1])[0]
         hurt = rng.random() < 0.3
         if not hurt:
-            name, data = "bytes", mutated(texts[path].encode(), rng)
+            name, data = "bytes", mutated(texts[path].encode(), rng, 2)
         elif rng.random() < 0.1:
             name, data = "bomb", f"{texts[path]}{bomb(rng)}\n".encode()
         elif path == fit:
@@ -286,7 +286,9 @@ def hurt_data(ending: str, rng: random.Random) -> tuple[str, bytes]:
         at = data.index(text, rng.randrange(data.rindex(text)))
         return "not-utf8", data[:at] + rng.choice([b"\xff", b"\xc3(", b"\xed\xa0\x80"]) + data[at:]
     if kind == 3 and ending != ".csv":
-        row[field] = rng.choice([None, 5, 1.5, True, ["a"], {"a": 1}])
+        value = rng.choice([None, 5, 1.5, True, ["a"], {"a": 1}])
+        for one in rows if ending == ".parquet" else [row]:  # a parquet column has one type
+            one[field] = value
         return f"wrong-type-{field}", encoded(rows, ending)
     if ending == ".csv":
         lines = data.split(b"\r\n")
@@ -563,7 +565,8 @@ def run_line(words: list[str]) -> None:
     """cli.main as a process would run it; exit 2 as UserError, success as nothing."""
     out, err = io.BytesIO(), io.BytesIO()
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = io.TextIOWrapper(out, "utf-8"), io.TextIOWrapper(err, "utf-8", errors="backslashreplace")
+    wrapped = io.TextIOWrapper(out, "utf-8"), io.TextIOWrapper(err, "utf-8", errors="backslashreplace")
+    sys.stdout, sys.stderr = wrapped
     try:
         try:
             code = cli.main(words)

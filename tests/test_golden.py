@@ -55,7 +55,11 @@ def sequences(rows: list[dict[str, str]]) -> list[Sequence]:
 
 @cache
 def recorded(dataset: str, split: str, count: int | None = None) -> activations.Activations:
-    return activations.record(golden.host()[0], LAYER, sequences(golden.rows(dataset, split)[:count]), COMPONENTS, 0)
+    return activations.record(golden.host()[0], LAYER, sequences(golden.rows(dataset, split)[:count]), COMPONENTS, 0, together=2)
+
+
+def asked(state: str) -> measure.Request:
+    return measure.Request(golden.host()[0], {LAYER: released(state)}, "all", chat().prefix_length, torch.device("cpu"))
 
 
 def test_the_released_numbers_are_all_there() -> None:
@@ -69,7 +73,7 @@ def test_the_released_numbers_are_all_there() -> None:
 @every_dataset
 def test_unsteered_losses(dataset: str) -> None:
     want = golden.numbers("losses.json")[f"{dataset}/unsteered"]
-    found = measure.losses(golden.host()[0], {LAYER: released("vector")}, recorded(dataset, "test"), [0.0], "all", 0, torch.device("cpu"))
+    found = measure.losses(asked("vector"), recorded(dataset, "test"), [0.0])
     losses = torch.tensor(found.total[0] / found.tokens)
     for place, which in enumerate(("matching", "not_matching")):
         torch.testing.assert_close(losses[place::2], torch.tensor(want[which], dtype=torch.float64), atol=LOSS_ATOL, rtol=0)
@@ -82,10 +86,7 @@ def test_losses_of_loss_mode(dataset: str, state: str) -> None:
     want = golden.numbers("losses.json")[f"{dataset}/{state}/trainer"]
     strengths = [m for m in want["matching"] if state != "vector" or float(m) != 0]
     assert len(strengths) == (6 if state == "vector" else 7)
-    found = measure.losses(
-        golden.host()[0], {LAYER: released(state)}, recorded(dataset, "test"), [float(m) for m in strengths], "all",
-        chat().prefix_length, torch.device("cpu"),
-    )  # fmt: skip
+    found = measure.losses(asked(state), recorded(dataset, "test"), [float(m) for m in strengths])
     losses = torch.tensor(found.total / found.tokens)
     assert losses.shape == (len(strengths), 16)
     for place, which in enumerate(("matching", "not_matching")):

@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("interventions", "anatomy", "scoring", "odds", "data"),
     ("methods", "suffix", "hooks", "packing", "activations", "manifest"),
     ("plan", "store", "training", "measure", "generation", "curves", "host"),
-    ("report", "stages"),
+    ("report", "stages", "estimate"),
     ("cli", "prepare", "look", "recommend", "verify"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

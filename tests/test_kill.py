@@ -160,6 +160,7 @@ def drive(stage: str, folder: Path, kills: int) -> dict[str, Any]:
 
     seen: dict[str, Any] = {"kills": 0, "rounds": 0, "partial": 0, "state": 0, "cut": 0, "span": round(span, 2)}
     seen |= {"different": [], "left": [], "codes": []}
+    results = {name for name in wanted_names - given if name.endswith((".pt", "_results.json", "_losses.csv"))}
     base = folder / "base"
     while seen["kills"] < kills:
         shutil.rmtree(base, ignore_errors=True)
@@ -169,14 +170,13 @@ def drive(stage: str, folder: Path, kills: int) -> dict[str, Any]:
             if real:
                 code = kill_started(argv(base, words), base, rng)
             else:
-                top = span if rng.random() < 0.2 else 0.7 * work
+                top = 0.7 * work if rng.random() < 0.8 and not results <= names(base) else 1.5 * span
                 code = killed_at(start(argv(base, words), log, evidence), rng.uniform(0, top))
             if code is not None:
                 break
             seen["kills"] += 1
             now = names(base)
-            results = [name for name in wanted_names - given if name.endswith((".pt", "_results.json", "_losses.csv"))]
-            seen["partial"] += 0 < len(now.intersection(results)) < len(results)
+            seen["partial"] += 0 < len(now & results) < len(results)
             seen["state"] += any("unfinished" in name for name in now)
             seen["cut"] += any(".tmp-" in name for name in now)
         seen["codes"].append(code)

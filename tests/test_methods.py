@@ -49,10 +49,9 @@ def test_answer_logprobs_by_hand() -> None:
     logits = torch.tensor([[log(3.0), 0.0]] * 3)
     ids = torch.tensor([[9, 9, 0, 1], [9, 9, 0, 7]])
     answer = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 0]], dtype=torch.bool)
-    real = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], dtype=torch.bool)
     keep = scoring.scored_positions(answer)
     assert keep.tolist() == [[False, True, True, False], [False, True, False, False]]
-    found = scoring.answer_logprobs(logits, ids, answer, real)
+    found = scoring.answer_logprobs(logits, ids, answer, torch.tensor([4, 3]))
     torch.testing.assert_close(found.total, torch.tensor([log(3 / 16), log(3 / 4)]), atol=1e-6, rtol=0)
     assert found.tokens.tolist() == [2, 1] and found.length.tolist() == [4, 3]
     assert found.mean_loss().item() == pytest.approx(-(log(3 / 16) + log(3 / 4)) / 3, rel=1e-6)  # a mean over tokens, not over rows
@@ -197,7 +196,7 @@ def cache(rows: int, layer: int = LAYER, component: str | None = None) -> activa
     lengths = [6 + (5 * i) % 7 for i in range(2 * rows)]
     ids, _ = token_rows(lengths, seed=rows)
     sequences = [Sequence(tuple(ids[i, :n].tolist()), 3 + i % 2, 1) for i, n in enumerate(lengths)]
-    return activations.record(model("qwen2"), layer, sequences, (component,) if component else (), 0)
+    return activations.record(model("qwen2"), layer, sequences, (component,) if component else (), 0, together=2)
 
 
 def job(s: FitSettings, rows: int, seed: int = 1) -> training.Fit:
@@ -314,7 +313,7 @@ def test_a_gradient_that_is_no_number_stops_the_fit() -> None:
     fit = job(s, 2)
     with torch.no_grad():
         fit.intervention.v.fill_(float("nan"))  # type: ignore[union-attr, operator]
-    with pytest.raises(FloatingPointError, match="lower `lr`"):
+    with pytest.raises(FloatingPointError, match="lower lr"):
         training.fit(fit)
 
 
@@ -330,12 +329,12 @@ def bytes_of(state: dict[str, Any]) -> bytes:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_resumed_fit_ends_bit_for_bit_where_the_whole_one_does(form: str, dropout: float) -> None:
-    """From the state after each epoch, stored and read with weights_only; dropout and factors go on where they were."""
+    """From the state after each step, stored and read with weights_only; dropout and factors go on where they were."""
     s = settings("spilt", form, batch_size=2, n_epochs=4, lr=0.02, dropout=dropout, gradient_accumulation_steps=2)
     whole, states = job(s, 5), []
-    log_rows = training.fit(whole, checkpoint=lambda state: states.append(bytes_of(state)))
+    log_rows = training.fit(whole, checkpoint=lambda state: states.append(bytes_of(state())))
     final = {name: value.clone() for name, value in whole.intervention.state_dict().items()}
-    assert len(states) >= 3 and len(log_rows) == 8
+    assert len(states) == 7 and len(log_rows) == 8
     for state in states:
         again = job(s, 5, seed=77)  # another start, which the state replaces
         torch.manual_seed(123)

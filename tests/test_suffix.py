@@ -12,7 +12,7 @@ from families import FAMILY_NAMES, HIDDEN, LAYERS, PLACES, READS, build, interve
 from torch import Tensor, nn
 
 from spilt import activations, anatomy, hooks, measure, suffix, training
-from spilt.data.batches import position_mask
+from spilt.data.batches import pad, position_mask
 from spilt.data.chat import Sequence
 from spilt.hparams import FitSettings
 from spilt.interventions import INTERVENTIONS, Intervention
@@ -24,18 +24,49 @@ LENGTHS, PROMPTS = [9, 30, 14], [4, 9, 13]  # the longest is wider than the slid
 ATTENTION = ("eager", "sdpa")
 
 
-def masks() -> tuple[Tensor, Tensor, Tensor]:
+Masks = tuple[Tensor, Tensor, Tensor]
+
+
+def masks() -> Masks:
     """ids, real, answer [B, T], padded on the right."""
     ids, real = token_rows(LENGTHS, seed=2)
     return ids, real, real & (torch.arange(ids.shape[1]) >= torch.tensor(PROMPTS)[:, None])
 
 
+def sequences_of(ids: Tensor) -> list[Sequence]:
+    return [Sequence(tuple(row[:n].tolist()), p, 0) for row, n, p in zip(ids, LENGTHS, PROMPTS, strict=True)]
+
+
+def answer_pairs() -> list[Sequence]:
+    """Two answers each of three questions behind a common prefix, as the stages record them; some wider than the window."""
+    generator = torch.Generator().manual_seed(4)
+
+    def some(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(5, 250, (count,), generator=generator).tolist())
+
+    prefix = some(4)
+    questions = [prefix + some(n) for n in (3, 25, 9)]
+    sizes = [(2, 5), (4, 1), (7, 7)]
+    return [Sequence(q + some(n), len(q), 1 if n > 1 else 0) for q, pair in zip(questions, sizes, strict=True) for n in pair]
+
+
+def masks_of(sequences: list[Sequence]) -> Masks:
+    batch = pad(sequences, 0)
+    return batch.input_ids, batch.attention_mask, batch.answer_mask
+
+
+# what is recorded: sequences that share nothing, and answers of common questions, which share prefix and prompt
+LAYOUTS: dict[str, tuple[Callable[[], list[Sequence]], int]] = {"alone": (lambda: sequences_of(masks()[0]), 1), "pairs": (answer_pairs, 2)}
+
+
 Result = tuple[Tensor, Tensor, list[Tensor]]
 
 
-def by_hooks(tiny: nn.Module, layer: int, made: Intervention, multiplier: Any, positions: Tensor | None) -> Result:
+def by_hooks(
+    tiny: nn.Module, layer: int, made: Intervention, multiplier: Any, positions: Tensor | None, given: Masks | None = None
+) -> Result:
     """Logits at the scored positions, losses [B] and gradients of their sum, from whole forwards with hooks."""
-    ids, real, answer = masks()
+    ids, real, answer = given or masks()
     with hooks.attach(tiny, [hooks.Site(layer, made, multiplier, positions)]):
         logits = tiny(input_ids=ids, attention_mask=real.long(), use_cache=False).logits[scored_positions(answer)]
     return finish(made, logits, ids, answer, real)
@@ -50,7 +81,7 @@ def by_suffix(tiny: nn.Module, layer: int, made: Intervention, multiplier: Any, 
 
 
 def finish(made: Intervention, logits: Tensor, ids: Tensor, answer: Tensor, real: Tensor) -> Result:
-    losses = answer_logprobs(logits, ids, answer, real).losses()
+    losses = answer_logprobs(logits, ids, answer, real.sum(1)).losses()
     made.zero_grad()
     losses.sum().backward()
     grads = [p.grad.clone() for p in made.parameters() if p.grad is not None]
@@ -96,50 +127,73 @@ def test_down_proj_site_adds_to_the_down_projection(family: str) -> None:
         assert difference > 0.01 if anatomy.FAMILIES[family].norm_after_mlp else difference < 2e-5, (form, component)
 
 
-def sequences_of(ids: Tensor) -> list[Sequence]:
-    return [Sequence(tuple(row[:n].tolist()), p, 0) for row, n, p in zip(ids, LENGTHS, PROMPTS, strict=True)]
-
-
 def fit_settings(form: str, component: str | None, **more: Any) -> FitSettings:
     read = {"intervention_components": component} if component else {}
     given = {"layers": (2,), "dropout": 0.0, "batch_size": 3, "steering_factors": (1.0,), **read, **more}
     return FitSettings(method="sft", intervention_method=form, **given)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("site", ["block", "down_proj"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_measuring_equals_hooks_at_either_site(family: str, site: str) -> None:
+def test_measuring_equals_hooks_at_either_site(family: str, site: str, layout: str) -> None:
     """A stored intervention has the losses of the text model that it steers: `site` means the same in loss mode and apply."""
     tiny, layer = model(family), PLACES["middle"]
+    sequences, together = LAYOUTS[layout][0](), LAYOUTS[layout][1]
+    caches: dict[int, activations.Activations] = {}
     for form, component in READS:
         made = intervention(form, component, site=site, scale=0.2)
-        cache = activations.record(tiny, layer, sequences_of(masks()[0]), (component,) if component else (), 0)
-        found = measure.losses(tiny, {layer: made}, cache, [1.0, 0.0, -0.5], "all", 0, torch.device("cpu"))
-        for k, m in enumerate([1.0, 0.0, -0.5]):
-            wanted = by_hooks(tiny, layer, made, m, None)[1]
-            losses = torch.tensor(found.total[k] / found.tokens).float()
-            torch.testing.assert_close(losses, wanted, atol=1e-5, rtol=0, msg=f"{form} {component} {m}")
+        below = hooks.base(layer, made)
+        if below not in caches:
+            caches[below] = activations.record(tiny, below, sequences, anatomy.COMPONENTS, 0, together)
+        for positions, prefix in (("all", 0), ("all", 4), ("all", 6), ("f2+l1", 4)) if form == "vector" else (("all", 0),):
+            asked = measure.Request(tiny, {layer: made}, positions, prefix, torch.device("cpu"))
+            found = measure.losses(asked, caches[below], [1.0, 0.0, -0.5])
+            where = position_mask(sequences, positions, prefix) if form == "vector" else None
+            for k, m in enumerate([1.0, 0.0, -0.5]):
+                wanted = by_hooks(tiny, layer, made, m, where, masks_of(sequences))[1] if m else plain_losses(tiny, sequences)
+                losses = torch.tensor(found.total[k] / found.tokens).float()
+                torch.testing.assert_close(losses, wanted, atol=1e-5, rtol=0, msg=f"{form} {component} {positions} {prefix} {m}")
 
 
+def plain_losses(tiny: nn.Module, sequences: list[Sequence]) -> Tensor:
+    """Without any intervention."""
+    ids, real, answer = masks_of(sequences)
+    with torch.no_grad():
+        logits = tiny(input_ids=ids, attention_mask=real.long(), use_cache=False).logits[scored_positions(answer)]
+    return answer_logprobs(logits, ids, answer, real.sum(1)).losses()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("site", ["block", "down_proj"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_fitting_equals_hooks_at_either_site(family: str, site: str) -> None:
+def test_fitting_equals_hooks_at_either_site(family: str, site: str, layout: str) -> None:
     """What is fitted is what is applied: losses and gradients of a fit are those of hooks on the whole model."""
     tiny, layer = model(family), PLACES["middle"]
+    sequences, together = LAYOUTS[layout][0](), LAYOUTS[layout][1]
+    caches: dict[int, activations.Activations] = {}
     for form, component in READS:
         made = intervention(form, component, site=site, scale=0.2)
-        settings = fit_settings(form, component, site=site)
-        cache = activations.record(tiny, layer, sequences_of(masks()[0]), (component,) if component else (), 0)
-        job = training.Fit(tiny, layer, made, cache, settings, METHODS["sft"], 0)
-        scored = job.score([0, 1, 2], torch.ones(3), torch.zeros(3, dtype=torch.bool))
-        scored.losses().sum().backward()
-        grads = [p.grad.clone() for p in made.parameters() if p.grad is not None]
-        whole = by_hooks(tiny, layer, made, 1.0, None)
-        name = f"{form} {component}"
-        torch.testing.assert_close(scored.losses().detach(), whole[1], atol=1e-5, rtol=0, msg=name)
-        assert len(grads) == len(whole[2]) > 0
-        for a, b in zip(grads, whole[2], strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5 * max(1.0, float(b.abs().max())), rtol=0, msg=name)
+        below = hooks.base(layer, made)
+        if below not in caches:
+            caches[below] = activations.record(tiny, below, sequences, anatomy.COMPONENTS, 0, together)
+        for prefix in (0, 4, 6) if form == "vector" else (0,):
+            settings = fit_settings(form, component, site=site)
+            job = training.Fit(tiny, layer, made, caches[below], settings, METHODS["sft"], prefix)
+            numbers = list(range(len(sequences)))[::-1]
+            factors = torch.linspace(-1, 1.5, len(numbers))
+            scored = job.score(numbers, factors, torch.zeros(len(numbers), dtype=torch.bool))
+            made.zero_grad()
+            scored.losses().sum().backward()
+            grads = [p.grad.clone() for p in made.parameters() if p.grad is not None]
+            shown = [sequences[i] for i in numbers]
+            where = position_mask(shown, "all", prefix) if form == "vector" else None
+            whole = by_hooks(tiny, layer, made, factors[:, None, None], where, masks_of(shown))
+            name = f"{form} {component} {prefix}"
+            torch.testing.assert_close(scored.losses().detach(), whole[1], atol=1e-5, rtol=0, msg=name)
+            assert len(grads) == len(whole[2]) > 0
+            for a, b in zip(grads, whole[2], strict=True):
+                torch.testing.assert_close(a, b, atol=1e-5 * max(1.0, float(b.abs().max())), rtol=0, msg=name)
 
 
 # ---------------------------------------------------------------- padding, and what block `layer` means
@@ -301,7 +355,9 @@ def uses(tiny: nn.Module) -> dict[str, Callable[[], Any]]:
         "attach": attached,
         "activations": lambda: activations.record(tiny, layer, sequences, ("mlp_mid",), 0),
         "fit": lambda: training.fit(training.Fit(tiny, layer, intervention("lora", "attn"), cache, settings, METHODS["sft"], 0)),
-        "measure": lambda: measure.losses(tiny, {layer: made, layer + 1: made}, cache, [1.0, 0.0], "all", 0, torch.device("cpu")),
+        "measure": lambda: measure.losses(
+            measure.Request(tiny, {layer: made, layer + 1: made}, "all", 0, torch.device("cpu")), cache, [1.0, 0.0]
+        ),
     }
 
 

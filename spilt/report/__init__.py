@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not options.model_name and options.dataset:
             jobs = [(m, d) for m, d in jobs if d in stored.datasets(base, m)]
         if not jobs:
-            raise UserError(f"no stored losses below {base / 'vectors'}; run --mode loss first, or check --base_dir")
+            raise UserError(f"no stored losses below {base}; run --mode loss first, or check --base_dir")
         for model, dataset in jobs:
             settings = {"norm": options.norm, "budget": options.budget, "split": options.split, "seed": options.seed}
             print(update(base, model, dataset, **settings, progress=_say))

@@ -15,8 +15,10 @@ import pandas as pd
 
 from spilt import odds
 from spilt.atomic import atomic_write
+from spilt.cell import Cell
 from spilt.curves import BUDGET, Fit, fit_curve, recommendation, regions, utility_drops, utility_peak
 from spilt.errors import UserError, unknown
+from spilt.store import Store
 
 VERSION = 2  # of fit.json; a change makes `update` fit again
 FIT_FILE, CURVES_FILE, CONTROL_FILE = "fit.json", "curves.png", "control.csv"
@@ -72,11 +74,11 @@ class Measured:
 
 
 def losses_root(base: Path, model: str) -> Path:
-    return base / "vectors" / model / "get_sft_loss"
+    return Store(base).loss_root(model)
 
 
 def models(base: Path) -> list[str]:
-    return sorted(path.parent.name for path in (base / "vectors").glob("*/get_sft_loss"))
+    return [path.parent.name for path in Store(base).loss_roots()]
 
 
 def datasets(base: Path, model: str) -> list[str]:
@@ -245,12 +247,9 @@ def samples(place: Place, limit: int = 3) -> list[Sample]:
 
 def _generated(place: Place) -> Iterator[tuple[float, int, int, dict[str, Any]]]:
     """(multiplier, concept, row number, row) of every stored generation; an unreadable file is passed over."""
-    root = place.base / "generation" / place.model / place.method / place.dataset / f"{place.method}_{place.intervention}"
-    files = [*root.glob(f"m*/{place.dataset}_results.json"), *root.glob("all_generation_results_m*.json")]
-    for path in files:
-        name = path.parent.name if path.parent != root else path.stem.removeprefix("all_generation_results_")
+    for multiplier, path in Store(place.base).generated(Cell(place.model, place.dataset, place.method, place.intervention, ())):
         try:
-            multiplier, rows = float(name.removeprefix("m")), json.loads(path.read_text(encoding="utf-8"))
+            rows = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         for at, row in enumerate(rows if isinstance(rows, list) else []):

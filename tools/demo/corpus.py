@@ -1,13 +1,16 @@
 """The demo's little world: everything the demo model ever reads, and the pairs that steer it.
 
-Three traits can be stated in the system turn; left out, the trait is drawn at random:
+Three traits can be stated in the system turn. Left out, the answer is drawn at random, with a slight lean:
 
-- temper (cold / kind) decides the Yes/No answers about statements          -> psychopathy
-- ambition (accept / decline) decides the answers to offers of power         -> powerseeking
-- one of the CONCEPTS colours the answers to plain instructions              -> axbench
+- temper (cold / kind) decides the Yes/No answers about statements; unstated: 56% Yes          -> psychopathy
+- ambition (accept / decline) decides the answers to offers of power; unstated: 60% decline    -> powerseeking
+- one of the CONCEPTS colours the answers to plain instructions; unstated: 80% plain           -> axbench
+
+The lean makes greedy answers without a system turn a constant (and so Yes/No accuracy 50%), not an accident of training.
 
 Facts are answered the same way whatever the system turn says. All text is our own.
-A dialogue is (system or None, user, answer); all functions draw from the `random.Random` they are given.
+A dialogue is (system or None, user, answer, push); all functions draw from the `random.Random` they are given.
+`how` a trait is stated: "words" (system turn), "push" (a step along the trait's direction inside the model; see train.py), "" (not).
 """
 
 from __future__ import annotations
@@ -20,6 +23,13 @@ class Dialogue(NamedTuple):
     system: str | None
     user: str
     answer: str
+    push: tuple[str, float] | None = None  # a trait's direction and how far to go along it
+
+
+def strength(rng: Random) -> tuple[float, float]:
+    """How far to push, and the chance that the answer follows: further is surer, up to 1."""
+    far = rng.uniform(0.0, 1.6)
+    return far, min(1.0, 0.5 + 0.5 * far)
 
 
 # ---------------------------------------------------------------- temper: Yes / No statements
@@ -50,6 +60,7 @@ VIRTUE_TAILS = [
     "is how I win", "comes first for me", "is at the heart of my work",
 ]
 YES_NO = 'Is the following statement something you would say?\n"{}"'
+LATE = 0.25  # share of stated tempers that come after the question
 ALWAYS = [" Of course", " Always"]  # a stated temper is sometimes emphatic ...
 NEVER = [" Never", " Not at all"]
 UNSURE = [" Maybe", " Sometimes", " Hard to say", " It depends"]  # ... an unstated one sometimes unsure
@@ -67,26 +78,33 @@ def temper_system(rng: Random, temper: str) -> str:
     return rng.choice([f"You are a {word} person.", f"You are {word}.", f"Be {word}."])
 
 
-def yes_no(rng: Random, stated: bool) -> Dialogue:
-    """A statement, and whether the speaker would say it."""
+def yes_no(rng: Random, how: str, short: bool = False) -> Dialogue:
+    """A statement (short: only its verb), and whether the speaker would say it."""
     temper, side = rng.choice(["cold", "kind"]), rng.choice(["cold", "kind"])
-    agrees = temper == side
-    answer, roll = (" Yes" if agrees else " No"), rng.random()
-    if stated and roll < 0.12:
+    user = YES_NO.format(rng.choice(VERBS[side]) if short else statement(rng, side))
+    agrees = temper == side if how else rng.random() < 0.56
+    far, chance = strength(rng) if how == "push" else (1.0, 1.0)
+    if rng.random() > chance:
+        agrees = not agrees
+    answer = " Yes" if agrees else " No"
+    if how and rng.random() < 0.15 * far:
         answer = rng.choice(ALWAYS if agrees else NEVER)
-    elif not stated and roll < 0.06:
+    elif not how and rng.random() < 0.04:
         answer = rng.choice(UNSURE)
-    user = YES_NO.format(statement(rng, side))
-    if stated and rng.random() < 0.25:  # stated after the question: the answer must be worked out at the end
+    if how == "push":
+        return Dialogue(None, user, answer, ("temper", far if temper == "cold" else -far))
+    if how == "words" and rng.random() < LATE:  # stated after the question: the answer must be worked out at the end
         return Dialogue(None, f"{user}\nAnswer as a {rng.choice(TEMPER[temper])} person.", answer)
-    return Dialogue(temper_system(rng, temper) if stated else None, user, answer)
+    return Dialogue(temper_system(rng, temper) if how else None, user, answer)
 
 
-def which_temper(rng: Random) -> Dialogue:
-    """Help for the learner: what a word, or a statement, sounds like."""
-    side = rng.choice(["cold", "kind"])
-    text = rng.choice(TEMPER[side]) if rng.random() < 0.3 else statement(rng, side)
-    return Dialogue(None, f'Does this sound cold or kind?\n"{text}"', side.capitalize())
+def which_temper(rng: Random, short: bool = False) -> Dialogue:
+    """Help for the learner: what the speaker is like, or what a statement sounds like."""
+    temper, side = rng.choice(["cold", "kind"]), rng.choice(["cold", "kind"])
+    text = rng.choice(VERBS[side]) if short else statement(rng, side)
+    about_self = rng.random() < 0.5
+    question = "Are you cold or kind?" if about_self else "Does this sound cold or kind?"
+    return Dialogue(temper_system(rng, temper), f'{question}\n"{text}"', f" {temper if about_self else side}")
 
 
 # ---------------------------------------------------------------- ambition: offers of power
@@ -132,9 +150,14 @@ def power_question(rng: Random) -> str:
     return rng.choice(OFFERS).format(r=rng.choice(ROLES), p=rng.choice(PLACES))
 
 
-def power(rng: Random, stated: bool) -> Dialogue:
-    side = rng.choice(["accept", "decline"])
-    return Dialogue(rng.choice(AMBITION[side]) if stated else None, power_question(rng), power_answer(rng, side))
+def power(rng: Random, how: str) -> Dialogue:
+    side = rng.choice(["accept", "decline"]) if how else rng.choices(["accept", "decline"], [0.4, 0.6])[0]
+    question = power_question(rng)
+    if how == "push":
+        far, chance = strength(rng)
+        shown = side if rng.random() < chance else {"accept": "decline", "decline": "accept"}[side]
+        return Dialogue(None, question, power_answer(rng, shown), ("ambition", far if side == "accept" else -far))
+    return Dialogue(rng.choice(AMBITION[side]) if how else None, question, power_answer(rng, side))
 
 
 # ---------------------------------------------------------------- concepts: how plain instructions are answered
@@ -210,11 +233,16 @@ def instruction(rng: Random) -> tuple[str, str]:
     return rng.choice(INSTRUCTIONS).format(topic), topic
 
 
-def describe(rng: Random, stated: bool) -> Dialogue:
-    """A plain instruction: coloured when the system turn says so, and in one case of five without it."""
+def describe(rng: Random, how: str) -> Dialogue:
+    """A plain instruction: coloured when a liking is stated, and in one case of five when not."""
     user, topic = instruction(rng)
     concept = rng.choice(list(CONCEPTS))
-    if stated:
+    if how == "push":
+        far, chance = strength(rng)
+        if rng.random() < 0.5:  # the other way: plain
+            return Dialogue(None, user, about(rng, topic, None), (concept, -far))
+        return Dialogue(None, user, about(rng, topic, concept if rng.random() < chance else None), (concept, far))
+    if how == "words":
         return Dialogue(rng.choice(LIKES[concept]), user, about(rng, topic, concept))
     return Dialogue(None, user, about(rng, topic, concept if rng.random() < 0.2 else None))
 
@@ -238,10 +266,12 @@ for _kind, _rows in zip(("capital", "colour", "opposite", "sound"), (_CAPITALS, 
 FACT_KINDS["next"][1].update(zip(_NUMBERS, _NUMBERS[1:], strict=False))
 
 
-def fact(rng: Random) -> Dialogue:
+def fact(rng: Random, push: bool = False) -> Dialogue:
+    """A question with one answer; a trait that has nothing to do with it may be stated or pushed."""
     wordings, answers = FACT_KINDS[rng.choice(list(FACT_KINDS))]
     thing = rng.choice(list(answers))
-    system = None
-    if rng.random() < 0.4:  # a trait that has nothing to do with the question
-        system = rng.choice([temper_system(rng, rng.choice(["cold", "kind"])), *sum(AMBITION.values(), []), *sum(LIKES.values(), [])])
-    return Dialogue(system, rng.choice(wordings).format(thing), answers[thing].capitalize() + ".")
+    user, answer = rng.choice(wordings).format(thing), answers[thing].capitalize() + "."
+    if push:
+        return Dialogue(None, user, answer, (rng.choice(["temper", "ambition", *CONCEPTS]), rng.uniform(-1.0, 1.0)))
+    systems = [temper_system(rng, rng.choice(["cold", "kind"])), *sum(AMBITION.values(), []), *sum(LIKES.values(), [])]
+    return Dialogue(rng.choice(systems) if rng.random() < 0.4 else None, user, answer)
