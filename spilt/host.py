@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from torch import nn
 from spilt import anatomy
 from spilt.data.chat import Chat
 from spilt.errors import UserError, first_line
+
+SMALL = 256  # hidden size below which one CPU thread is the fastest
 
 
 class Host(NamedTuple):
@@ -59,6 +62,9 @@ def load(path: Path, dtype: str, device: str) -> Host:
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"{path}: cannot be loaded as a Hugging Face checkpoint: {first_line(error)}") from error
+    # handing work of this size to other threads costs more than it saves, and much more when other programs want the cores
+    if device == "cpu" and config.get_text_config().hidden_size < SMALL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     anatomy.family(model)  # an unknown family is told now
     return Host(model.eval().requires_grad_(False), tokenizer, path)
 

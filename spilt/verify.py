@@ -59,7 +59,10 @@ class Artifact:
         self.kind, self.model = parts[0], parts[1] if len(parts) > 2 else ""
         losses = self.kind == "vectors" and parts[2:3] == ("get_sft_loss",)
         self.method, self.folder, self.leaf = (*parts[3 if losses else 2 : -1], "", "", "")[:3]
-        self.record = manifest.read(path)
+        try:
+            self.record = manifest.read(path)
+        except (OSError, RecursionError):  # a folder in its place, brackets without end
+            self.record = None
 
     @cached_property
     def parts(self) -> dict[str, Any]:

@@ -19,6 +19,11 @@ FACTORS = {
     "local_weight": [round(0.2 * s, 1) for s in range(1, 11)],
 }
 
+# Strengths at which text is shown: against the trait, none, with it, and so far that the text breaks down.
+SHOWN = {"vector": [-10.0, 0.0, 10.0, 40.0], "lora": [-1.0, 0.0, 1.0, 4.0], "local_weight": [-1.0, 0.0, 1.0, 4.0]}
+# caa is not trained to any strength: its vector is as long as the difference of means happens to be.
+SHOWN_CAA = {"psychopathy": [-100.0, 0.0, 100.0], "powerseeking": [-6.0, 0.0, 6.0, 20.0], "axbench": [0.0, 2.0, 6.0]}
+
 # (dataset, form) -> batch_size, gradient_accumulation_steps, n_epochs, lr
 STEPS = {
     ("psychopathy", "vector"): (8, 1, 2, 0.03),
@@ -81,7 +86,8 @@ def tree() -> dict[str, dict]:
             "alg_name": "caa", "layers": [LAYER], "intervention_method": "vector", "multiple_choice": False,
         }
         for method in (*METHODS, "caa"):
-            files[f"{folder}/{method}/apply_{method}.yaml"] = {"alg_name": method, "layers": [LAYER], "multipliers": [1.0]}
+            shown = SHOWN_CAA[dataset] if method == "caa" else SHOWN
+            files[f"{folder}/{method}/apply_{method}.yaml"] = {"alg_name": method, "layers": [LAYER], "multipliers": shown}
         files[f"{folder}/sft/generate_sft_loss.yaml"] = {
             "alg_name": "sft", "layers": [LAYER], "intervention_positions": "all", "batch_size": 1,
             "preference_pairs": ["orig_add", "orig_sub"], "substraction_type": "normal", "output_length": 512,

@@ -1,0 +1,215 @@
+"""Two processes on the CPU (gloo, as accelerate starts them): the files of one process, and a clean end when one of them is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 240  # seconds; a run takes some ten, and one that waits for ever would take gloo's half hour
+FIT, APPLY, LOSS = ("--mode", "generate"), ("--mode", "apply", "--multipliers", "-1", "1"), ("--mode", "loss", "--multipliers", "-1", "1")
+pytestmark = pytest.mark.slow
+
+# the same program with a fault put in; FAULT is Python that is run first, in every process
+FAULTY = "import os, sys; sys.path.insert(0, {root!r}); exec(os.environ['FAULT'])\nfrom spilt.cli import main\nraise SystemExit(main())\n"
+
+
+def words_of(base: families.Base, words: tuple[str, ...], form: str = "all", dataset: str | None = None) -> list[str]:
+    return [*base.argv("sft", form, *words, "--quiet", dataset=dataset)]
+
+
+def start(words: list[str], processes: int, fault: str = "", folder: Path | None = None) -> subprocess.Popen[str]:
+    """A run in a process group of its own."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault, "MASTER_ADDR": "127.0.0.1"}
+    program = ROOT / "run_spilt.py"
+    if fault:
+        assert folder is not None
+        program = folder / "faulty.py"
+        program.write_text(FAULTY.format(root=str(ROOT)))
+    launch: list[Any] = [sys.executable]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        # with --cpu, accelerate launches one process whatever --num_processes says (more need mpirun); this is its launcher of several
+        launch += ["-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_addr", "127.0.0.1", "--master_port", port]
+    return subprocess.Popen(
+        [str(word) for word in [*launch, program, *words]],
+        env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def ended(run: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and output; a run that hangs is ended and is a failure."""
+    try:
+        said, _ = run.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        said, _ = run.communicate()
+        pytest.fail(f"hung for {LIMIT} s\n{said[-3000:]}")
+    return run.returncode, said
+
+
+def test_there_really_are_two(tmp_path: Path) -> None:
+    """Else all of the below would hold for the wrong reason."""
+    fault = "print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], flush=True); sys.argv[1:] = ['--version']"
+    code, said = ended(start([], 2, fault, tmp_path))
+    assert code == 0 and "rank 0 of 2" in said and "rank 1 of 2" in said, said
+
+
+def stored(base: families.Base) -> dict[str, bytes]:
+    """Vectors, texts, losses and their manifests, without the time of day and without the report's files."""
+    found = {}
+    for path in sorted([*base.path.glob("vectors/**/*"), *base.path.glob("generation/**/*")]):
+        if not path.is_file():
+            continue
+        data = path.read_bytes()
+        if path.name.endswith(".manifest.json"):
+            data = json.dumps({k: v for k, v in json.loads(data).items() if k != "created"}).encode()
+        if path.suffix in (".pt", ".json", ".jsonl", ".csv", ".log"):
+            found[str(path.relative_to(base.path))] = data
+    return found
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> families.Base:
+    return families.make_base(tmp_path_factory.mktemp("team") / "start", train=8, test=5)
+
+
+@pytest.fixture(scope="module")
+def alone(clean: families.Base) -> families.Base:
+    """Everything made by one process, started as the two are: the number of threads decides the last bits."""
+    base = clean._replace(path=clean.path.with_name("alone"))
+    shutil.copytree(clean.path, base.path)
+    for words in (FIT, APPLY, LOSS):
+        assert ended(start(words_of(base, words), 1))[0] == 0
+    for words in (FIT, APPLY):
+        assert ended(start(words_of(base, words, "vector", base.many), 1))[0] == 0
+    return base
+
+
+@pytest.fixture
+def base(clean: families.Base, tmp_path: Path) -> families.Base:
+    shutil.copytree(clean.path, tmp_path / "base")
+    return clean._replace(path=tmp_path / "base")
+
+
+def different(base: families.Base, alone: families.Base, part: str = "") -> list[str]:
+    """Names of files that are not the same; `part`: only those with it in their name."""
+    here, there = stored(base), stored(alone)
+    return [name for name in sorted({*here, *there}) if part in name and here.get(name) != there.get(name)]
+
+
+def test_two_processes_give_the_files_of_one(base: families.Base, alone: families.Base) -> None:
+    """Fits are dealt out whole, texts and batches in parts: the same bytes."""
+    for words in (FIT, APPLY, LOSS):
+        code, said = ended(start(words_of(base, words), 2))
+        assert code == 0, said
+        assert said.count("output / reason") == 1, said  # one table
+    for words in (FIT, APPLY):
+        code, said = ended(start(words_of(base, words, "vector", base.many), 2))
+        assert code == 0, said
+    assert not different(base, alone)
+    code, said = ended(start(words_of(base, APPLY), 2))
+    assert code == 0 and said.count("already done") >= 3, said
+
+
+KILLED = {
+    "fit": (FIT, "layer_2"),
+    "generate": (APPLY, "unfinished"),
+    "loss": (LOSS, "train_losses.csv"),
+}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("stage", KILLED)
+def test_one_process_is_lost(base: families.Base, alone: families.Base, tmp_path: Path, stage: str, rank: int) -> None:
+    """Killed in the middle of its work: the run ends with an error, soon; one process finishes it, to the same bytes, nothing is left."""
+    words, sign = KILLED[stage]
+    if stage != "fit":
+        shutil.copytree(alone.path / "vectors/tiny/sft", base.path / "vectors/tiny/sft")
+    place = {
+        "fit": "from spilt import training as m; name = 'gradients'",
+        "generate": "from spilt import generation as m; name = '_choose'",
+        "loss": "from spilt import suffix as m; name = 'logits'",
+    }[stage]
+    fault = f"""
+import signal
+{place}
+real, count = getattr(m, name), 0
+def later(*a, **k):
+    global count
+    count += 1
+    if os.environ['RANK'] == '{rank}' and count == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*a, **k)
+setattr(m, name, later)
+"""
+    begun = time.monotonic()
+    code, said = ended(start(words_of(base, words), 2, fault, tmp_path))
+    assert code != 0, said
+    assert time.monotonic() - begun < 120
+    half = stored(base)
+    complete = stored(alone)
+    for name, data in half.items():  # what is there is whole
+        if name in complete:
+            assert data == complete[name] or name.endswith(".log"), name
+    code, said = ended(start(words_of(base, words), 1))
+    assert code == 0, said
+    folder = {"fit": "vectors/tiny/sft/mine", "generate": "generation/tiny/sft/mine", "loss": "vectors/tiny/get_sft_loss"}[stage]
+    assert not different(base, alone, folder)
+
+
+FULL_DISK = """
+import errno
+from spilt import atomic
+real = os.fsync
+def full(fd):
+    if os.environ.get('RANK', '0') == '0' and WORD in os.readlink(f'/proc/self/fd/{fd}'):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    return real(fd)
+os.fsync = full
+"""
+
+
+@pytest.mark.parametrize(("words", "word"), [(APPLY, "sft_lora/m1.0/"), (LOSS, "lora_sft_m1.0_winning_only/")], ids=["generate", "loss"])
+def test_the_writing_process_has_no_room(
+    base: families.Base, alone: families.Base, tmp_path: Path, words: tuple[str, ...], word: str
+) -> None:
+    """Process 0 cannot write one cell: that cell fails, the others are done by both, nobody waits for ever."""
+    shutil.copytree(alone.path / "vectors/tiny/sft", base.path / "vectors/tiny/sft")
+    folder = "generation/tiny/sft/mine" if words == APPLY else "get_sft_loss/sft/mine"
+    code, said = ended(start(words_of(base, words), 2, FULL_DISK.replace("WORD", repr(word)), tmp_path))
+    assert code == 1 and "No space left" in said, said
+    assert all("lora" in name for name in different(base, alone, folder))
+    code, said = ended(start(words_of(base, words), 2))
+    assert code == 0, said
+    assert not different(base, alone, folder)
+
+
+def test_a_vector_that_only_one_process_cannot_read(base: families.Base, alone: families.Base, tmp_path: Path) -> None:
+    """A shared folder that fails on one machine: the cell fails on both, the others are done."""
+    shutil.copytree(alone.path / "vectors/tiny/sft", base.path / "vectors/tiny/sft")
+    fault = """
+from spilt import store
+real = store._read
+def lost(path, *a, **k):
+    if os.environ.get('RANK') == '1' and 'sft_lora' in str(path):
+        raise OSError(5, 'Input/output error', str(path))
+    return real(path, *a, **k)
+store._read = lost
+"""
+    code, said = ended(start(words_of(base, APPLY), 2, fault, tmp_path))
+    assert code == 1 and "Input/output error" in said, said
+    assert not [name for name in different(base, alone, "generation/tiny/sft/mine") if "lora" not in name]
