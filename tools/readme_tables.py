@@ -1,0 +1,77 @@
+"""The README's tables, made from the tables of the code: python tools/readme_tables.py --write (or --check: exit 1 on drift)."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from spilt.anatomy import COMPONENTS, FAMILIES  # noqa: E402
+from spilt.cell import FORMS  # noqa: E402
+from spilt.cli import parser  # noqa: E402
+from spilt.methods import METHODS  # noqa: E402
+
+EQUATIONS = {"vector": "m v", "lora": "m (x A) B", "local_weight": "m (x dW + db)"}
+
+
+def arguments() -> str:
+    """One row per flag of the command line."""
+    rows = ["| flag | meaning |", "|---|---|"]
+    for action in parser()._actions:
+        if action.option_strings and action.dest not in ("help", "version"):
+            rows.append(f"| `{action.option_strings[0]}`{' (required)' if action.required else ''} | {action.help} |")
+    return "\n".join(rows)
+
+
+def methods() -> str:
+    """Which method finds which form."""
+    rows = [f"| method | what it does | {' | '.join(FORMS)} |", f"|---|---|{'---|' * len(FORMS)}"]
+    for row in METHODS.values():
+        rows.append(f"| `{row.name}` | {row.summary} | {' | '.join('yes' if form in row.forms else '-' for form in FORMS)} |")
+    return "\n".join(rows)
+
+
+def forms() -> str:
+    """What each form adds to the stream."""
+    rows = [f"| `{name}` | {EQUATIONS[name]} |" for name in FORMS]
+    return "\n".join(["| form | adds at the output of block `layer` |", "|---|---|", *rows])
+
+
+def families() -> str:
+    """Model families and read points."""
+    names = ", ".join(f"`{name}`" for name in FAMILIES)
+    return f"Model families (`model_type` in config.json): {names}. Read points: {', '.join(f'`{c}`' for c in COMPONENTS)}."
+
+
+TABLES = {"arguments": arguments, "methods": methods, "forms": forms, "families": families}
+
+
+def rendered(text: str) -> str:
+    """The README with every table between its two markers made new."""
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+        if not pattern.search(text):
+            raise SystemExit(f"README.md: no markers for the table {name!r}")
+        text = pattern.sub(lambda hit, make=make: hit[1] + make() + "\n" + hit[2], text)  # type: ignore[misc]
+    return text
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--write", action="store_true")
+    options.add_argument("--check", action="store_true")
+    chosen = options.parse_args()
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    new = rendered(text)
+    if chosen.write:
+        path.write_text(new, encoding="utf-8")
+    return int(chosen.check and new != text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
