@@ -73,11 +73,16 @@ class Vector(Intervention):
     def delta(self, h: Tensor, x: Tensor | None, multiplier: Multiplier) -> Tensor:
         return multiplier * self.dropout(self.v)
 
-    def without_component(self, h: Tensor) -> Tensor:
+    def without_component(self, h: Tensor, v: Tensor | None = None) -> Tensor:
         """h - (relu(h . v) / |v|^2) v: the stream with what points along v removed (RePS null-it-out, arXiv 2505.20809)."""
-        v = self.dropout(self.v)
+        v = self.dropout(self.v) if v is None else v
         along = torch.relu(h.float() @ v)[..., None]  # [B, T, 1]
         return h - (along / v.pow(2).sum() * v).to(h.dtype)
+
+    def steered_or_removed(self, h: Tensor, multiplier: Multiplier, removed: Tensor) -> Tensor:
+        """h + m v; in the rows `removed` [B] bool, h without its component along v. One dropout mask for both."""
+        v = self.dropout(self.v)
+        return torch.where(removed[:, None, None], self.without_component(h, v), h + (multiplier * v).to(h.dtype))
 
     def state(self) -> State:
         return self.v.detach().float().cpu().clone()

@@ -21,6 +21,7 @@ from spilt import __version__
 from spilt.atomic import atomic_write
 
 SAMPLES, SAMPLE = 64, 65536  # a large weight file is known by its size, its head and this many pieces of this many bytes
+CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".bin", ".jinja", ".model")
 KNOWN_BY = ("torch", "transformers", "numpy")
 
 
@@ -46,14 +47,16 @@ def file_hash(path: Path) -> str:
     return _hash_file(path, stat.st_size, stat.st_mtime_ns)
 
 
-@lru_cache(maxsize=64)
 def model_hash(folder: Path) -> str:
     """What makes a checkpoint this checkpoint: its JSON files whole, of each weight file size and evenly spaced pieces."""
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in CHECKPOINT_SUFFIXES and path.is_file()]
+    return _hash_model(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@lru_cache(maxsize=64)
+def _hash_model(files: tuple[tuple[Path, int, int], ...]) -> str:
     total = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in {".json", ".safetensors", ".bin", ".jinja", ".model"} or not path.is_file():
-            continue
-        size = path.stat().st_size
+    for path, size, _ in files:
         total.update(f"{path.name} {size}\n".encode())
         with open(path, "rb") as file:
             if size <= SAMPLES * SAMPLE:

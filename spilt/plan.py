@@ -228,6 +228,9 @@ def _steps(
     resolve = {"fit": resolve_fit, "generate": resolve_generate, "measure": resolve_measure}[verb]
     found = resolve(request.base_dir, request.model, request.dataset, method, form, request.overrides)
     settings: Any = found.settings
+    if verb == "fit" and METHODS[method].loss is None and settings.site != "block":
+        why = "the mean is taken at the block's output, which is another space where a norm follows the MLP"
+        raise UserError(f"{found.files[-1]}: {method} with site: {settings.site} does not exist: {why}; leave site out")
     cells = [Cell(request.model, request.dataset, method, form, tuple(settings.layers), concept) for concept in concepts]
     sweep = request.multipliers == SWEEP
     if sweep:

@@ -49,11 +49,10 @@ class _Shown(Intervention):
         self.intervention, self.removed = intervention, removed
 
     def forward(self, h: Tensor, x: Tensor | None, multiplier: Multiplier) -> Tensor:
-        changed = self.intervention(h, x, multiplier)
         if not self.removed.any():
-            return changed
+            return self.intervention(h, x, multiplier)
         assert isinstance(self.intervention, Vector)
-        return torch.where(self.removed[:, None, None], self.intervention.without_component(h), changed)
+        return self.intervention.steered_or_removed(h, multiplier, self.removed)
 
 
 class Fit:
