@@ -95,7 +95,8 @@ class _Active:
         self.multiplier, self.mask, self.scores = self.multiplier[index], self.mask[index], self.scores[index]
         start = int(self.mask.any(0).int().argmax()) if len(keep) else 0
         self.mask = self.mask[:, start:]
-        self.cache = _cache((keys[index, :, start:], values[index, :, start:]) for keys, values in _pairs(self.cache))
+        # a model on several devices has each layer's cache where the layer is
+        self.cache = _cache(tuple(t[index.to(t.device), :, start:] for t in pair) for pair in _pairs(self.cache))  # type: ignore[misc]
 
     def join(self, other: _Active) -> None:
         """The other's rows come in; the shorter cache is padded on the left."""
@@ -131,7 +132,7 @@ def _forward(model: nn.Module, sites: list[hooks.Site], ids: Tensor, mask: Tenso
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     with hooks.attach(model, sites):
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return out.logits[:, -1].float()
+    return out.logits[:, -1].float().to(ids.device)
 
 
 class _Prompts:
@@ -219,7 +220,7 @@ class _Prompts:
         cache = packing.cache_of(upper)  # type: ignore[arg-type]
         inputs = packing.attention_inputs(self.model, own, self.prefix)
         with hooks.attach(self.model, above):
-            scores = suffix.logits(self.model, self.base, stream, last, past_key_values=cache, **inputs).float()
+            scores = suffix.logits(self.model, self.base, stream, last, past_key_values=cache, **inputs).float().to(self.device)
         pairs = packing.pairs_of(cache)
         for layer in kept[0][1]:
             rest = [pad_sequence([k[1][layer][kv].transpose(0, 1) for k in kept], batch_first=True).transpose(1, 2) for kv in (0, 1)]
