@@ -156,7 +156,7 @@ class Bench:
         words = ["--mode", "loss", "--split", "train", "--multipliers", *map(str, STRENGTHS)]
         self.session.run(*words, "--limit", "8")
         took = self.session.run(*words, "--limit", str(rows))
-        count = growth.counted(self.config, self.layer, rows, None, 2 * len(STRENGTHS), ["local_weight"])
+        count = growth.counted(self.config, self.layer, rows, None, 2 * len(STRENGTHS) + 1, ["local_weight"])  # both signs, and 0
         found = self._bounded(took, count["shared"], "loss utilisation")
         return found | {"as if nothing were shared": count["whole"] / took / self.rates["matrix FLOP/s"]}
 

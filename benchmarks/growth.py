@@ -128,7 +128,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def counted(config: dict[str, Any], layer: int, rows: int, length: int | None, multipliers: int, forms: list[str]) -> dict[str, float]:
-    """FLOPs of loss for cells of these forms: recording once, and suffix passes at so many strengths (0 excluded, then once each)."""
+    """FLOPs of loss for cells of these forms: recording once, and a suffix pass at every strength."""
     from spilt.data.chat import Chat
 
     chat = Chat.of(world.tokenizer(config["vocab_size"]))
@@ -159,7 +159,7 @@ def ten_cells(rows: int) -> dict[str, Any]:
     base = {**BASE, "config": shape.config, "layer": shape.layer, "rows": rows, "length": None, "stages": ["loss"]}
     found: dict[str, Any] = {"rows": rows, "matrix GFLOP/s": round(max(rates) / 1e9, 1)}
     took = apart({**base, "cells": 10, "multipliers": sweep})["loss"]
-    work = counted(shape.config, shape.layer, rows, None, 20, [form for _, form in CELLS])
+    work = counted(shape.config, shape.layer, rows, None, len(sweep), [form for _, form in CELLS])
     found["seconds"] = round(took, 2)
     for name, count in work.items():
         found[f"{name}: GFLOP"], found[f"{name}: seconds at that rate"] = round(count / 1e9), round(count / max(rates), 2)

@@ -320,7 +320,8 @@ def untouched(tiny: nn.Module) -> Iterator[None]:
     assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
     assert hook_count(tiny) == hooks_before
     assert {name: set(module.__dict__) for name, module in tiny.named_modules()} == dicts
-    assert not any("forward" in module.__dict__ for module in tiny.modules())
+    # transformers 4 itself gives some modules a `forward` of their own, but no block
+    assert not any("forward" in block.__dict__ for block in anatomy.blocks(tiny))
     assert [module.training for module in tiny.modules()] == modes
     assert all(p.grad is None and not p.requires_grad for p in tiny.parameters())
 
