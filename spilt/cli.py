@@ -7,6 +7,7 @@ traceback). The command line's words (generate, apply, loss) are translated in p
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import math
 import os
@@ -70,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--concepts", nargs="+", type=int, metavar="ID", help=f"ids of a dataset with concepts; default: first {plan.FIRST_CONCEPTS}")
     add("--split", help=f"loss mode: {', '.join(plan.DATA_OF['measure'])} or both; default: what dataset_format.yaml has")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="any YAML setting, over the file's; repeatable")
-    add("--checkpoint_seconds", type=float, default=60.0, metavar="S", help="a fit under way is saved after this long (default 60)")
+    add("--checkpoint_seconds", type=_seconds, default=60.0, metavar="S", help="a fit under way is saved after this long (default 60)")
     add("--force", action="store_true", help="do again what is already done")
     add("--deterministic", action="store_true", help="only algorithms that give the same bits every time (slower on a GPU)")
     add("--verify", action="store_true", help="check every stored artifact under --base_dir instead, and say what is stale or damaged")
@@ -87,6 +88,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return value
+
+
 def request_of(args: argparse.Namespace) -> plan.Request:
     """Checked words, or a UserError."""
     overrides = parse_overrides(args.overrides)
@@ -100,6 +111,8 @@ def request_of(args: argparse.Namespace) -> plan.Request:
         if getattr(args, name) is not None:
             flags += [f"--{name}", str(getattr(args, name))]
     splits = (*plan.DATA_OF["measure"], "both")
+    if not re.fullmatch(r"(cpu|auto|(cuda|xpu|mps|npu|hpu)(:[0-9]{1,3})?)", args.device):
+        raise UserError(f"unknown device {args.device!r}; have: cpu, auto, cuda, cuda:0 and the like")
     if args.split is not None and args.split not in splits:
         raise unknown("split", args.split, splits)
     return plan.Request(
@@ -151,6 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         import importlib
 
         return int(importlib.import_module(PROGRAMS[words[0]]).main(words[1:]) or 0)
+    for stream in (sys.stdout, sys.stderr):  # a word that is no UTF-8 is shown, not a reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     try:
         args = parser().parse_args(words)
@@ -176,8 +192,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a name too long for the file system, a file that went away between plan and run
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 2
     if int(os.environ.get("RANK", "0")) == 0:
         print_table(outcomes)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # everything is written and everybody has said goodbye; the threads of the process group sometimes abort a normal exit
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code(outcomes))
     return exit_code(outcomes)
 
 
@@ -270,6 +294,7 @@ def _run_waiting(waiting: list[plan.Step], before: list[Outcome], request: plan.
     for step in waiting:
         if step.verb != "fit":
             after[str(step)] = one(step)
+    team.end()
     return [*before, *(after[str(step)] for step in waiting)]
 
 
@@ -298,7 +323,7 @@ class _Hosts:
 def _run_step(step: plan.Step, here: Any) -> Outcome:
     """One step. Whatever goes wrong in it is its outcome, not the end of the run."""
     from spilt import stages
-    from spilt.memory import OutOfMemory
+    from spilt.memory import OutOfMemory, ran_out
 
     start = time.monotonic()
     try:
@@ -313,6 +338,12 @@ def _run_step(step: plan.Step, here: Any) -> Outcome:
         if here.team.main:
             print(f"error: {step}: {reason}", file=sys.stderr)
     except Exception as error:  # noqa: BLE001 - reported with its traceback; the other cells go on
+        if ran_out(error):
+            layers = ", ".join(map(str, step.cells[0].layers))
+            reason = f"one piece of work does not fit in memory at layer {layers}: {first_line(error)}"
+            reason += "; fewer tokens (--set output_length=N), --dtype bfloat16 or --device auto"
+            print(f"error: {step}: {reason}", file=sys.stderr)
+            return Outcome(str(step), FAILED, reason, time.monotonic() - start, "")
         reason = f"{type(error).__name__}: {first_line(error)}"
         outcome = Outcome(str(step), FAILED, reason, time.monotonic() - start, "")
         traceback.print_exc()

@@ -342,11 +342,17 @@ class _Stream:
         if self.batch_size == 1:
             tokens = max(len(self.rows[i].prompt) for i in self.new)
             raise memory.OutOfMemory(
-                f"one prompt of up to {tokens} tokens with {self.how.max_new_tokens} new ones does not fit in memory; "
+                f"one prompt of up to {tokens} tokens with {self.how.max_new_tokens} new ones does not fit in memory, "
+                f"steered at layer {', '.join(str(site.layer) for site in self.make_sites(torch.zeros(1, 1, 1)))}; "
                 "lower generation_params.max_new_tokens, or use --device auto or a smaller --dtype"
             ) from error
         self.batch_size = max(1, min(self.batch_size, under_way) // 2)
-        log.warning("out of memory: text from %d prompts at once; going on with --batch_size %d", under_way, self.batch_size)
+        layers = ", ".join(str(site.layer) for site in self.make_sites(torch.zeros(1, 1, 1)))
+        tokens = max(len(self.rows[i].prompt) + len(self.new[i]) for i in self.new)
+        log.warning(
+            "out of memory: text from %d prompts at once of up to %d tokens, steered at layer %s; going on with --batch_size %d",
+            under_way, tokens, layers, self.batch_size,
+        )  # fmt: skip
         self.active = None
         self.new = {i: [] for i in self.new}
         self.wait(self.new)

@@ -139,7 +139,7 @@ class LoRA(Intervention):
     def from_state(cls, state: State, **kwargs: Any) -> LoRA:
         assert isinstance(state, Mapping)
         a, b = state["lora_A"].float(), state["lora_B"].float()
-        made = cls(b.shape[1], a.shape[0], rank=a.shape[1], alpha=float(state.get("alpha", 32.0)), **kwargs)
+        made = cls(b.shape[1], a.shape[0], rank=a.shape[1], alpha=float(state.get("alpha") or 32.0), **kwargs)
         made.lora_A, made.lora_B = nn.Parameter(a.clone()), nn.Parameter(b.clone())
         return made
 

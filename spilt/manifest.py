@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from spilt import __version__
-from spilt.atomic import atomic_write
+from spilt.atomic import atomic_write_all
 
 SAMPLES, SAMPLE = 64, 65536  # a large weight file is known by its size, its head and this many pieces of this many bytes
-CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".bin", ".jinja", ".model")
+CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".bin", ".jinja", ".model", ".txt")
 KNOWN_BY = ("torch", "transformers", "numpy")
 
 
@@ -79,10 +79,10 @@ def _versions() -> tuple[tuple[str, str], ...]:
 
 
 def write(artifact: Path, data: bytes | str, parts: dict[str, Any], notes: dict[str, Any] | None = None) -> None:
-    """Store an artifact with its manifest, each whole or not at all.
+    """Store an artifact with its manifest, each whole or not at all; a disk without room for both replaces neither.
 
-    The manifest goes first: it holds the artifact's hash, so a crash between the two leaves a pair that does not match
-    and is made again, never a result that nobody can place.
+    The manifest is renamed first: it holds the artifact's hash, so a crash between the two leaves a pair that does not
+    match and is made again, never a result that nobody can place.
     """
     data = data.encode() if isinstance(data, str) else data
     record = {
@@ -97,15 +97,15 @@ def write(artifact: Path, data: bytes | str, parts: dict[str, Any], notes: dict[
         "python": platform.python_version(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    atomic_write(manifest_path(artifact), json.dumps(record, indent=1, sort_keys=True, default=str) + "\n")
-    atomic_write(artifact, data)
+    about = json.dumps(record, indent=1, sort_keys=True, default=str) + "\n"
+    atomic_write_all([(manifest_path(artifact), about), (artifact, data)])
 
 
 def read(artifact: Path) -> dict[str, Any] | None:
     """The manifest of an artifact; None when there is none (made by the released code) or it is not readable JSON."""
     try:
         found = json.loads(manifest_path(artifact).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, RecursionError):  # not there, a folder in its place, no JSON, brackets without end
         return None
     return found if isinstance(found, dict) else None
 

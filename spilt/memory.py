@@ -39,7 +39,10 @@ def halved(work: Callable[[Sequence[Item]], None], items: Sequence[Item], what: 
             raise
         if len(items) == 1:
             raise OutOfMemory(smallest) from error
-    log.warning("out of memory: %s, %d at once; going on with %d", what, len(items), (len(items) + 1) // 2)
+    log.warning(
+        "out of memory: %s, %d at once; going on with %d (from the start: --set output_length=N, --device auto)",
+        what, len(items), (len(items) + 1) // 2,
+    )  # fmt: skip
     middle = (len(items) + 1) // 2
     halved(work, items[:middle], what, smallest)
     halved(work, items[middle:], what, smallest)

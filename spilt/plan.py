@@ -76,6 +76,7 @@ class Step(NamedTuple):
     multipliers: tuple[float, ...] = ()
     sweep: bool = False
     notes: tuple[str, ...] = ()
+    columns: Mapping[str, Mapping[str, Any]] = {}  # by what it is for, as `data`: how dataset_format.yaml reads the file
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -150,13 +151,20 @@ def make(request: Request, *, dry: bool = False) -> Plan:
         groups: list[Step] = []
         data = {purpose: formats[section].path for purpose, section in names.items()}
         for method, form in combinations:
-            groups += _steps(request, store, verb, method, form, concepts, data, model)
+            made = _steps(request, store, verb, method, form, concepts, data, model)
+            groups += [step._replace(columns={purpose: columns(formats[section]) for purpose, section in names.items()}) for step in made]
         # cells of one concept side by side: they share what is recorded
         groups.sort(
             key=lambda step: (step.cells[0].concept is not None, step.cells[0].concept or 0) if len(step.cells) == 1 else (False, 0)
         )
         steps += groups
     return Plan(steps, left_out)
+
+
+def columns(fmt: readers.DatasetFormat) -> dict[str, Any]:
+    """What of a dataset_format.yaml entry decides the rows: the columns of the same file can be read as other data."""
+    fields = (*readers.SECTIONS[fmt.section], *(("concept_id", "output_concept") if fmt.multi_concept else ()))
+    return {"columns": {field: fmt.column(field) for field in fields}, "multi_concept": fmt.multi_concept}
 
 
 def check_model(store: Store, name: str) -> None:
@@ -278,27 +286,28 @@ def _command(
 def fit_parts(step: Step, cell: Cell, layer: int, limit: int | None) -> dict[str, Any]:
     """Everything that decides a fitted vector."""
     settings = {**step.settings.as_dict(), "layers": [layer]}
-    return {"settings": settings, "concept": cell.concept, **_common(step, step.data["train"], limit)}
+    return {"settings": settings, "concept": cell.concept, **_common(step, "train", limit)}
 
 
 def generate_parts(step: Step, multiplier: float, limit: int | None) -> dict[str, Any]:
     """Everything that decides the texts of one multiplier."""
     settings = {k: v for k, v in step.settings.as_dict().items() if k not in ("multipliers", "batch_size")}
     own = {"multiplier": float(multiplier), "concepts": [cell.concept for cell in step.cells]}
-    return {"settings": settings, **own, **_common(step, step.data["prompts"], limit)}
+    return {"settings": settings, **own, **_common(step, "prompts", limit)}
 
 
 def measure_parts(step: Step, multiplier: float, preference_type: str, split: str, limit: int | None) -> dict[str, Any]:
     """Everything that decides one train_losses.csv."""
     settings = {k: v for k, v in step.settings.as_dict().items() if k != "batch_size"}
     own = {"multiplier": float(multiplier), "preference_type": preference_type, "split": split, "concept": step.cells[0].concept}
-    return {"settings": settings, **own, **_common(step, step.data[split], limit)}
+    return {"settings": settings, **own, **_common(step, split, limit)}
 
 
-def _common(step: Step, data: Path, limit: int | None) -> dict[str, Any]:
+def _common(step: Step, purpose: str, limit: int | None) -> dict[str, Any]:
     sources = {
+        "columns": step.columns[purpose],
         "model": manifest.model_hash(step.model),
-        "data": manifest.file_hash(data),
+        "data": manifest.file_hash(step.data[purpose]),
         "vectors": [manifest.file_hash(p) for p in step.vectors],
     }
     return {"verb": step.verb, "version": VERSION, "limit": limit, **sources}

@@ -168,16 +168,26 @@ def load(
 
 def _read(path: Path) -> Any:
     import pickle
+    import struct
+    import zipfile
+    import zlib
 
     import torch
 
     try:
+        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise UserError(f"{path}: is damaged: the checksum of {damaged} is wrong; make it again with --mode generate --force")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such vector file; make it with --mode generate") from None
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: refused: it is not a plain tensor file (weights_only=True): {first_line(error)}") from None
-    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, IndexError, TypeError, UnicodeDecodeError, OSError) as error:
+    except (
+        RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, OSError, AssertionError, ArithmeticError, MemoryError,
+        ImportError, struct.error, zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
         raise UserError(f"{path}: cannot be read as a vector file ({type(error).__name__}: {first_line(error)})") from None
 
 
@@ -216,6 +226,9 @@ def _check_shapes(state: Any, path: Path, form: str, hidden: int, width: int, co
         rank = int(shape[1]) if len(shape) == 2 else None
         if rank is None or rank < 1:
             raise UserError(f"{path}: lora_A has shape {list(shape)}; wanted [F, r] = [{width}, rank]")
+        for name in ("r", "alpha"):
+            if not isinstance(state.get(name), int | float | None):
+                raise UserError(f"{path}: {name} is a {type(state[name]).__name__}; wanted a number")
         if state.get("r") not in (None, rank):
             raise UserError(f"{path}: says r = {state['r']}, but lora_A has shape {list(shape)}")
     forms: dict[str, dict[str, tuple[int, ...]]] = {
@@ -233,5 +246,7 @@ def _check_shapes(state: Any, path: Path, form: str, hidden: int, width: int, co
             raise UserError(f"{path}: {label} has shape {list(value.shape)}; this model wants {list(size)}{at}")
         if not value.is_floating_point():
             raise UserError(f"{path}: {label} has dtype {value.dtype}; wanted floating point")
-        if not torch.isfinite(value).all():
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise UserError(f"{path}: {label} is a {value.layout} tensor on {value.device}; wanted a plain one on the CPU")
+        if not torch.isfinite(value.float()).all():
             raise UserError(f"{path}: {label} holds NaN or infinite values; fit it again")

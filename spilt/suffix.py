@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from spilt import anatomy, hooks
 
@@ -70,11 +69,8 @@ def returns_tuple(model: nn.Module) -> bool:
 
 
 @contextmanager
-def replay(model: nn.Module, layer: int, stream: Tensor, recompute: bool = False) -> Iterator[None]:
-    """Inside: blocks before `layer` pass their input through and block `layer` returns `stream` [B, T, D].
-
-    recompute: the blocks after it keep nothing for the backward pass but their input, and run again there.
-    """
+def replay(model: nn.Module, layer: int, stream: Tensor) -> Iterator[None]:
+    """Inside: blocks before `layer` pass their input through and block `layer` returns `stream` [B, T, D]."""
     as_output = (lambda h: (h,)) if returns_tuple(model) else (lambda h: h)
 
     def pass_through(*args: Any, **kwargs: Any) -> Any:
@@ -83,17 +79,13 @@ def replay(model: nn.Module, layer: int, stream: Tensor, recompute: bool = False
     def give_stream(*args: Any, **kwargs: Any) -> Any:
         return as_output(stream)
 
-    def again(forward: Any) -> Any:
-        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    blocks = anatomy.blocks(model)
     with ExitStack() as undo:
-        for index, module in enumerate(blocks if recompute else blocks[: layer + 1]):
+        for index, module in enumerate(anatomy.blocks(model)[: layer + 1]):
             if "forward" in module.__dict__:  # accelerate puts its own there when it places a model
                 undo.callback(setattr, module, "forward", module.__dict__["forward"])
             else:
                 undo.callback(delattr, module, "forward")
-            module.forward = pass_through if index < layer else give_stream if index == layer else again(module.forward)
+            module.forward = give_stream if index == layer else pass_through
         yield
 
 
@@ -111,7 +103,7 @@ def head_rows(model: nn.Module, keep: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def logits(model: nn.Module, layer: int, stream: Tensor, keep: Tensor, *, recompute: bool = False, **inputs: Any) -> Tensor:
+def logits(model: nn.Module, layer: int, stream: Tensor, keep: Tensor, **inputs: Any) -> Tensor:
     """Logits [n, V] at the positions `keep` [B, T], from the stream [B, T, D] that leaves block `layer`.
 
     Gradients flow to `stream` and no further down. Sequences are right-padded.
@@ -119,5 +111,5 @@ def logits(model: nn.Module, layer: int, stream: Tensor, keep: Tensor, *, recomp
     # what enters the model is never looked at: block `layer` gives the stream; a zero-stride tensor carries the shape
     nothing = torch.zeros((), dtype=stream.dtype, device=stream.device).expand(stream.shape)
     inputs.setdefault("use_cache", False)
-    with replay(model, layer, stream, recompute), head_rows(model, keep):
+    with replay(model, layer, stream), head_rows(model, keep):
         return model(inputs_embeds=nothing, **inputs).logits[0]

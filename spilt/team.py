@@ -30,6 +30,15 @@ class Team:
             if device.startswith("cuda"):
                 self.device = str(state.device)  # each process its own card
 
+    def end(self) -> None:
+        """All wait for each other and part; a process that exits with the group open may be aborted by its threads."""
+        if self.size > 1:
+            from accelerate import PartialState
+
+            state = PartialState()
+            state.wait_for_everyone()
+            state.destroy_process_group()
+
     @property
     def main(self) -> bool:
         return self.rank == 0
@@ -39,13 +48,30 @@ class Team:
         return list(items[self.rank :: self.size])
 
     def agree(self, decide: Callable[[], Value]) -> Value:
-        """Process 0's decision, everywhere: what is on disk may change while the others look."""
+        """Process 0's decision (or deed), everywhere: what is on disk may change while the others look. Its error is an error of all."""
         if self.size == 1:
             return decide()
         from accelerate.utils import broadcast_object_list
 
-        decided: list[Any] = [decide() if self.main else None]
-        return broadcast_object_list(decided)[0]
+        error: Exception | None = None
+        told: list[Any] = [None]
+        if self.main:
+            try:
+                told = [(True, decide())]
+            except Exception as caught:  # told to all, and raised below: the others must not wait for ever
+                error, told = caught, [(False, f"process 0: {type(caught).__name__}: {caught}")]
+        good, value = broadcast_object_list(told)[0]
+        if error is not None:
+            raise error
+        if not good:
+            raise TeamError(value)
+        return value
+
+    def together(self, work: Callable[[], Value]) -> Value:
+        """work() in every process, each keeping its own; an error of any (a shared folder that fails on one machine) is one of all."""
+        own: list[Value] = []
+        self.gather(lambda: own.append(work()))
+        return own[0]
 
     def gather(self, work: Callable[[], Value]) -> list[Value]:
         """work() of every process, in rank order. An error of any process is an error of all, so that none waits for ever."""

@@ -41,6 +41,17 @@ def entries(row: int, settings: FitSettings) -> list[Entry]:
     return [sides[name] for name in settings.preference_pairs]
 
 
+class Rows(NamedTuple):
+    """Sequences to be scored: numbers [B], multipliers [B], and whether the vector's component is removed instead [B] bool."""
+
+    indices: list[int]
+    multiplier: Tensor
+    removed: Tensor
+
+    def part(self, rows: slice) -> Rows:
+        return Rows(self.indices[rows], self.multiplier[rows], self.removed[rows])
+
+
 class _Shown(Intervention):
     """The intervention as a minibatch meets it: rows `removed` [B] lose what points along the vector instead of being steered."""
 
@@ -71,7 +82,7 @@ class Fit:
         self.model, self.layer, self.intervention, self.cache = model, layer, intervention, cache
         self.settings, self.method, self.prefix = settings, method, prefix
         self.device = next(intervention.parameters()).device
-        self.recompute = False  # set when memory ran out: blocks keep no activations for the backward pass
+        self.parts = 1  # more when memory ran out: the rows of a minibatch are scored so many at a time
         self.draw = random.Random(settings.seed)
         self.on_stream = hooks.base(layer, intervention) == layer
         # a vector leaves the template's tokens alone: their keys and values never change while it is fitted
@@ -82,7 +93,7 @@ class Fit:
 
     def score(self, indices: list[int], multiplier: Tensor, removed: Tensor) -> AnswerLogProbs:
         """Answer log-probabilities [B] of the sequences, steered with `multiplier` [B], through the suffix."""
-        start = 0 if self.recompute else self.untouched  # a cache must not be filled again when blocks are recomputed
+        start = self.untouched
         on_stream = self.intervention.component if self.on_stream else None
         tokens, seen = self.cache.batch(indices, on_stream, self.device, start)
         sequences = [self.cache.sequences[i] for i in indices]
@@ -99,7 +110,7 @@ class Fit:
             inputs["past_key_values"] = packing.cache_of(self.head, torch.zeros(len(indices), dtype=torch.long, device=self.device))
         with hooks.attach(self.model, [] if self.on_stream else [site]):
             keep = scored_positions(tokens.answer_mask)
-            logits = suffix.logits(self.model, self.cache.layer, stream, keep, recompute=self.recompute, **inputs)
+            logits = suffix.logits(self.model, self.cache.layer, stream, keep, **inputs)
         length = torch.tensor([len(s.input_ids) for s in sequences], device=logits.device)
         return answer_logprobs(logits, tokens.input_ids, tokens.answer_mask, length)
 
@@ -111,30 +122,37 @@ class Fit:
         length = torch.tensor([len(s.input_ids) for s in self.cache.sequences], device=self.device)
         return AnswerLogProbs(total, torch.tensor(found.tokens, device=self.device), length)
 
-    def loss(self, minibatch: list[Entry]) -> Tensor:
-        """The method's loss of a minibatch: winning and losing answers in one suffix batch."""
+    def draw_rows(self, minibatch: list[Entry]) -> Rows:
+        """Winning sequences, then (where the method needs them) losing ones, each with its factor."""
         both = self.method.needs_losing(self.settings)
         n = len(minibatch)
-        rows = [e.winning for e in minibatch] + ([e.losing for e in minibatch] if both else [])
+        indices = [e.winning for e in minibatch] + ([e.losing for e in minibatch] if both else [])
         signs = torch.tensor([e.sign for e in minibatch] * (2 if both else 1), device=self.device)
         # drawn for winning and losing even when the losing side is not scored: the same seed gives the same factors
         factors = [self.draw.choice(self.settings.steering_factors) for _ in range(2 * n)]
         if self.settings.shared_factor:
             factors[n:] = factors[:n]
-        multiplier = torch.tensor(factors[: len(rows)], dtype=torch.float32, device=self.device) * signs
-        scored = self.score(rows, multiplier, signs == 0)
+        multiplier = torch.tensor(factors[: len(indices)], dtype=torch.float32, device=self.device) * signs
+        return Rows(indices, multiplier, signs == 0)
 
-        def part(values: AnswerLogProbs, side: slice) -> AnswerLogProbs:
-            return AnswerLogProbs(*(column[side] for column in values))
+    def loss(self, minibatch: list[Entry]) -> Tensor:
+        """The method's loss of a minibatch, all rows in one suffix batch."""
+        return self.loss_of(minibatch, self.score(*self.draw_rows(minibatch)))
+
+    def loss_of(self, minibatch: list[Entry], scored: AnswerLogProbs) -> Tensor:
+        """The method's loss of a minibatch from its scored rows."""
+        n = len(minibatch)
+
+        def side(values: AnswerLogProbs, rows: Any) -> AnswerLogProbs:
+            return AnswerLogProbs(*(column[rows] for column in values))
 
         reference: list[AnswerLogProbs | None] = [None, None]
         if self.reference is not None:
-            picked = [[e.winning for e in minibatch], [e.losing for e in minibatch]]
-            reference = [AnswerLogProbs(*(column[side] for column in self.reference)) for side in picked]
+            picked = ([e.winning for e in minibatch], [e.losing for e in minibatch])
+            reference = [side(self.reference, rows) for rows in picked]
+        losing = side(scored, slice(n, None)) if self.method.needs_losing(self.settings) else None
         assert self.method.loss is not None
-        return self.method.loss(
-            Scored(part(scored, slice(0, n)), part(scored, slice(n, None)) if both else None, *reference), self.settings
-        )
+        return self.method.loss(Scored(side(scored, slice(0, n)), losing, *reference), self.settings)
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
@@ -149,25 +167,53 @@ def chunks(items: list[Any], size: int) -> list[list[Any]]:
 
 
 def gradients(job: Fit, minibatch: list[Entry], share: int) -> tuple[float, list[Tensor]]:
-    """(loss / share, its gradients). Out of memory: once more with the suffix blocks' activations recomputed, then for all of the fit."""
-    before = _get_random(job)
+    """(loss / share, its gradients). Out of memory: the rows are scored in twice as many parts, from then on for all of the fit."""
+    while True:
+        before = _get_random(job)
+        try:
+            return _gradients(job, minibatch, share)
+        except (RuntimeError, MemoryError) as error:
+            if not memory.ran_out(error):
+                raise
+            rows = [i for entry in minibatch for i in entry[:2]]
+            longest = max(len(job.cache.sequences[i].input_ids) for i in rows)
+            if job.parts >= len(rows):
+                raise memory.OutOfMemory(
+                    f"one sequence of {longest} tokens does not fit in memory while fitting layer {job.layer}; "
+                    "lower output_length, or use --device auto or a smaller --dtype"
+                ) from error
+        job.parts *= 2
+        what = f"fitting layer {job.layer}, batch_size {job.settings.batch_size}, sequences of up to {longest} tokens"
+        log.warning("out of memory: %s; going on in %d parts (from the start: --set batch_size=N)", what, job.parts)
+        _set_random(before, job)
+
+
+def _gradients(job: Fit, minibatch: list[Entry], share: int) -> tuple[float, list[Tensor]]:
+    """In one part: autograd. In several: score without gradients, d loss / d log p over all rows, then back through one part at a time."""
     parameters = list(job.intervention.parameters())
-    try:
+    if job.parts == 1:
         loss = job.loss(minibatch) / share
         return loss.item(), list(torch.autograd.grad(loss, parameters))
-    except (RuntimeError, MemoryError) as error:
-        if not memory.ran_out(error):
-            raise
-        if job.recompute or not job.on_stream:  # recomputing would miss the hook inside the block
-            longest = max(len(job.cache.sequences[i].input_ids) for entry in minibatch for i in entry[:2])
-            raise memory.OutOfMemory(
-                f"a minibatch of {len(minibatch)} pairs of up to {longest} tokens does not fit in memory at layer {job.layer}; "
-                "lower batch_size or output_length (--set batch_size=1), or use --device auto"
-            ) from error
-    log.warning("out of memory: fitting layer %d goes on with the blocks after it recomputed in the backward pass", job.layer)
-    job.recompute = True
-    _set_random(before, job)
-    return gradients(job, minibatch, share)
+    drawn = job.draw_rows(minibatch)
+    size = math.ceil(len(drawn.indices) / job.parts)
+    parts = [drawn.part(slice(i, i + size)) for i in range(0, len(drawn.indices), size)]
+    states, scored = [], []
+    with torch.no_grad():
+        for part in parts:
+            states.append(_get_random(job))  # the dropout mask of this part, to be drawn again
+            scored.append(job.score(*part))
+    whole = AnswerLogProbs(*(torch.cat(column) for column in zip(*scored, strict=True)))
+    whole = whole._replace(total=whole.total.detach().requires_grad_())
+    loss = job.loss_of(minibatch, whole) / share
+    (slope,) = torch.autograd.grad(loss, [whole.total])
+    after = _get_random(job)
+    sums = [torch.zeros_like(parameter) for parameter in parameters]
+    for part, state, weight in zip(parts, states, slope.split(size), strict=True):
+        _set_random(state, job)
+        for total, grad in zip(sums, torch.autograd.grad(job.score(*part).total, parameters, weight), strict=True):
+            total += grad
+    _set_random(after, job)
+    return loss.item(), sums
 
 
 def fit(

@@ -24,6 +24,7 @@ import pytest
 import torch
 
 from spilt import cli, generation, manifest, plan, store, suffix, training, verify
+from spilt.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 fit_stage, generate_stage = (importlib.import_module(f"spilt.stages.{name}") for name in ("fit", "generate"))
@@ -674,7 +675,7 @@ ERRORS = {"cuda": CUDA, "cpu": CPU, "host": MemoryError()}
 
 
 @contextmanager
-def little_memory(error: Exception, most: int, *, unless_recomputed: bool = False, only: str = "") -> Iterator[list[int]]:
+def little_memory(error: Exception, most: int, *, only: str = "") -> Iterator[list[int]]:
     """More than `most` rows at once raise `error`, in recording, in the suffix and in decoding; yields the sizes that were refused."""
     record, logits, forward = suffix.record, suffix.logits, generation._forward
     refused: list[int] = []
@@ -689,7 +690,7 @@ def little_memory(error: Exception, most: int, *, unless_recomputed: bool = Fals
         return record(model, layer, input_ids, *args, **kwargs)
 
     def small_logits(model: Any, layer: int, stream: Any, keep: Any, **kwargs: Any) -> Any:
-        check(len(stream) if only in ("", "logits") and not (unless_recomputed and kwargs.get("recompute")) else 0)
+        check(len(stream) if only in ("", "logits") else 0)
         return logits(model, layer, stream, keep, **kwargs)
 
     def small_forward(model: Any, sites: Any, ids: Any, *args: Any) -> Any:
@@ -742,29 +743,21 @@ def test_the_message_names_batch_length_layer_and_flag(here: Here, caplog: pytes
         assert any(word.strip(",;").isdigit() for word in message.split())
 
 
-def test_a_fit_with_little_memory_recomputes(bare: Here, prepared: families.Base, caplog: pytest.LogCaptureFixture) -> None:
-    """Blocks are recomputed in the backward pass: the same vector."""
-    with little_memory(CUDA, 2, unless_recomputed=True, only="logits") as refused:
-        assert bare.run(*FIT, form="all")[0] == 0
-    assert refused and "recomputed" in caplog.text
-    for form in ("vector", "lora", "local_weight"):
-        made, want = (
-            torch.load(path, weights_only=True)
-            for path in (bare.vector(form), prepared.path / bare.vector(form).relative_to(bare.base.path))
-        )
-        pairs = [(made, want)] if form == "vector" else [(made[k], want[k]) for k in made if isinstance(made[k], torch.Tensor)]
-        assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
-
-
-def test_a_fit_whose_minibatch_does_not_fit_goes_on_with_halves(bare: Here) -> None:
-    """Recomputing is not enough: the minibatch is halved (sft's loss is a mean over pairs), and the vector is the same up to rounding."""
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.loss])
+def test_a_fit_with_little_memory_goes_on_in_parts(bare: Here, caplog: pytest.LogCaptureFixture, method: str) -> None:
+    """The rows of a minibatch are scored a few at a time, the loss is still over all of them: the same vectors up to rounding."""
     words = (*FIT, "--set", "dropout=0")
-    assert bare.run(*words)[0] == 0
-    want = torch.load(bare.vector(), weights_only=True)
+    assert bare.run(*words, form="all", method=method)[0] == 0
+    paths = {form: bare.path(f"vectors/tiny/{method}/mine/{method}_{form}/layer_2.pt") for form in ("vector", "lora", "local_weight")}
+    want = {form: torch.load(path, weights_only=True) for form, path in paths.items()}
     with little_memory(CUDA, 2, only="logits") as refused:
-        exit_code, said = bare.run(*words, "--force")
+        exit_code, said = bare.run(*words, "--force", form="all", method=method)
     assert refused and exit_code == 0, said
-    assert torch.allclose(torch.load(bare.vector(), weights_only=True), want, atol=1e-5)
+    assert "parts" in caplog.text and "layer 2" in caplog.text and "batch_size" in caplog.text
+    for form, path in paths.items():
+        made = torch.load(path, weights_only=True)
+        pairs = [(made, want[form])] if form == "vector" else [(made[k], want[form][k]) for k in made if isinstance(made[k], torch.Tensor)]
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
 
 
 @pytest.mark.parametrize("method", ["caa", "reps"])

@@ -485,7 +485,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     row += 1
     except OSError as error:
         raise _unreadable(path, error) from error
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError, OverflowError, MemoryError) as error:  # text that is not UTF-8, lengths beyond reason
         raise UserError(f"data file {path} is not readable as parquet: {error}") from error
 
 

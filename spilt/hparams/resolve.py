@@ -203,6 +203,8 @@ class _Stack:
         for name, value in given.items():
             key = FIELDS[self.verb].get(name)
             if key is None:  # of another verb
+                if where == COMMAND_LINE and value is not None:  # has no effect here, but is no reason to take what it cannot mean
+                    read_field(KNOWN[name], value, where)
                 continue
             if name == "generation_params":
                 if value is not None:

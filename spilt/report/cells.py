@@ -159,6 +159,8 @@ def analyse(place: Place, norm: odds.Norm = "mean", budget: float = BUDGET, seed
         }
         fit = plain(fit)
         odds.write_summary(place.folder / odds.SUMMARY_FILE, summary)
+        # the picture of the old fit goes first: a run killed between the two files draws it again
+        (place.folder / CURVES_FILE).unlink(missing_ok=True)
         atomic_write(place.folder / FIT_FILE, json.dumps(fit, indent=1, allow_nan=False) + "\n")
     return Measured(place, summary, fit, read_control(place))
 

@@ -37,30 +37,47 @@ class Unfinished:
         self.path, self.identities = path, identities
         self.file: int | None = None
 
+    def every(self) -> list[Path]:
+        """The files of all processes, also those of a run with another number of them."""
+        return sorted(self.path.parent.glob("unfinished_*.jsonl"))
+
     def read(self) -> dict[Text, list[int]]:
         """Text -> new token ids, of the lines that are whole and of this request."""
         found: dict[Text, list[int]] = {}
-        if not self.path.exists():
-            return found
         known = {identity: multiplier for multiplier, identity in self.identities.items()}
-        for line in self.path.read_bytes().split(b"\n"):
+        for path in self.every():
             try:
-                identity, concept, prompt, response, tokens = json.loads(line)
-            except ValueError:  # the line that a kill cut short, or nothing after the last
+                lines = path.read_bytes().split(b"\n")
+            except FileNotFoundError:  # another run of the same cell has just finished
                 continue
-            if identity in known:
-                found[Text(known[identity], concept, prompt, response)] = tokens
+            for line in lines:
+                try:
+                    identity, concept, prompt, response, tokens = json.loads(line)
+                    if identity in known and all(isinstance(token, int) for token in tokens):
+                        found[Text(known[identity], concept, prompt, response)] = tokens
+                except (ValueError, TypeError, RecursionError):  # the line that a kill cut short, or one that is not ours
+                    continue
         return found
+
+    def remove(self) -> None:
+        """The texts are in the results: nobody needs the lines any more."""
+        for path in self.every():
+            path.unlink(missing_ok=True)
 
     def add(self, text: Text, tokens: list[int]) -> None:
         """One line, written at once: lines of two processes do not mix."""
         if self.file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            cut = self.path.exists() and self.path.stat().st_size > 0 and not self.path.read_bytes().endswith(b"\n")
+            try:
+                cut = not (b"\n" + self.path.read_bytes()).endswith(b"\n")
+            except FileNotFoundError:
+                cut = False
             self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             if cut:
                 os.write(self.file, b"\n")
-        os.write(self.file, json.dumps([self.identities[text.multiplier], *text[1:], tokens]).encode() + b"\n")
+        line = json.dumps([self.identities[text.multiplier], *text[1:], tokens]).encode() + b"\n"
+        while line:  # a disk that is nearly full takes a part; the next call takes the rest, or says why not
+            line = line[os.write(self.file, line) :]
 
     def close(self) -> None:
         if self.file is not None:
@@ -82,7 +99,7 @@ def generate(step: Step, run: Run) -> str:
     identities[None] = manifest.identity({**outputs[wanted[0]][1], "multiplier": None})  # the same for every multiplier
     unfinished = Unfinished(run.store.unfinished(step.cells[0], run.team.rank), identities)
     if run.request.force:
-        unfinished.path.unlink(missing_ok=True)
+        run.team.agree(unfinished.remove)
     made: dict[float, list[dict[str, Any]]] = {m: [] for m in wanted}
     try:
         for cell in step.cells:
@@ -90,13 +107,15 @@ def generate(step: Step, run: Run) -> str:
                 made[m].append(results)
     finally:
         unfinished.close()
-    if run.team.main:
+
+    def write() -> None:
         for m in wanted:
             content: Any = made[m] if step.cells[0].concept is not None else made[m][0]["generated_results"]
             atomic_write(run.store.generation_log(step.cells[0], m), _generation_log(step, m, made[m]))
             manifest.write(outputs[m][0], json.dumps(content, indent=2, ensure_ascii=False) + "\n", outputs[m][1])
-    run.team.agree(lambda: None)  # the results are written: nobody needs the lines any more
-    unfinished.path.unlink(missing_ok=True)
+        unfinished.remove()
+
+    run.team.agree(write)
     return "done"
 
 
@@ -106,7 +125,7 @@ def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinishe
     fmt = readers.dataset_format(run.request.base_dir, cell.dataset, plan.DATA_OF["generate"]["prompts"])
     given = [n for n in (run.request.limit, s.generation_data_size) if n is not None]
     prompts = readers.read_prompts(fmt, cell.concept, min(given) if given else None)
-    interventions = stored(cell, s, run)
+    interventions = run.team.together(lambda: stored(cell, s, run))
     chat = run.host.chat(s.use_chat_template, s.system_prompt)
     ids = [tuple(chat.prompt_ids(prompt.input)) for prompt in prompts]
 

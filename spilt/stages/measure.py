@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ CONTROL_EVERY = 3  # every third multiplier of the sweep
 def measure_cell(step: Step, run: Run) -> str:
     """Losses of both answers at every multiplier, as train_losses.csv files; a sweep is widened once when a tail still moves."""
     (cell,) = step.cells
-    interventions = stored(cell, step.settings, run)
+    interventions = run.team.together(lambda: stored(cell, step.settings, run))
     if step.sweep:
         step = plan.with_multipliers(step, run.store, _sweep(step, interventions, run))
     new = _measure(step, interventions, run)
@@ -103,18 +104,29 @@ def _measure(step: Step, interventions: dict[int, Intervention], run: Run) -> bo
         signed = sorted({m for m in wanted} | {-m + 0.0 for m in wanted})
         with tqdm(total=len(cache.sequences) * len(signed), desc=f"loss {cell} {split}", unit="row", leave=False, disable=run.quiet) as bar:
             found = _shared_losses(run, asked, cache, signed, bar.update)
-        if not run.team.main:
-            continue
         place = {m: k for k, m in enumerate(signed)}
-        for m in wanted:
-            for kind in PREFERENCE_TYPES:
-                path = run.store.losses(cell, m, kind, split)
-                table = loss_table(found, place, m, kind, s.preference_pairs)
-                atomic_write(
-                    path.with_name("train.log"), f"{cell} m={m} {kind}: {len(table)} rows, mean {table['pos_steer_loss'].mean():.6f}\n"
-                )
-                manifest.write(path, _csv(table), outputs[path])
+        run.team.agree(partial(_write, step, run, outputs, found, place, split, wanted))
     return bool(todo)
+
+
+def _write(
+    step: Step,
+    run: Run,
+    outputs: dict[Path, dict[str, Any]],
+    found: measure.Losses,
+    place: dict[float, int],
+    split: str,
+    multipliers: Sequence[float],
+) -> None:
+    (cell,) = step.cells
+    s: Any = step.settings
+    for m in multipliers:
+        for kind in PREFERENCE_TYPES:
+            path = run.store.losses(cell, m, kind, split)
+            table = loss_table(found, place, m, kind, s.preference_pairs)
+            mean = table["pos_steer_loss"].mean()
+            atomic_write(path.with_name("train.log"), f"{cell} m={m} {kind}: {len(table)} rows, mean {mean:.6f}\n")
+            manifest.write(path, _csv(table), outputs[path])
 
 
 def _asked(interventions: dict[int, Intervention], settings: Any, run: Run) -> measure.Request:
@@ -201,6 +213,5 @@ def _control(step: Step, interventions: dict[int, Intervention], run: Run) -> bo
         table["utility"] = np.where(defined > 0, np.nansum(utility, 1) / np.maximum(defined, 1), np.nan)
         table["n"], table["n_undefined"] = utility.shape[1], utility.shape[1] - defined
         tables.append(table)
-    if run.team.main:
-        manifest.write(path, _csv(pd.concat(tables)), parts)
+    run.team.agree(lambda: manifest.write(path, _csv(pd.concat(tables)), parts))
     return True

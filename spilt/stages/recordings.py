@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spilt import activations, anatomy
+from spilt import activations, anatomy, manifest
 from spilt.cell import Cell
 from spilt.data import readers
 from spilt.errors import UserError
@@ -110,8 +110,14 @@ def stored(cell: Cell, settings: Any, run: Run) -> dict[int, Intervention]:
     found = {}
     for layer in cell.layers:
         widths = {name: anatomy.read_width(run.host.model, layer, name) for name in anatomy.COMPONENTS}
+        path = run.store.vector(cell, layer)
+        if manifest.manifest_path(path).exists() and not manifest.matches(path, manifest.read(path) or {}):
+            raise UserError(
+                f"{path}: is not the file that its manifest speaks of (damaged, or changed by hand); make it again with --mode generate, "
+                f"or remove {manifest.manifest_path(path).name} to use it as it is"
+            )
         made = load(
-            run.store.vector(cell, layer),
+            path,
             cell.intervention,
             cell.concept if cell.concept is not None else settings.concept_id,
             anatomy.hidden_size(run.host.model),
