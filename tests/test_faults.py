@@ -75,7 +75,7 @@ class Here:
 def fresh() -> None:
     """Forget what a process remembers of files."""
     manifest._hash_file.cache_clear()
-    manifest.model_hash.cache_clear()
+    manifest._hash_model.cache_clear()
 
 
 def no_report(step: Any, *_: Any, **__: Any) -> cli.Outcome:
