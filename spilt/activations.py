@@ -110,7 +110,7 @@ def storage(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> 
 
 def max_tokens(device: torch.device) -> int:
     """Padded tokens per batch of recording and scoring: enough to fill the arithmetic units, small enough to stay in cache."""
-    return 16384 if device.type == "cuda" else 2048
+    return 16384 if device.type == "cuda" else 512
 
 
 def record(

@@ -201,7 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # everything is written and everybody has said goodbye; the threads of the process group sometimes abort a normal exit
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(exit_code(outcomes))
+        # process 0 speaks for all: a launcher ends the others, and process 0 at its report, when one exits with an error
+        os._exit(exit_code(outcomes) if os.environ.get("RANK", "0") == "0" else 0)
     return exit_code(outcomes)
 
 

@@ -17,7 +17,7 @@ from spilt.plan import DATA_OF, Request, Step
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BYTES_PER_TOKEN, TEMPLATE = 4, 20
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 512
 
 
 class Shape(NamedTuple):
