@@ -89,8 +89,10 @@ def datasets(base: Path, model: str) -> list[str]:
 def find(base_dir: str | Path, model: str, dataset: str) -> list[Place]:
     """Every method and form with stored losses (or a stored preference_utility.csv), in the order of METHODS and FORMS."""
     base = Path(base_dir)
+    if not models(base):
+        raise UserError(f"no stored losses below {base}; run --mode loss first, or check --base_dir")
     if model not in models(base):
-        raise unknown("model", model, models(base))
+        raise unknown("model with stored losses", model, models(base))
     if dataset not in datasets(base, model):
         raise unknown("dataset", dataset, datasets(base, model))
     places = []
