@@ -320,8 +320,8 @@ def untouched(tiny: nn.Module) -> Iterator[None]:
     assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
     assert hook_count(tiny) == hooks_before
     assert {name: set(module.__dict__) for name, module in tiny.named_modules()} == dicts
-    # transformers 4 itself gives some modules a `forward` of their own, but no block
-    assert not any("forward" in block.__dict__ for block in anatomy.blocks(tiny))
+    # transformers 4 leaves a `forward` on a block whose output it was asked to return; what matters is that none of ours stays
+    assert not any(getattr(block.__dict__.get("forward"), "__module__", "") == suffix.__name__ for block in anatomy.blocks(tiny))
     assert [module.training for module in tiny.modules()] == modes
     assert all(p.grad is None and not p.requires_grad for p in tiny.parameters())
 
