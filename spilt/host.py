@@ -34,8 +34,10 @@ class Host(NamedTuple):
         return _chat(self.tokenizer, use_chat_template, system_prompt)
 
     def device(self, layer: int) -> torch.device:
-        """Where block `layer` lies (several devices: accelerate's map)."""
-        return next(anatomy.block(self.model, layer).parameters()).device
+        """Where block `layer` computes (several devices: accelerate's map, which keeps offloaded weights on 'meta')."""
+        block = anatomy.block(self.model, layer)
+        placed = getattr(getattr(block, "_hf_hook", None), "execution_device", None)
+        return next(block.parameters()).device if placed is None else torch.device(placed)
 
 
 @cache
