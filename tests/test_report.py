@@ -308,7 +308,7 @@ def test_recommend_reads_only(stored: Path) -> None:
     wider = report.recommend(stored, MODEL, DATASET, 3.0)
     assert (wider["preference_gain_train"] >= table["preference_gain_train"]).all()
     assert files == {path: path.stat().st_mtime_ns for path in stored.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="unknown model 'gemma'; .*have: gemma-2-9b-it"):
+    with pytest.raises(UserError, match="unknown model with stored losses 'gemma'; have: gemma-2-9b-it"):
         report.recommend(stored, "gemma", DATASET)
     with pytest.raises(UserError, match="unknown dataset 'psycho'; did you mean 'psychopathy'"):
         report.recommend(stored, MODEL, "psycho")
