@@ -18,6 +18,7 @@ class Family(NamedTuple):
     mlp: str = "mlp"
     down_proj: str = "mlp.down_proj"
     norm_after_mlp: bool = False  # then adding at the block's output is not the same as adding to down_proj's
+    absolute_positions: bool = False  # a learned table of positions: what is longer than the table cannot be run
 
 
 FAMILIES: dict[str, Family] = {
@@ -29,7 +30,7 @@ FAMILIES: dict[str, Family] = {
         Family("qwen3"),
         Family("gemma2", norm_after_mlp=True),
         Family("gemma3_text", norm_after_mlp=True),
-        Family("gpt2", blocks="transformer.h", attention="attn", down_proj="mlp.c_proj"),
+        Family("gpt2", blocks="transformer.h", attention="attn", down_proj="mlp.c_proj", absolute_positions=True),
     )
 }
 
@@ -78,6 +79,13 @@ def hidden_size(model: nn.Module) -> int:
     """D, the width of the residual stream."""
     config: Any = model.config
     return int(config.get_text_config().hidden_size)
+
+
+def context(model: nn.Module) -> int | None:
+    """How many positions the model was made for (config.json: max_position_embeddings); None when it does not say."""
+    config: Any = model.config
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(found) if found else None
 
 
 def read_width(model: nn.Module, layer: int, component: str) -> int:

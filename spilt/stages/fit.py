@@ -22,6 +22,7 @@ from spilt.host import Host
 from spilt.interventions import INTERVENTIONS, Intervention, Vector
 from spilt.methods import METHODS, caa
 from spilt.plan import Step
+from spilt.stages.context import check_context
 from spilt.stages.recordings import Run
 from spilt.store import dump, metadata_line
 
@@ -126,6 +127,8 @@ def _closed_form(cell: Cell, layer: int, settings: Any, run: Run, fmt: readers.D
     chat = run.host.chat(settings.use_chat_template, settings.system_prompt)
     pairs = readers.read_pairs(fmt, cell.concept, run.recordings.rows(settings))
     sequences = [chat.encode_caa(p.question, text, p.row) for p in pairs for text in (p.matching, p.not_matching)]
+    lengths = [(pairs[i // 2].row, len(sequence.input_ids)) for i, sequence in enumerate(sequences)]
+    check_context(run.host.model, f"fit {cell}, answers with their questions", lengths, "shorten the question or its answer")
     means = answer_means(run.host, layer, sequences, settings.multiple_choice)
     return Vector.from_state(caa(means[0::2], means[1::2]), site=settings.site).eval()
 

@@ -15,6 +15,7 @@ from spilt.atomic import atomic_write
 from spilt.cell import Cell
 from spilt.data import readers
 from spilt.plan import Step
+from spilt.stages.context import check_context
 from spilt.stages.recordings import Run, stored
 
 
@@ -135,6 +136,9 @@ def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinishe
     strengths = [*([None] if s.generate_orig_output else []), *multipliers]
     every = [Text(m, cell.concept, i, k) for m in strengths for i in range(len(ids)) for k in range(s.num_responses)]
     how = generation.decoding(s.generation_params.as_kwargs(), run.host.model, run.host.tokenizer)
+    lengths = [(prompt.row, len(tokens)) for prompt, tokens in zip(prompts, ids, strict=True)]
+    way_out = "shorten the prompt or lower generation_params.max_new_tokens"
+    check_context(run.host.model, f"apply {cell}, prompts", lengths, way_out, how.max_new_tokens)
 
     def work() -> dict[Text, list[int]]:
         mine = run.team.mine(every)

@@ -15,6 +15,7 @@ from spilt.host import Host
 from spilt.interventions import Intervention
 from spilt.methods import METHODS
 from spilt.plan import Request, Step
+from spilt.stages.context import check_context
 from spilt.store import Store, load
 from spilt.team import Team
 
@@ -79,6 +80,8 @@ class Recordings:
                 for pair in pairs
                 for text in (pair.matching, pair.not_matching)
             ]
+            lengths = [(pairs[i // 2].row, len(sequence.input_ids)) for i, sequence in enumerate(sequences)]
+            check_context(host.model, f"{fmt.path}, answers with their questions", lengths, "lower output_length")
             self.kept[key] = activations.record(host.model, key.layer, sequences, sorted(known), host.pad_id, together=2)
         return self.kept[key]
 
