@@ -149,6 +149,42 @@ def test_a_fit_whose_write_fails(bare: Here, code: int, call: str, file: str) ->
     assert bare.vector("lora").exists() and set(bare.states().values()) == {"ok"}
 
 
+@pytest.mark.parametrize("method", ["sft", "caa"])
+@pytest.mark.parametrize("file", ["layer_3.pt", "layer_3.manifest.json", "metadata_layer_3.jsonl"])
+def test_a_fit_of_several_layers_that_stops_between_them(bare: Here, method: str, file: str) -> None:
+    """The layers that are done are not fitted again, and train.log tells of all of them as without the stop."""
+    words, folder = (*FIT, "--set", "layers=1,3,4"), bare.path(f"vectors/tiny/{method}/mine/{method}_vector")
+    assert bare.run(*words, method=method)[0] == 0
+    whole = (folder / "train.log").read_text()
+    headings = [line for line in whole.splitlines() if "layer" in line]
+    assert headings == [f"mine {method} vector layer {layer}" for layer in (1, 3, 4)]
+    shutil.rmtree(folder)
+    with failing_disk(errno.ENOSPC, "replace", file) as hit:
+        assert bare.run(*words, method=method)[0] == 1
+    assert hit and (folder / "layer_1.pt").exists() and not (folder / "layer_3.pt").exists()
+    first = (folder / "layer_1.pt").stat().st_mtime_ns
+    assert bare.run(*words, method=method)[0] == 0
+    assert (folder / "train.log").read_text() == whole and (folder / "layer_1.pt").stat().st_mtime_ns == first
+
+
+def test_train_log_tells_of_the_vectors_that_are_there(bare: Here) -> None:
+    """One section per vector: replaced with it, dropped when it is gone; a log that is not ours counts for nothing."""
+    log = bare.vector().with_name("train.log")
+    log.parent.mkdir(parents=True)
+    log.write_bytes(b"a log of the released code\nlayer 3\n\xff\n")
+    assert bare.run(*FIT, "--set", "layers=1,3,4")[0] == 0
+    before = log.read_text()
+    assert before.startswith("mine sft vector layer 1\n")
+    log.with_name("layer_3.pt").unlink()
+    assert bare.run(*FIT, "--set", "layers=3", "--set", "lr=0.5")[0] == 0
+    after = log.read_text()
+    parts, again = (text.split("mine sft vector layer ") for text in (before, after))
+    assert again[1] == parts[1] and again[3] == parts[3] and again[2] != parts[2] and len(again) == len(parts) == 4
+    log.with_name("layer_1.pt").unlink()
+    assert bare.run(*FIT, "--set", "layers=4", "--force")[0] == 0
+    assert [line for line in log.read_text().splitlines() if "layer" in line] == [f"mine sft vector layer {layer}" for layer in (3, 4)]
+
+
 @pytest.mark.parametrize("file", ["mine_results.json", "mine_results.manifest.json", "sft_lora_m1.0.log"])
 def test_texts_whose_write_fails(here: Here, file: str) -> None:
     before = here.listing()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import pickle
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from spilt.methods import METHODS, caa
 from spilt.plan import Step
 from spilt.stages.context import check_context
 from spilt.stages.recordings import Run
-from spilt.store import dump, metadata_line
+from spilt.store import Store, dump, metadata_line
 
 log = logging.getLogger("spilt")
 
@@ -33,7 +34,7 @@ def fit(step: Step, run: Run) -> str:
     """Find the intervention of one cell, at each of its layers, and store it. Returns 'done' or 'already done'."""
     (cell,) = step.cells
     settings: Any = step.settings
-    done, story = 0, list[str]()
+    done = 0
     for layer, (path, parts) in zip(cell.layers, plan.output_parts(step, run.request.limit).items(), strict=True):
         standing = manifest.standing(path, parts)
         if not run.request.force and standing in ("done", "foreign"):
@@ -49,8 +50,7 @@ def fit(step: Step, run: Run) -> str:
             intervention, rows = _train(cell, layer, settings, run, fmt, manifest.identity(parts))
         text = readers.concepts(fmt).get(cell.concept) if cell.concept is not None else None
         atomic_write(run.store.metadata(cell, layer), metadata_line(intervention, cell.concept, text))
-        story.append(_train_log(cell, layer, rows))
-        atomic_write(run.store.train_log(cell), "".join(story))
+        atomic_write(run.store.train_log(cell), _train_log(cell, layer, rows, run.store))
         notes = {"layer": layer, "steps": len(rows), "last_loss": rows[-1]["loss"] if rows else None}
         manifest.write(path, dump(intervention, cell.concept), parts, notes)
         run.store.checkpoint(cell, layer).unlink(missing_ok=True)
@@ -143,10 +143,22 @@ def answer_means(host: Host, layer: int, sequences: list[Sequence], multiple_cho
     return torch.stack(means)
 
 
-def _train_log(cell: Cell, layer: int, rows: list[dict[str, float]]) -> str:
-    lines = [f"{cell} layer {layer}"]
-    lines += [
+def _train_log(cell: Cell, layer: int, rows: list[dict[str, float]], store: Store) -> str:
+    """The log with this layer's section new; those of the other layers whose vectors lie there stay as they are."""
+    lines = [
         f"epoch {row['epoch']} step {row['step']} loss {row['loss']:.6f} lr {row['lr']:.6g} grad_norm {row['grad_norm']:.6g}"
         for row in rows
     ]
-    return "\n".join(lines if rows else [*lines, "closed form: no steps"]) + "\n"
+    told = {at: text for at, text in _told(store.train_log(cell), cell).items() if store.vector(cell, at).exists()}
+    told[layer] = "\n".join(lines or ["closed form: no steps"]) + "\n"
+    return "".join(f"{cell} layer {at}\n{told[at]}" for at in sorted(told))
+
+
+def _told(path: Path, cell: Cell) -> dict[int, str]:
+    """layer -> what train.log says of it under its heading. What is not ours has no such heading."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return {}
+    _, *parts = re.split(rf"^{re.escape(str(cell))} layer (\d{{1,9}})\n", text, flags=re.MULTILINE)
+    return dict(zip(map(int, parts[::2]), parts[1::2], strict=True))
