@@ -55,11 +55,15 @@ def losses(
     budget: int | None = None,
     progress: Callable[[int], None] | None = None,
     share: slice = slice(None),
+    known: np.ndarray | None = None,
+    keep: Callable[[Sequence[int], Sequence[int], np.ndarray], None] | None = None,
 ) -> Losses:
     """Score every sequence at every multiplier, many multipliers per batch. m = 0 is the base model: no intervention runs.
 
     cache: the streams at `request.base`. share: the batches that are scored, the rest stays 0: processes add up their
-    shares. progress: told of (sequence, multiplier) pairs.
+    shares. progress: told of (sequence, multiplier) pairs. known: [2, K, S] as the sums of Losses, NaN where they are not
+    known: a batch that is known whole is not scored. keep: told of each batch that was: which multipliers, which sequences,
+    their sums [2, k, s].
     """
     acts = _where_it_acts(request, cache)
     if acts is not None and cache.prefix and not all(torch.equal(acts[0][: cache.prefix], a[: cache.prefix]) for a in acts):
@@ -79,30 +83,40 @@ def losses(
         batches += [(group, numbers) for numbers in by_length(lengths, max(1, room // len(group)))]
     heads: dict[tuple[int, ...], packing.KeysValues] = {}
 
-    for group, numbers in batches[share]:
+    def score(group: Sequence[int], numbers: Sequence[int]) -> None:
+        strengths = [multipliers[k] for k in group]
+        if tuple(group) not in heads:
+            heads.clear()
+            heads[tuple(group)] = _head(request, cache, strengths, acts)
+        scored, members = _scores(request, cache, numbers, strengths, heads[tuple(group)], acts)
+        out[:, group, np.array(members)[:, None]] = scored
+
+    def score_in_memory(group: Sequence[int], numbers: Sequence[int]) -> None:
         longest = cache.prefix + lengths[numbers[0]]
         what = f"losses at layer {request.base}, questions of {longest} tokens"
         smallest = (
             f"one question of {longest} tokens does not fit in memory at layer {request.base}; lower output_length, or use --device auto"
         )
 
-        def score(group: Sequence[int], numbers: Sequence[int]) -> None:
-            strengths = [multipliers[k] for k in group]
-            if tuple(group) not in heads:
-                heads.clear()
-                heads[tuple(group)] = _head(request, cache, strengths, acts)
-            scored, members = _scores(request, cache, numbers, strengths, heads[tuple(group)], acts)
-            out[:, group, np.array(members)[:, None]] = scored
-
-        def over_rows(group: Sequence[int], numbers: Sequence[int] = numbers, what: str = what, smallest: str = smallest) -> None:
+        def over_rows(group: Sequence[int]) -> None:
             if len(group) > 1:  # fewer multipliers first, then fewer rows
                 score(group, numbers)
             else:
                 memory.halved(lambda some: score(group, some), numbers, what, smallest)
 
         memory.halved(over_rows, group, what, smallest)
+
+    for group, numbers in batches[share]:
+        members = [i for number in numbers for i in cache.packs[number].members]
+        at = np.ix_((0, 1), group, members)
+        if known is not None and not np.isnan(known[at]).any():
+            out[at] = known[at]
+        else:
+            score_in_memory(group, numbers)
+            if keep is not None:
+                keep(group, members, out[at])
         if progress is not None:
-            progress(len(group) * sum(len(cache.packs[i].members) for i in numbers))
+            progress(len(group) * len(members))
     counts = np.array([[len(s.input_ids) - s.prompt_length, len(s.input_ids) - s.prompt_length - s.suffix_length] for s in cache.sequences])
     return Losses(out[0], out[1], counts[:, 0], counts[:, 1])
 

@@ -49,7 +49,7 @@ class Request:
     split: str | None = None  # of loss mode: train, test, both; None: both where dataset_format.yaml has a `valid` entry
     batch_size: int | None = None
     force: bool = False
-    checkpoint_seconds: float = 60.0  # a fit under way is saved after this long
+    checkpoint_seconds: float = 60.0  # a fit or measurement under way is saved after this long
     deterministic: bool = False
     flags: tuple[str, ...] = ()  # our own flags as they were typed, for the copy-paste command lines
 

@@ -112,6 +112,10 @@ class Store:
         name = f"{cell.intervention}_{cell.method}_m{float(multiplier)}_{preference_type}"
         return self.loss_folder(cell) / name / SPLITS[split]
 
+    def unfinished_losses(self, cell: Cell, rank: int) -> Path:
+        """Losses scored by a run that did not finish; one file per process, removed when the tables are written."""
+        return self.loss_folder(cell) / f"unfinished_{rank}.jsonl"
+
     def control(self, cell: Cell) -> Path:
         """Random directions of the same norm, per draw and multiplier."""
         return self.loss_folder(cell) / "control.csv"

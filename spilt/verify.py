@@ -132,7 +132,8 @@ def _check_file(base_dir: Path, path: Path) -> Found | None:
     if TEMPORARY in name:
         return Found(LEFTOVER, path, "a write that was cut off; may be deleted")
     if re.fullmatch(r"unfinished_\d+\.jsonl", name):
-        return Found(LEFTOVER, path, "texts of a run that did not finish; the same command goes on from them")
+        what = "losses" if path.relative_to(base_dir).parts[0] == "vectors" else "texts"
+        return Found(LEFTOVER, path, f"{what} of a run that did not finish; the same command goes on from them")
     if re.fullmatch(r"layer_\d+\.unfinished\.pt", name):
         return Found(LEFTOVER, path, "state of a fit that did not finish; the same command goes on from it")
     if name.endswith(MANIFEST):

@@ -32,7 +32,10 @@ STAGES: dict[str, tuple[list[str], list[list[str]]]] = {
         + ["--set", "generate_orig_output=true", "--set", "generation_params={do_sample: true, temperature: 0.8, max_new_tokens: 24}"],
         [["sft", "all", "--mode", "generate"]],
     ),
-    "loss": (["all", "vector", "--mode", "loss", "--multipliers", "-2", "-1", "0", "1", "2"], [["all", "vector", "--mode", "generate"]]),
+    "loss": (
+        ["all", "vector", "--mode", "loss", "--multipliers", "-2", "-1", "0", "1", "2", "--checkpoint_seconds", "0"],
+        [["all", "vector", "--mode", "generate"]],
+    ),
 }
 LEFT = (".tmp-", "unfinished")
 COMPARED = (".pt", ".json", ".csv", ".jsonl")
@@ -84,13 +87,13 @@ def start(words: list[str], log: Path, evidence: Path) -> int:
 
 
 def _tell_resumed(evidence: Path) -> None:
-    fit, generate = (importlib.import_module(f"spilt.stages.{name}") for name in ("fit", "generate"))
+    fit, generate, measure = (importlib.import_module(f"spilt.stages.{name}") for name in ("fit", "generate", "measure"))
 
     def note(what: str) -> None:
         with open(evidence, "a") as file:
             file.write(what + "\n")
 
-    resume, read = fit._resume, generate.Unfinished.read
+    resume, read, read_losses = fit._resume, generate.Unfinished.read, measure.Unfinished.read
 
     def told_resume(*args: Any) -> Any:
         state = resume(*args)
@@ -104,7 +107,13 @@ def _tell_resumed(evidence: Path) -> None:
             note("generate")
         return found
 
-    fit._resume, generate.Unfinished.read = told_resume, told_read
+    def told_read_losses(*args: Any) -> Any:
+        found = read_losses(*args)
+        if (found == found).any():  # some are no NaN
+            note("loss")
+        return found
+
+    fit._resume, generate.Unfinished.read, measure.Unfinished.read = told_resume, told_read, told_read_losses
 
 
 def killed_at(pid: int, moment: float) -> int | None:
@@ -235,9 +244,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.parametrize("stage", STAGES)]
 def test_the_kills_were_in_the_middle(stage: str, seen: dict[str, Any]) -> None:
     assert seen["kills"] >= 30
     assert seen["partial"] >= 5  # some artifacts there, some not
-    if stage != "loss":
-        assert seen["state"] >= 5  # a fit's checkpoint or lines of texts lay there
-        assert seen["resumed"] >= 5  # and a rerun went on from them
+    assert seen["state"] >= 5  # a fit's checkpoint, or lines of texts or losses, lay there
+    assert seen["resumed"] >= 5  # and a rerun went on from them
 
 
 def test_the_same_bytes_as_without_kills(stage: str, seen: dict[str, Any]) -> None:

@@ -171,6 +171,54 @@ setattr(m, name, later)
     assert not different(base, alone, folder)
 
 
+# a dot in a file for each batch that is scored; process RANK is killed when it is about to score another than the first MOST
+COUNTED = """
+import signal
+from spilt import measure
+real, count, rank = measure._scores, 0, os.environ.get('RANK', '0')
+def scores(*a):
+    global count
+    if rank == str(RANK) and count == MOST:
+        os.kill(os.getpid(), signal.SIGKILL)
+    count += 1
+    with open(DOTS, 'a') as file:
+        file.write('.')
+    return real(*a)
+measure._scores = scores
+"""
+
+
+def test_losses_go_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    """Two processes killed in the middle of a split and one that goes on, one killed and two that go on: the bytes of one alone."""
+    alone = families.make_base(tmp_path / "alone", train=40, test=5)
+    assert ended(start(words_of(alone, FIT, "lora"), 1))[0] == 0
+    two, one = (alone._replace(path=tmp_path / name) for name in ("two", "one"))
+    for base in (two, one):
+        shutil.copytree(alone.path, base.path)
+    words = ("--mode", "loss", "--multipliers", "-2", "-1", "0", "1", "2", "--checkpoint_seconds", "0")
+
+    def run(base: families.Base, processes: int, rank: int = 0, most: int = 10**6) -> tuple[int, int]:
+        """Exit code, and how many batches were scored."""
+        dots = tmp_path / "dots"
+        dots.write_text("")
+        fault = COUNTED.replace("RANK)", f"{rank})").replace("MOST", str(most)).replace("DOTS", repr(str(dots)))
+        code, said = ended(start(words_of(base, words, "lora"), processes, fault, tmp_path))
+        assert code == 0 or most < 10**6, said
+        return code, len(dots.read_text())
+
+    every = run(alone, 1)[1]
+    folder = "vectors/tiny/get_sft_loss/sft/mine/sft_lora"
+    assert every > 12 and not list((alone.path / folder).glob("unfinished*"))
+    code, scored = run(two, 2, rank=1, most=3)
+    assert code != 0 and scored >= 3
+    assert (two.path / folder / "unfinished_1.jsonl").read_bytes() and not list((two.path / folder).glob("*/*.csv"))
+    assert run(two, 1)[1] <= every - 3
+    code, scored = run(one, 1, most=5)
+    assert code == -signal.SIGKILL and scored == 5
+    assert run(one, 2)[1] == every - 5
+    assert not different(two, alone, folder) and not different(one, alone, folder)
+
+
 FULL_DISK = """
 import errno
 from spilt import atomic

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from spilt.cell import Cell
 from spilt.data import readers
 from spilt.plan import Step
 from spilt.stages.context import check_context
+from spilt.stages.lines import Lines
 from spilt.stages.recordings import Run, stored
 
 
@@ -28,62 +28,31 @@ class Text(NamedTuple):
     response: int
 
 
-class Unfinished:
-    """Texts that are made but not yet in a results file: one JSON line each, so a killed run loses at most the last.
+class Unfinished(Lines):
+    """Texts that are made but not yet in a results file: a line each, so a killed run loses at most the last.
 
     A line counts only with the identity of the result that it belongs to. Lines of other settings are ignored.
     """
 
     def __init__(self, path: Path, identities: dict[float | None, str]) -> None:
-        self.path, self.identities = path, identities
-        self.file: int | None = None
-
-    def every(self) -> list[Path]:
-        """The files of all processes, also those of a run with another number of them."""
-        return sorted(self.path.parent.glob("unfinished_*.jsonl"))
+        super().__init__(path)
+        self.identities = identities
 
     def read(self) -> dict[Text, list[int]]:
-        """Text -> new token ids, of the lines that are whole and of this request."""
+        """Text -> new token ids, of the lines of this request."""
         found: dict[Text, list[int]] = {}
         known = {identity: multiplier for multiplier, identity in self.identities.items()}
-        for path in self.every():
+        for line in self.whole():
             try:
-                lines = path.read_bytes().split(b"\n")
-            except FileNotFoundError:  # another run of the same cell has just finished
+                identity, concept, prompt, response, tokens = line
+                if identity in known and all(isinstance(token, int) for token in tokens):
+                    found[Text(known[identity], concept, prompt, response)] = tokens
+            except (ValueError, TypeError):  # not ours
                 continue
-            for line in lines:
-                try:
-                    identity, concept, prompt, response, tokens = json.loads(line)
-                    if identity in known and all(isinstance(token, int) for token in tokens):
-                        found[Text(known[identity], concept, prompt, response)] = tokens
-                except (ValueError, TypeError, RecursionError):  # the line that a kill cut short, or one that is not ours
-                    continue
         return found
 
-    def remove(self) -> None:
-        """The texts are in the results: nobody needs the lines any more."""
-        for path in self.every():
-            path.unlink(missing_ok=True)
-
     def add(self, text: Text, tokens: list[int]) -> None:
-        """One line, written at once: lines of two processes do not mix."""
-        if self.file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                cut = not (b"\n" + self.path.read_bytes()).endswith(b"\n")
-            except FileNotFoundError:
-                cut = False
-            self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            if cut:
-                os.write(self.file, b"\n")
-        line = json.dumps([self.identities[text.multiplier], *text[1:], tokens]).encode() + b"\n"
-        while line:  # a disk that is nearly full takes a part; the next call takes the rest, or says why not
-            line = line[os.write(self.file, line) :]
-
-    def close(self) -> None:
-        if self.file is not None:
-            os.close(self.file)
-            self.file = None
+        self.append([[self.identities[text.multiplier], *text[1:], tokens]])
 
 
 def generate(step: Step, run: Run) -> str:

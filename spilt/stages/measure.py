@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from spilt.data import readers
 from spilt.interventions import Intervention, Vector
 from spilt.methods import METHODS
 from spilt.plan import Step
+from spilt.stages.lines import Lines
 from spilt.stages.recordings import Run, stored
 from spilt.store import PREFERENCE_TYPES
 
@@ -28,13 +31,59 @@ CONTROL_PAIRS = 64  # questions that they are scored on, at most
 CONTROL_EVERY = 3  # every third multiplier of the sweep
 
 
+class Unfinished(Lines):
+    """Losses that are scored but not yet in a table: a line for each multiplier of a batch, written after every so many seconds.
+
+    A line counts only with the identity of what was asked: [identity, sequences, their losses, the answers' part of them].
+    """
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        super().__init__(path)
+        self.seconds, self.saved = seconds, time.monotonic()
+        self.waiting: list[Any] = []
+
+    def read(self, identities: Sequence[str], sequences: int) -> np.ndarray:
+        """[2, K, S], for each identity the losses of all sequences; NaN where there is none."""
+        found = np.full((2, len(identities), sequences), np.nan)
+        place = {identity: k for k, identity in enumerate(identities)}
+        for line in self.whole():
+            try:
+                identity, numbers, total, answer = line
+                found[:, place[identity], numbers] = total, answer
+            except (ValueError, TypeError, LookupError):  # not ours
+                continue
+        return found
+
+    def add(self, identities: Sequence[str], numbers: Sequence[int], scored: np.ndarray) -> None:
+        """scored: [2, K, S] of these identities and sequences."""
+        own = scored.transpose(1, 0, 2).tolist()
+        self.waiting += [[identity, numbers, *pair] for identity, pair in zip(identities, own, strict=True)]
+        if time.monotonic() - self.saved >= self.seconds:
+            self.append(self.waiting)
+            self.waiting, self.saved = [], time.monotonic()
+
+    def close(self) -> None:
+        """What waits to be written is no longer needed."""
+        self.waiting = []
+        super().close()
+
+
 def measure_cell(step: Step, run: Run) -> str:
     """Losses of both answers at every multiplier, as train_losses.csv files; a sweep is widened once when a tail still moves."""
+    (cell,) = step.cells
+    path = run.store.unfinished_losses(cell, run.team.rank)
+    with closing(Unfinished(path, run.request.checkpoint_seconds)) as unfinished:
+        if run.request.force:
+            run.team.agree(unfinished.remove)
+        return _measure_cell(step, run, unfinished)
+
+
+def _measure_cell(step: Step, run: Run, unfinished: Unfinished) -> str:
     (cell,) = step.cells
     interventions = run.team.together(lambda: stored(cell, step.settings, run))
     if step.sweep:
         step = plan.with_multipliers(step, run.store, _sweep(step, interventions, run))
-    new = _measure(step, interventions, run)
+    new = _measure(step, interventions, run, unfinished)
     if step.sweep:
 
         def still_moves() -> bool:
@@ -45,10 +94,10 @@ def measure_cell(step: Step, run: Run) -> str:
 
         if run.team.agree(still_moves):
             wider = plan.widened(step.multipliers)
-            new = _measure(plan.with_multipliers(step, run.store, wider), interventions, run) or new
+            new = _measure(plan.with_multipliers(step, run.store, wider), interventions, run, unfinished) or new
             step = plan.with_multipliers(step, run.store, wider)
         if cell.intervention == "vector":
-            new = _control(step, interventions, run) or new
+            new = _control(step, interventions, run, unfinished) or new
     return "done" if new else "already done"
 
 
@@ -85,7 +134,7 @@ def _cache(step: Step, split: str, component: str | None, run: Run) -> activatio
     return run.recordings.get(key, run.host, fmt, component)
 
 
-def _measure(step: Step, interventions: dict[int, Intervention], run: Run) -> bool:
+def _measure(step: Step, interventions: dict[int, Intervention], run: Run, unfinished: Unfinished) -> bool:
     """Write what is not there yet; multipliers that are done are not scored again. Returns whether anything was written."""
     (cell,) = step.cells
     s: Any = step.settings
@@ -103,9 +152,10 @@ def _measure(step: Step, interventions: dict[int, Intervention], run: Run) -> bo
         cache = _cache(step, split, asked.component, run)
         signed = sorted({m for m in wanted} | {-m + 0.0 for m in wanted})
         with tqdm(total=len(cache.sequences) * len(signed), desc=f"loss {cell} {split}", unit="row", leave=False, disable=run.quiet) as bar:
-            found = _shared_losses(run, asked, cache, signed, bar.update)
+            parts = [plan.measure_parts(step, m, "unfinished", split, run.request.limit) for m in signed]
+            found = _shared_losses(run, asked, cache, signed, unfinished, parts, bar.update)
         place = {m: k for k, m in enumerate(signed)}
-        run.team.agree(partial(_write, step, run, outputs, found, place, split, wanted))
+        _store(run, unfinished, partial(_write, step, run, outputs, found, place, split, wanted))
     return bool(todo)
 
 
@@ -140,12 +190,37 @@ def _shared_losses(
     asked: measure.Request,
     cache: activations.Activations,
     multipliers: Sequence[float],
+    unfinished: Unfinished,
+    parts: Sequence[dict[str, Any]],
     progress: Callable[[int], Any] | None = None,
 ) -> measure.Losses:
-    """The losses, the batches dealt out over the processes: each batch is the same as with one process, so the bytes are too."""
+    """The losses, the batches dealt out over the processes: each batch is the same as with one process, so the bytes are too.
+
+    parts: what decides the losses of each multiplier. Those that a killed run left are not scored again.
+    """
     share = slice(run.team.rank, None, run.team.size)
-    parts = run.team.gather(lambda: measure.losses(asked, cache, multipliers, progress=progress, share=share))
-    return parts[0]._replace(total=np.sum([part.total for part in parts], 0), answer=np.sum([part.answer for part in parts], 0))
+    identities = [manifest.identity(part) for part in parts]
+
+    def keep(group: Sequence[int], numbers: Sequence[int], scored: np.ndarray) -> None:
+        unfinished.add([identities[k] for k in group], numbers, scored)
+
+    def work() -> measure.Losses:
+        known = unfinished.read(identities, len(cache.sequences))
+        return measure.losses(asked, cache, multipliers, progress=progress, share=share, known=known, keep=keep)
+
+    found = run.team.gather(work)
+    return found[0]._replace(total=np.sum([part.total for part in found], 0), answer=np.sum([part.answer for part in found], 0))
+
+
+def _store(run: Run, unfinished: Unfinished, write: Callable[[], Any]) -> None:
+    """Results that are complete are written, and what was kept for them goes."""
+    unfinished.close()
+
+    def write_and_remove() -> None:
+        write()
+        unfinished.remove()
+
+    run.team.agree(write_and_remove)
 
 
 def _csv(table: pd.DataFrame) -> str:
@@ -184,7 +259,7 @@ def loss_table(found: measure.Losses, place: dict[float, int], m: float, kind: s
     return pd.DataFrame({"epoch": 0, "step": np.arange(examples * len(pairs)), **rows})
 
 
-def _control(step: Step, interventions: dict[int, Intervention], run: Run) -> bool:
+def _control(step: Step, interventions: dict[int, Intervention], run: Run, unfinished: Unfinished) -> bool:
     """control.csv: preference and utility along random directions of the stored vector's norm, per draw and multiplier."""
     (cell,) = step.cells
     s: Any = step.settings
@@ -204,7 +279,8 @@ def _control(step: Step, interventions: dict[int, Intervention], run: Run) -> bo
             direction = torch.randn(anatomy.hidden_size(run.host.model), generator=generator)
             made = Vector.from_state(direction / direction.norm() * _norm(intervention), site=s.site)
             random_ones[layer] = made.eval().to(run.host.device(layer))
-        found = _shared_losses(run, _asked(random_ones, s, run), cache, multipliers)
+        each = [{**parts, "draw": draw, "multiplier": m} for m in multipliers]
+        found = _shared_losses(run, _asked(random_ones, s, run), cache, multipliers, unfinished, each)
         mean = found.answer / found.answer_tokens
         utility = odds.utility_log_odds(mean[:, 0::2], mean[:, 1::2])
         defined = np.isfinite(utility).sum(1)
@@ -213,5 +289,5 @@ def _control(step: Step, interventions: dict[int, Intervention], run: Run) -> bo
         table["utility"] = np.where(defined > 0, np.nansum(utility, 1) / np.maximum(defined, 1), np.nan)
         table["n"], table["n_undefined"] = utility.shape[1], utility.shape[1] - defined
         tables.append(table)
-    run.team.agree(lambda: manifest.write(path, _csv(pd.concat(tables)), parts))
+    _store(run, unfinished, lambda: manifest.write(path, _csv(pd.concat(tables)), parts))
     return True

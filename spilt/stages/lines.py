@@ -1,0 +1,60 @@
+"""Work that is done but not yet in a result: JSON lines in a file beside it, so that a killed run goes on from them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Lines:
+    """One file per process, `unfinished_{process}.jsonl`; it is there only while it is needed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: int | None = None
+
+    def every(self) -> list[Path]:
+        """The files of all processes, also those of a run with another number of them."""
+        return sorted(self.path.parent.glob("unfinished_*.jsonl"))
+
+    def whole(self) -> Iterator[Any]:
+        """What the lines of all files hold; a line that is no JSON is left out."""
+        for path in self.every():
+            try:
+                lines = path.read_bytes().split(b"\n")
+            except FileNotFoundError:  # another run of the same cell has just finished
+                continue
+            for line in lines:
+                try:
+                    yield json.loads(line)
+                except (ValueError, RecursionError):  # the line that a kill cut short, or one that is not ours
+                    continue
+
+    def append(self, values: Iterable[Any]) -> None:
+        """One line for each value, written at once: lines of two processes do not mix."""
+        if self.file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                cut = not (b"\n" + self.path.read_bytes()).endswith(b"\n")
+            except FileNotFoundError:
+                cut = False
+            self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            if cut:
+                os.write(self.file, b"\n")
+        data = b"".join(json.dumps(value).encode() + b"\n" for value in values)
+        while data:  # a disk that is nearly full takes a part; the next call takes the rest, or says why not
+            data = data[os.write(self.file, data) :]
+
+    def close(self) -> None:
+        """The file is let go; it stays until it is removed."""
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
+
+    def remove(self) -> None:
+        """The results are stored: nobody needs the lines any more."""
+        for path in self.every():
+            path.unlink(missing_ok=True)
