@@ -108,9 +108,9 @@ def storage(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> 
     return room
 
 
-def max_tokens(device: torch.device) -> int:
-    """Padded tokens per batch of recording and scoring: enough to fill the arithmetic units, small enough to stay in cache."""
-    return 16384 if device.type == "cuda" else 512
+def max_tokens(device: torch.device, backward: bool = False) -> int:
+    """Padded tokens per batch: enough to fill the arithmetic units, few enough for the caches, or for what a backward pass keeps."""
+    return memory.max_tokens(device.type, backward)
 
 
 def record(

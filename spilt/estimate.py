@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spilt.data import readers
+from spilt.memory import max_tokens
 from spilt.methods import METHODS
 from spilt.plan import DATA_OF, Request, Step
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BYTES_PER_TOKEN, TEMPLATE = 4, 20
-BATCH_TOKENS = 512
 
 
 class Shape(NamedTuple):
@@ -31,6 +31,7 @@ class Shape(NamedTuple):
     head_dim: int
     vocab: int
     gated: bool  # three MLP matrices instead of two
+    eager: bool = False  # attention whose scores are kept for the backward pass (Gemma-2)
 
     @property
     def block(self) -> int:
@@ -41,6 +42,11 @@ class Shape(NamedTuple):
     @property
     def weights(self) -> int:
         return self.layers * self.block + self.vocab * self.hidden
+
+    def kept(self, tokens: float, length: float, size: int) -> float:
+        """Bytes that a block keeps of so many tokens for the backward pass: norms and attention, two middles of the MLP, scores."""
+        scores = 8 * self.heads * length if self.eager else 0
+        return tokens * ((10 * self.hidden + 2 * self.intermediate) * size + scores)
 
     def run(self, tokens: float, blocks: int, length: float) -> float:
         """FLOP of so many tokens in sequences of `length` through so many blocks: products with weights, and attention."""
@@ -70,7 +76,8 @@ def shape_of(model: Path) -> Shape | None:
         inner = config.get("intermediate_size") or config.get("n_inner") or 4 * hidden
         kv = config.get("num_key_value_heads") or heads
         dim = config.get("head_dim") or hidden // heads
-        return Shape(layers, hidden, inner, heads, kv, dim, config["vocab_size"], "intermediate_size" in config)
+        gated, eager = "intermediate_size" in config, bool(config.get("attn_logit_softcapping"))
+        return Shape(layers, hidden, inner, heads, kv, dim, config["vocab_size"], gated, eager)
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return None
 
@@ -91,7 +98,7 @@ def cost(step: Step, request: Request) -> Cost | None:
     for cell in step.cells:
         for purpose in step.data:
             fmt = readers.dataset_format(request.base_dir, cell.dataset, DATA_OF[step.verb][purpose])
-            parts.append(_one(step, shape, fmt, cell.concept, request.limit, below, above, read, size))
+            parts.append(_one(step, shape, fmt, cell.concept, request, below, above, read, size))
     recorded = max(part.cache for part in parts)  # of one concept at a time
     peak = weights + recorded + max(part.peak for part in parts)
     return Cost(sum(part.tokens for part in parts), sum(part.flops for part in parts), recorded, peak)
@@ -102,13 +109,14 @@ def _one(
     shape: Shape,
     fmt: readers.DatasetFormat,
     concept: int | None,
-    limit: int | None,
+    request: Request,
     below: int,
     above: int,
     read: int,
     size: int,
 ) -> Cost:
     s: Any = step.settings
+    limit, kind = request.limit, request.device.split(":")[0]
     head = 2 * shape.vocab * shape.hidden  # FLOP of the output head, per scored token
     if step.verb == "generate":
         prompts = [_tokens(p.input) + TEMPLATE for p in readers.read_prompts(fmt, concept, limit)]
@@ -126,7 +134,7 @@ def _one(
     length = recorded / len(pairs)
     cache = recorded * (shape.hidden + read) * size
     flops = shape.run(recorded, below, length)
-    batch = BATCH_TOKENS * (12 * shape.hidden + 2 * shape.intermediate) * size + 64 * shape.vocab * 6
+    batch = max_tokens(kind) * (12 * shape.hidden + 2 * shape.intermediate) * size + 64 * shape.vocab * 6
     if step.verb == "measure":
         strengths = len({abs(m) for m in step.multipliers}) * 2
         flops += strengths * (shape.run(recorded, above, length) + sum(answers) * head)
@@ -139,7 +147,8 @@ def _one(
     flops += 2 * shape.run(shown, above, length) + 2 * head * s.n_epochs * len(s.preference_pairs) * sides * sum(answers) / 2
     parameters = {"vector": shape.hidden, "lora": s.rank * (read + shape.hidden), "local_weight": (read + 1) * shape.hidden}
     own = 4 * 4 * parameters[step.cells[0].intervention]  # parameter, gradient, two moments, float32
-    kept = s.batch_size * sides * length * above * (10 * shape.hidden + 4 * shape.intermediate) * size  # for the backward pass
+    at_once = min(s.batch_size * sides * length, max(length, max_tokens(kind, backward=True)))
+    kept = above * shape.kept(at_once, length, size)
     return Cost(recorded + shown, flops, cache, own + kept)
 
 

@@ -1,7 +1,7 @@
 """Text from a steered model: one stream of rows, each with its own prompt, multiplier and seed.
 
-Rows of any prompt and multiplier share a batch. A finished row leaves, waiting rows take its place (their cache is
-joined to the running one, padded on the left), so the batch stays full until the stream ends. What a row gets does not
+Rows of any prompt and multiplier share a batch. A finished row leaves, waiting rows take its place (their keys and values
+go to free places beside the running ones, padded on the left), so the batch stays full until the stream ends. What a row gets does not
 depend on its company: left padding is masked, positions count real tokens, random numbers belong to the row.
 """
 
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation import logits_process as lp
@@ -22,6 +23,7 @@ from transformers.generation import logits_process as lp
 from spilt import hooks, memory, packing, suffix
 from spilt.activations import prefix_pairs
 from spilt.data.chat import Sequence as DataSequence
+from spilt.room import Room
 
 log = logging.getLogger("spilt")
 
@@ -78,53 +80,56 @@ def decoding(params: dict[str, Any], model: nn.Module, tokenizer: Any) -> Decodi
     return Decoding(int(value("max_new_tokens", 128)), sample, ends, int(pad), processors, warpers)
 
 
+class _Started(NamedTuple):
+    """Rows whose prompts have been read: left-padded to one length T."""
+
+    rows: list[int]  # numbers in the request
+    multiplier: Tensor  # [B, 1, 1]
+    mask: Tensor  # [B, T] long, 1 = real token
+    pairs: Iterable[tuple[Tensor, Tensor]]  # keys and values [B, H, T, d] of each layer, read once
+    scores: Tensor  # [B, V] of the next token
+
+
 class _Active:
     """The rows that are being decoded: their tokens, cache and masks."""
 
-    def __init__(self, rows: list[int], multiplier: Tensor, mask: Tensor, cache: DynamicCache, scores: Tensor) -> None:
-        self.rows = rows  # numbers in the request
-        self.multiplier = multiplier  # [B, 1, 1]
-        self.mask = mask  # [B, T] long, 1 = real token
-        self.cache = cache
-        self.scores = scores  # [B, V] of the next token
+    def __init__(self, started: _Started, capacity: int) -> None:
+        self.rows, self.multiplier, self.mask, self.scores = started.rows, started.multiplier, started.mask, started.scores
+        self.rooms: list[Room] = []
+        for keys, values in started.pairs:
+            room = Room(capacity)
+            room.join(keys, values, keys.shape[2])
+            self.rooms.append(room)
+        self.cache = DynamicCache()
+        self.cache.layers = list(self.rooms)  # every layer keeps all positions: windows are masks
 
-    def select(self, keep: list[int]) -> None:
-        """Only these rows stay; columns on the left that no row needs any more go."""
-        index = torch.tensor(keep, device=self.mask.device)
-        self.rows = [self.rows[i] for i in keep]
+    def select(self, keep: list[int]) -> Tensor:
+        """Only these rows stay, the last ones in the places of those that go: returns their order.
+
+        Columns on the left that no row needs any more go.
+        """
+        order = list(range(len(keep)))
+        holes = sorted(set(order) - set(keep))
+        movers = [row for row in keep if row >= len(keep)]
+        for hole, mover in zip(holes, movers, strict=True):
+            order[hole] = mover
+        index = torch.tensor(order, device=self.mask.device)
+        self.rows = [self.rows[i] for i in order]
         self.multiplier, self.mask, self.scores = self.multiplier[index], self.mask[index], self.scores[index]
-        start = int(self.mask.any(0).int().argmax()) if len(keep) else 0
-        self.mask = self.mask[:, start:]
-        # a model on several devices has each layer's cache where the layer is
-        self.cache = _cache(tuple(t[index.to(t.device), :, start:] for t in pair) for pair in _pairs(self.cache))  # type: ignore[misc]
+        dropped = int(self.mask.any(0).int().argmax())
+        self.mask = self.mask[:, dropped:]
+        for room in self.rooms:
+            room.keep(torch.tensor(holes, device=index.device), torch.tensor(movers, device=index.device), len(keep), dropped)
+        return index
 
-    def join(self, other: _Active) -> None:
-        """The other's rows come in; the shorter cache is padded on the left."""
-        width = max(self.mask.shape[1], other.mask.shape[1])
-
-        def both(a: Tensor, b: Tensor, dim: int) -> Tensor:
-            padded = [torch.cat([t.new_zeros(*t.shape[:dim], width - t.shape[dim], *t.shape[dim + 1 :]), t], dim) for t in (a, b)]
-            return torch.cat(padded)
-
-        pairs = zip(_pairs(self.cache), _pairs(other.cache), strict=True)
-        self.cache = _cache((both(mine[0], theirs[0], 2), both(mine[1], theirs[1], 2)) for mine, theirs in pairs)
-        self.mask = both(self.mask, other.mask, 1)
-        self.multiplier, self.scores = torch.cat([self.multiplier, other.multiplier]), torch.cat([self.scores, other.scores])
-        self.rows = self.rows + other.rows
-
-
-def _pairs(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values [B, H, T, d] of each layer."""
-    layers: list[Any] = cache.layers
-    return [(layer.keys, layer.values) for layer in layers]
-
-
-def _cache(pairs: Iterable[tuple[Tensor, Tensor]]) -> DynamicCache:
-    """Keys and values of each layer, as the library's cache: every layer keeps all positions, windows are masks."""
-    cache = DynamicCache()
-    for layer, (keys, values) in enumerate(pairs):
-        cache.update(keys, values, layer)
-    return cache
+    def join(self, started: _Started) -> None:
+        """Others come in; whose mask is shorter is padded on the left."""
+        width = max(self.mask.shape[1], started.mask.shape[1])
+        for room, (keys, values) in zip(self.rooms, started.pairs, strict=True):
+            room.join(keys, values, width)
+        self.mask = torch.cat([functional.pad(mask, (width - mask.shape[1], 0)) for mask in (self.mask, started.mask)])
+        self.multiplier, self.scores = torch.cat([self.multiplier, started.multiplier]), torch.cat([self.scores, started.scores])
+        self.rows = self.rows + started.rows
 
 
 def _forward(model: nn.Module, sites: list[hooks.Site], ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
@@ -195,7 +200,7 @@ class _Prompts:
                 self.heads[multiplier] = prefix_pairs(self.model, self.base, stream, self.pad)
         return self.heads.get(multiplier, {})
 
-    def start(self, rows: Sequence[Row], numbers: list[int]) -> _Active:
+    def start(self, rows: Sequence[Row], numbers: list[int]) -> _Started:
         """These rows with their prompts read: cache and the next token's scores."""
         multiplier = torch.tensor([rows[i].multiplier for i in numbers], dtype=torch.float32, device=self.device)[:, None, None]
         prompts = [rows[i].prompt for i in numbers]
@@ -222,12 +227,13 @@ class _Prompts:
         with hooks.attach(self.model, above):
             scores = suffix.logits(self.model, self.base, stream, last, past_key_values=cache, **inputs).float().to(self.device)
         pairs = packing.pairs_of(cache)
-        for layer in kept[0][1]:
-            rest = [pad_sequence([k[1][layer][kv].transpose(0, 1) for k in kept], batch_first=True).transpose(1, 2) for kv in (0, 1)]
+
+        def of_prompts(layer: int, kv: int) -> Tensor:
+            """Keys or values of a layer up to the base, [B, H, width, d]."""
+            rest = pad_sequence([k[1][layer][kv].transpose(0, 1) for k in kept], batch_first=True).transpose(1, 2)
             begun = self.below.get(layer)
-            if begun is not None:
-                rest = [torch.cat([begun[kv].expand(len(kept), -1, -1, -1), rest[kv]], 2) for kv in (0, 1)]
-            pairs[layer] = (rest[0], rest[1])
+            return rest if begun is None else torch.cat([begun[kv].expand(len(kept), -1, -1, -1), rest], 2)
+
         # from right to left padding: row b moves right by what it is shorter
         width = self.prefix + real.shape[1]
         place = torch.arange(width, device=self.device) - (real.shape[1] - lengths)[:, None]
@@ -240,8 +246,16 @@ class _Prompts:
             self.left[prompt] -= 1
             if not self.left[prompt]:
                 self.kept.pop(prompt, None)
-        ordered = [(moved(pairs[layer][0]), moved(pairs[layer][1])) for layer in sorted(pairs)]
-        return _Active(list(numbers), multiplier, mask, _cache(ordered), scores)
+
+        def in_order() -> Iterator[tuple[Tensor, Tensor]]:
+            """One layer at a time, so that no second copy of the whole cache is ever there."""
+            for layer in kept[0][1]:
+                yield moved(of_prompts(layer, 0)), moved(of_prompts(layer, 1))
+            for layer in sorted(pairs):
+                keys, values = pairs.pop(layer)
+                yield moved(keys), moved(values)
+
+        return _Started(list(numbers), multiplier, mask, in_order(), scores)
 
 
 def _prefill(
@@ -252,13 +266,14 @@ def _prefill(
     multiplier: Tensor,
     pad: int,
     device: torch.device,
-) -> _Active:
+) -> _Started:
     """The plain way: whole prompts through the whole model."""
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     cache = DynamicCache()
-    return _Active(numbers, multiplier, mask, cache, _forward(model, sites, ids, mask, cache))
+    scores = _forward(model, sites, ids, mask, cache)
+    return _Started(numbers, multiplier, mask, packing.pairs_of(cache).values(), scores)
 
 
 def _choose(scores: Tensor, how: Decoding, uniform: Tensor | None, ids: list[list[int]]) -> Tensor:
@@ -317,8 +332,7 @@ class _Stream:
             self.active = None
             return
         if len(keep) < len(active.rows):
-            tokens = tokens[torch.tensor(keep, device=self.device)]
-            active.select(keep)
+            tokens = tokens[active.select(keep)]
         active.mask = torch.cat([active.mask, active.mask.new_ones(len(keep), 1)], 1)
         active.scores = _forward(self.model, self.make_sites(active.multiplier), tokens[:, None], active.mask, active.cache)
 
@@ -332,7 +346,7 @@ class _Stream:
             self.draws.update({i: random.Random(self.rows[i].seed) for i in fresh})
         started = self.prompts.start(self.rows, fresh)
         if self.active is None:
-            self.active = started
+            self.active = _Active(started, min(self.batch_size, len(self.rows)))
         else:
             self.active.join(started)
 

@@ -103,6 +103,30 @@ def head_rows(model: nn.Module, keep: Tensor) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def last_mlp_rows(model: nn.Module, keep: Tensor) -> Iterator[None]:
+    """Inside: the last block's MLP sees only the positions in `keep` [B, T] bool; elsewhere it adds 0, which nobody looks at.
+
+    Nothing reads the last block's output but the head. With hooks inside that MLP (it is being steered) it sees all positions.
+    """
+    mlp = anatomy.read_point(model, len(anatomy.blocks(model)) - 1, "mlp")
+    if any(module._forward_hooks or module._forward_pre_hooks for module in mlp.modules()):
+        yield
+        return
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][keep.to(args[0].device)], *args[1:])
+
+    def put_back(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        at = keep.to(output.device)
+        return output.new_zeros(*at.shape, output.shape[-1]).masked_scatter(at[..., None], output)
+
+    with ExitStack() as handles:
+        handles.callback(mlp.register_forward_pre_hook(select).remove)
+        handles.callback(mlp.register_forward_hook(put_back).remove)
+        yield
+
+
 def logits(model: nn.Module, layer: int, stream: Tensor, keep: Tensor, **inputs: Any) -> Tensor:
     """Logits [n, V] at the positions `keep` [B, T], from the stream [B, T, D] that leaves block `layer`.
 
@@ -111,5 +135,5 @@ def logits(model: nn.Module, layer: int, stream: Tensor, keep: Tensor, **inputs:
     # what enters the model is never looked at: block `layer` gives the stream; a zero-stride tensor carries the shape
     nothing = torch.zeros((), dtype=stream.dtype, device=stream.device).expand(stream.shape)
     inputs.setdefault("use_cache", False)
-    with replay(model, layer, stream), head_rows(model, keep):
+    with replay(model, layer, stream), last_mlp_rows(model, keep), head_rows(model, keep):
         return model(inputs_embeds=nothing, **inputs).logits[0]

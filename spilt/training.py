@@ -6,13 +6,15 @@ import logging
 import math
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from spilt import hooks, measure, memory, packing, suffix
-from spilt.activations import Activations, prefix_pairs
+from spilt.activations import Activations, max_tokens, prefix_pairs
 from spilt.data.batches import position_mask
 from spilt.hparams.settings import FitSettings
 from spilt.interventions import Intervention, Multiplier, Vector
@@ -53,17 +55,24 @@ class Rows(NamedTuple):
 
 
 class _Shown(Intervention):
-    """The intervention as a minibatch meets it: rows `removed` [B] lose what points along the vector instead of being steered."""
+    """The intervention as a minibatch meets it: rows `removed` [B] lose what points along the vector instead of being steered.
+
+    The graph is cut behind it: the model's pass begins at `leaf`, which holds the values of `steered`.
+    """
 
     def __init__(self, intervention: Intervention, removed: Tensor) -> None:
         super().__init__(intervention.component, intervention.site, 0.0)
         self.intervention, self.removed = intervention, removed
+        self.steered = self.leaf = torch.empty(0)
 
     def forward(self, h: Tensor, x: Tensor | None, multiplier: Multiplier) -> Tensor:
-        if not self.removed.any():
-            return self.intervention(h, x, multiplier)
-        assert isinstance(self.intervention, Vector)
-        return self.intervention.steered_or_removed(h, multiplier, self.removed)
+        if self.removed.any():
+            assert isinstance(self.intervention, Vector)
+            self.steered = self.intervention.steered_or_removed(h, multiplier, self.removed)
+        else:
+            self.steered = self.intervention(h, x, multiplier)
+        self.leaf = self.steered.detach().requires_grad_()
+        return self.leaf
 
 
 class Fit:
@@ -82,7 +91,7 @@ class Fit:
         self.model, self.layer, self.intervention, self.cache = model, layer, intervention, cache
         self.settings, self.method, self.prefix = settings, method, prefix
         self.device = next(intervention.parameters()).device
-        self.parts = 1  # more when memory ran out: the rows of a minibatch are scored so many at a time
+        self.at_once = 1 << 30  # rows of a minibatch that are scored together; fewer once memory has run out
         self.draw = random.Random(settings.seed)
         self.on_stream = hooks.base(layer, intervention) == layer
         # a vector leaves the template's tokens alone: their keys and values never change while it is fitted
@@ -91,8 +100,8 @@ class Fit:
             self.head = prefix_pairs(model, cache.layer, cache.prefix_h[None, : self.untouched].to(self.device), cache.pad_id)
         self.reference = self._reference() if method.needs_reference(settings) else None
 
-    def score(self, indices: list[int], multiplier: Tensor, removed: Tensor) -> AnswerLogProbs:
-        """Answer log-probabilities [B] of the sequences, steered with `multiplier` [B], through the suffix."""
+    def score(self, indices: list[int], multiplier: Tensor, removed: Tensor) -> tuple[AnswerLogProbs, _Shown]:
+        """Answer log-probabilities [B] of the sequences, steered with `multiplier` [B], through the suffix; and how they were steered."""
         start = self.untouched
         on_stream = self.intervention.component if self.on_stream else None
         tokens, seen = self.cache.batch(indices, on_stream, self.device, start)
@@ -100,7 +109,8 @@ class Fit:
         positions = None
         if isinstance(self.intervention, Vector):
             positions = position_mask(sequences, self.settings.intervention_positions, self.prefix)[:, start:].to(self.device)
-        site = hooks.Site(self.layer, _Shown(self.intervention, removed), multiplier[:, None, None], positions)
+        shown = _Shown(self.intervention, removed)
+        site = hooks.Site(self.layer, shown, multiplier[:, None, None], positions)
         stream = hooks.steer(site, seen.h, seen.x.get(on_stream or "")) if self.on_stream else seen.h
         inputs: dict[str, Any] = {}
         if start:
@@ -108,11 +118,11 @@ class Fit:
             branch = torch.where(tokens.attention_mask, packing.SHARED, packing.PADDING)
             inputs = packing.attention_inputs(self.model, packing.Rows(tokens.input_ids, place, branch), start)
             inputs["past_key_values"] = packing.cache_of(self.head, torch.zeros(len(indices), dtype=torch.long, device=self.device))
-        with hooks.attach(self.model, [] if self.on_stream else [site]):
+        with lean(), hooks.attach(self.model, [] if self.on_stream else [site]):
             keep = scored_positions(tokens.answer_mask)
             logits = suffix.logits(self.model, self.cache.layer, stream, keep, **inputs)
         length = torch.tensor([len(s.input_ids) for s in sequences], device=logits.device)
-        return answer_logprobs(logits, tokens.input_ids, tokens.answer_mask, length)
+        return answer_logprobs(logits, tokens.input_ids, tokens.answer_mask, length), shown
 
     def _reference(self) -> AnswerLogProbs:
         """Every sequence without intervention, once [n]: the reference model is the base model."""
@@ -135,11 +145,12 @@ class Fit:
         multiplier = torch.tensor(factors[: len(indices)], dtype=torch.float32, device=self.device) * signs
         return Rows(indices, multiplier, signs == 0)
 
-    def loss(self, minibatch: list[Entry]) -> Tensor:
-        """The method's loss of a minibatch, all rows in one suffix batch."""
-        return self.loss_of(minibatch, self.score(*self.draw_rows(minibatch)))
+    def rows_at_once(self, indices: list[int]) -> int:
+        """How many rows of a minibatch go through the suffix together."""
+        longest = max(len(self.cache.sequences[i].input_ids) for i in indices) - self.untouched
+        return max(1, min(self.at_once, len(indices), max_tokens(self.device, backward=True) // max(1, longest)))
 
-    def loss_of(self, minibatch: list[Entry], scored: AnswerLogProbs) -> Tensor:
+    def loss(self, minibatch: list[Entry], scored: AnswerLogProbs) -> Tensor:
         """The method's loss of a minibatch from its scored rows."""
         n = len(minibatch)
 
@@ -166,8 +177,28 @@ def chunks(items: list[Any], size: int) -> list[list[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
+# what an activation function returned is not kept for the backward pass: it is computed again from its input, which is
+RECOMPUTED: dict[str, Callable[[Any], Tensor]] = {
+    "SiluBackward0": lambda node: functional.silu(node._saved_self),
+    "GeluBackward0": lambda node: functional.gelu(node._saved_self, approximate=node._saved_approximate),
+}
+
+
+def lean() -> AbstractContextManager[Any]:
+    """Inside: the graph keeps two of the three middles of a gated MLP, act(g) u; the same gradients, bit for bit."""
+
+    def pack(kept: Tensor) -> Any:
+        node = kept.grad_fn
+        return node if type(node).__name__ in RECOMPUTED else kept
+
+    def unpack(kept: Any) -> Tensor:
+        return kept if isinstance(kept, Tensor) else RECOMPUTED[type(kept).__name__](kept)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
 def gradients(job: Fit, minibatch: list[Entry], share: int) -> tuple[float, list[Tensor]]:
-    """(loss / share, its gradients). Out of memory: the rows are scored in twice as many parts, from then on for all of the fit."""
+    """(loss / share, its gradients). Out of memory: half as many rows at a time, from then on for all of the fit."""
     while True:
         before = _get_random(job)
         try:
@@ -176,44 +207,42 @@ def gradients(job: Fit, minibatch: list[Entry], share: int) -> tuple[float, list
             if not memory.ran_out(error):
                 raise
             rows = [i for entry in minibatch for i in entry[:2]]
-            longest = max(len(job.cache.sequences[i].input_ids) for i in rows)
-            if job.parts >= len(rows):
+            longest, at_once = max(len(job.cache.sequences[i].input_ids) for i in rows), job.rows_at_once(rows)
+            if at_once == 1:
                 raise memory.OutOfMemory(
                     f"one sequence of {longest} tokens does not fit in memory while fitting layer {job.layer}; "
                     "lower output_length, or use --device auto or a smaller --dtype"
                 ) from error
-        job.parts *= 2
+        job.at_once = math.ceil(at_once / 2)
         what = f"fitting layer {job.layer}, batch_size {job.settings.batch_size}, sequences of up to {longest} tokens"
-        log.warning("out of memory: %s; going on in %d parts (from the start: --set batch_size=N)", what, job.parts)
+        log.warning("out of memory: %s; going on in parts of %d (from the start: --set batch_size=N)", what, job.at_once)
         _set_random(before, job)
 
 
 def _gradients(job: Fit, minibatch: list[Entry], share: int) -> tuple[float, list[Tensor]]:
-    """In one part: autograd. In several: score without gradients, d loss / d log p over all rows, then back through one part at a time."""
-    parameters = list(job.intervention.parameters())
-    if job.parts == 1:
-        loss = job.loss(minibatch) / share
-        return loss.item(), list(torch.autograd.grad(loss, parameters))
+    """Rows do not know of each other, so d loss / d h'_b = (d loss / d log p_b) (d log p_b / d h'_b).
+
+    The second factor needs no other row: rows go through the suffix and back, with weight 1, a part at a time, and their
+    graphs are forgotten. The first is known when all are scored; then the product goes through the intervention alone.
+    """
     drawn = job.draw_rows(minibatch)
-    size = math.ceil(len(drawn.indices) / job.parts)
-    parts = [drawn.part(slice(i, i + size)) for i in range(0, len(drawn.indices), size)]
-    states, scored = [], []
-    with torch.no_grad():
-        for part in parts:
-            states.append(_get_random(job))  # the dropout mask of this part, to be drawn again
-            scored.append(job.score(*part))
+    size = job.rows_at_once(drawn.indices)
+    start = _get_random(job)
+    scored, steered, slopes = [], [], []
+    for first in range(0, len(drawn.indices), size):
+        if isinstance(job.intervention, Vector):
+            _set_random(start, job)  # its dropout mask is one for all rows
+        part, shown = job.score(*drawn.part(slice(first, first + size)))
+        slopes.append(torch.autograd.grad(part.total.sum(), [shown.leaf])[0])
+        scored.append(part._replace(total=part.total.detach()))
+        steered.append(shown.steered)
     whole = AnswerLogProbs(*(torch.cat(column) for column in zip(*scored, strict=True)))
-    whole = whole._replace(total=whole.total.detach().requires_grad_())
-    loss = job.loss_of(minibatch, whole) / share
-    (slope,) = torch.autograd.grad(loss, [whole.total])
-    after = _get_random(job)
-    sums = [torch.zeros_like(parameter) for parameter in parameters]
-    for part, state, weight in zip(parts, states, slope.split(size), strict=True):
-        _set_random(state, job)
-        for total, grad in zip(sums, torch.autograd.grad(job.score(*part).total, parameters, weight), strict=True):
-            total += grad
-    _set_random(after, job)
-    return loss.item(), sums
+    whole = whole._replace(total=whole.total.requires_grad_())
+    loss = job.loss(minibatch, whole) / share
+    (weight,) = torch.autograd.grad(loss, [whole.total])
+    for slope, row in zip(slopes, weight.split(size), strict=True):
+        slope.mul_(row.to(slope.device)[:, None, None])
+    return loss.item(), list(torch.autograd.grad(steered, list(job.intervention.parameters()), slopes))
 
 
 def fit(

@@ -12,7 +12,7 @@ import torch
 from families import FORMS, LAYERS, PAIRS, intervention, model, token_rows
 from torch import Tensor
 
-from spilt import activations, scoring, training
+from spilt import activations, scoring, suffix, training
 from spilt.data.chat import Sequence
 from spilt.hparams import FitSettings
 from spilt.interventions import INTERVENTIONS
@@ -208,10 +208,10 @@ def job(s: FitSettings, rows: int, seed: int = 1) -> training.Fit:
 def watch(fit: training.Fit) -> list[tuple[list[training.Entry], float]]:
     """Every minibatch that `fit` scores, with its loss."""
     seen: list[tuple[list[training.Entry], float]] = []
-    plain: Callable[[list[training.Entry]], Tensor] = fit.loss
+    plain: Callable[[list[training.Entry], AnswerLogProbs], Tensor] = fit.loss
 
-    def loss(minibatch: list[training.Entry]) -> Tensor:
-        value = plain(minibatch)
+    def loss(minibatch: list[training.Entry], scored: AnswerLogProbs) -> Tensor:
+        value = plain(minibatch, scored)
         seen.append((minibatch, value.item()))
         return value
 
@@ -268,16 +268,13 @@ def test_one_step_is_adamw_on_the_clipped_gradient(method: str) -> None:
     s = settings(method, batch_size=4, n_epochs=1, lr=0.05, dropout=0.0, steering_factors=(1.0,), preference_pairs=("orig_add",))
     fit = job(s, 1)
     before = fit.intervention.v.detach().clone()  # type: ignore[union-attr]
-    loss = fit.loss(training.entries(0, s))
-    loss.backward()
-    gradient = fit.intervention.v.grad  # type: ignore[union-attr]
-    assert isinstance(gradient, Tensor)
+    loss, (gradient,) = training.gradients(fit, training.entries(0, s), 1)
     norm = gradient.norm()
     clipped = gradient * min(1.0, float(1.0 / (norm + 1e-6)))
     expected = before - 0.05 * clipped / (clipped.abs() + 1e-8)
     again = job(s, 1)
     (row,) = training.fit(again)
-    assert row["loss"] == pytest.approx(loss.item(), rel=1e-6) and row["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert row["loss"] == pytest.approx(loss, rel=1e-6) and row["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
     torch.testing.assert_close(again.intervention.v.detach(), expected, atol=1e-5, rtol=0)  # type: ignore[union-attr]
 
 
@@ -290,22 +287,81 @@ def test_fitting_lowers_the_loss(method: str, form: str) -> None:
 
 
 def test_factors_are_drawn_for_each_side_unless_shared() -> None:
-    multipliers: list[list[float]] = []
     for shared in (False, True):
         s = settings(shared_factor=shared, batch_size=40, n_epochs=1, dropout=0.0, preference_pairs=("orig_add", "orig_sub"))
         fit = job(s, 20)
-        plain = fit.score
-
-        def score(indices: list[int], multiplier: Tensor, removed: Tensor, plain: Any = plain) -> AnswerLogProbs:
-            multipliers.append(multiplier.tolist())
-            return plain(indices, multiplier, removed)
-
-        fit.score = score  # type: ignore[method-assign]
-        fit.loss([e for row in range(20) for e in training.entries(row, s)])
-        winning, losing = multipliers[-1][:40], multipliers[-1][40:]
+        multipliers = fit.draw_rows([e for row in range(20) for e in training.entries(row, s)]).multiplier.tolist()
+        winning, losing = multipliers[:40], multipliers[40:]
         assert (winning == losing) == shared
         assert {abs(m) for m in winning + losing} == set(s.steering_factors)
         assert all((m > 0) == (i % 2 == 0) for i, m in enumerate(winning)) and all((m > 0) == (i % 2 == 0) for i, m in enumerate(losing))
+
+
+@pytest.mark.parametrize(
+    ("method", "form", "dropout"),
+    [(m, f, p) for m, f in PAIRS if METHODS[m].loss for p in ((0.0, 0.3) if f == "vector" else (0.0,))],  # the others' masks are [B, T, D]
+)
+def test_gradients_do_not_depend_on_how_many_rows_are_scored_together(method: str, form: str, dropout: float) -> None:
+    """Rows a few at a time give autograd's gradient of the whole minibatch; a vector's dropout mask is one for all of them."""
+    s = settings(method, form, dropout=dropout, preference_pairs=("orig_add", "orig_sub"))
+    minibatch = [entry for row in range(3) for entry in training.entries(row, s)]
+    found = []
+    for at_once in (1 << 30, 5, 2, 1):
+        fit = job(s, 3)
+        fit.intervention.train()
+        fit.at_once = at_once
+        torch.manual_seed(3)
+        found.append((*training.gradients(fit, minibatch, 2), torch.rand(1)))
+    fit = job(s, 3)
+    fit.intervention.train()
+    torch.manual_seed(3)
+    scored, shown = fit.score(*fit.draw_rows(minibatch))
+    shown.leaf.retain_grad()
+    loss = fit.loss(minibatch, scored) / 2
+    (slope,) = torch.autograd.grad(loss, [shown.leaf])
+    whole = torch.autograd.grad([shown.steered], list(fit.intervention.parameters()), [slope])
+    for value, grads, after in found:
+        assert value == pytest.approx(loss.item(), rel=1e-6)
+        assert torch.equal(after, found[0][2])  # the same random numbers were used up
+        for a, b in zip(grads, whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * max(1.0, float(b.abs().max())))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_the_graph_is_lean(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the MLP's activation returned is not kept; the gradient is the same, bit for bit."""
+    tiny, hooks_of = model(family), torch.autograd.graph.saved_tensors_hooks
+    sequences = [Sequence(tuple(range(3, 13)), 5, 0), Sequence(tuple(range(3, 15)), 5, 0)]
+    kept = activations.record(tiny, LAYER, sequences, (), 0)
+    tokens, seen = kept.batch([0, 1], None, torch.device("cpu"))
+
+    def gradient(graph: Any) -> Tensor:
+        leaf = seen.h.clone().requires_grad_()
+        with graph:
+            logits = suffix.logits(tiny, LAYER, leaf, scoring.scored_positions(tokens.answer_mask))
+        return torch.autograd.grad(logits.logsumexp(-1).sum(), [leaf])[0]
+
+    counts = []
+
+    def counting(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> Any:
+        held = dict[int, int]()
+        counts.append(held)
+
+        def note(t: Tensor) -> Any:
+            found = pack(t)
+            if isinstance(found, Tensor):
+                held[found.untyped_storage().data_ptr()] = found.untyped_storage().nbytes()
+            return found
+
+        return hooks_of(note, unpack)
+
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", counting)
+    plain, lean = gradient(counting(lambda t: t, lambda t: t)), gradient(training.lean())
+    assert torch.equal(plain, lean) and plain.abs().max() > 0
+    inner = tiny.config.intermediate_size  # type: ignore[union-attr]
+    blocks = LAYERS - LAYER - 2  # the last block's MLP sees fewer tokens
+    spared = sum(counts[0].values()) - sum(counts[1].values())
+    assert spared >= blocks * tokens.input_ids.numel() * inner * 4
 
 
 def test_a_gradient_that_is_no_number_stops_the_fit() -> None:

@@ -182,10 +182,9 @@ def test_fitting_equals_hooks_at_either_site(family: str, site: str, layout: str
             job = training.Fit(tiny, layer, made, caches[below], settings, METHODS["sft"], prefix)
             numbers = list(range(len(sequences)))[::-1]
             factors = torch.linspace(-1, 1.5, len(numbers))
-            scored = job.score(numbers, factors, torch.zeros(len(numbers), dtype=torch.bool))
-            made.zero_grad()
-            scored.losses().sum().backward()
-            grads = [p.grad.clone() for p in made.parameters() if p.grad is not None]
+            scored, cut = job.score(numbers, factors, torch.zeros(len(numbers), dtype=torch.bool))
+            slope = torch.autograd.grad(scored.losses().sum(), [cut.leaf])
+            grads = torch.autograd.grad([cut.steered], list(made.parameters()), slope)
             shown = [sequences[i] for i in numbers]
             where = position_mask(shown, "all", prefix) if form == "vector" else None
             whole = by_hooks(tiny, layer, made, factors[:, None, None], where, masks_of(shown))
