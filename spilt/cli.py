@@ -71,7 +71,13 @@ def parser() -> argparse.ArgumentParser:
     add("--concepts", nargs="+", type=int, metavar="ID", help=f"ids of a dataset with concepts; default: first {plan.FIRST_CONCEPTS}")
     add("--split", help=f"loss mode: {', '.join(plan.DATA_OF['measure'])} or both; default: what dataset_format.yaml has")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="any YAML setting, over the file's; repeatable")
-    add("--checkpoint_seconds", type=_seconds, default=60.0, metavar="S", help="a fit under way is saved after this long (default 60)")
+    add(
+        "--checkpoint_seconds",
+        type=_seconds,
+        default=60.0,
+        metavar="S",
+        help="a fit or measurement under way is saved after this long (default 60)",
+    )
     add("--force", action="store_true", help="do again what is already done")
     add("--deterministic", action="store_true", help="only algorithms that give the same bits every time (slower on a GPU)")
     add("--verify", action="store_true", help="check every stored artifact under --base_dir instead, and say what is stale or damaged")

@@ -214,6 +214,20 @@ def test_an_empty_value_is_not_given_unless_nothing_is_a_meaning(tree: Tree) -> 
     assert tree.fit("layers: [3]\nmax_num_of_examples: -1").max_num_of_examples is None
 
 
+@pytest.mark.parametrize("resolve", [resolve_fit, resolve_measure])
+def test_overrides_of_another_verb_are_read_and_have_no_effect(tree: Tree, resolve: Any) -> None:
+    """`--mode both --set generation_params.max_new_tokens=6`: the fit beside the apply is resolved with it too."""
+    tree.put("d/m/spilt/generate_spilt_lora.yaml", "layers: [3]")
+    tree.put("d/m/sft/generate_sft_loss.yaml", "layers: [3]")
+
+    def resolved(*words: str) -> Any:
+        return resolve(tree.base, "m", "d", "spilt", "lora", parse_overrides(list(words))).settings
+
+    assert resolved("generation_params.max_new_tokens=6", "num_responses=2") == resolved()
+    with pytest.raises(UserError, match="max_new_tokens = 0"):
+        resolved("generation_params.max_new_tokens=0")
+
+
 def test_generation_params_are_laid_entry_by_entry(tree: Tree) -> None:
     tree.put("apply_config.yaml", "generation_params:\n  max_new_tokens: 7\n  temperature: 5e-1\n  pad_token_id: 3")
     tree.put("d/m/spilt/apply_spilt.yaml", "layers: [3]\ngeneration_params: {top_p: .9, top_k: null}")

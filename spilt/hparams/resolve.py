@@ -202,21 +202,20 @@ class _Stack:
     def _lay(self, given: Mapping[str, Any], where: str) -> None:
         for name, value in given.items():
             key = FIELDS[self.verb].get(name)
-            if key is None:  # of another verb
-                if where == COMMAND_LINE and value is not None:  # has no effect here, but is no reason to take what it cannot mean
-                    read_field(KNOWN[name], value, where)
+            if key is None and where != COMMAND_LINE:  # of another verb
                 continue
-            if name == "generation_params":
-                if value is not None:
-                    self.values[name] = {**self.values.get(name, {}), **_params(value, where, self.unused)}
-                continue
-            if value is None and not _may_be_none(key):
+            if value is None and not _may_be_none(KNOWN[name]):
                 continue
             if name == "multipliers" and isinstance(value, dict):  # ours: a vector and a weight update live on different scales
                 value = self._of_form(value, where)
                 if value is None:
                     continue
-            self.values[name] = read_field(key, value, where)
+            if name == "generation_params":
+                value = {**self.values.get(name, {}), **_params(value, where, self.unused)}
+            else:
+                value = read_field(KNOWN[name], value, where)
+            if key is not None:  # what has no effect here is read too: no reason to take what it cannot mean
+                self.values[name] = value
 
     def _of_form(self, by_form: dict[str, Any], where: str) -> Any:
         """This form's entry of `multipliers: {vector: [...], lora: [...]}`; None when it has none."""
