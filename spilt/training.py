@@ -6,20 +6,19 @@ import logging
 import math
 import random
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from spilt import hooks, measure, memory, packing, suffix
+from spilt import hooks, measure, memory
 from spilt.activations import Activations, max_tokens, prefix_pairs
 from spilt.data.batches import position_mask
 from spilt.hparams.settings import FitSettings
 from spilt.interventions import Intervention, Multiplier, Vector
 from spilt.methods import Method, Scored
-from spilt.scoring import AnswerLogProbs, answer_logprobs, scored_positions
+from spilt.passes import Cut, Shown, Work
+from spilt.scoring import AnswerLogProbs
 
 log = logging.getLogger("spilt")
 
@@ -54,25 +53,18 @@ class Rows(NamedTuple):
         return Rows(self.indices[rows], self.multiplier[rows], self.removed[rows])
 
 
-class _Shown(Intervention):
-    """The intervention as a minibatch meets it: rows `removed` [B] lose what points along the vector instead of being steered.
-
-    The graph is cut behind it: the model's pass begins at `leaf`, which holds the values of `steered`.
-    """
+class _Mixed(Intervention):
+    """The intervention as a minibatch meets it: rows `removed` [B] lose what points along the vector instead of being steered."""
 
     def __init__(self, intervention: Intervention, removed: Tensor) -> None:
         super().__init__(intervention.component, intervention.site, 0.0)
         self.intervention, self.removed = intervention, removed
-        self.steered = self.leaf = torch.empty(0)
 
     def forward(self, h: Tensor, x: Tensor | None, multiplier: Multiplier) -> Tensor:
-        if self.removed.any():
-            assert isinstance(self.intervention, Vector)
-            self.steered = self.intervention.steered_or_removed(h, multiplier, self.removed)
-        else:
-            self.steered = self.intervention(h, x, multiplier)
-        self.leaf = self.steered.detach().requires_grad_()
-        return self.leaf
+        if not self.removed.any():
+            return self.intervention(h, x, multiplier)
+        assert isinstance(self.intervention, Vector)
+        return self.intervention.steered_or_removed(h, multiplier, self.removed)
 
 
 class Fit:
@@ -100,29 +92,20 @@ class Fit:
             self.head = prefix_pairs(model, cache.layer, cache.prefix_h[None, : self.untouched].to(self.device), cache.pad_id)
         self.reference = self._reference() if method.needs_reference(settings) else None
 
-    def score(self, indices: list[int], multiplier: Tensor, removed: Tensor) -> tuple[AnswerLogProbs, _Shown]:
-        """Answer log-probabilities [B] of the sequences, steered with `multiplier` [B], through the suffix; and how they were steered."""
+    def show(self, rows: Rows) -> Shown:
+        """The sequences [B], steered with their multipliers, ready for the suffix."""
         start = self.untouched
         on_stream = self.intervention.component if self.on_stream else None
-        tokens, seen = self.cache.batch(indices, on_stream, self.device, start)
-        sequences = [self.cache.sequences[i] for i in indices]
+        tokens, seen = self.cache.batch(rows.indices, on_stream, self.device, start)
+        sequences = [self.cache.sequences[i] for i in rows.indices]
         positions = None
         if isinstance(self.intervention, Vector):
             positions = position_mask(sequences, self.settings.intervention_positions, self.prefix)[:, start:].to(self.device)
-        shown = _Shown(self.intervention, removed)
-        site = hooks.Site(self.layer, shown, multiplier[:, None, None], positions)
+        mixed = _Mixed(self.intervention, rows.removed)
+        site = hooks.Site(self.layer, mixed if self.on_stream else Cut(mixed), rows.multiplier[:, None, None], positions)
         stream = hooks.steer(site, seen.h, seen.x.get(on_stream or "")) if self.on_stream else seen.h
-        inputs: dict[str, Any] = {}
-        if start:
-            place = torch.arange(start, start + stream.shape[1], device=self.device).expand(len(indices), -1)
-            branch = torch.where(tokens.attention_mask, packing.SHARED, packing.PADDING)
-            inputs = packing.attention_inputs(self.model, packing.Rows(tokens.input_ids, place, branch), start)
-            inputs["past_key_values"] = packing.cache_of(self.head, torch.zeros(len(indices), dtype=torch.long, device=self.device))
-        with lean(), hooks.attach(self.model, [] if self.on_stream else [site]):
-            keep = scored_positions(tokens.answer_mask)
-            logits = suffix.logits(self.model, self.cache.layer, stream, keep, **inputs)
-        length = torch.tensor([len(s.input_ids) for s in sequences], device=logits.device)
-        return answer_logprobs(logits, tokens.input_ids, tokens.answer_mask, length), shown
+        length = torch.tensor([len(s.input_ids) for s in sequences], device=self.device)
+        return Shown(self.model, self.cache.layer, tokens, length, stream, None if self.on_stream else site, start, self.head)
 
     def _reference(self) -> AnswerLogProbs:
         """Every sequence without intervention, once [n]: the reference model is the base model."""
@@ -177,32 +160,12 @@ def chunks(items: list[Any], size: int) -> list[list[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-# what an activation function returned is not kept for the backward pass: it is computed again from its input, which is
-RECOMPUTED: dict[str, Callable[[Any], Tensor]] = {
-    "SiluBackward0": lambda node: functional.silu(node._saved_self),
-    "GeluBackward0": lambda node: functional.gelu(node._saved_self, approximate=node._saved_approximate),
-}
-
-
-def lean() -> AbstractContextManager[Any]:
-    """Inside: the graph keeps two of the three middles of a gated MLP, act(g) u; the same gradients, bit for bit."""
-
-    def pack(kept: Tensor) -> Any:
-        node = kept.grad_fn
-        return node if type(node).__name__ in RECOMPUTED else kept
-
-    def unpack(kept: Any) -> Tensor:
-        return kept if isinstance(kept, Tensor) else RECOMPUTED[type(kept).__name__](kept)
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-
-def gradients(job: Fit, minibatch: list[Entry], share: int) -> tuple[float, list[Tensor]]:
+def gradients(job: Fit, minibatch: list[Entry], share: int) -> Work[tuple[float, list[Tensor]]]:
     """(loss / share, its gradients). Out of memory: half as many rows at a time, from then on for all of the fit."""
     while True:
         before = _get_random(job)
         try:
-            return _gradients(job, minibatch, share)
+            return (yield from _gradients(job, minibatch, share))
         except (RuntimeError, MemoryError) as error:
             if not memory.ran_out(error):
                 raise
@@ -219,7 +182,7 @@ def gradients(job: Fit, minibatch: list[Entry], share: int) -> tuple[float, list
         _set_random(before, job)
 
 
-def _gradients(job: Fit, minibatch: list[Entry], share: int) -> tuple[float, list[Tensor]]:
+def _gradients(job: Fit, minibatch: list[Entry], share: int) -> Work[tuple[float, list[Tensor]]]:
     """Rows do not know of each other, so d loss / d h'_b = (d loss / d log p_b) (d log p_b / d h'_b).
 
     The second factor needs no other row: rows go through the suffix and back, with weight 1, a part at a time, and their
@@ -232,17 +195,19 @@ def _gradients(job: Fit, minibatch: list[Entry], share: int) -> tuple[float, lis
     for first in range(0, len(drawn.indices), size):
         if isinstance(job.intervention, Vector):
             _set_random(start, job)  # its dropout mask is one for all rows
-        part, shown = job.score(*drawn.part(slice(first, first + size)))
-        slopes.append(torch.autograd.grad(part.total.sum(), [shown.leaf])[0])
-        scored.append(part._replace(total=part.total.detach()))
-        steered.append(shown.steered)
+        shown = job.show(drawn.part(slice(first, first + size)))
+        mine = _get_random(job)
+        passed = yield shown
+        _set_random(mine, job)  # fits beside this one draw from the same generator
+        scored.append(passed.scored)
+        steered.append(passed.steered)
+        slopes.append(passed.slope)
     whole = AnswerLogProbs(*(torch.cat(column) for column in zip(*scored, strict=True)))
     whole = whole._replace(total=whole.total.requires_grad_())
     loss = job.loss(minibatch, whole) / share
     (weight,) = torch.autograd.grad(loss, [whole.total])
-    for slope, row in zip(slopes, weight.split(size), strict=True):
-        slope.mul_(row.to(slope.device)[:, None, None])
-    return loss.item(), list(torch.autograd.grad(steered, list(job.intervention.parameters()), slopes))
+    products = [slope * row.to(slope)[:, None, None] for slope, row in zip(slopes, weight.split(size), strict=True)]
+    return loss.item(), list(torch.autograd.grad(steered, list(job.intervention.parameters()), products))
 
 
 def fit(
@@ -252,8 +217,8 @@ def fit(
     resume: dict[str, Any] | None = None,
     checkpoint: Callable[[Callable[[], dict[str, Any]]], None] | None = None,
     progress: Callable[[int, int, float], None] | None = None,
-) -> list[dict[str, float]]:
-    """Train job.intervention in place; returns one row per optimizer step: epoch, step, loss, lr, grad_norm.
+) -> Work[list[dict[str, float]]]:
+    """Train job.intervention in place (`passes.alone(fit(job))`); returns one row per optimizer step: epoch, step, loss, lr, grad_norm.
 
     AdamW, linear decay without warm-up to the number of optimizer steps really taken, gradient norm clipped. A batch of
     `batch_size` pairs expands to |preference_pairs| entries each, cut into minibatches of `batch_size`; each
@@ -289,7 +254,7 @@ def fit(
             for batch in groups[place]:
                 minibatches = chunks([entry for row in batch for entry in entries(row, s)], s.batch_size)
                 for minibatch in minibatches:
-                    loss, grads = gradients(job, minibatch, len(minibatches) * len(groups[place]))
+                    loss, grads = yield from gradients(job, minibatch, len(minibatches) * len(groups[place]))
                     total += loss
                     for parameter, grad in zip(intervention.parameters(), grads, strict=True):
                         parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)

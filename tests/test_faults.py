@@ -1000,16 +1000,22 @@ def test_the_message_names_batch_length_layer_and_flag(here: Here, caplog: pytes
         assert any(word.strip(",;").isdigit() for word in message.split())
 
 
+@pytest.mark.parametrize("side_by_side", ["1", "3"])
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.loss])
-def test_a_fit_with_little_memory_goes_on_in_parts(bare: Here, caplog: pytest.LogCaptureFixture, method: str) -> None:
-    """The rows of a minibatch are scored a few at a time, the loss is still over all of them: the same vectors up to rounding."""
+def test_a_fit_with_little_memory_goes_on_in_parts(bare: Here, caplog: pytest.LogCaptureFixture, method: str, side_by_side: str) -> None:
+    """The rows of a minibatch are scored a few at a time, the loss is still over all of them: the same vectors up to rounding.
+
+    Fits side by side are first tried one by one.
+    """
     words = (*FIT, "--set", "dropout=0")
     assert bare.run(*words, form="all", method=method)[0] == 0
     paths = {form: bare.path(f"vectors/tiny/{method}/mine/{method}_{form}/layer_2.pt") for form in ("vector", "lora", "local_weight")}
     want = {form: torch.load(path, weights_only=True) for form, path in paths.items()}
     with little_memory(CUDA, 2, only="logits") as refused:
-        exit_code, said = bare.run(*words, "--force", form="all", method=method)
+        exit_code, said = bare.run(*words, "--force", "--side_by_side", side_by_side, form="all", method=method)
     assert refused and exit_code == 0, said
+    own = 4 if method == "sft" else 8  # rows of one fit's minibatch
+    assert (max(refused) > own) == (side_by_side == "3")
     assert "parts" in caplog.text and "layer 2" in caplog.text and "batch_size" in caplog.text
     for form, path in paths.items():
         made = torch.load(path, weights_only=True)

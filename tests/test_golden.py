@@ -23,6 +23,7 @@ from spilt.data.chat import Chat, Sequence
 from spilt.hparams import FitSettings
 from spilt.interventions import INTERVENTIONS, Intervention, Vector
 from spilt.methods import LOSS_TYPES, METHODS
+from spilt.passes import alone
 
 pytestmark = needs_golden
 every_dataset = pytest.mark.parametrize("dataset", DATASETS)
@@ -211,7 +212,7 @@ def test_objectives_and_gradients(dataset: str, state: str) -> None:
         assert len(minibatches) == len(want["minibatch_losses"]) == 2
         losses = []
         for minibatch in minibatches:
-            half, grads = training.gradients(fit, minibatch, 2)
+            half, grads = alone(training.gradients(fit, minibatch, 2))
             losses.append(2 * half)
             for parameter, grad in zip(made.parameters(), grads, strict=True):
                 parameter.grad = grad if parameter.grad is None else parameter.grad + grad
@@ -256,7 +257,7 @@ def test_training_end_to_end(dataset: str, job: str) -> None:
         return value
 
     job_.loss = loss  # type: ignore[method-assign]
-    log = training.fit(job_, order=lambda rows, seed, epoch: want["orders"][epoch][0])
+    log = alone(training.fit(job_, order=lambda rows, seed, epoch: want["orders"][epoch][0]))
     assert minibatch_losses == pytest.approx(want["minibatch_losses_already_divided_by_num_minibatches"], rel=RTOL, abs=0)
     per_step = [sum(minibatch_losses[i : i + want["num_minibatches"]]) for i in range(0, len(minibatch_losses), want["num_minibatches"])]
     assert [row["loss"] for row in log] == pytest.approx(per_step)

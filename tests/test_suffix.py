@@ -11,7 +11,7 @@ import torch
 from families import FAMILY_NAMES, HIDDEN, LAYERS, PLACES, READS, build, intervention, model, token_rows
 from torch import Tensor, nn
 
-from spilt import activations, anatomy, hooks, measure, suffix, training
+from spilt import activations, anatomy, hooks, measure, passes, suffix, training
 from spilt.data.batches import pad, position_mask
 from spilt.data.chat import Sequence
 from spilt.hparams import FitSettings
@@ -182,9 +182,10 @@ def test_fitting_equals_hooks_at_either_site(family: str, site: str, layout: str
             job = training.Fit(tiny, layer, made, caches[below], settings, METHODS["sft"], prefix)
             numbers = list(range(len(sequences)))[::-1]
             factors = torch.linspace(-1, 1.5, len(numbers))
-            scored, cut = job.score(numbers, factors, torch.zeros(len(numbers), dtype=torch.bool))
-            slope = torch.autograd.grad(scored.losses().sum(), [cut.leaf])
-            grads = torch.autograd.grad([cut.steered], list(made.parameters()), slope)
+            rows = training.Rows(numbers, factors, torch.zeros(len(numbers), dtype=torch.bool))
+            ((scored, steered, slope),) = passes.through([job.show(rows)])
+            slope = slope / -scored.tokens[:, None, None]  # of the losses, not of log p
+            grads = torch.autograd.grad([steered], list(made.parameters()), [slope])
             shown = [sequences[i] for i in numbers]
             where = position_mask(shown, "all", prefix) if form == "vector" else None
             whole = by_hooks(tiny, layer, made, factors[:, None, None], where, masks_of(shown))
@@ -354,7 +355,9 @@ def uses(tiny: nn.Module) -> dict[str, Callable[[], Any]]:
         "logits": lambda: suffix.logits(tiny, layer, h, keep),
         "attach": attached,
         "activations": lambda: activations.record(tiny, layer, sequences, ("mlp_mid",), 0),
-        "fit": lambda: training.fit(training.Fit(tiny, layer, intervention("lora", "attn"), cache, settings, METHODS["sft"], 0)),
+        "fit": lambda: passes.alone(
+            training.fit(training.Fit(tiny, layer, intervention("lora", "attn"), cache, settings, METHODS["sft"], 0))
+        ),
         "measure": lambda: measure.losses(
             measure.Request(tiny, {layer: made, layer + 1: made}, "all", 0, torch.device("cpu")), cache, [1.0, 0.0]
         ),

@@ -1,10 +1,11 @@
-"""The story of a run: one function per verb, each (step, run) -> 'done' or 'already done'."""
+"""The story of a run: one function per verb, each (step, run) -> 'done' or 'already done' (a fit: a generator that ends so)."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
 
+from spilt.passes import Work, together
 from spilt.plan import Step
 from spilt.stages.recordings import Recordings, Run
 
@@ -16,11 +17,12 @@ STAGES = {
 }
 
 
-def run_step(step: Step, run: Run) -> str:
-    """Run one step; whatever happens, what no later step needs is released."""
+def run_step(step: Step, run: Run) -> Work[str]:
+    """Run one step; whatever happens, what no later step needs is released. A fit yields the rows that it wants scored."""
     try:
         module, function = STAGES[step.verb]
-        return getattr(import_module(module), function)(step, run)
+        result = getattr(import_module(module), function)(step, run)
+        return result if isinstance(result, str) else (yield from result)
     finally:
         run.recordings.release(step)
 
@@ -30,4 +32,4 @@ def not_there(step: Step) -> list[Path]:
     return [path for path in step.vectors if not path.exists()]
 
 
-__all__ = ["STAGES", "Recordings", "Run", "not_there", "run_step"]
+__all__ = ["STAGES", "Recordings", "Run", "not_there", "run_step", "together"]

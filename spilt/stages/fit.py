@@ -22,6 +22,7 @@ from spilt.data.chat import Sequence
 from spilt.host import Host
 from spilt.interventions import INTERVENTIONS, Intervention, Vector
 from spilt.methods import METHODS, caa
+from spilt.passes import Work
 from spilt.plan import Step
 from spilt.stages.context import check_context
 from spilt.stages.recordings import Run
@@ -30,8 +31,8 @@ from spilt.store import Store, dump, metadata_line
 log = logging.getLogger("spilt")
 
 
-def fit(step: Step, run: Run) -> str:
-    """Find the intervention of one cell, at each of its layers, and store it. Returns 'done' or 'already done'."""
+def fit(step: Step, run: Run) -> Work[str]:
+    """Find the intervention of one cell, at each of its layers, and store it. Ends with 'done' or 'already done'."""
     (cell,) = step.cells
     settings: Any = step.settings
     done = 0
@@ -47,7 +48,7 @@ def fit(step: Step, run: Run) -> str:
         if METHODS[cell.method].loss is None:
             intervention = _closed_form(cell, layer, settings, run, fmt)
         else:
-            intervention, rows = _train(cell, layer, settings, run, fmt, manifest.identity(parts))
+            intervention, rows = yield from _train(cell, layer, settings, run, fmt, manifest.identity(parts))
         text = readers.concepts(fmt).get(cell.concept) if cell.concept is not None else None
         atomic_write(run.store.metadata(cell, layer), metadata_line(intervention, cell.concept, text))
         atomic_write(run.store.train_log(cell), _train_log(cell, layer, rows, run.store))
@@ -77,7 +78,7 @@ def new_intervention(cell: Cell, layer: int, settings: Any, host: Host) -> Inter
 
 def _train(
     cell: Cell, layer: int, settings: Any, run: Run, fmt: readers.DatasetFormat, identity: str
-) -> tuple[Intervention, list[dict[str, float]]]:
+) -> Work[tuple[Intervention, list[dict[str, float]]]]:
     intervention = new_intervention(cell, layer, settings, run.host)
     base = hooks.base(layer, intervention)
     key = next(key for key in run.recordings.keys(_as_step(cell, settings, fmt)) if key.layer == base)
@@ -103,7 +104,7 @@ def _train(
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(0)
 
-        return intervention, training.fit(job, resume=resume, checkpoint=checkpoint, progress=progress)
+        return intervention, (yield from training.fit(job, resume=resume, checkpoint=checkpoint, progress=progress))
 
 
 def _resume(path: Path, identity: str) -> dict[str, Any] | None:
