@@ -67,7 +67,12 @@ def parser() -> argparse.ArgumentParser:
     add = ours.add_argument
     add("--dtype", help="of the model: float32, bfloat16, float16 (over the YAML's)")
     add("--batch_size", type=_positive, help="texts decoded side by side (changes no result beyond rounding)")
-    add("--side_by_side", type=_positive, metavar="N", help="fits that share a batch: faster on a GPU, equal up to rounding (default 1)")
+    add(
+        "--side_by_side",
+        type=_positive,
+        metavar="N",
+        help="fits that share their batches: faster where minibatches are small; equal up to rounding (default 1)",
+    )
     add("--limit", type=_positive, help="rows of each data file, from the first")
     add("--seed", type=int, help="over the YAML's")
     add("--concepts", nargs="+", type=int, metavar="ID", help=f"ids of a dataset with concepts; default: first {plan.FIRST_CONCEPTS}")
