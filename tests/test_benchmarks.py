@@ -57,6 +57,25 @@ def test_shapes_count_the_parameters_of_the_library() -> None:
     assert 2 * matrices == config["num_hidden_layers"] * flops.linear_per_token(config) + flops.head_per_token(config)
 
 
+@pytest.mark.parametrize("name", ["qwen2-12x128", "tiny-gemma-2"])
+def test_what_a_backward_pass_keeps(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Linear in rows and blocks; without what the activation returned; and the estimate of a dry run is near it."""
+    from benchmarks import kept
+    from spilt.estimate import Shape
+
+    shape, length = world.SHAPES[name], 64
+    config = shape.config
+    found = kept.report(name, length, 4, "float32")
+    assert found["the same with the activation kept"] - found["a block and row"] == length * config["intermediate_size"] * 4
+    assert found["minibatch at once"] == 8 * (config["num_hidden_layers"] - shape.layer - 1) * found["a block and row"]
+    heads, dim = config["num_attention_heads"], config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    sizes = (config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"], heads, config["num_key_value_heads"], dim)
+    guess = Shape(*sizes, config["vocab_size"], True, eager=config["model_type"] == "gemma2").kept(length, length, 4)
+    assert 0.5 < guess / found["a block and row"] < 2
+    assert kept.main(["--shapes", name, "--length", "32", "--batch", "2", "--dtype", "float32"]) == 0
+    assert "peak above weights" in capsys.readouterr().out
+
+
 def test_rows_have_the_real_lengths() -> None:
     from spilt.data.chat import Chat
 
