@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from spilt.data.chat import Sequence
 
@@ -123,6 +124,26 @@ def cache_of(pairs: KeysValues, index: Tensor | None = None) -> DynamicCache:
     for layer, (keys, values) in pairs.items():
         at = None if index is None else index.to(keys.device)
         cache.update(keys if at is None else keys[at], values if at is None else values[at], layer)
+    return cache
+
+
+class Given(DynamicLayer):  # type: ignore[misc]
+    """Keys and values that are read and never grow: a block that runs twice (checkpointed) finds the same ones."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.pair = keys, values
+        self.keys, self.values, self.dtype, self.device, self.is_initialized = keys, values, keys.dtype, keys.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.pair[0], key_states], 2), torch.cat([self.pair[1], value_states], 2)
+
+
+def given(pairs: KeysValues, index: Tensor) -> DynamicCache:
+    """`cache_of` with rows picked by `index`, read only."""
+    cache = DynamicCache()
+    picked = {layer: [t[index.to(t.device)] for t in pair] for layer, pair in pairs.items()}
+    cache.layers = [Given(*picked[i]) if i in picked else DynamicLayer() for i in range(max(picked, default=-1) + 1)]
     return cache
 
 

@@ -32,6 +32,7 @@ class Shown(NamedTuple):
     inside: hooks.Site | None  # steered inside a later block: its intervention is a Cut
     start: int  # place of the first column in its sequence
     head: packing.KeysValues  # of the `start` tokens before
+    twice: bool = False  # each block runs again in the backward pass, since memory is short
 
 
 class Passed(NamedTuple):
@@ -92,9 +93,10 @@ def through(parts: Sequence[Shown]) -> list[Passed]:
         inputs = packing.attention_inputs(first.model, packing.Rows(tokens.input_ids, place, branch), first.start)
         rows = torch.cat([torch.full((len(part.stream),), i, device=device) for i, part in enumerate(parts)])
         heads = {layer: tuple(torch.cat([part.head[layer][kv] for part in parts]) for kv in (0, 1)) for layer in first.head}
-        inputs["past_key_values"] = packing.cache_of(heads, rows)  # type: ignore[arg-type]
+        inputs["past_key_values"] = packing.given(heads, rows)  # type: ignore[arg-type]
     leaf = stream.requires_grad_(first.inside is None)
-    with lean(), hooks.attach(first.model, [] if first.inside is None else [first.inside]):
+    saving = suffix.checkpointed(first.model, first.layer) if any(part.twice for part in parts) else lean()
+    with saving, hooks.attach(first.model, [] if first.inside is None else [first.inside]):
         logits = suffix.logits(first.model, first.layer, stream, scored_positions(tokens.answer_mask), **inputs)
     length = torch.cat([part.length for part in parts]).to(logits.device)
     scored = answer_logprobs(logits, tokens.input_ids, tokens.answer_mask, length)

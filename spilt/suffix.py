@@ -7,12 +7,14 @@ input through and block `layer` returning the given stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from spilt import anatomy, hooks
 
@@ -81,11 +83,33 @@ def replay(model: nn.Module, layer: int, stream: Tensor) -> Iterator[None]:
 
     with ExitStack() as undo:
         for index, module in enumerate(anatomy.blocks(model)[: layer + 1]):
-            if "forward" in module.__dict__:  # accelerate puts its own there when it places a model
-                undo.callback(setattr, module, "forward", module.__dict__["forward"])
-            else:
-                undo.callback(delattr, module, "forward")
-            module.forward = give_stream if index == layer else pass_through
+            undo.enter_context(_forward(module, give_stream if index == layer else pass_through))
+        yield
+
+
+@contextmanager
+def _forward(module: nn.Module, instead: Callable[..., Any]) -> Iterator[None]:
+    """Inside: the module's forward is another one."""
+    own = module.__dict__.get("forward")  # accelerate puts one there when it places a model
+    module.forward = instead
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+@contextmanager
+def checkpointed(model: nn.Module, layer: int) -> Iterator[None]:
+    """Inside: blocks after `layer` keep their input alone for the backward pass and run once more there (arXiv 1604.06174).
+
+    Not the last one: its MLP sees fewer rows only while `last_mlp_rows` lasts, and keeps little.
+    """
+    with ExitStack() as undo:
+        for module in anatomy.blocks(model)[layer + 1 : -1]:
+            undo.enter_context(_forward(module, partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)))
         yield
 
 

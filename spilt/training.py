@@ -84,6 +84,7 @@ class Fit:
         self.settings, self.method, self.prefix = settings, method, prefix
         self.device = next(intervention.parameters()).device
         self.at_once = 1 << 30  # rows of a minibatch that are scored together; fewer once memory has run out
+        self.twice = False  # blocks are run again in the backward pass: once a single row was too large
         self.draw = random.Random(settings.seed)
         self.on_stream = hooks.base(layer, intervention) == layer
         # a vector leaves the template's tokens alone: their keys and values never change while it is fitted
@@ -105,7 +106,7 @@ class Fit:
         site = hooks.Site(self.layer, mixed if self.on_stream else Cut(mixed), rows.multiplier[:, None, None], positions)
         stream = hooks.steer(site, seen.h, seen.x.get(on_stream or "")) if self.on_stream else seen.h
         length = torch.tensor([len(s.input_ids) for s in sequences], device=self.device)
-        return Shown(self.model, self.cache.layer, tokens, length, stream, None if self.on_stream else site, start, self.head)
+        return Shown(self.model, self.cache.layer, tokens, length, stream, None if self.on_stream else site, start, self.head, self.twice)
 
     def _reference(self) -> AnswerLogProbs:
         """Every sequence without intervention, once [n]: the reference model is the base model."""
@@ -171,14 +172,15 @@ def gradients(job: Fit, minibatch: list[Entry], share: int) -> Work[tuple[float,
                 raise
             rows = [i for entry in minibatch for i in entry[:2]]
             longest, at_once = max(len(job.cache.sequences[i].input_ids) for i in rows), job.rows_at_once(rows)
-            if at_once == 1:
+            if at_once == 1 and (job.twice or not job.on_stream):  # inside a block the intervention would run twice too
                 raise memory.OutOfMemory(
                     f"one sequence of {longest} tokens does not fit in memory while fitting layer {job.layer}; "
                     "lower output_length, or use --device auto or a smaller --dtype"
                 ) from error
-        job.at_once = math.ceil(at_once / 2)
+        job.at_once, job.twice = math.ceil(at_once / 2), at_once == 1
+        going_on = "running each block twice" if job.twice else f"in parts of {job.at_once}"
         what = f"fitting layer {job.layer}, batch_size {job.settings.batch_size}, sequences of up to {longest} tokens"
-        log.warning("out of memory: %s; going on in parts of %d (from the start: --set batch_size=N)", what, job.at_once)
+        log.warning("out of memory: %s; going on %s (from the start: --set batch_size=N)", what, going_on)
         _set_random(before, job)
 
 

@@ -1023,6 +1023,35 @@ def test_a_fit_with_little_memory_goes_on_in_parts(bare: Here, caplog: pytest.Lo
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
 
 
+def test_a_fit_of_one_row_that_is_too_large_runs_its_blocks_twice(bare: Here, caplog: pytest.LogCaptureFixture) -> None:
+    """The last way out before an error: the backward pass keeps the blocks' inputs alone."""
+    words = (*FIT, "--set", "dropout=0")
+    path = bare.path("vectors/tiny/sft/mine/sft_lora/layer_2.pt")
+    assert bare.run(*words, form="lora")[0] == 0
+    want, plain, inside = torch.load(path, weights_only=True), (suffix.logits, suffix.checkpointed), [False]
+
+    @contextmanager
+    def checkpointed(*args: Any) -> Iterator[None]:
+        inside[0] = True
+        with plain[1](*args):
+            yield
+        inside[0] = False
+
+    def logits(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and not inside[0]:
+            raise type(CUDA)(*CUDA.args)
+        return plain[0](*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suffix, "logits", logits)
+        patch.setattr(suffix, "checkpointed", checkpointed)
+        exit_code, said = bare.run(*words, "--force", form="lora")
+    assert exit_code == 0, said
+    assert "in parts of 1 " in caplog.text and "running each block twice" in caplog.text
+    made = torch.load(path, weights_only=True)
+    assert all(torch.allclose(made[name], want[name], atol=1e-5) for name in ("lora_A", "lora_B"))
+
+
 @pytest.mark.parametrize("method", ["caa", "reps"])
 def test_caa_and_the_reference_of_reps_with_little_memory(here: Here, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both go over all answers, in batches of their own: halved like any other."""

@@ -304,14 +304,14 @@ def test_factors_are_drawn_for_each_side_unless_shared() -> None:
     [(m, f, p) for m, f in PAIRS if METHODS[m].loss for p in ((0.0, 0.3) if f == "vector" else (0.0,))],  # the others' masks are [B, T, D]
 )
 def test_gradients_do_not_depend_on_how_many_rows_are_scored_together(method: str, form: str, dropout: float) -> None:
-    """Rows a few at a time give autograd's gradient of the whole minibatch; a vector's dropout mask is one for all of them."""
+    """Rows a few at a time, blocks run once or twice: autograd's gradient of the whole minibatch (a vector's dropout mask is one)."""
     s = settings(method, form, dropout=dropout, preference_pairs=("orig_add", "orig_sub"))
     minibatch = [entry for row in range(3) for entry in training.entries(row, s)]
     found = []
-    for at_once in (1 << 30, 5, 2, 1):
+    for at_once, twice in ((1 << 30, False), (5, False), (2, False), (1, False), (1, True), (4, True)):
         fit = job(s, 3)
         fit.intervention.train()
-        fit.at_once = at_once
+        fit.at_once, fit.twice = at_once, twice
         torch.manual_seed(3)
         found.append((*alone(training.gradients(fit, minibatch, 2)), torch.rand(1)))
     fit = job(s, 3)

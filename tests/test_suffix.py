@@ -184,6 +184,8 @@ def test_fitting_equals_hooks_at_either_site(family: str, site: str, layout: str
             factors = torch.linspace(-1, 1.5, len(numbers))
             rows = training.Rows(numbers, factors, torch.zeros(len(numbers), dtype=torch.bool))
             ((scored, steered, slope),) = passes.through([job.show(rows)])
+            if site == "block":  # each block run again in the backward pass
+                assert torch.equal(slope, passes.through([job.show(rows)._replace(twice=True)])[0].slope)
             slope = slope / -scored.tokens[:, None, None]  # of the losses, not of log p
             grads = torch.autograd.grad([steered], list(made.parameters()), [slope])
             shown = [sequences[i] for i in numbers]
