@@ -240,3 +240,18 @@ def test_papers_numbers() -> None:
     assert paper.r2("gemma-2-9b-it", "psychopathy", "reps", "lora") == (0.83, 0.99)
     assert paper.r2("gemma-2-9b-it", "psychopathy", "spilt", "lora") is None and paper.r2("tiny", "axbench", "reps", "vector") is None
     assert len(paper.main_results("gemma-2-9b-it", "axbench")) == 11 and paper.main_results("tiny", "axbench") == []
+
+
+def test_a_decay_that_fits_one_point_by_a_spike_is_not_kept() -> None:
+    """A measured curve with a shelf on either side: the smallest residual has a dip between two points, which held-out ones refute."""
+    values = (
+        0.257, 0.246, 0.254, 0.342, 0.561, 0.863, 1.136, 1.348, 1.520, 1.673, 1.843, 2.088, 2.492, 2.987, 3.198, 3.114,
+        3.140, 2.608, 1.563, 1.372, 1.332, 1.310, 1.281, 1.237, 1.166, 1.042, 0.803, 0.263, -1.022, -3.296, -5.104,
+    )  # fmt: skip
+    m, y = np.arange(-30, 31, 2), np.array(values)
+    fit = fit_curve(m, y, "utility")
+    assert fit.r2 is not None and fit.r2_held_out is not None
+    assert fit.r2 > 0.85 and fit.r2_held_out > 0.8
+    assert [w.name for w in fit.warnings] == ["low_r2"]
+    dense = fit(np.linspace(-30, 0, 1000))
+    assert dense.min() > -1 and np.abs(np.diff(dense)).max() < 0.1

@@ -135,9 +135,8 @@ def fit_curve(multiplier: npt.ArrayLike, value: npt.ArrayLike, kind: Kind, seed:
         held_out = r_squared(y[1::2], evaluate(kind, m[1::2], half.parameters))
     else:
         warned.append(Warned("no_held_out", f"{n} points are too few to fit every second one and score the others"))
-    dense = evaluate(kind, np.linspace(m[0], m[-1], 2001), best.parameters)
-    if dense.max() > y.max() + np.ptp(y) / 4 or dense.min() < y.min() - np.ptp(y) / 4:
-        warned.append(Warned("spike", "the curve leaves the range of the points between two of them: no peak or region is read from it"))
+    if _spikes(y, evaluate(kind, _between(m), best.parameters)):
+        warned.append(Warned("spike", "the curve leaves the points between two of them: no peak or region is read from it"))
     if r2 is not None and r2 < GOOD_R2:
         warned.append(Warned("low_r2", f"R^2 {r2:.3f} is below {GOOD_R2}: read the points, not the line"))
     elif held_out is not None and held_out < GOOD_R2:
@@ -145,6 +144,18 @@ def fit_curve(multiplier: npt.ArrayLike, value: npt.ArrayLike, kind: Kind, seed:
             Warned("low_held_out_r2", f"held-out R^2 {held_out:.3f} is below {GOOD_R2}: the line between the points is not supported")
         )
     return Fit(kind, best.parameters, r2, held_out, n, best.gap, best.hits, tuple(warned), best.evaluations, best.agreeing, extent)
+
+
+def _between(m: Array) -> Array:
+    """A fine grid over each interval of neighbouring multipliers, its ends included [n - 1, 65]."""
+    return np.linspace(m[:-1], m[1:], 65, axis=1)
+
+
+def _spikes(y: Array, dense: Array) -> bool:
+    """Whether a curve, on that grid, goes further than a quarter of the points' range beyond its own values at two neighbours."""
+    ends = dense[:, [0, -1]]
+    beyond = np.maximum(dense.max(1) - ends.max(1), ends.min(1) - dense.min(1))
+    return bool(beyond.max() > np.ptp(y) / 4 or max(dense.max() - y.max(), y.min() - dense.min()) > np.ptp(y) / 4)
 
 
 @dataclass(frozen=True)
@@ -159,7 +170,9 @@ class _Best:
 def _search(m: Array, y: Array, kind: Kind, seed: int, starts: int) -> _Best:
     """SLSQP from `starts` seeded points over D's six parameters; the linear ones are solved exactly for each D (Golub & Pereyra 1973).
 
-    Solving them inside leaves the same minimum as a search over all 8 or 9, and far fewer ways to miss it.
+    Solving them inside leaves the same minimum as a search over all 8 or 9, and far fewer ways to miss it. The best minimum
+    whose curve stays with the points is kept (ours: a decay narrower than their distance fits a single one, by a spike beside it);
+    the best of all where none does.
     """
     scale, mean, std = float(np.abs(m).max()), float(y.mean()), float(y.std())
     problem = _Problem(m / scale, (y - mean) / std, kind == "preference")
@@ -182,7 +195,14 @@ def _search(m: Array, y: Array, kind: Kind, seed: int, starts: int) -> _Best:
             )
         if np.isfinite(result.x).all():
             found.append(problem.repaired(np.clip(result.x, LOWER, UPPER)))
-    value, theta = min(found, key=lambda pair: pair[0])
+    found.sort(key=lambda pair: pair[0])
+    between = _between(m / scale)
+    grid = _Problem(between.reshape(-1), problem.y, problem.sloped)
+
+    def calm(theta: Array) -> bool:
+        return not _spikes(problem.y, grid.curve(theta, problem.solve(problem.decay(theta)[0])[1]).reshape(between.shape))
+
+    value, theta = next((pair for pair in found if calm(pair[1])), found[0])
     linear = problem.solve(problem.decay(theta)[0])[1]
     decay = dict(zip(DECAY, (theta[0], np.exp(theta[1]), np.exp(theta[2]), theta[3], np.exp(theta[4]), np.exp(theta[5])), strict=True))
     at_bound = np.minimum(theta - LOWER, UPPER - theta) < 1e-6
@@ -234,6 +254,11 @@ class _Problem:
         linear = np.linalg.solve(columns.T @ columns + n * RIDGE * np.eye(columns.shape[1]), columns.T @ self.y)
         residual: Array = np.asarray(columns @ linear - self.y)
         return residual, np.asarray(linear), float(residual @ residual / n + RIDGE * linear @ linear)
+
+    def curve(self, theta: Array, linear: Array) -> Array:
+        """The curve at x, in scaled units."""
+        d = self.decay(theta)[0]
+        return np.asarray((linear[0] * self.x + linear[1]) * d + linear[2] if self.sloped else linear[0] * d + linear[1])
 
     def loss(self, theta: Array) -> tuple[float, Array]:
         """Loss and gradient. The linear parameters are optimal, so their change does not enter (envelope theorem)."""
