@@ -20,7 +20,7 @@ from spilt.curves import BUDGET, Fit, fit_curve, recommendation, regions, utilit
 from spilt.errors import UserError, unknown
 from spilt.store import Store
 
-VERSION = 2  # of fit.json; a change makes `update` fit again
+VERSION = 3  # of fit.json; a change makes `update` fit again
 FIT_FILE, CURVES_FILE, CONTROL_FILE = "fit.json", "curves.png", "control.csv"
 METHODS = ("caa", "sft", "reps", "spilt")  # order of tables and legends; other names follow
 FORMS = ("vector", "lora", "local_weight")
