@@ -15,11 +15,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = {"fit": 45, "generate": 45, "loss": 36}  # the issue wants 30 each
@@ -73,6 +75,8 @@ def start(words: list[str], log: Path, evidence: Path) -> int:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)
         os.dup2(out, 2)
+        # tqdm's own lock is a semaphore that all forks share: a child that is killed while it holds it would stop every later one
+        tqdm.set_lock(threading.RLock())
         _tell_resumed(evidence)
         from spilt import cli
 
