@@ -25,6 +25,7 @@ from spilt import __version__, plan
 from spilt.cell import FORMS
 from spilt.errors import UserError, first_line, unknown
 from spilt.hparams import parse_overrides
+from spilt.manifest import Changed, Seen
 from spilt.methods import ALIASES, METHODS
 from spilt.store import Store
 
@@ -200,6 +201,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Changed as error:  # the model, while it was loaded
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
         return 130
@@ -236,9 +240,14 @@ def print_plan(made: plan.Plan, request: plan.Request) -> None:
     """Every step in order: what runs, its own command line, hparam file, inputs, outputs, cost, and whether it is done."""
     from spilt.estimate import cost
 
+    seen, again = Seen(), set[Path]()
     for number, step in enumerate(made.steps, 1):
         missing = set(plan.missing_inputs(step))
-        standing = plan.standing(step, request.limit)
+        standing = plan.standing(step, request.limit, seen)
+        if request.force or not again.isdisjoint(step.vectors):
+            standing = {path: plan.AGAIN if state in ("done", "foreign") else state for path, state in standing.items()}
+        if step.verb == "fit" and not set(standing.values()) <= {"done", "foreign"}:
+            again.update(step.outputs)
         print(f"{number}. {step}   [{plan.summary(standing)}]")
         print(f"   {step.command}")
         for path in step.files:
@@ -247,20 +256,34 @@ def print_plan(made: plan.Plan, request: plan.Request) -> None:
         for path in step.inputs:
             lacking = "" if path not in missing else "   made by an earlier step" if path in made_before else "   missing"
             print(f"   input    {path}{lacking}")
+        why = {} if missing else {p: f": {w}" for w, paths in plan.replaced(plan.output_parts(step, request.limit, seen)).items() for p in paths}
         shown = list(standing.items())
         for path, state in shown if len(shown) <= 12 else [*shown[:3], *shown[-1:]]:
-            print(f"   output   {path}{'' if state == 'missing' else f'   {state}'}")
+            word = "" if state == "missing" else f"   {state}{why.get(path, '')}"
+            print(f"   output   {path}{word}")
         if len(shown) > 12:
             print(f"            ({len(shown)} files in all)")
         if step.sweep:
             print(f"            (widened by half while a tail still moves, up to {plan.SWEEP_MOST} multipliers)")
         guess = cost(step, request)
         print(f"   cost     {guess if guess is not None else 'unknown until model and data are there'}")
-        for note in step.notes:
+        for note in (*step.notes, *_doubts(step, request, seen)):
             print(f"   note     {note}")
     for item in made.left_out:
         print(f"left out: {item.name}: {item.why}")
     print(f"{len(made.steps)} steps, {len(made.left_out)} combinations left out; nothing was run or written")
+
+
+def _doubts(step: plan.Step, request: plan.Request, seen: Seen) -> list[str]:
+    """What speaks against the use of the stored vectors that the step reads."""
+    said = []
+    for cell in step.cells if step.verb != "fit" and not plan.missing_inputs(step) else ():
+        for layer in cell.layers:
+            try:
+                said += plan.doubts(cell, layer, step.settings, request, seen)
+            except UserError as error:
+                said.append(f"will be refused: {error}")
+    return said
 
 
 # ---------------------------------------------------------------- the run
@@ -268,26 +291,28 @@ def print_plan(made: plan.Plan, request: plan.Request) -> None:
 
 def run(made: plan.Plan, request: plan.Request, *, quiet: bool) -> list[Outcome]:
     """Every step, one model load. A failing step is reported and the others go on."""
-    outcomes, waiting = [], []
+    outcomes, waiting, seen = [], [], Seen()
     coming = {path for step in made.steps if step.verb == "fit" for path in step.outputs}
+    again: set[Path] = set()  # vectors that this run fits: what is made from them is judged afterwards
     for step in made.steps:
         lacking = [path for path in step.vectors if not path.exists() and path not in coming]
         if lacking:
             reason = f"no vector file {lacking[0]}; make it with --mode generate"
             log.warning("%s: skipped: %s", step, reason)
             outcomes.append(Outcome(str(step), SKIPPED, reason, 0.0, ""))
-        elif not request.force and not step.sweep and _all_done(step, request):
+        elif not request.force and not step.sweep and again.isdisjoint(step.vectors) and _all_done(step, request, seen):
             outcomes.append(Outcome(str(step), ALREADY, "", 0.0, _shown(step, request)))
         else:
             waiting.append(step)
+            again.update(step.outputs if step.verb == "fit" else ())
     if waiting or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        outcomes = _run_waiting(waiting, outcomes, request, quiet)
+        outcomes = _run_waiting(waiting, outcomes, request, quiet, seen)
     if request.mode == "loss" and any(outcome.outcome in (DONE, ALREADY) for outcome in outcomes):
         outcomes.append(_report(made.steps[0], request, quiet))
     return outcomes
 
 
-def _run_waiting(waiting: list[plan.Step], before: list[Outcome], request: plan.Request, quiet: bool) -> list[Outcome]:
+def _run_waiting(waiting: list[plan.Step], before: list[Outcome], request: plan.Request, quiet: bool, seen: Seen) -> list[Outcome]:
     """The steps that are to run: fits dealt out over the processes, the others done together."""
     from spilt import stages
     from spilt.team import Team
@@ -299,10 +324,10 @@ def _run_waiting(waiting: list[plan.Step], before: list[Outcome], request: plan.
     waiting, before = team.agree(lambda: (waiting, before))
     request = replace(request, device=team.device)
     recordings = stages.Recordings(waiting, request.limit)
-    hosts = _Hosts(request, recordings)
+    hosts = _Hosts(request, recordings, seen)
 
     def one(step: plan.Step) -> Generator[Any, Any, Outcome]:
-        return (yield from _run_step(step, stages.Run(request, hosts.of(step), Store(request.base_dir), recordings, quiet, team)))
+        return (yield from _run_step(step, stages.Run(request, hosts.of(step), Store(request.base_dir), recordings, quiet, team, seen)))
 
     def run_all(steps: list[plan.Step]) -> list[Outcome]:
         models = [list(group) for _, group in groupby(steps, key=lambda step: step.settings.dtype)]  # never two at once
@@ -311,9 +336,15 @@ def _run_waiting(waiting: list[plan.Step], before: list[Outcome], request: plan.
     fits = team.mine([step for step in waiting if step.verb == "fit"])
     done = {str(step): outcome for step, outcome in zip(fits, run_all(fits), strict=True)}
     after = {name: outcome for part in team.gather(lambda: done) for name, outcome in part.items()}
+    seen.forget([path for step in waiting if step.verb == "fit" for path in step.outputs])  # those of other processes too
+    failed = {path for step in waiting if step.verb == "fit" and after[str(step)].outcome == FAILED for path in step.outputs}
     for step in waiting:
-        if step.verb != "fit":
+        if step.verb == "fit":
+            continue
+        if failed.isdisjoint(step.vectors):
             after[str(step)] = run_all([step])[0]
+        else:  # an older vector may lie there: what it would give is not what was asked for
+            after[str(step)] = Outcome(str(step), SKIPPED, "its fit failed", 0.0, "")
     team.end()
     return [*before, *(after[str(step)] for step in waiting)]
 
@@ -321,8 +352,8 @@ def _run_waiting(waiting: list[plan.Step], before: list[Outcome], request: plan.
 class _Hosts:
     """The model, loaded when the first step asks for it, and once for all steps that want the same dtype."""
 
-    def __init__(self, request: plan.Request, recordings: Any) -> None:
-        self.request, self.recordings = request, recordings
+    def __init__(self, request: plan.Request, recordings: Any, seen: Seen) -> None:
+        self.request, self.recordings, self.seen = request, recordings, seen
         self.host: Any = None
         self.dtype = ""
 
@@ -336,7 +367,9 @@ class _Hosts:
             _quiet_libraries()
             self.host, self.dtype = None, step.settings.dtype
             self.recordings.clear()
+            self.seen.of(step.model)
             self.host = load(step.model, self.dtype, self.request.device)
+            self.seen.again([step.model])
         return self.host
 
 
@@ -353,8 +386,8 @@ def _run_step(step: plan.Step, here: Any) -> Generator[Any, Any, Outcome]:
         else:
             result = yield from stages.run_step(step, here)
             outcome = Outcome(str(step), result, "", time.monotonic() - start, _shown(step, here.request))
-    except (UserError, OutOfMemory, OSError) as error:  # what the message says is all there is to know
-        reason = str(error) if isinstance(error, UserError | OutOfMemory) else f"{type(error).__name__}: {error}"
+    except (UserError, OutOfMemory, Changed, OSError) as error:  # what the message says is all there is to know
+        reason = str(error) if not isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         outcome = Outcome(str(step), FAILED, reason, time.monotonic() - start, "", wrong_request=isinstance(error, UserError))
         if here.team.main:
             print(f"error: {step}: {reason}", file=sys.stderr)
@@ -394,8 +427,8 @@ def _report(step: plan.Step, request: plan.Request, quiet: bool) -> Outcome:
     return Outcome("report", DONE, "", time.monotonic() - start, Store(request.base_dir).relative(page))
 
 
-def _all_done(step: plan.Step, request: plan.Request) -> bool:
-    return set(plan.standing(step, request.limit).values()) <= ({"done", "foreign"} if step.verb == "fit" else {"done"})
+def _all_done(step: plan.Step, request: plan.Request, seen: Seen) -> bool:
+    return set(plan.standing(step, request.limit, seen).values()) <= ({"done", "foreign"} if step.verb == "fit" else {"done"})
 
 
 def _quiet_libraries() -> None:

@@ -11,11 +11,13 @@ import json
 import os
 import platform
 import sys
+import time
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from spilt import __version__
 from spilt.atomic import atomic_write_all
@@ -23,6 +25,7 @@ from spilt.atomic import atomic_write_all
 SAMPLES, SAMPLE = 64, 65536  # a large weight file is known by its size, its head and this many pieces of this many bytes
 CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".bin", ".jinja", ".model", ".txt")
 KNOWN_BY = ("torch", "transformers", "numpy")
+UNSETTLED_NS = 100_000_000  # after a write, for this long a file's times cannot tell whether it was written again
 
 
 def manifest_path(artifact: Path) -> Path:
@@ -35,28 +38,48 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+class Signature(NamedTuple):
+    """What changes when a file is written or another takes its place; `copy -p` keeps the first two, nothing keeps all."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> Signature:
+        stat = path.stat()
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+    @property
+    def settled(self) -> bool:
+        """Old enough that another write would have another time: file systems count time in steps of some milliseconds."""
+        return abs(time.time_ns() - self.ctime_ns) > UNSETTLED_NS
+
+
 @lru_cache(maxsize=4096)
-def _hash_file(path: Path, size: int, mtime_ns: int) -> str:
+def _hash_file(path: Path, _: Signature) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else digest(file.read())
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes, hex; read once as long as size and time stay."""
-    stat = path.stat()
-    return _hash_file(path, stat.st_size, stat.st_mtime_ns)
+    """sha256 of a file's bytes, hex; read once as long as its signature stays."""
+    signature = Signature.of(path)
+    return (_hash_file if signature.settled else _hash_file.__wrapped__)(path, signature)
 
 
 def model_hash(folder: Path) -> str:
     """What makes a checkpoint this checkpoint: its JSON files whole, of each weight file size and evenly spaced pieces."""
     files = [path for path in sorted(folder.iterdir()) if path.suffix in CHECKPOINT_SUFFIXES and path.is_file()]
-    return _hash_model(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+    signed = tuple((path, Signature.of(path)) for path in files)
+    return (_hash_model if all(signature.settled for _, signature in signed) else _hash_model.__wrapped__)(signed)
 
 
 @lru_cache(maxsize=64)
-def _hash_model(files: tuple[tuple[Path, int, int], ...]) -> str:
+def _hash_model(files: tuple[tuple[Path, Signature], ...]) -> str:
     total = hashlib.sha256()
-    for path, size, _ in files:
+    for path, (size, *_) in files:
         total.update(f"{path.name} {size}\n".encode())
         with open(path, "rb") as file:
             if size <= SAMPLES * SAMPLE:
@@ -66,6 +89,71 @@ def _hash_model(files: tuple[tuple[Path, int, int], ...]) -> str:
                 file.seek(k * (size - SAMPLE) // (SAMPLES - 1))
                 total.update(file.read(SAMPLE))
     return total.hexdigest()
+
+
+class Changed(Exception):
+    """An input was exchanged while the run that had read it went on. The request is right: the same command does it again."""
+
+
+class Seen:
+    """The inputs of a run as it found them: each is hashed at the first look, and a later look that finds another is an error.
+
+    What the run makes itself (a fitted vector) is to be forgotten when it is written.
+    """
+
+    def __init__(self) -> None:
+        self.hashes: dict[Path, str] = {}
+
+    def of(self, path: Path) -> str:
+        """The hash of a file, or of a checkpoint folder, as the run first saw it."""
+        if path not in self.hashes:
+            self.hashes[path] = _hash(path)
+        return self.hashes[path]
+
+    def again(self, paths: Iterable[Path]) -> None:
+        """Look once more. Raises Changed when one is not what it was, or is gone."""
+        for path in paths:
+            try:
+                now = _hash(path)
+            except OSError as error:
+                raise Changed(f"{path}: went away while the run was using it ({error.strerror or error}); put it back and run again") from None
+            if now != self.hashes.setdefault(path, now):
+                raise Changed(
+                    f"{path}: was exchanged while the run was using it, so nothing is stored that may be made from both; "
+                    "the same command makes it from what lies there now"
+                )
+
+    def forget(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            self.hashes.pop(path, None)
+
+
+def _hash(path: Path) -> str:
+    return model_hash(path) if path.is_dir() else file_hash(path)
+
+
+HASHES = {"model": "model", "data": "data", "vectors": "vector"}  # parts that are hashes: they differ without a value to show
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What decides a result and is not the same: 'limit 4 (now 8), another vector'. '' when all is."""
+    said = []
+    for name in sorted({*then, *now}):
+        old, new = then.get(name), now.get(name)
+        if old == new:
+            continue
+        if name in HASHES:
+            said.append(f"another {HASHES[name]}")
+        elif isinstance(old, Mapping) and isinstance(new, Mapping):
+            said.append(differences(old, new))
+        else:
+            said.append(f"{name} {_short(old)} (now {_short(new)})")
+    return ", ".join(said)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def identity(parts: dict[str, Any]) -> str:

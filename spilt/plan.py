@@ -28,6 +28,7 @@ DATA_OF = {"fit": {"train": "train"}, "generate": {"prompts": "generation"}, "me
 SWEEP = "sweep"  # the word for --multipliers
 SWEEP_POINTS, SWEEP_MOST = 21, 31
 FIRST_CONCEPTS = 10
+AGAIN = "to be made again"  # of a stored result: asked for with --force, or what it is made from is made again
 VERSION = 1  # of the code that fits, generates and measures: raised when equal settings would give other results
 
 
@@ -284,32 +285,32 @@ def _command(
 # ---------------------------------------------------------------- identity: the same from a plan and from a stored artifact
 
 
-def fit_parts(step: Step, cell: Cell, layer: int, limit: int | None) -> dict[str, Any]:
+def fit_parts(step: Step, cell: Cell, layer: int, limit: int | None, seen: manifest.Seen) -> dict[str, Any]:
     """Everything that decides a fitted vector."""
     settings = {**step.settings.as_dict(), "layers": [layer]}
-    return {"settings": settings, "concept": cell.concept, **_common(step, "train", limit)}
+    return {"settings": settings, "concept": cell.concept, **_common(step, "train", limit, seen)}
 
 
-def generate_parts(step: Step, multiplier: float, limit: int | None) -> dict[str, Any]:
+def generate_parts(step: Step, multiplier: float, limit: int | None, seen: manifest.Seen) -> dict[str, Any]:
     """Everything that decides the texts of one multiplier."""
     settings = {k: v for k, v in step.settings.as_dict().items() if k not in ("multipliers", "batch_size")}
     own = {"multiplier": float(multiplier), "concepts": [cell.concept for cell in step.cells]}
-    return {"settings": settings, **own, **_common(step, "prompts", limit)}
+    return {"settings": settings, **own, **_common(step, "prompts", limit, seen)}
 
 
-def measure_parts(step: Step, multiplier: float, preference_type: str, split: str, limit: int | None) -> dict[str, Any]:
+def measure_parts(step: Step, multiplier: float, preference_type: str, split: str, limit: int | None, seen: manifest.Seen) -> dict[str, Any]:
     """Everything that decides one train_losses.csv."""
     settings = {k: v for k, v in step.settings.as_dict().items() if k != "batch_size"}
     own = {"multiplier": float(multiplier), "preference_type": preference_type, "split": split, "concept": step.cells[0].concept}
-    return {"settings": settings, **own, **_common(step, split, limit)}
+    return {"settings": settings, **own, **_common(step, split, limit, seen)}
 
 
-def _common(step: Step, purpose: str, limit: int | None) -> dict[str, Any]:
+def _common(step: Step, purpose: str, limit: int | None, seen: manifest.Seen) -> dict[str, Any]:
     sources = {
         "columns": step.columns[purpose],
-        "model": manifest.model_hash(step.model),
-        "data": manifest.file_hash(step.data[purpose]),
-        "vectors": [manifest.file_hash(p) for p in step.vectors],
+        "model": seen.of(step.model),
+        "data": seen.of(step.data[purpose]),
+        "vectors": [seen.of(path) for path in step.vectors],
     }
     return {"verb": step.verb, "version": VERSION, "limit": limit, **sources}
 
@@ -340,25 +341,79 @@ def summary(standing: Mapping[Path, str]) -> str:
         return "there, without manifest"
     words = [
         f"{sum(v == state for v in standing.values())} {state}"
-        for state in ("done", "stale", "damaged", "foreign", "missing")
+        for state in ("done", AGAIN, "stale", "damaged", "foreign", "missing")
         if state in states
     ]
     return "to do" if states == {"missing"} else f"to do: {', '.join(words)}"
 
 
-def output_parts(step: Step, limit: int | None) -> dict[Path, dict[str, Any]]:
+def output_parts(step: Step, limit: int | None, seen: manifest.Seen) -> dict[Path, dict[str, Any]]:
     """output -> what decides it; only when all inputs are there."""
     if step.verb == "fit":
-        parts = [fit_parts(step, cell, layer, limit) for cell in step.cells for layer in cell.layers]
+        parts = [fit_parts(step, cell, layer, limit, seen) for cell in step.cells for layer in cell.layers]
     elif step.verb == "generate":
-        parts = [generate_parts(step, m, limit) for m in step.multipliers]
+        parts = [generate_parts(step, m, limit, seen) for m in step.multipliers]
     else:
-        parts = [measure_parts(step, m, k, s, limit) for s in step.data for m in step.multipliers for k in PREFERENCE_TYPES]
+        parts = [measure_parts(step, m, k, s, limit, seen) for s in step.data for m in step.multipliers for k in PREFERENCE_TYPES]
     return dict(zip(step.outputs, parts, strict=True))
 
 
-def standing(step: Step, limit: int | None) -> dict[Path, str]:
+def standing(step: Step, limit: int | None, seen: manifest.Seen) -> dict[Path, str]:
     """output -> 'done' | 'missing' | 'stale' | 'damaged' | 'foreign' (manifest.standing); 'missing' when an input is."""
     if missing_inputs(step):
         return {path: "foreign" if path.exists() and not manifest.manifest_path(path).exists() else "missing" for path in step.outputs}
-    return {path: manifest.standing(path, parts) for path, parts in output_parts(step, limit).items()}
+    return {path: manifest.standing(path, parts) for path, parts in output_parts(step, limit, seen).items()}
+
+
+def replaced(outputs: Mapping[Path, Mapping[str, Any]]) -> dict[str, list[Path]]:
+    """Why -> the stored files that are not what is asked for and will be written over."""
+    found: dict[str, list[Path]] = {}
+    for path, parts in outputs.items():
+        state = manifest.standing(path, dict(parts))
+        if state in ("foreign", "damaged"):
+            why = {"foreign": "made elsewhere: no manifest", "damaged": "damaged, or changed by hand"}[state]
+        elif state == "stale":
+            then = (manifest.read(path) or {}).get("parts")
+            why = f"made with {manifest.differences(then if isinstance(then, dict) else {}, parts)}"
+        else:
+            continue
+        found.setdefault(why, []).append(path)
+    return found
+
+
+# ---------------------------------------------------------------- a stored vector is used as what it is
+
+
+def doubts(cell: Cell, layer: int, settings: Any, request: Request, seen: manifest.Seen) -> list[str]:
+    """What the manifest of a stored vector says against its use by `cell` at `layer`, a sentence each. Without manifest: nothing is known.
+
+    Raises UserError where the use can't be meant: a vector of another method, form, layer, concept or write point.
+    """
+    store = Store(request.base_dir)
+    path = store.vector(cell, layer)
+    parts = (manifest.read(path) or {}).get("parts")
+    then = parts.get("settings") if isinstance(parts, dict) else None
+    if not isinstance(parts, dict) or not isinstance(then, dict):
+        return []
+    ours = {"method": cell.method, "intervention_method": cell.intervention, "layers": [layer], "site": settings.site}
+    found = {name: then.get(name) for name in ours} | {"concept": parts.get("concept")}
+    if other := manifest.differences(found, ours | {"concept": cell.concept}):
+        raise UserError(
+            f"{path}: is another vector by its manifest: {other.replace('(now', '(wanted')}; put it where it belongs, fit this one with "
+            f"--mode generate, or remove {manifest.manifest_path(path).name} to use it as it is"
+        )
+    said = []
+    if parts.get("model") != seen.of(store.model(cell.model)):
+        said.append(f"was fitted on another model than {store.relative(store.model(cell.model))} holds now")
+    try:
+        fitted = resolve_fit(request.base_dir, cell.model, cell.dataset, cell.method, cell.intervention, request.overrides).settings.as_dict()
+        data = readers.dataset_format(request.base_dir, cell.dataset, DATA_OF["fit"]["train"]).path
+    except UserError:  # a vector needs no settings of its fit to be used
+        return said
+    # the model's dtype may differ on purpose: fitted in one, used in another
+    both = {name: value for name, value in then.items() if name in fitted and name not in ("dtype", "layers")}
+    if edited := manifest.differences(both, {name: fitted[name] for name in both}):
+        said.append(f"was fitted with other settings: {edited}")
+    if data.is_file() and parts.get("data") != seen.of(data):
+        said.append(f"was fitted on other data than {store.relative(data)} holds now")
+    return said

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,12 @@ class Store:
         """Losses scored by a run that did not finish; one file per process, removed when the tables are written."""
         return self.loss_folder(cell) / f"unfinished_{rank}.jsonl"
 
+    def unfinished_work(self, cells: Sequence[Cell]) -> list[Path]:
+        """What runs that did not finish left of these cells: checkpoints, texts, losses."""
+        checkpoints = [self.checkpoint(cell, layer) for cell in cells for layer in cell.layers]
+        folders = {folder for cell in cells for folder in (self.generation_folder(cell), self.loss_folder(cell))}
+        return [*checkpoints, *(path for folder in sorted(folders) for path in sorted(folder.glob("unfinished_*.jsonl")))]
+
     def control(self, cell: Cell) -> Path:
         """Random directions of the same norm, per draw and multiplier."""
         return self.loss_folder(cell) / "control.csv"
@@ -203,20 +210,26 @@ def _one_concept(stored: Any, path: Path, form: str, concept: int | None) -> Any
         if not isinstance(stored, torch.Tensor):
             raise UserError(f"{path}: holds a {type(stored).__name__}; a vector is a tensor [D] (several concepts: [n, D])")
         if stored.ndim == 2 and len(stored) > 1:
-            row = concept or 0
-            if not 0 <= row < len(stored):
-                raise UserError(f"{path}: has {len(stored)} concepts (rows 0 to {len(stored) - 1}), not concept_id {row}")
-            return stored[row]
+            if concept is None or not 0 <= concept < len(stored):
+                raise _which_concept(path, concept, list(range(len(stored))))
+            return stored[concept]
         return stored[0] if stored.ndim == 2 and len(stored) else stored
     if not isinstance(stored, dict) or not stored:
         raise UserError(f"{path}: holds a {type(stored).__name__}; {form} is a dict of tensors")
     if not all(isinstance(value, dict) for value in stored.values()):
         return stored
     keys = {str(key): key for key in stored}
-    wanted = str(0 if concept is None else concept)
-    if wanted not in keys:
-        raise UserError(f"{path}: has no concept_id {wanted}; have: {', '.join(keys)}")
-    return stored[keys[wanted]]
+    if concept is None and len(keys) == 1:
+        return next(iter(stored.values()))
+    if str(concept) not in keys:
+        raise _which_concept(path, concept, list(keys))
+    return stored[keys[str(concept)]]
+
+
+def _which_concept(path: Path, concept: int | None, have: list[Any]) -> UserError:
+    asked = "and none was asked for" if concept is None else f"not concept_id {concept}"
+    shown = ", ".join(map(str, have[:20])) + (", ..." if len(have) > 20 else "")
+    return UserError(f"{path}: has {len(have)} concepts ({shown}), {asked}; choose one with concept_id in the YAML file or --set concept_id=N")
 
 
 def _check_shapes(state: Any, path: Path, form: str, hidden: int, width: int, component: str | None) -> None:

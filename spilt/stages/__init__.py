@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
+from spilt.manifest import Changed
 from spilt.passes import Work, together
 from spilt.plan import Step
 from spilt.stages.recordings import Recordings, Run
@@ -20,9 +21,14 @@ STAGES = {
 def run_step(step: Step, run: Run) -> Work[str]:
     """Run one step; whatever happens, what no later step needs is released. A fit yields the rows that it wants scored."""
     try:
+        run.seen.again(step.inputs)
         module, function = STAGES[step.verb]
         result = getattr(import_module(module), function)(step, run)
         return result if isinstance(result, str) else (yield from result)
+    except Changed:
+        for path in run.store.unfinished_work(step.cells):  # of which inputs it is, nobody can say any more
+            path.unlink(missing_ok=True)
+        raise
     finally:
         run.recordings.release(step)
 

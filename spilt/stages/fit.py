@@ -25,7 +25,7 @@ from spilt.methods import METHODS, caa
 from spilt.passes import Work
 from spilt.plan import Step
 from spilt.stages.context import check_context
-from spilt.stages.recordings import Run
+from spilt.stages.recordings import Run, tell_replaced
 from spilt.store import Store, dump, metadata_line
 
 log = logging.getLogger("spilt")
@@ -36,13 +36,14 @@ def fit(step: Step, run: Run) -> Work[str]:
     (cell,) = step.cells
     settings: Any = step.settings
     done = 0
-    for layer, (path, parts) in zip(cell.layers, plan.output_parts(step, run.request.limit).items(), strict=True):
+    for layer, (path, parts) in zip(cell.layers, plan.output_parts(step, run.request.limit, run.seen).items(), strict=True):
         standing = manifest.standing(path, parts)
         if not run.request.force and standing in ("done", "foreign"):
             if standing == "foreign":
                 log.warning("%s has no manifest (made elsewhere): kept as it is; --force fits it again", run.store.relative(path))
             done += 1
             continue
+        tell_replaced(str(step), {path: parts}, run)
         rows: list[dict[str, float]] = []
         fmt = readers.dataset_format(run.request.base_dir, cell.dataset, plan.DATA_OF["fit"]["train"])
         if METHODS[cell.method].loss is None:
@@ -50,10 +51,11 @@ def fit(step: Step, run: Run) -> Work[str]:
         else:
             intervention, rows = yield from _train(cell, layer, settings, run, fmt, manifest.identity(parts))
         text = readers.concepts(fmt).get(cell.concept) if cell.concept is not None else None
+        run.seen.again(step.inputs)
         atomic_write(run.store.metadata(cell, layer), metadata_line(intervention, cell.concept, text))
         atomic_write(run.store.train_log(cell), _train_log(cell, layer, rows, run.store))
         notes = {"layer": layer, "steps": len(rows), "last_loss": rows[-1]["loss"] if rows else None}
-        manifest.write(path, dump(intervention, cell.concept), parts, notes)
+        run.store_result(step, path, dump(intervention, cell.concept), parts, notes)
         run.store.checkpoint(cell, layer).unlink(missing_ok=True)
     return "already done" if done == len(cell.layers) else "done"
 

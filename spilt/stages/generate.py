@@ -16,7 +16,7 @@ from spilt.data import readers
 from spilt.plan import Step
 from spilt.stages.context import check_context
 from spilt.stages.lines import Lines
-from spilt.stages.recordings import Run, stored
+from spilt.stages.recordings import Run, stored, tell_replaced
 
 
 class Text(NamedTuple):
@@ -57,7 +57,7 @@ class Unfinished(Lines):
 
 def generate(step: Step, run: Run) -> str:
     """Text for every prompt, multiplier and response of a step, in one stream; one file per multiplier."""
-    outputs = dict(zip(step.multipliers, plan.output_parts(step, run.request.limit).items(), strict=True))
+    outputs = dict(zip(step.multipliers, plan.output_parts(step, run.request.limit, run.seen).items(), strict=True))
 
     def decide() -> list[float]:
         return [m for m, (path, parts) in outputs.items() if run.request.force or manifest.standing(path, parts) != "done"]
@@ -65,6 +65,7 @@ def generate(step: Step, run: Run) -> str:
     wanted = run.team.agree(decide)
     if not wanted:
         return "already done"
+    tell_replaced(str(step), dict(outputs[m] for m in wanted), run)
     identities: dict[float | None, str] = {m: manifest.identity(outputs[m][1]) for m in wanted}
     identities[None] = manifest.identity({**outputs[wanted[0]][1], "multiplier": None})  # the same for every multiplier
     unfinished = Unfinished(run.store.unfinished(step.cells[0], run.team.rank), identities)
@@ -81,8 +82,9 @@ def generate(step: Step, run: Run) -> str:
     def write() -> None:
         for m in wanted:
             content: Any = made[m] if step.cells[0].concept is not None else made[m][0]["generated_results"]
+            run.seen.again(step.inputs)
             atomic_write(run.store.generation_log(step.cells[0], m), _generation_log(step, m, made[m]))
-            manifest.write(outputs[m][0], json.dumps(content, indent=2, ensure_ascii=False) + "\n", outputs[m][1])
+            run.store_result(step, outputs[m][0], json.dumps(content, indent=2, ensure_ascii=False) + "\n", outputs[m][1])
         unfinished.remove()
 
     run.team.agree(write)

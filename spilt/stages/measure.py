@@ -23,7 +23,7 @@ from spilt.interventions import Intervention, Vector
 from spilt.methods import METHODS
 from spilt.plan import Step
 from spilt.stages.lines import Lines
-from spilt.stages.recordings import Run, stored
+from spilt.stages.recordings import Run, stored, tell_replaced
 from spilt.store import PREFERENCE_TYPES
 
 CONTROL_DRAWS = 16  # random directions of the vector's norm: one alone can have a slope by chance, their mean should have none
@@ -138,12 +138,13 @@ def _measure(step: Step, interventions: dict[int, Intervention], run: Run, unfin
     """Write what is not there yet; multipliers that are done are not scored again. Returns whether anything was written."""
     (cell,) = step.cells
     s: Any = step.settings
-    outputs = plan.output_parts(step, run.request.limit)
+    outputs = plan.output_parts(step, run.request.limit, run.seen)
 
     def decide() -> set[Path]:
         return {path for path, parts in outputs.items() if run.request.force or manifest.standing(path, parts) != "done"}
 
     todo = run.team.agree(decide)
+    tell_replaced(str(step), {path: outputs[path] for path in step.outputs if path in todo}, run)
     asked = _asked(interventions, s, run)
     for split in step.data:
         wanted = [m for m in step.multipliers if any(run.store.losses(cell, m, kind, split) in todo for kind in PREFERENCE_TYPES)]
@@ -152,7 +153,7 @@ def _measure(step: Step, interventions: dict[int, Intervention], run: Run, unfin
         cache = _cache(step, split, asked.component, run)
         signed = sorted({m for m in wanted} | {-m + 0.0 for m in wanted})
         with tqdm(total=len(cache.sequences) * len(signed), desc=f"loss {cell} {split}", unit="row", leave=False, disable=run.quiet) as bar:
-            parts = [plan.measure_parts(step, m, "unfinished", split, run.request.limit) for m in signed]
+            parts = [plan.measure_parts(step, m, "unfinished", split, run.request.limit, run.seen) for m in signed]
             found = _shared_losses(run, asked, cache, signed, unfinished, parts, bar.update)
         place = {m: k for k, m in enumerate(signed)}
         _store(run, unfinished, partial(_write, step, run, outputs, found, place, split, wanted))
@@ -175,8 +176,9 @@ def _write(
             path = run.store.losses(cell, m, kind, split)
             table = loss_table(found, place, m, kind, s.preference_pairs)
             mean = table["pos_steer_loss"].mean()
+            run.seen.again(step.inputs)
             atomic_write(path.with_name("train.log"), f"{cell} m={m} {kind}: {len(table)} rows, mean {mean:.6f}\n")
-            manifest.write(path, _csv(table), outputs[path])
+            run.store_result(step, path, _csv(table), outputs[path])
 
 
 def _asked(interventions: dict[int, Intervention], settings: Any, run: Run) -> measure.Request:
@@ -267,7 +269,7 @@ def _control(step: Step, interventions: dict[int, Intervention], run: Run, unfin
     multipliers = [0.0, *(sign * m for m in [m for m in step.multipliers if m > 0][::-CONTROL_EVERY] for sign in (1, -1))]
     path = run.store.control(cell)
     drawn = {"multipliers": multipliers, "draws": CONTROL_DRAWS, "pairs": CONTROL_PAIRS}
-    parts = {"control": drawn, **plan.measure_parts(step, 0.0, "control", split, run.request.limit)}
+    parts = {"control": drawn, **plan.measure_parts(step, 0.0, "control", split, run.request.limit, run.seen)}
     if run.team.agree(lambda: not run.request.force and manifest.standing(path, parts) == "done"):
         return False
     cache = _cache(step, split, None, run).first(2 * CONTROL_PAIRS)
@@ -289,5 +291,5 @@ def _control(step: Step, interventions: dict[int, Intervention], run: Run, unfin
         table["utility"] = np.where(defined > 0, np.nansum(utility, 1) / np.maximum(defined, 1), np.nan)
         table["n"], table["n_undefined"] = utility.shape[1], utility.shape[1] - defined
         tables.append(table)
-    _store(run, unfinished, lambda: manifest.write(path, _csv(pd.concat(tables)), parts))
+    _store(run, unfinished, lambda: run.store_result(step, path, _csv(pd.concat(tables)), parts))
     return True

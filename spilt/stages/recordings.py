@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spilt import activations, anatomy, manifest
+from spilt import activations, anatomy, manifest, plan
 from spilt.cell import Cell
 from spilt.data import readers
 from spilt.errors import UserError
@@ -18,6 +19,8 @@ from spilt.plan import Request, Step
 from spilt.stages.context import check_context
 from spilt.store import Store, load
 from spilt.team import Team
+
+log = logging.getLogger("spilt")
 
 
 class Key(NamedTuple):
@@ -106,10 +109,24 @@ class Run(NamedTuple):
     recordings: Recordings
     quiet: bool
     team: Team
+    seen: manifest.Seen
+
+    def store_result(self, step: Step, path: Path, data: bytes | str, parts: dict[str, Any], notes: dict[str, Any] | None = None) -> None:
+        """Store a result of a step, unless an input was exchanged since it was read (Changed)."""
+        self.seen.again(step.inputs)
+        manifest.write(path, data, parts, notes)
+        self.seen.forget([path])  # a vector that later steps read
+
+
+def tell_replaced(what: str, outputs: Mapping[Path, Mapping[str, Any]], run: Run) -> None:
+    """Nothing that was made is replaced without a word: one warning for each reason."""
+    for why, paths in plan.replaced(outputs).items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        log.warning("%s: replaces %s%s, %s", what, run.store.relative(paths[0]), more, why)
 
 
 def stored(cell: Cell, settings: Any, run: Run) -> dict[int, Intervention]:
-    """layer -> the stored intervention of a cell, checked against the model."""
+    """layer -> the stored intervention of a cell, checked against the model. What its manifest says against its use is a warning."""
     found = {}
     for layer in cell.layers:
         widths = {name: anatomy.read_width(run.host.model, layer, name) for name in anatomy.COMPONENTS}
@@ -119,6 +136,9 @@ def stored(cell: Cell, settings: Any, run: Run) -> dict[int, Intervention]:
                 f"{path}: is not the file that its manifest speaks of (damaged, or changed by hand); make it again with --mode generate, "
                 f"or remove {manifest.manifest_path(path).name} to use it as it is"
             )
+        for doubt in plan.doubts(cell, layer, settings, run.request, run.seen):
+            log.warning("%s: %s; --mode generate fits it again", run.store.relative(path), doubt)
+        run.seen.of(path)
         made = load(
             path,
             cell.intervention,
@@ -128,5 +148,6 @@ def stored(cell: Cell, settings: Any, run: Run) -> dict[int, Intervention]:
             settings.intervention_components,
             settings.site,
         )
+        run.seen.again([path])
         found[layer] = made.to(run.host.device(layer))
     return found
