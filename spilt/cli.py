@@ -256,7 +256,8 @@ def print_plan(made: plan.Plan, request: plan.Request) -> None:
         for path in step.inputs:
             lacking = "" if path not in missing else "   made by an earlier step" if path in made_before else "   missing"
             print(f"   input    {path}{lacking}")
-        why = {} if missing else {p: f": {w}" for w, paths in plan.replaced(plan.output_parts(step, request.limit, seen)).items() for p in paths}
+        outputs = {} if missing else plan.output_parts(step, request.limit, seen)
+        why = {path: f": {reason}" for reason, paths in plan.replaced(outputs).items() for path in paths}
         shown = list(standing.items())
         for path, state in shown if len(shown) <= 12 else [*shown[:3], *shown[-1:]]:
             word = "" if state == "missing" else f"   {state}{why.get(path, '')}"

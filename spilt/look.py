@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import shutil
 import sys
@@ -11,16 +12,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from spilt.artifact import of_one_vector
 from spilt.cell import FORMS, Cell
 from spilt.errors import UserError
 from spilt.methods import METHODS
 from spilt.store import Store
 
+log = logging.getLogger("spilt")
+
 
 def results(store: Store, cell: Cell) -> dict[float, list[dict[str, Any]]]:
-    """multiplier -> rows, of what has been generated for a cell; concepts one after the other."""
+    """multiplier -> rows, of what has been generated for a cell; concepts one after the other.
+
+    Texts of another vector than the one that lies there now are left out, with a warning.
+    """
     found = {}
-    for multiplier, path in store.generated(cell):
+    there = store.generated(cell)
+    kept, others = of_one_vector(store.base_dir, [path for _, path in there])
+    if others:
+        at = ", ".join(f"m={m:g}" for m, path in there if path in others)
+        log.warning("%s: %s left out: of another vector than the one that lies there now; --mode apply makes them again", cell, at)
+    for multiplier, path in there:
+        if path not in kept:
+            continue
         rows = json.loads(path.read_text(encoding="utf-8"))
         found[multiplier] = [row for part in rows for row in part.get("generated_results", [part])]
     return found

@@ -116,7 +116,7 @@ class Seen:
             try:
                 now = _hash(path)
             except OSError as error:
-                raise Changed(f"{path}: went away while the run was using it ({error.strerror or error}); put it back and run again") from None
+                raise Changed(f"{path}: went away while the run was using it ({error.strerror}); put it back and run again") from None
             if now != self.hashes.setdefault(path, now):
                 raise Changed(
                     f"{path}: was exchanged while the run was using it, so nothing is stored that may be made from both; "

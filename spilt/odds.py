@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from spilt.artifact import of_one_request, of_one_vector
 from spilt.atomic import atomic_write
 from spilt.errors import UserError
 
@@ -64,11 +65,14 @@ def collect(cell_folder: str | Path, split: str = "train", norm: Norm = "mean") 
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; run --mode loss first, or check --base_dir")
     found = sorted((float(hit["multiplier"]), hit["kind"], sub) for sub in folder.iterdir() if (hit := FOLDER.match(sub.name)))
-    files = [(m, kind, sub / LOSS_FILES[split]) for m, kind, sub in found if (sub / LOSS_FILES[split]).is_file()]
+    usable, notes = _belong_together(folder, [sub for *_, sub in found], split)
+    files = [(m, kind, sub / LOSS_FILES[split]) for m, kind, sub in found if sub / LOSS_FILES[split] in usable]
     parts = [_read(path, m, kind, norm) for m, kind, path in files]
     if not parts:
-        return _empty()
-    rows, notes = pd.concat(parts, ignore_index=True), []
+        empty = _empty()
+        empty.attrs["notes"] = notes
+        return empty
+    rows = pd.concat(parts, ignore_index=True)
     rows["multiplier"] = rows["multiplier"].round(9) + 0.0  # -0.0 is 0.0
 
     keys = ["multiplier", "example", "target"]
@@ -136,6 +140,26 @@ def _read(path: Path, folder_multiplier: float, kind: str, norm: Norm) -> pd.Dat
         example, target = _released_rows(applied, folder_multiplier, kind)
     loss = np.where(np.isfinite(loss), loss, np.inf)
     return pd.DataFrame({"example": example, "multiplier": applied, "target": target, "loss": loss})
+
+
+def _belong_together(cell_folder: Path, folders: Sequence[Path], split: str) -> tuple[set[Path], list[str]]:
+    """The tables of a split that are of one vector and one request, and a sentence for each reason why others are left out."""
+    tables = {name: [sub / file for sub in folders if (sub / file).is_file()] for name, file in LOSS_FILES.items()}
+    if cell_folder.parent.parent.parent.name != "get_sft_loss":  # not in a base_dir: nothing is known of vectors
+        return set(tables[split]), []
+    base_dir = cell_folder.parents[5]
+    kept, others = of_one_vector(base_dir, [path for paths in tables.values() for path in paths])
+    own, older = of_one_request(base_dir, [path for path in kept if path in tables[split]])
+    why = {"another vector than the one that lies there now": [path for path in others if path in tables[split]], **older}
+    return set(own), [
+        f"{split}: {_at(paths)} left out: measured with {reason}; --mode loss measures it again" for reason, paths in why.items() if paths
+    ]
+
+
+def _at(paths: Sequence[Path]) -> str:
+    """The multipliers of loss tables, for a sentence."""
+    values = sorted({float(hit["multiplier"]) for path in paths if (hit := FOLDER.match(path.parent.name))})
+    return f"m = {', '.join(f'{value:g}' for value in values)}"
 
 
 def _released_rows(applied: Array, folder_multiplier: float, kind: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.str_]]:

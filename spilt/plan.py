@@ -298,7 +298,9 @@ def generate_parts(step: Step, multiplier: float, limit: int | None, seen: manif
     return {"settings": settings, **own, **_common(step, "prompts", limit, seen)}
 
 
-def measure_parts(step: Step, multiplier: float, preference_type: str, split: str, limit: int | None, seen: manifest.Seen) -> dict[str, Any]:
+def measure_parts(
+    step: Step, multiplier: float, preference_type: str, split: str, limit: int | None, seen: manifest.Seen
+) -> dict[str, Any]:
     """Everything that decides one train_losses.csv."""
     settings = {k: v for k, v in step.settings.as_dict().items() if k != "batch_size"}
     own = {"multiplier": float(multiplier), "preference_type": preference_type, "split": split, "concept": step.cells[0].concept}
@@ -406,10 +408,11 @@ def doubts(cell: Cell, layer: int, settings: Any, request: Request, seen: manife
     if parts.get("model") != seen.of(store.model(cell.model)):
         said.append(f"was fitted on another model than {store.relative(store.model(cell.model))} holds now")
     try:
-        fitted = resolve_fit(request.base_dir, cell.model, cell.dataset, cell.method, cell.intervention, request.overrides).settings.as_dict()
+        found_now = resolve_fit(request.base_dir, cell.model, cell.dataset, cell.method, cell.intervention, request.overrides)
         data = readers.dataset_format(request.base_dir, cell.dataset, DATA_OF["fit"]["train"]).path
     except UserError:  # a vector needs no settings of its fit to be used
         return said
+    fitted = found_now.settings.as_dict()
     # the model's dtype may differ on purpose: fitted in one, used in another
     both = {name: value for name, value in then.items() if name in fitted and name not in ("dtype", "layers")}
     if edited := manifest.differences(both, {name: fitted[name] for name in both}):

@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for note in table.attrs["notes"]:
+        print(f"warning: {note}", file=sys.stderr)
     print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
     return 0
 

@@ -229,7 +229,7 @@ def _one_concept(stored: Any, path: Path, form: str, concept: int | None) -> Any
 def _which_concept(path: Path, concept: int | None, have: list[Any]) -> UserError:
     asked = "and none was asked for" if concept is None else f"not concept_id {concept}"
     shown = ", ".join(map(str, have[:20])) + (", ..." if len(have) > 20 else "")
-    return UserError(f"{path}: has {len(have)} concepts ({shown}), {asked}; choose one with concept_id in the YAML file or --set concept_id=N")
+    return UserError(f"{path}: has {len(have)} concepts ({shown}), {asked}; choose one: --set concept_id=N, or in the YAML file")
 
 
 def _check_shapes(state: Any, path: Path, form: str, hidden: int, width: int, component: str | None) -> None:

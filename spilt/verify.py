@@ -16,13 +16,12 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from spilt import manifest, plan, store
+from spilt.artifact import Artifact
 from spilt.atomic import TEMPORARY
-from spilt.cell import FORMS, Cell
 from spilt.data import readers
 from spilt.errors import UserError
 
@@ -48,59 +47,6 @@ class Found(NamedTuple):
 
 class Damaged(Exception):
     """An artifact is not what it should be; the message says how."""
-
-
-class Artifact:
-    """One stored file with the place that its path names (model, dataset, form) and its manifest, each None where there is none."""
-
-    def __init__(self, base_dir: Path, path: Path) -> None:
-        self.base_dir, self.path = base_dir, path
-        parts = path.relative_to(base_dir).parts
-        self.kind, self.model = parts[0], parts[1] if len(parts) > 2 else ""
-        losses = self.kind == "vectors" and parts[2:3] == ("get_sft_loss",)
-        self.method, self.folder, self.leaf = (*parts[3 if losses else 2 : -1], "", "", "")[:3]
-        try:
-            self.record = manifest.read(path)
-        except (OSError, RecursionError):  # a folder in its place, brackets without end
-            self.record = None
-
-    @cached_property
-    def parts(self) -> dict[str, Any]:
-        found = (self.record or {}).get("parts")
-        return found if isinstance(found, dict) else {}
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        found = self.parts.get("settings")
-        return found if isinstance(found, dict) else {}
-
-    @property
-    def dataset(self) -> str:
-        """The folder's name without the concept that it may end in."""
-        concept = self.parts.get("concept")
-        return self.folder if concept is None else self.folder.removesuffix(f"_concept_{concept}")
-
-    @property
-    def form(self) -> str | None:
-        if self.leaf == "caa_vector":
-            return "vector"
-        form = self.leaf.removeprefix(f"{self.method}_")
-        return form if form in FORMS else None
-
-    def data(self) -> readers.DatasetFormat:
-        """The data file that the manifest's verb reads. Raises UserError when dataset_format.yaml has none."""
-        sections = plan.DATA_OF[self.parts["verb"]]
-        split = self.parts.get("split") or next(iter(sections))
-        return readers.dataset_format(self.base_dir, self.dataset, sections[split])
-
-    def vectors(self) -> list[Path]:
-        """The stored interventions that it was made from, in the manifest's order."""
-        if self.form is None or self.parts["verb"] == "fit":
-            return []
-        layers = tuple(self.settings.get("layers", ()))
-        concepts = self.parts.get("concepts", [self.parts.get("concept")])
-        cells = [Cell(self.model, self.dataset, self.method, self.form, layers, concept) for concept in concepts]
-        return [store.Store(self.base_dir).vector(cell, layer) for cell in cells for layer in layers]
 
 
 # ---------------------------------------------------------------- what is there

@@ -25,9 +25,9 @@ REPO = PACKAGE.parent
 # Lowest first. A room imports its own floor or a lower one, and there is no cycle. Programs of the package are at the top.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cell", "errors", "atomic", "hparams", "paper", "memory", "team"),
-    ("interventions", "anatomy", "scoring", "odds", "data"),
+    ("interventions", "anatomy", "scoring", "data"),
     ("methods", "suffix", "hooks", "packing", "room", "activations", "manifest", "passes"),
-    ("plan", "store", "training", "measure", "generation", "curves", "host"),
+    ("plan", "store", "artifact", "odds", "training", "measure", "generation", "curves", "host"),
     ("report", "stages", "estimate"),
     ("cli", "prepare", "look", "recommend", "verify"),
 )

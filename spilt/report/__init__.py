@@ -74,13 +74,25 @@ def _concept(place: stored.Place, norm: Norm, budget: float, split: str, seed: i
 def recommend(
     base_dir: str | Path, model: str, dataset: str, budget: float = BUDGET, *, norm: Norm = "mean", seed: int = 0
 ) -> pd.DataFrame:
-    """The multiplier per cell by the utility budget [nats], from training items, with its test numbers. Reads only, writes nothing."""
-    measured = []
+    """The multiplier per cell by the utility budget [nats], from training items, with its test numbers. Reads only, writes nothing.
+
+    `attrs["notes"]`: sentences on what could not be used, and on cells that could not be read.
+    """
+    measured, said = [], []
     for place in stored.find(base_dir, model, dataset):
-        summary, notes = stored.summary_of(place, norm, seed)
+        try:
+            summary, notes = stored.summary_of(place, norm, seed)
+        except UserError as error:
+            said.append(f"{place.name}: {error}")
+            continue
+        said += [f"{place.name}: {note}" for note in notes]
         fit = stored.plain({"recommendation": recommendation(summary, budget), "notes": notes})
         measured.append(stored.Measured(place, summary, fit))
-    return tables.recommendations(measured)
+    if not measured:
+        raise UserError("; ".join(said))
+    table = tables.recommendations(measured)
+    table.attrs["notes"] = said
+    return table
 
 
 def _report(base: Path, model: str, dataset: str, measured: list[stored.Measured], problems: list[str], split: str) -> Path:
@@ -112,6 +124,7 @@ def _report(base: Path, model: str, dataset: str, measured: list[stored.Measured
         pictures[cell.name] = _picture(wide, figures.cell_figure(cell, split, narrow=True), alt, caption)
     findings = words.findings(measured, split, trade, control)
     samples = {cell.name: stored.samples(cell.place, SAMPLES) for cell in measured}
+    problems = [*problems, *filter(None, (stored.left_out_texts(cell.place) for cell in measured))]
     html = page.page(model, dataset, split, measured, pictures, findings, trade, control, claims, samples, problems)
     atomic_write(folder / "report.html", html)
     return folder / "report.html"

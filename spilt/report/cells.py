@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from spilt import odds
+from spilt.artifact import of_one_vector
 from spilt.atomic import atomic_write
 from spilt.cell import Cell
 from spilt.curves import BUDGET, Fit, fit_curve, recommendation, regions, utility_drops, utility_peak
@@ -133,14 +134,17 @@ def summary_of(place: Place, norm: odds.Norm = "mean", seed: int = 0) -> tuple[p
     if frames:
         return odds.summarise(pd.concat(frames, ignore_index=True), seed), notes
     stored = place.folder / odds.SUMMARY_FILE
-    if not stored.is_file():
-        raise UserError(f"{place.folder}: no losses of both answers at any multiplier; run --mode loss again")
+    if notes or not stored.is_file():  # a summary of rows that were left out is as old as they are
+        why = f" ({'; '.join(notes)})" if notes else ""
+        raise UserError(f"{place.folder}: no losses of both answers at any multiplier{why}; run --mode loss again")
     return odds.read_summary(stored), ["no loss rows are stored: preference_utility.csv is used as it is"]
 
 
 def analyse(place: Place, norm: odds.Norm = "mean", budget: float = BUDGET, seed: int = 0) -> Measured:
     """Summarise and fit one place; writes preference_utility.csv and fit.json. Nothing is fitted again when nothing changed."""
     summary, notes = summary_of(place, norm, seed)
+    control, of_others = read_control(place)
+    notes += of_others
     source = hashlib.sha256(f"{VERSION} {norm} {seed} {budget} {notes} {summary.to_csv(float_format='%.10g')}".encode()).hexdigest()
     fit = _stored(place.folder / FIT_FILE)
     if fit.get("source") != source:
@@ -164,7 +168,7 @@ def analyse(place: Place, norm: odds.Norm = "mean", budget: float = BUDGET, seed
         # the picture of the old fit goes first: a run killed between the two files draws it again
         (place.folder / CURVES_FILE).unlink(missing_ok=True)
         atomic_write(place.folder / FIT_FILE, json.dumps(fit, indent=1, allow_nan=False) + "\n")
-    return Measured(place, summary, fit, read_control(place))
+    return Measured(place, summary, fit, control)
 
 
 def _fits(rows: pd.DataFrame, budget: float, seed: int) -> dict[str, Any]:
@@ -209,17 +213,23 @@ def plain(value: Any) -> Any:
     return value
 
 
-def read_control(place: Place) -> pd.DataFrame | None:
-    """Random directions of the vector's norm: split, draw, multiplier, preference, utility (mean over concepts), n, n_undefined."""
-    parts = [pd.read_csv(path) for folder in (place.concepts.values() or [place.folder]) if (path := folder / CONTROL_FILE).is_file()]
+def read_control(place: Place) -> tuple[pd.DataFrame | None, list[str]]:
+    """Random directions of the vector's norm: split, draw, multiplier, preference, utility (mean over concepts), n, n_undefined.
+
+    And a sentence for each file that was made for another vector than the one that lies there: it is left out.
+    """
+    there = [path for folder in (place.concepts.values() or [place.folder]) if (path := folder / CONTROL_FILE).is_file()]
+    others = [path for path in there if of_one_vector(place.base, [path])[1]]
+    notes = [f"control left out: {path.relative_to(place.base)} is of another vector; --mode loss makes it again" for path in others]
+    parts = [pd.read_csv(path) for path in there if path not in others]
     if not parts:
-        return None
+        return None, notes
     table = pd.concat(parts, ignore_index=True)
     missing = [name for name in ("split", "draw", "multiplier", "preference", "utility") if name not in table]
     if missing:
         raise UserError(f"{place.folder}/{CONTROL_FILE}: no column {missing[0]!r}; have: {', '.join(map(str, table.columns))}")
     keys = ["split", "draw", "multiplier"]
-    return table.groupby(keys, as_index=False, sort=True)[["preference", "utility"]].mean()
+    return table.groupby(keys, as_index=False, sort=True)[["preference", "utility"]].mean(), notes
 
 
 @dataclass(frozen=True)
@@ -249,9 +259,23 @@ def samples(place: Place, limit: int = 3) -> list[Sample]:
     return [Sample(found[key].prompt, dict(sorted(found[key].texts.items())), found[key].reference) for key in order[:limit]]
 
 
+def _texts(place: Place) -> tuple[list[tuple[float, Path]], list[float]]:
+    """(multiplier, results file) of the vector that lies there now, and the multipliers whose texts are of another."""
+    found = Store(place.base).generated(Cell(place.model, place.dataset, place.method, place.intervention, ()))
+    kept, _ = of_one_vector(place.base, [path for _, path in found])
+    return [(m, path) for m, path in found if path in kept], [m for m, path in found if path not in kept]
+
+
+def left_out_texts(place: Place) -> str:
+    """A sentence when texts of another vector lie there, else ''."""
+    at = ", ".join(f"{m:g}" for m in _texts(place)[1])
+    why = "of another vector than the one that lies there now; --mode apply makes them again"
+    return f"{place.name}: texts at m = {at} left out: {why}" if at else ""
+
+
 def _generated(place: Place) -> Iterator[tuple[float, int, int, dict[str, Any]]]:
     """(multiplier, concept, row number, row) of every stored generation; an unreadable file is passed over."""
-    for multiplier, path in Store(place.base).generated(Cell(place.model, place.dataset, place.method, place.intervention, ())):
+    for multiplier, path in _texts(place)[0]:
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
