@@ -303,6 +303,7 @@ def run(made: plan.Plan, request: plan.Request, *, quiet: bool) -> list[Outcome]
             outcomes.append(Outcome(str(step), SKIPPED, reason, 0.0, ""))
         elif not request.force and not step.sweep and again.isdisjoint(step.vectors) and _all_done(step, request, seen):
             outcomes.append(Outcome(str(step), ALREADY, "", 0.0, _shown(step, request)))
+            _tidy(step, request, seen)
         else:
             waiting.append(step)
             again.update(step.outputs if step.verb == "fit" else ())
@@ -311,6 +312,17 @@ def run(made: plan.Plan, request: plan.Request, *, quiet: bool) -> list[Outcome]
     if request.mode == "loss" and any(outcome.outcome in (DONE, ALREADY) for outcome in outcomes):
         outcomes.append(_report(made.steps[0], request, quiet))
     return outcomes
+
+
+def _tidy(step: plan.Step, request: plan.Request, seen: Seen) -> None:
+    """A run that was killed after its last result was stored left what it had kept for it: that goes. Other work under way stays."""
+    if left := Store(request.base_dir).unfinished_work(step.verb, step.cells):
+        from spilt.stages.lines import Lines
+
+        known = plan.unfinished_identities(step, request.limit, seen)
+        for path in left:
+            if step.verb == "fit" or Lines.identities_in(path) <= known:
+                path.unlink(missing_ok=True)
 
 
 def _run_waiting(waiting: list[plan.Step], before: list[Outcome], request: plan.Request, quiet: bool, seen: Seen) -> list[Outcome]:

@@ -6,7 +6,7 @@ No torch here: a dry run prints this and stops. Names come from the tables (METH
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -365,6 +365,28 @@ def standing(step: Step, limit: int | None, seen: manifest.Seen) -> dict[Path, s
     if missing_inputs(step):
         return {path: "foreign" if path.exists() and not manifest.manifest_path(path).exists() else "missing" for path in step.outputs}
     return {path: manifest.standing(path, parts) for path, parts in output_parts(step, limit, seen).items()}
+
+
+def text_identities(outputs: Mapping[float, Mapping[str, Any]]) -> dict[float | None, str]:
+    """multiplier -> whose the unfinished texts are. outputs: multiplier -> parts; None: the unsteered texts, the same for all."""
+    found: dict[float | None, str] = {m: manifest.identity(dict(parts)) for m, parts in outputs.items()}
+    return {**found, None: manifest.identity({**next(iter(outputs.values())), "multiplier": None})}
+
+
+def loss_identities(step: Step, multipliers: Iterable[float], split: str, limit: int | None, seen: manifest.Seen) -> list[str]:
+    """Whose the unfinished losses of each multiplier are: both answers are scored, whichever table asks."""
+    return [manifest.identity(measure_parts(step, m, "unfinished", split, limit, seen)) for m in multipliers]
+
+
+def unfinished_identities(step: Step, limit: int | None, seen: manifest.Seen) -> set[str]:
+    """Of everything that a step keeps while it is under way."""
+    outputs = output_parts(step, limit, seen)
+    if step.verb == "fit":
+        return {manifest.identity(parts) for parts in outputs.values()}
+    if step.verb == "generate":
+        return set(text_identities(dict(zip(step.multipliers, outputs.values(), strict=True))).values())
+    signed = [sign * m + 0.0 for m in step.multipliers for sign in (1, -1)]
+    return {identity for split in step.data for identity in loss_identities(step, signed, split, limit, seen)}
 
 
 def replaced(outputs: Mapping[Path, Mapping[str, Any]]) -> dict[str, list[Path]]:

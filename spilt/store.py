@@ -117,11 +117,12 @@ class Store:
         """Losses scored by a run that did not finish; one file per process, removed when the tables are written."""
         return self.loss_folder(cell) / f"unfinished_{rank}.jsonl"
 
-    def unfinished_work(self, cells: Sequence[Cell]) -> list[Path]:
-        """What runs that did not finish left of these cells: checkpoints, texts, losses."""
-        checkpoints = [self.checkpoint(cell, layer) for cell in cells for layer in cell.layers]
-        folders = {folder for cell in cells for folder in (self.generation_folder(cell), self.loss_folder(cell))}
-        return [*checkpoints, *(path for folder in sorted(folders) for path in sorted(folder.glob("unfinished_*.jsonl")))]
+    def unfinished_work(self, verb: str, cells: Sequence[Cell]) -> list[Path]:
+        """What runs that did not finish left of a step: checkpoints of fits, or lines of texts or losses."""
+        if verb == "fit":
+            return [path for cell in cells for layer in cell.layers if (path := self.checkpoint(cell, layer)).exists()]
+        folder = self.generation_folder if verb == "generate" else self.loss_folder
+        return sorted({path for cell in cells for path in folder(cell).glob("unfinished_*.jsonl")})
 
     def control(self, cell: Cell) -> Path:
         """Random directions of the same norm, per draw and multiplier."""

@@ -287,3 +287,23 @@ def test_the_released_codes_texts_are_replaced_with_a_word(base: Base, caplog: p
     texts(base).write_text(json.dumps([]))
     assert run(base, "--mode", "apply", *M) == 0
     assert "mine_results.json, made elsewhere: no manifest" in caplog.text
+
+
+# ---------------------------------------------------------------- a kill between the last result and the end
+
+
+@pytest.mark.parametrize("mode", ["generate", "apply", "loss"])
+def test_what_was_kept_goes_when_everything_is_done(base: Base, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(base, "--mode", "generate", "--quiet", "--limit", "1") == 0
+    words = ("--mode", mode, "--checkpoint_seconds", "0", "--quiet", *(("--multipliers", "2") if mode != "generate" else ("--set", "n_epochs=3")))
+    with monkeypatch.context() as patch:  # the files stay, as when a kill falls between the last rename and their removal
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        assert run(base, *words) == 0
+    (left,) = base.path.rglob("*unfinished*")
+    before = left.read_bytes()
+    if mode != "generate":
+        left.write_bytes(before + b'["of another request", 1]\n')
+        assert run(base, *words) == 0 and left.exists()
+        left.write_bytes(before)
+    assert run(base, *words) == 0
+    assert not left.exists()

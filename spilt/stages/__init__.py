@@ -26,7 +26,7 @@ def run_step(step: Step, run: Run) -> Work[str]:
         result = getattr(import_module(module), function)(step, run)
         return result if isinstance(result, str) else (yield from result)
     except Changed:
-        for path in run.store.unfinished_work(step.cells):  # of which inputs it is, nobody can say any more
+        for path in run.store.unfinished_work(step.verb, step.cells):  # of which inputs it is, nobody can say any more
             path.unlink(missing_ok=True)
         raise
     finally:

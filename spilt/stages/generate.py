@@ -66,8 +66,7 @@ def generate(step: Step, run: Run) -> str:
     if not wanted:
         return "already done"
     tell_replaced(str(step), dict(outputs[m] for m in wanted), run)
-    identities: dict[float | None, str] = {m: manifest.identity(outputs[m][1]) for m in wanted}
-    identities[None] = manifest.identity({**outputs[wanted[0]][1], "multiplier": None})  # the same for every multiplier
+    identities = plan.text_identities({m: outputs[m][1] for m in wanted})
     unfinished = Unfinished(run.store.unfinished(step.cells[0], run.team.rank), identities)
     if run.request.force:
         run.team.agree(unfinished.remove)

@@ -20,18 +20,15 @@ class Lines:
         """The files of all processes, also those of a run with another number of them."""
         return sorted(self.path.parent.glob("unfinished_*.jsonl"))
 
+    @staticmethod
+    def identities_in(path: Path) -> set[Any]:
+        """Whose the lines of a file are: each begins with the identity of what it belongs to."""
+        return {line[0] if isinstance(line, list) and line and isinstance(line[0], str) else None for line in _lines(path)}
+
     def whole(self) -> Iterator[Any]:
         """What the lines of all files hold; a line that is no JSON is left out."""
         for path in self.every():
-            try:
-                lines = path.read_bytes().split(b"\n")
-            except FileNotFoundError:  # another run of the same cell has just finished
-                continue
-            for line in lines:
-                try:
-                    yield json.loads(line)
-                except (ValueError, RecursionError):  # the line that a kill cut short, or one that is not ours
-                    continue
+            yield from _lines(path)
 
     def append(self, values: Iterable[Any]) -> None:
         """One line for each value, written at once: lines of two processes do not mix."""
@@ -58,3 +55,16 @@ class Lines:
         """The results are stored: nobody needs the lines any more."""
         for path in self.every():
             path.unlink(missing_ok=True)
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    """What the lines of a file hold; one that is no JSON is left out."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:  # another run of the same cell has just finished
+        return
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError):  # the line that a kill cut short, or one that is not ours
+            continue

@@ -153,8 +153,8 @@ def _measure(step: Step, interventions: dict[int, Intervention], run: Run, unfin
         cache = _cache(step, split, asked.component, run)
         signed = sorted({m for m in wanted} | {-m + 0.0 for m in wanted})
         with tqdm(total=len(cache.sequences) * len(signed), desc=f"loss {cell} {split}", unit="row", leave=False, disable=run.quiet) as bar:
-            parts = [plan.measure_parts(step, m, "unfinished", split, run.request.limit, run.seen) for m in signed]
-            found = _shared_losses(run, asked, cache, signed, unfinished, parts, bar.update)
+            identities = plan.loss_identities(step, signed, split, run.request.limit, run.seen)
+            found = _shared_losses(run, asked, cache, signed, unfinished, identities, bar.update)
         place = {m: k for k, m in enumerate(signed)}
         _store(run, unfinished, partial(_write, step, run, outputs, found, place, split, wanted))
     return bool(todo)
@@ -193,16 +193,14 @@ def _shared_losses(
     cache: activations.Activations,
     multipliers: Sequence[float],
     unfinished: Unfinished,
-    parts: Sequence[dict[str, Any]],
+    identities: Sequence[str],
     progress: Callable[[int], Any] | None = None,
 ) -> measure.Losses:
     """The losses, the batches dealt out over the processes: each batch is the same as with one process, so the bytes are too.
 
-    parts: what decides the losses of each multiplier. Those that a killed run left are not scored again.
+    identities: whose the losses of each multiplier are. Those that a killed run left are not scored again.
     """
     share = slice(run.team.rank, None, run.team.size)
-    identities = [manifest.identity(part) for part in parts]
-
     def keep(group: Sequence[int], numbers: Sequence[int], scored: np.ndarray) -> None:
         unfinished.add([identities[k] for k in group], numbers, scored)
 
@@ -281,7 +279,7 @@ def _control(step: Step, interventions: dict[int, Intervention], run: Run, unfin
             direction = torch.randn(anatomy.hidden_size(run.host.model), generator=generator)
             made = Vector.from_state(direction / direction.norm() * _norm(intervention), site=s.site)
             random_ones[layer] = made.eval().to(run.host.device(layer))
-        each = [{**parts, "draw": draw, "multiplier": m} for m in multipliers]
+        each = [manifest.identity({**parts, "draw": draw, "multiplier": m}) for m in multipliers]
         found = _shared_losses(run, _asked(random_ones, s, run), cache, multipliers, unfinished, each)
         mean = found.answer / found.answer_tokens
         utility = odds.utility_log_odds(mean[:, 0::2], mean[:, 1::2])
