@@ -295,7 +295,8 @@ def test_the_released_codes_texts_are_replaced_with_a_word(base: Base, caplog: p
 @pytest.mark.parametrize("mode", ["generate", "apply", "loss"])
 def test_what_was_kept_goes_when_everything_is_done(base: Base, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(base, "--mode", "generate", "--quiet", "--limit", "1") == 0
-    words = ("--mode", mode, "--checkpoint_seconds", "0", "--quiet", *(("--multipliers", "2") if mode != "generate" else ("--set", "n_epochs=3")))
+    own = ("--set", "n_epochs=3") if mode == "generate" else ("--multipliers", "2")
+    words = ("--mode", mode, "--checkpoint_seconds", "0", "--quiet", *own)
     with monkeypatch.context() as patch:  # the files stay, as when a kill falls between the last rename and their removal
         patch.setattr(Path, "unlink", lambda *_, **__: None)
         assert run(base, *words) == 0
