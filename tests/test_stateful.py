@@ -297,7 +297,7 @@ def test_what_is_called_done_is_what_a_fresh_base_dir_gives(worlds: dict[str, An
         Runs,
         settings=settings(
             max_examples=SEQUENCES,
-            stateful_step_count=STEPS,
+            stateful_step_count=STEPS + 1,  # the initialisation counts
             deadline=None,
             phases=(Phase.generate, Phase.shrink),
             suppress_health_check=list(HealthCheck),
