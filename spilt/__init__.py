@@ -1,3 +1,26 @@
-"""spilt: train, apply and measure small interventions on transformer language models."""
+"""spilt: train, apply and measure small interventions on transformer language models.
+
+For Python users (api.py says what each does): load, fit, steer, generate, measure, Steering. Importing the package is
+fast: what needs torch comes when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
 
 __version__ = "0.1.0"
+
+_FACE = {name: "spilt.api" for name in ("fit", "generate", "load", "measure", "steer")} | {"Steering": "spilt.steering.steering"}
+__all__ = [*_FACE, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FACE:
+        raise AttributeError(f"module 'spilt' has no attribute {name!r}; have: {', '.join(__all__)}")
+    from importlib import import_module
+
+    return getattr(import_module(_FACE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

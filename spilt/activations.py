@@ -177,3 +177,16 @@ def prefix_pairs(model: nn.Module, layer: int, stream: Tensor, pad_id: int) -> p
             model, layer, stream, torch.zeros(rows, prefix, dtype=torch.bool, device=stream.device), past_key_values=cache, **inputs
         )
     return packing.pairs_of(cache)
+
+
+def answer_means(model: nn.Module, layer: int, sequences: list[Sequence], multiple_choice: bool, pad_id: int) -> Tensor:
+    """The stream at block `layer` averaged over each sequence's answer tokens (or its second-to-last token), float32 [S, D].
+
+    sequences: two answers of each question, one after the other.
+    """
+    cache = record(model, layer, sequences, (), pad_id, together=2)
+    means = []
+    for i, sequence in enumerate(sequences):
+        h = cache.batch([i], None, cache.prefix_h.device)[1].h[0].float()
+        means.append(h[-2] if multiple_choice else h[sequence.prompt_length :].mean(0))
+    return torch.stack(means)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from spilt.errors import UserError, unknown
@@ -73,6 +74,13 @@ def read_point(model: nn.Module, layer: int, component: str) -> nn.Module:
 def down_proj(model: nn.Module, layer: int) -> nn.Module:
     """The MLP's output projection of block `layer`."""
     return read_point(model, layer, "mlp_mid")
+
+
+def device_of(model: nn.Module, layer: int) -> torch.device:
+    """Where block `layer` computes (several devices: accelerate's map, which keeps offloaded weights on 'meta')."""
+    at = block(model, layer)
+    placed = getattr(getattr(at, "_hf_hook", None), "execution_device", None)
+    return next(at.parameters()).device if placed is None else torch.device(placed)
 
 
 def hidden_size(model: nn.Module) -> int:

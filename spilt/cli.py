@@ -15,9 +15,8 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,12 +67,6 @@ def parser() -> argparse.ArgumentParser:
     add = ours.add_argument
     add("--dtype", help="of the model: float32, bfloat16, float16 (over the YAML's)")
     add("--batch_size", type=_positive, help="texts decoded side by side (changes no result beyond rounding)")
-    add(
-        "--side_by_side",
-        type=_positive,
-        metavar="N",
-        help="fits that share their batches: faster where minibatches are small; equal up to rounding (default 1)",
-    )
     add("--limit", type=_positive, help="rows of each data file, from the first")
     add("--seed", type=int, help="over the YAML's")
     add("--concepts", nargs="+", type=int, metavar="ID", help=f"ids of a dataset with concepts; default: first {plan.FIRST_CONCEPTS}")
@@ -121,7 +114,7 @@ def request_of(args: argparse.Namespace) -> plan.Request:
         if value is not None:
             overrides[name] = str(value)
             flags += [f"--{name}", str(value)]
-    for name in ("limit", "batch_size", "side_by_side", "split"):
+    for name in ("limit", "batch_size", "split"):
         if getattr(args, name) is not None:
             flags += [f"--{name}", str(getattr(args, name))]
     splits = (*plan.DATA_OF["measure"], "both")
@@ -143,7 +136,6 @@ def request_of(args: argparse.Namespace) -> plan.Request:
         limit=args.limit,
         split=args.split,
         batch_size=args.batch_size,
-        side_by_side=args.side_by_side or 1,
         force=args.force,
         checkpoint_seconds=args.checkpoint_seconds,
         deterministic=args.deterministic,
@@ -339,15 +331,11 @@ def _run_waiting(waiting: list[plan.Step], before: list[Outcome], request: plan.
     recordings = stages.Recordings(waiting, request.limit)
     hosts = _Hosts(request, recordings, seen)
 
-    def one(step: plan.Step) -> Generator[Any, Any, Outcome]:
-        return (yield from _run_step(step, stages.Run(request, hosts.of(step), Store(request.base_dir), recordings, quiet, team, seen)))
-
-    def run_all(steps: list[plan.Step]) -> list[Outcome]:
-        models = [list(group) for _, group in groupby(steps, key=lambda step: step.settings.dtype)]  # never two at once
-        return [outcome for group in models for outcome in stages.together([one(step) for step in group], request.side_by_side)]
+    def one(step: plan.Step) -> Outcome:
+        return _run_step(step, stages.Run(request, hosts.of(step), Store(request.base_dir), recordings, quiet, team, seen))
 
     fits = team.mine([step for step in waiting if step.verb == "fit"])
-    done = {str(step): outcome for step, outcome in zip(fits, run_all(fits), strict=True)}
+    done = {str(step): one(step) for step in fits}
     after = {name: outcome for part in team.gather(lambda: done) for name, outcome in part.items()}
     seen.forget([path for step in waiting if step.verb == "fit" for path in step.outputs])  # those of other processes too
     failed = {path for step in waiting if step.verb == "fit" and after[str(step)].outcome == FAILED for path in step.outputs}
@@ -355,7 +343,7 @@ def _run_waiting(waiting: list[plan.Step], before: list[Outcome], request: plan.
         if step.verb == "fit":
             continue
         if failed.isdisjoint(step.vectors):
-            after[str(step)] = run_all([step])[0]
+            after[str(step)] = one(step)
         else:  # an older vector may lie there: what it would give is not what was asked for
             after[str(step)] = Outcome(str(step), SKIPPED, "its fit failed", 0.0, "")
     team.end()
@@ -386,8 +374,8 @@ class _Hosts:
         return self.host
 
 
-def _run_step(step: plan.Step, here: Any) -> Generator[Any, Any, Outcome]:
-    """One step, as work that takes turns. Whatever goes wrong in it is its outcome, not the end of the run."""
+def _run_step(step: plan.Step, here: Any) -> Outcome:
+    """One step. Whatever goes wrong in it is its outcome, not the end of the run."""
     from spilt import stages
     from spilt.memory import OutOfMemory, ran_out
 
@@ -397,7 +385,7 @@ def _run_step(step: plan.Step, here: Any) -> Generator[Any, Any, Outcome]:
         if lacking:
             outcome = Outcome(str(step), SKIPPED, f"no vector file {lacking[0]} (its fit failed)", 0.0, "")
         else:
-            result = yield from stages.run_step(step, here)
+            result = stages.run_step(step, here)
             outcome = Outcome(str(step), result, "", time.monotonic() - start, _shown(step, here.request))
     except (UserError, OutOfMemory, Changed, OSError) as error:  # what the message says is all there is to know
         reason = str(error) if not isinstance(error, OSError) else f"{type(error).__name__}: {error}"

@@ -24,20 +24,18 @@ class Host(NamedTuple):
 
     @property
     def pad_id(self) -> int:
-        """Any token serves: padding is on the right and masked. The tokenizer's own where it has one."""
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0):
-            if token is not None:
-                return int(token)
-        return 0
+        return pad_id(self.tokenizer)
 
     def chat(self, use_chat_template: bool, system_prompt: str) -> Chat:
         return _chat(self.tokenizer, use_chat_template, system_prompt)
 
     def device(self, layer: int) -> torch.device:
-        """Where block `layer` computes (several devices: accelerate's map, which keeps offloaded weights on 'meta')."""
-        block = anatomy.block(self.model, layer)
-        placed = getattr(getattr(block, "_hf_hook", None), "execution_device", None)
-        return next(block.parameters()).device if placed is None else torch.device(placed)
+        return anatomy.device_of(self.model, layer)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Any token serves: padding is masked. The tokenizer's own where it has one."""
+    return next((int(token) for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
 
 
 @cache

@@ -31,7 +31,10 @@ class Intervention(nn.Module):
     site: 'block' (the block's output, after every norm inside it) or 'down_proj' (the MLP's down projection).
     """
 
+    form: ClassVar[str]  # its name: key of INTERVENTIONS, word of YAML and command line
     reads: ClassVar[bool] = True
+    positional: bool = False  # fit and loss let it act at `intervention_positions` alone, as released
+    linear: ClassVar[tuple[str, ...]]  # parameters that, scaled together, scale delta
     factors: ClassVar[tuple[float, ...]] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)  # released training factors
 
     def __init__(self, component: str | None, site: str, dropout: float) -> None:
@@ -52,6 +55,23 @@ class Intervention(nn.Module):
         """What the released code stores for this form (one concept); parameters detached, on the CPU, float32."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is stored")
 
+    @classmethod
+    def shapes(cls, hidden: int, read: int, rank: int | None) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of each parameter: D = hidden, the width of the stream; F = read, that of the read point."""
+        raise NotImplementedError(f"{cls.__name__} does not say what shapes it has")
+
+    @classmethod
+    def of_parameters(cls, parameters: Mapping[str, Tensor], **kwargs: Any) -> Intervention:
+        """The form with copies of these parameters. kwargs: component, site, dropout."""
+        raise NotImplementedError(f"{cls.__name__} does not say how it is made of parameters")
+
+    def scaled(self, factor: float) -> Intervention:
+        """Itself, with delta times `factor`."""
+        with torch.no_grad():
+            for name in self.linear:
+                self.get_parameter(name).mul_(factor)
+        return self
+
     def describe(self) -> dict[str, Any]:
         """The fields of metadata_layer_{id}.jsonl that belong to the form."""
         return {"intervention_components": self.component, "rank": None, "alpha": None}
@@ -60,7 +80,10 @@ class Intervention(nn.Module):
 class Vector(Intervention):
     """delta = m v, v [D]. Dropout acts on v itself. Initialised uniform in +-1/sqrt(D), as released."""
 
+    form = "vector"
     reads = False
+    positional = True
+    linear = ("v",)
     factors = (2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0)
 
     def __init__(
@@ -84,6 +107,14 @@ class Vector(Intervention):
         v = self.dropout(self.v)
         return torch.where(removed[:, None, None], self.without_component(h, v), h + (multiplier * v).to(h.dtype))
 
+    @classmethod
+    def shapes(cls, hidden: int, read: int, rank: int | None) -> dict[str, tuple[int, ...]]:
+        return {"v": (hidden,)}
+
+    @classmethod
+    def of_parameters(cls, parameters: Mapping[str, Tensor], **kwargs: Any) -> Vector:
+        return cls.from_state(parameters["v"], **kwargs)
+
     def state(self) -> State:
         return self.v.detach().float().cpu().clone()
 
@@ -100,6 +131,9 @@ class LoRA(Intervention):
 
     `alpha` is stored because the released files hold it; it never scales anything.
     """
+
+    form = "lora"
+    linear = ("lora_B",)
 
     def __init__(
         self,
@@ -122,6 +156,14 @@ class LoRA(Intervention):
     def delta(self, h: Tensor, x: Tensor | None, multiplier: Multiplier) -> Tensor:
         assert x is not None
         return self.dropout(multiplier * (x.float() @ self.lora_A @ self.lora_B))
+
+    @classmethod
+    def shapes(cls, hidden: int, read: int, rank: int | None) -> dict[str, tuple[int, ...]]:
+        return {"lora_A": (read, rank or 0), "lora_B": (rank or 0, hidden)}
+
+    @classmethod
+    def of_parameters(cls, parameters: Mapping[str, Tensor], **kwargs: Any) -> LoRA:
+        return cls.from_state(dict(parameters), **kwargs)
 
     def state(self) -> State:
         return {
@@ -147,6 +189,9 @@ class LoRA(Intervention):
 class LocalWeight(Intervention):
     """delta = m (x dW + db), dW [F, D], db [D], both zero at the start. Dropout acts on the delta."""
 
+    form = "local_weight"
+    linear = ("weight", "bias")
+
     def __init__(
         self, hidden: int, read: int, *, component: str | None = "mlp_mid", site: str = "block", dropout: float = 0.0, **_: Any
     ) -> None:
@@ -157,6 +202,14 @@ class LocalWeight(Intervention):
     def delta(self, h: Tensor, x: Tensor | None, multiplier: Multiplier) -> Tensor:
         assert x is not None
         return self.dropout(multiplier * (x.float() @ self.weight + self.bias))
+
+    @classmethod
+    def shapes(cls, hidden: int, read: int, rank: int | None) -> dict[str, tuple[int, ...]]:
+        return {"weight": (read, hidden), "bias": (hidden,)}
+
+    @classmethod
+    def of_parameters(cls, parameters: Mapping[str, Tensor], **kwargs: Any) -> LocalWeight:
+        return cls.from_state(dict(parameters), **kwargs)
 
     def state(self) -> State:
         return {
@@ -173,4 +226,5 @@ class LocalWeight(Intervention):
         return made
 
 
-INTERVENTIONS: dict[str, type[Vector] | type[LoRA] | type[LocalWeight]] = dict(zip(FORMS, (Vector, LoRA, LocalWeight), strict=True))
+INTERVENTIONS: dict[str, type[Vector] | type[LoRA] | type[LocalWeight]] = {kind.form: kind for kind in (Vector, LoRA, LocalWeight)}
+assert tuple(INTERVENTIONS) == FORMS

@@ -49,7 +49,6 @@ class Request:
     limit: int | None = None
     split: str | None = None  # of loss mode: train, test, both; None: both where dataset_format.yaml has a `valid` entry
     batch_size: int | None = None
-    side_by_side: int = 1  # fits that share a batch: equal up to rounding
     force: bool = False
     checkpoint_seconds: float = 60.0  # a fit or measurement under way is saved after this long
     deterministic: bool = False

@@ -203,6 +203,14 @@ def _read(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read as a vector file ({type(error).__name__}: {first_line(error)})") from None
 
 
+def form_of(stored: Any) -> str:
+    """The form of what a layer_{id}.pt holds, by its content."""
+    if not isinstance(stored, dict):
+        return "vector"
+    first = next(iter(stored.values()), None)
+    return "lora" if "lora_A" in (first if isinstance(first, dict) else stored) else "local_weight"
+
+
 def _one_concept(stored: Any, path: Path, form: str, concept: int | None) -> Any:
     """The row or the entry of one concept; a file of one concept serves whatever the id."""
     import torch

@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from spilt import hooks, measure, memory
+from spilt import anatomy, hooks, memory
 from spilt.activations import Activations, max_tokens, prefix_pairs
 from spilt.data.batches import position_mask
+from spilt.data.chat import Sequence as Tokens
+from spilt.engine import score
 from spilt.hparams.settings import FitSettings
-from spilt.interventions import Intervention, Multiplier, Vector
+from spilt.interventions import INTERVENTIONS, Intervention, Multiplier, Vector
 from spilt.methods import Method, Scored
-from spilt.passes import Cut, Shown, Work
+from spilt.passes import Cut, ForwardInput, forward_backward
 from spilt.scoring import AnswerLogProbs
 
 log = logging.getLogger("spilt")
@@ -53,12 +55,12 @@ class Rows(NamedTuple):
         return Rows(self.indices[rows], self.multiplier[rows], self.removed[rows])
 
 
-class _Mixed(Intervention):
+class Mixed(Intervention):
     """The intervention as a minibatch meets it: rows `removed` [B] lose what points along the vector instead of being steered."""
 
     def __init__(self, intervention: Intervention, removed: Tensor) -> None:
         super().__init__(intervention.component, intervention.site, 0.0)
-        self.intervention, self.removed = intervention, removed
+        self.intervention, self.removed, self.positional = intervention, removed, intervention.positional
 
     def forward(self, h: Tensor, x: Tensor | None, multiplier: Multiplier) -> Tensor:
         if not self.removed.any():
@@ -67,54 +69,43 @@ class _Mixed(Intervention):
         return self.intervention.steered_or_removed(h, multiplier, self.removed)
 
 
-class Fit:
-    """One fit under way: what a step needs besides its entries."""
+def new_intervention(model: nn.Module, layer: int, settings: FitSettings) -> Intervention:
+    """A fresh intervention of the settings' form on the block's device; the same seed gives the same start."""
+    kind = INTERVENTIONS[settings.intervention_method]
+    component = settings.intervention_components if kind.reads else None
+    width = anatomy.read_width(model, layer, component) if component else 0
+    with torch.random.fork_rng([]):
+        torch.manual_seed(settings.seed)
+        made = kind(
+            anatomy.hidden_size(model),
+            width,
+            component=component,
+            site=settings.site,
+            dropout=settings.dropout,
+            rank=settings.rank,
+            alpha=settings.lora_alpha,
+        )
+    return made.to(anatomy.device_of(model, layer))
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layer: int,
-        intervention: Intervention,
-        cache: Activations,
-        settings: FitSettings,
-        method: Method,
-        prefix: int,
-    ) -> None:
-        self.model, self.layer, self.intervention, self.cache = model, layer, intervention, cache
-        self.settings, self.method, self.prefix = settings, method, prefix
-        self.device = next(intervention.parameters()).device
-        self.at_once = 1 << 30  # rows of a minibatch that are scored together; fewer once memory has run out
-        self.twice = False  # blocks are run again in the backward pass: once a single row was too large
+
+class Job:
+    """A fit under way, as the loop `fit` sees it: which sequences a minibatch shows, at which strengths, and its loss.
+
+    The fast path (`Fit`) and the plain one (engine.whole.Fit) say how the gradients of a minibatch are found.
+    """
+
+    intervention: nn.Module  # whose parameters are found
+    sequences: Sequence[Tokens]  # 2 i: matching answer of row i, 2 i + 1: not-matching
+    device: torch.device
+
+    def __init__(self, settings: FitSettings, method: Method) -> None:
+        self.settings, self.method = settings, method
         self.draw = random.Random(settings.seed)
-        self.on_stream = hooks.base(layer, intervention) == layer
-        # a vector leaves the template's tokens alone: their keys and values never change while it is fitted
-        self.untouched = min(prefix, cache.prefix) if isinstance(intervention, Vector) else 0
-        with torch.no_grad():
-            self.head = prefix_pairs(model, cache.layer, cache.prefix_h[None, : self.untouched].to(self.device), cache.pad_id)
-        self.reference = self._reference() if method.needs_reference(settings) else None
+        self.reference: AnswerLogProbs | None = None  # of every sequence, unsteered, where the method needs it
 
-    def show(self, rows: Rows) -> Shown:
-        """The sequences [B], steered with their multipliers, ready for the suffix."""
-        start = self.untouched
-        on_stream = self.intervention.component if self.on_stream else None
-        tokens, seen = self.cache.batch(rows.indices, on_stream, self.device, start)
-        sequences = [self.cache.sequences[i] for i in rows.indices]
-        positions = None
-        if isinstance(self.intervention, Vector):
-            positions = position_mask(sequences, self.settings.intervention_positions, self.prefix)[:, start:].to(self.device)
-        mixed = _Mixed(self.intervention, rows.removed)
-        site = hooks.Site(self.layer, mixed if self.on_stream else Cut(mixed), rows.multiplier[:, None, None], positions)
-        stream = hooks.steer(site, seen.h, seen.x.get(on_stream or "")) if self.on_stream else seen.h
-        length = torch.tensor([len(s.input_ids) for s in sequences], device=self.device)
-        return Shown(self.model, self.cache.layer, tokens, length, stream, None if self.on_stream else site, start, self.head, self.twice)
-
-    def _reference(self) -> AnswerLogProbs:
-        """Every sequence without intervention, once [n]: the reference model is the base model."""
-        asked = measure.Request(self.model, {self.layer: self.intervention}, self.settings.intervention_positions, self.prefix, self.device)
-        found = measure.losses(asked, self.cache, [0.0])
-        total = torch.tensor(-found.total[0], dtype=torch.float32, device=self.device)
-        length = torch.tensor([len(s.input_ids) for s in self.cache.sequences], device=self.device)
-        return AnswerLogProbs(total, torch.tensor(found.tokens, device=self.device), length)
+    def gradients(self, minibatch: list[Entry], share: int) -> tuple[float, list[Tensor]]:
+        """(loss / share, its gradients by the parameters)."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how gradients are found")
 
     def draw_rows(self, minibatch: list[Entry]) -> Rows:
         """Winning sequences, then (where the method needs them) losing ones, each with its factor."""
@@ -128,11 +119,6 @@ class Fit:
             factors[n:] = factors[:n]
         multiplier = torch.tensor(factors[: len(indices)], dtype=torch.float32, device=self.device) * signs
         return Rows(indices, multiplier, signs == 0)
-
-    def rows_at_once(self, indices: list[int]) -> int:
-        """How many rows of a minibatch go through the suffix together."""
-        longest = max(len(self.cache.sequences[i].input_ids) for i in indices) - self.untouched
-        return max(1, min(self.at_once, len(indices), max_tokens(self.device, backward=True) // max(1, longest)))
 
     def loss(self, minibatch: list[Entry], scored: AnswerLogProbs) -> Tensor:
         """The method's loss of a minibatch from its scored rows."""
@@ -150,6 +136,109 @@ class Fit:
         return self.method.loss(Scored(side(scored, slice(0, n)), losing, *reference), self.settings)
 
 
+class Fit(Job):
+    """The fast path: one intervention on recorded streams, only the blocks above it."""
+
+    intervention: Intervention
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: int,
+        intervention: Intervention,
+        cache: Activations,
+        settings: FitSettings,
+        method: Method,
+        prefix: int,
+    ) -> None:
+        super().__init__(settings, method)
+        self.model, self.layer, self.intervention, self.cache, self.prefix = model, layer, intervention, cache, prefix
+        self.sequences = cache.sequences
+        self.device = next(intervention.parameters()).device
+        self.at_once = 1 << 30  # rows of a minibatch that are scored together; fewer once memory has run out
+        self.checkpointed = False  # blocks are run again in the backward pass: once a single row was too large
+        self.on_stream = hooks.base(layer, intervention) == layer
+        # a vector leaves the template's tokens alone: their keys and values never change while it is fitted
+        self.frozen_prefix = min(prefix, cache.prefix) if isinstance(intervention, Vector) else 0
+        with torch.no_grad():
+            self.prefix_kv = prefix_pairs(model, cache.layer, cache.prefix_h[None, : self.frozen_prefix].to(self.device), cache.pad_id)
+        self.reference = self._reference() if method.needs_reference(settings) else None
+
+    def forward_input(self, rows: Rows) -> ForwardInput:
+        """The sequences [B], steered with their multipliers, ready for the suffix."""
+        start = self.frozen_prefix
+        on_stream = self.intervention.component if self.on_stream else None
+        tokens, seen = self.cache.batch(rows.indices, on_stream, self.device, start)
+        sequences = [self.cache.sequences[i] for i in rows.indices]
+        positions = None
+        if isinstance(self.intervention, Vector):
+            positions = position_mask(sequences, self.settings.intervention_positions, self.prefix)[:, start:].to(self.device)
+        mixed = Mixed(self.intervention, rows.removed)
+        site = hooks.Site(self.layer, mixed if self.on_stream else Cut(mixed), rows.multiplier[:, None, None], positions)
+        stream = hooks.steer(site, seen.h, seen.x.get(on_stream or "")) if self.on_stream else seen.h
+        length = torch.tensor([len(s.input_ids) for s in sequences], device=self.device)
+        inside = None if self.on_stream else site
+        return ForwardInput(self.model, self.cache.layer, tokens, length, stream, inside, start, self.prefix_kv, self.checkpointed)
+
+    def _reference(self) -> AnswerLogProbs:
+        """Every sequence without intervention, once [n]: the reference model is the base model."""
+        asked = score.Request(self.model, {self.layer: self.intervention}, self.settings.intervention_positions, self.prefix, self.device)
+        found = score.losses(asked, self.cache, [0.0])
+        total = torch.tensor(-found.total[0], dtype=torch.float32, device=self.device)
+        length = torch.tensor([len(s.input_ids) for s in self.cache.sequences], device=self.device)
+        return AnswerLogProbs(total, torch.tensor(found.tokens, device=self.device), length)
+
+    def rows_at_once(self, indices: list[int]) -> int:
+        """How many rows of a minibatch go through the suffix together."""
+        longest = max(len(self.cache.sequences[i].input_ids) for i in indices) - self.frozen_prefix
+        return max(1, min(self.at_once, len(indices), max_tokens(self.device, backward=True) // max(1, longest)))
+
+    def gradients(self, minibatch: list[Entry], share: int) -> tuple[float, list[Tensor]]:
+        """Out of memory: half as many rows at a time, from then on for all of the fit."""
+        while True:
+            before = _get_random(self)
+            try:
+                return self._gradients(minibatch, share)
+            except (RuntimeError, MemoryError) as error:
+                if not memory.ran_out(error):
+                    raise
+                rows = [i for entry in minibatch for i in entry[:2]]
+                longest, at_once = max(len(self.sequences[i].input_ids) for i in rows), self.rows_at_once(rows)
+                if at_once == 1 and (self.checkpointed or not self.on_stream):  # inside a block the intervention would run twice too
+                    raise memory.OutOfMemory(
+                        f"one sequence of {longest} tokens does not fit in memory while fitting layer {self.layer}; "
+                        "lower output_length, or use --device auto or a smaller --dtype"
+                    ) from error
+            self.at_once, self.checkpointed = math.ceil(at_once / 2), at_once == 1
+            going_on = "running each block twice" if self.checkpointed else f"in parts of {self.at_once}"
+            what = f"fitting layer {self.layer}, batch_size {self.settings.batch_size}, sequences of up to {longest} tokens"
+            log.warning("out of memory: %s; going on %s (from the start: --set batch_size=N)", what, going_on)
+            _set_random(before, self)
+
+    def _gradients(self, minibatch: list[Entry], share: int) -> tuple[float, list[Tensor]]:
+        """Rows do not know of each other, so d loss / d h'_b = (d loss / d log p_b) (d log p_b / d h'_b).
+
+        The second factor needs no other row: rows go through the suffix and back, with weight 1, a part at a time, and their
+        graphs are forgotten. The first is known when all are scored; then the product goes through the intervention alone.
+        """
+        drawn = self.draw_rows(minibatch)
+        size = self.rows_at_once(drawn.indices)
+        start = _get_random(self)
+        results = []
+        for first in range(0, len(drawn.indices), size):
+            if isinstance(self.intervention, Vector):
+                _set_random(start, self)  # its dropout mask is one for all rows
+            results.append(forward_backward(self.forward_input(drawn.part(slice(first, first + size)))))
+        whole = AnswerLogProbs(*(torch.cat(column) for column in zip(*(result.scored for result in results), strict=True)))
+        whole = whole._replace(total=whole.total.requires_grad_())
+        loss = self.loss(minibatch, whole) / share
+        (weight,) = torch.autograd.grad(loss, [whole.total])
+        weighted = zip(results, weight.split(size), strict=True)
+        products = [result.slope * rows.to(result.slope)[:, None, None] for result, rows in weighted]
+        steered = [result.steered for result in results]
+        return loss.item(), list(torch.autograd.grad(steered, list(self.intervention.parameters()), products))
+
+
 def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
     """The rows in the order of this epoch; depends on seed and epoch alone, so that a resumed fit continues it."""
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
@@ -161,66 +250,15 @@ def chunks(items: list[Any], size: int) -> list[list[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def gradients(job: Fit, minibatch: list[Entry], share: int) -> Work[tuple[float, list[Tensor]]]:
-    """(loss / share, its gradients). Out of memory: half as many rows at a time, from then on for all of the fit."""
-    while True:
-        before = _get_random(job)
-        try:
-            return (yield from _gradients(job, minibatch, share))
-        except (RuntimeError, MemoryError) as error:
-            if not memory.ran_out(error):
-                raise
-            rows = [i for entry in minibatch for i in entry[:2]]
-            longest, at_once = max(len(job.cache.sequences[i].input_ids) for i in rows), job.rows_at_once(rows)
-            if at_once == 1 and (job.twice or not job.on_stream):  # inside a block the intervention would run twice too
-                raise memory.OutOfMemory(
-                    f"one sequence of {longest} tokens does not fit in memory while fitting layer {job.layer}; "
-                    "lower output_length, or use --device auto or a smaller --dtype"
-                ) from error
-        job.at_once, job.twice = math.ceil(at_once / 2), at_once == 1
-        going_on = "running each block twice" if job.twice else f"in parts of {job.at_once}"
-        what = f"fitting layer {job.layer}, batch_size {job.settings.batch_size}, sequences of up to {longest} tokens"
-        log.warning("out of memory: %s; going on %s (from the start: --set batch_size=N)", what, going_on)
-        _set_random(before, job)
-
-
-def _gradients(job: Fit, minibatch: list[Entry], share: int) -> Work[tuple[float, list[Tensor]]]:
-    """Rows do not know of each other, so d loss / d h'_b = (d loss / d log p_b) (d log p_b / d h'_b).
-
-    The second factor needs no other row: rows go through the suffix and back, with weight 1, a part at a time, and their
-    graphs are forgotten. The first is known when all are scored; then the product goes through the intervention alone.
-    """
-    drawn = job.draw_rows(minibatch)
-    size = job.rows_at_once(drawn.indices)
-    start = _get_random(job)
-    scored, steered, slopes = [], [], []
-    for first in range(0, len(drawn.indices), size):
-        if isinstance(job.intervention, Vector):
-            _set_random(start, job)  # its dropout mask is one for all rows
-        shown = job.show(drawn.part(slice(first, first + size)))
-        mine = _get_random(job)
-        passed = yield shown
-        _set_random(mine, job)  # fits beside this one draw from the same generator
-        scored.append(passed.scored)
-        steered.append(passed.steered)
-        slopes.append(passed.slope)
-    whole = AnswerLogProbs(*(torch.cat(column) for column in zip(*scored, strict=True)))
-    whole = whole._replace(total=whole.total.requires_grad_())
-    loss = job.loss(minibatch, whole) / share
-    (weight,) = torch.autograd.grad(loss, [whole.total])
-    products = [slope * row.to(slope)[:, None, None] for slope, row in zip(slopes, weight.split(size), strict=True)]
-    return loss.item(), list(torch.autograd.grad(steered, list(job.intervention.parameters()), products))
-
-
 def fit(
-    job: Fit,
+    job: Job,
     *,
     order: Callable[[int, int, int], list[int]] = epoch_order,
     resume: dict[str, Any] | None = None,
     checkpoint: Callable[[Callable[[], dict[str, Any]]], None] | None = None,
     progress: Callable[[int, int, float], None] | None = None,
-) -> Work[list[dict[str, float]]]:
-    """Train job.intervention in place (`passes.alone(fit(job))`); returns one row per optimizer step: epoch, step, loss, lr, grad_norm.
+) -> list[dict[str, float]]:
+    """Train job.intervention in place; returns one row per optimizer step: epoch, step, loss, lr, grad_norm.
 
     AdamW, linear decay without warm-up to the number of optimizer steps really taken, gradient norm clipped. A batch of
     `batch_size` pairs expands to |preference_pairs| entries each, cut into minibatches of `batch_size`; each
@@ -228,7 +266,7 @@ def fit(
     `checkpoint` is given a function that returns the whole state, after each step; `resume` continues from such a state to the same result.
     """
     s, intervention = job.settings, job.intervention
-    rows = len(job.cache.sequences) // 2
+    rows = len(job.sequences) // 2
     per_epoch = math.ceil(math.ceil(rows / s.batch_size) / s.gradient_accumulation_steps)
     steps = per_epoch * s.n_epochs
     optimizer = torch.optim.AdamW(intervention.parameters(), lr=s.lr, weight_decay=s.weight_decay)
@@ -256,7 +294,7 @@ def fit(
             for batch in groups[place]:
                 minibatches = chunks([entry for row in batch for entry in entries(row, s)], s.batch_size)
                 for minibatch in minibatches:
-                    loss, grads = yield from gradients(job, minibatch, len(minibatches) * len(groups[place]))
+                    loss, grads = job.gradients(minibatch, len(minibatches) * len(groups[place]))
                     total += loss
                     for parameter, grad in zip(intervention.parameters(), grads, strict=True):
                         parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
@@ -278,7 +316,7 @@ def fit(
     return rows_of_log
 
 
-def _get_random(job: Fit) -> dict[str, Any]:
+def _get_random(job: Job) -> dict[str, Any]:
     version, internal, gauss = job.draw.getstate()
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "factors": [version, list(internal), gauss]}
     if job.device.type == "cuda":
@@ -286,7 +324,7 @@ def _get_random(job: Fit) -> dict[str, Any]:
     return state
 
 
-def _set_random(state: dict[str, Any], job: Fit) -> None:
+def _set_random(state: dict[str, Any], job: Job) -> None:
     version, internal, gauss = state["factors"]
     job.draw.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(state["torch"])

@@ -173,7 +173,7 @@ def _changed(artifact: Artifact) -> str:
 def _vector(artifact: Artifact) -> str:
     """Loads as plain tensors; shapes of one concept go together and are the model's; every value is finite."""
     stored = store._read(artifact.path)
-    form = artifact.form or _form_of(stored)
+    form = artifact.form or store.form_of(stored)
     if form == "vector":
         shape = tuple(getattr(stored, "shape", ()))
         if len(shape) not in (1, 2) or 0 in shape:
@@ -187,14 +187,6 @@ def _vector(artifact: Artifact) -> str:
         hidden, width = _sizes(state, form, artifact)
         store._check_shapes(state, artifact.path, form, hidden, width, None)
     return f"{len(concepts)} concepts" if len(concepts) > 1 else ""
-
-
-def _form_of(stored: Any) -> str:
-    """Of a file that lies where the layout has no form."""
-    if not isinstance(stored, dict):
-        return "vector"
-    first = next(iter(stored.values()), None)
-    return "lora" if "lora_A" in (first if isinstance(first, dict) else stored) else "local_weight"
 
 
 def _sizes(state: Any, form: str, artifact: Artifact) -> tuple[int, int]:

@@ -24,7 +24,8 @@ import families
 import pytest
 import torch
 
-from spilt import cli, generation, manifest, measure, plan, store, suffix, training, verify
+from spilt import cli, generation, manifest, plan, store, suffix, training, verify
+from spilt.engine import score
 from spilt.methods import METHODS
 from spilt.stages import lines
 
@@ -497,15 +498,15 @@ SCORE = ("--mode", "loss", "--multipliers", "-2", "-1", "0", "1", "2")
 KILLED = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-from spilt import measure
-real, count = measure._scores, 0
+from spilt.engine import score
+real, count = score._scores, 0
 def scores(*args):
     global count
     count += 1
     if count > int(os.environ["BATCHES"]):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
-measure._scores = scores
+score._scores = scores
 from spilt.cli import main
 raise SystemExit(main())
 """
@@ -534,7 +535,7 @@ class Scored(Here):
         return count
 
     def _run(self, most: int, *words: str) -> tuple[int, str, int]:
-        real, count = measure._scores, 0
+        real, count = score._scores, 0
 
         def scores(*args: Any) -> Any:
             nonlocal count
@@ -544,7 +545,7 @@ class Scored(Here):
             return real(*args)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(measure, "_scores", scores)
+            patch.setattr(score, "_scores", scores)
             return *self.run(*words), count
 
     def unfinished(self) -> list[str]:
@@ -1000,22 +1001,16 @@ def test_the_message_names_batch_length_layer_and_flag(here: Here, caplog: pytes
         assert any(word.strip(",;").isdigit() for word in message.split())
 
 
-@pytest.mark.parametrize("side_by_side", ["1", "3"])
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.loss])
-def test_a_fit_with_little_memory_goes_on_in_parts(bare: Here, caplog: pytest.LogCaptureFixture, method: str, side_by_side: str) -> None:
-    """The rows of a minibatch are scored a few at a time, the loss is still over all of them: the same vectors up to rounding.
-
-    Fits side by side are first tried one by one.
-    """
+def test_a_fit_with_little_memory_goes_on_in_parts(bare: Here, caplog: pytest.LogCaptureFixture, method: str) -> None:
+    """The rows of a minibatch are scored a few at a time, the loss is still over all of them: the same vectors up to rounding."""
     words = (*FIT, "--set", "dropout=0")
     assert bare.run(*words, form="all", method=method)[0] == 0
     paths = {form: bare.path(f"vectors/tiny/{method}/mine/{method}_{form}/layer_2.pt") for form in ("vector", "lora", "local_weight")}
     want = {form: torch.load(path, weights_only=True) for form, path in paths.items()}
     with little_memory(CUDA, 2, only="logits") as refused:
-        exit_code, said = bare.run(*words, "--force", "--side_by_side", side_by_side, form="all", method=method)
+        exit_code, said = bare.run(*words, "--force", form="all", method=method)
     assert refused and exit_code == 0, said
-    own = 4 if method == "sft" else 8  # rows of one fit's minibatch
-    assert (max(refused) > own) == (side_by_side == "3")
     assert "parts" in caplog.text and "layer 2" in caplog.text and "batch_size" in caplog.text
     for form, path in paths.items():
         made = torch.load(path, weights_only=True)

@@ -17,13 +17,13 @@ import torch
 from families import write_jsonl, write_yaml
 from golden import DATASETS, LAYER, needs_golden
 
-from spilt import activations, generation, hooks, measure, training
+from spilt import activations, generation, hooks, training
 from spilt.anatomy import COMPONENTS
 from spilt.data.chat import Chat, Sequence
+from spilt.engine import score
 from spilt.hparams import FitSettings
 from spilt.interventions import INTERVENTIONS, Intervention, Vector
 from spilt.methods import LOSS_TYPES, METHODS
-from spilt.passes import alone
 
 pytestmark = needs_golden
 every_dataset = pytest.mark.parametrize("dataset", DATASETS)
@@ -59,8 +59,8 @@ def recorded(dataset: str, split: str, count: int | None = None) -> activations.
     return activations.record(golden.host()[0], LAYER, sequences(golden.rows(dataset, split)[:count]), COMPONENTS, 0, together=2)
 
 
-def asked(state: str) -> measure.Request:
-    return measure.Request(golden.host()[0], {LAYER: released(state)}, "all", chat().prefix_length, torch.device("cpu"))
+def asked(state: str) -> score.Request:
+    return score.Request(golden.host()[0], {LAYER: released(state)}, "all", chat().prefix_length, torch.device("cpu"))
 
 
 def test_the_released_numbers_are_all_there() -> None:
@@ -74,7 +74,7 @@ def test_the_released_numbers_are_all_there() -> None:
 @every_dataset
 def test_unsteered_losses(dataset: str) -> None:
     want = golden.numbers("losses.json")[f"{dataset}/unsteered"]
-    found = measure.losses(asked("vector"), recorded(dataset, "test"), [0.0])
+    found = score.losses(asked("vector"), recorded(dataset, "test"), [0.0])
     losses = torch.tensor(found.total[0] / found.tokens)
     for place, which in enumerate(("matching", "not_matching")):
         torch.testing.assert_close(losses[place::2], torch.tensor(want[which], dtype=torch.float64), atol=LOSS_ATOL, rtol=0)
@@ -87,7 +87,7 @@ def test_losses_of_loss_mode(dataset: str, state: str) -> None:
     want = golden.numbers("losses.json")[f"{dataset}/{state}/trainer"]
     strengths = [m for m in want["matching"] if state != "vector" or float(m) != 0]
     assert len(strengths) == (6 if state == "vector" else 7)
-    found = measure.losses(asked(state), recorded(dataset, "test"), [float(m) for m in strengths])
+    found = score.losses(asked(state), recorded(dataset, "test"), [float(m) for m in strengths])
     losses = torch.tensor(found.total / found.tokens)
     assert losses.shape == (len(strengths), 16)
     for place, which in enumerate(("matching", "not_matching")):
@@ -212,7 +212,7 @@ def test_objectives_and_gradients(dataset: str, state: str) -> None:
         assert len(minibatches) == len(want["minibatch_losses"]) == 2
         losses = []
         for minibatch in minibatches:
-            half, grads = alone(training.gradients(fit, minibatch, 2))
+            half, grads = fit.gradients(minibatch, 2)
             losses.append(2 * half)
             for parameter, grad in zip(made.parameters(), grads, strict=True):
                 parameter.grad = grad if parameter.grad is None else parameter.grad + grad
@@ -257,7 +257,7 @@ def test_training_end_to_end(dataset: str, job: str) -> None:
         return value
 
     job_.loss = loss  # type: ignore[method-assign]
-    log = alone(training.fit(job_, order=lambda rows, seed, epoch: want["orders"][epoch][0]))
+    log = training.fit(job_, order=lambda rows, seed, epoch: want["orders"][epoch][0])
     assert minibatch_losses == pytest.approx(want["minibatch_losses_already_divided_by_num_minibatches"], rel=RTOL, abs=0)
     per_step = [sum(minibatch_losses[i : i + want["num_minibatches"]]) for i in range(0, len(minibatch_losses), want["num_minibatches"])]
     assert [row["loss"] for row in log] == pytest.approx(per_step)

@@ -12,13 +12,13 @@ import torch
 from families import FORMS, LAYERS, PAIRS, intervention, model, token_rows
 from torch import Tensor
 
-from spilt import activations, hooks, passes, scoring, suffix, training
+from spilt import activations, hooks, scoring, suffix, training
 from spilt.data.batches import pad, position_mask
 from spilt.data.chat import Sequence
 from spilt.hparams import FitSettings
 from spilt.interventions import INTERVENTIONS
 from spilt.methods import LOSS_TYPES, METHODS, Scored, caa, reps, sft, spilt
-from spilt.passes import alone, lean, together
+from spilt.passes import recompute_activations
 from spilt.scoring import AnswerLogProbs
 
 LAYER = LAYERS // 2
@@ -235,7 +235,7 @@ def test_every_row_is_shown_and_the_schedule_covers_the_steps_taken(
     s = settings(batch_size=batch, gradient_accumulation_steps=accumulation, n_epochs=epochs, lr=0.01, dropout=0.0)
     fit = job(s, rows)
     seen = watch(fit)
-    log_rows = alone(training.fit(fit))
+    log_rows = training.fit(fit)
     steps = steps_each * epochs
     assert len(log_rows) == steps
     assert [row["lr"] for row in log_rows] == pytest.approx([0.01 * (1 - k / steps) for k in range(steps)])
@@ -257,7 +257,7 @@ def test_minibatch_losses_are_divided_by_what_is_there() -> None:
     s = settings(batch_size=3, gradient_accumulation_steps=2, n_epochs=1, dropout=0.0)
     fit = job(s, 7)
     seen = watch(fit)
-    log_rows = alone(training.fit(fit))
+    log_rows = training.fit(fit)
     assert [len(minibatch) for minibatch, _ in seen] == [3, 3, 3, 3, 2]
     losses = [value for _, value in seen]
     assert log_rows[0]["loss"] == pytest.approx(sum(losses[:4]) / 4)
@@ -270,12 +270,12 @@ def test_one_step_is_adamw_on_the_clipped_gradient(method: str) -> None:
     s = settings(method, batch_size=4, n_epochs=1, lr=0.05, dropout=0.0, steering_factors=(1.0,), preference_pairs=("orig_add",))
     fit = job(s, 1)
     before = fit.intervention.v.detach().clone()  # type: ignore[union-attr]
-    loss, (gradient,) = alone(training.gradients(fit, training.entries(0, s), 1))
+    loss, (gradient,) = fit.gradients(training.entries(0, s), 1)
     norm = gradient.norm()
     clipped = gradient * min(1.0, float(1.0 / (norm + 1e-6)))
     expected = before - 0.05 * clipped / (clipped.abs() + 1e-8)
     again = job(s, 1)
-    (row,) = alone(training.fit(again))
+    (row,) = training.fit(again)
     assert row["loss"] == pytest.approx(loss, rel=1e-6) and row["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
     torch.testing.assert_close(again.intervention.v.detach(), expected, atol=1e-5, rtol=0)  # type: ignore[union-attr]
 
@@ -283,7 +283,7 @@ def test_one_step_is_adamw_on_the_clipped_gradient(method: str) -> None:
 @pytest.mark.parametrize(("method", "form"), [(m, f) for m, f in PAIRS if METHODS[m].loss])
 def test_fitting_lowers_the_loss(method: str, form: str) -> None:
     s = settings(method, form, batch_size=6, n_epochs=8, lr=0.05, dropout=0.0, steering_factors=(1.0,), preference_pairs=("orig_add",))
-    log_rows = alone(training.fit(job(s, 6)))
+    log_rows = training.fit(job(s, 6))
     assert len(log_rows) == 8
     assert log_rows[-1]["loss"] < log_rows[0]["loss"] - 0.05
 
@@ -311,16 +311,16 @@ def test_gradients_do_not_depend_on_how_many_rows_are_scored_together(method: st
     for at_once, twice in ((1 << 30, False), (5, False), (2, False), (1, False), (1, True), (4, True)):
         fit = job(s, 3)
         fit.intervention.train()
-        fit.at_once, fit.twice = at_once, twice
+        fit.at_once, fit.checkpointed = at_once, twice
         torch.manual_seed(3)
-        found.append((*alone(training.gradients(fit, minibatch, 2)), torch.rand(1)))
+        found.append((*fit.gradients(minibatch, 2), torch.rand(1)))
     fit = job(s, 3)
     fit.intervention.train()
     torch.manual_seed(3)
     drawn, tiny = fit.draw_rows(minibatch), model("qwen2")
     sequences = [fit.cache.sequences[i] for i in drawn.indices]
     tokens, positions = pad(sequences, 0), position_mask(sequences, "all", 1) if form == "vector" else None
-    shown = training._Mixed(fit.intervention, drawn.removed)
+    shown = training.Mixed(fit.intervention, drawn.removed)
     with hooks.attach(tiny, [hooks.Site(LAYER, shown, drawn.multiplier[:, None, None], positions)]):
         logits = tiny(input_ids=tokens.input_ids, use_cache=False).logits[scoring.scored_positions(tokens.answer_mask)]
     length = torch.tensor([len(s.input_ids) for s in sequences])
@@ -331,45 +331,6 @@ def test_gradients_do_not_depend_on_how_many_rows_are_scored_together(method: st
         assert torch.equal(after, found[0][2])  # the same random numbers were used up
         for a, b in zip(grads, whole, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * max(1.0, float(b.abs().max())))
-
-
-@pytest.mark.parametrize("at_once", [2, 3, 20])
-def test_fits_side_by_side_are_those_of_each_alone(at_once: int) -> None:
-    """Every method and form, with dropout: equal up to rounding, and the random generator is given back."""
-    wanted = [(m, f) for m, f in PAIRS if METHODS[m].loss]
-    assert len(wanted) == 9
-
-    def fits() -> list[training.Fit]:
-        kinds = [settings(m, f, batch_size=2, n_epochs=2, lr=0.005, dropout=0.2, loss_type="dpo") for m, f in wanted]
-        made = [job(s, 5, seed=n) for n, s in enumerate(kinds)]
-        made[1].at_once = 2  # one that memory has made careful
-        return made
-
-    apart, beside = fits(), fits()
-    logs = [alone(training.fit(fit)) for fit in apart]
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    found = together([training.fit(fit) for fit in beside], at_once)
-    assert torch.equal(torch.get_rng_state(), before)
-    for fit, other, steps, steps_beside in zip(apart, beside, logs, found, strict=True):
-        assert [row["loss"] for row in steps_beside] == pytest.approx([row["loss"] for row in steps], rel=1e-3, abs=1e-4)
-        for a, b in zip(fit.intervention.parameters(), other.intervention.parameters(), strict=True):
-            torch.testing.assert_close(a, b, atol=2e-3, rtol=1e-3)
-
-
-def test_batches_are_shared_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fits of one layer share their batches; one that ends leaves its place to the next."""
-    sizes, plain = [], passes.through
-
-    def counted(parts: Any) -> Any:
-        sizes.append(len(parts))
-        return plain(parts)
-
-    monkeypatch.setattr(passes, "through", counted)
-    s = settings("sft", "lora", batch_size=2, n_epochs=1, dropout=0.0, preference_pairs=("orig_add",))
-    logs = together([training.fit(job(s, rows)) for rows in (2, 6, 4)], 2)
-    assert [len(log) for log in logs] == [1, 3, 2]
-    assert sizes == [2, 2, 2]  # rows 2 + 6, then 4 in the place of 2
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
@@ -401,7 +362,7 @@ def test_the_graph_is_lean(family: str, monkeypatch: pytest.MonkeyPatch) -> None
         return hooks_of(note, unpack)
 
     monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", counting)
-    plain, spare = gradient(counting(lambda t: t, lambda t: t)), gradient(lean())
+    plain, spare = gradient(counting(lambda t: t, lambda t: t)), gradient(recompute_activations())
     assert torch.equal(plain, spare) and plain.abs().max() > 0
     inner = tiny.config.intermediate_size  # type: ignore[union-attr]
     blocks = LAYERS - LAYER - 2  # the last block's MLP sees fewer tokens
@@ -415,7 +376,7 @@ def test_a_gradient_that_is_no_number_stops_the_fit() -> None:
     with torch.no_grad():
         fit.intervention.v.fill_(float("nan"))  # type: ignore[union-attr, operator]
     with pytest.raises(FloatingPointError, match="lower lr"):
-        alone(training.fit(fit))
+        training.fit(fit)
 
 
 # ---------------------------------------------------------------- reproducible, and going on after a stop
@@ -433,13 +394,13 @@ def test_a_resumed_fit_ends_bit_for_bit_where_the_whole_one_does(form: str, drop
     """From the state after each step, stored and read with weights_only; dropout and factors go on where they were."""
     s = settings("spilt", form, batch_size=2, n_epochs=4, lr=0.02, dropout=dropout, gradient_accumulation_steps=2)
     whole, states = job(s, 5), []
-    log_rows = alone(training.fit(whole, checkpoint=lambda state: states.append(bytes_of(state()))))
+    log_rows = training.fit(whole, checkpoint=lambda state: states.append(bytes_of(state())))
     final = {name: value.clone() for name, value in whole.intervention.state_dict().items()}
     assert len(states) == 7 and len(log_rows) == 8
     for state in states:
         again = job(s, 5, seed=77)  # another start, which the state replaces
         torch.manual_seed(123)
-        kept = alone(training.fit(again, resume=torch.load(io.BytesIO(state), weights_only=True)))
+        kept = training.fit(again, resume=torch.load(io.BytesIO(state), weights_only=True))
         assert kept == log_rows
         assert all(torch.equal(value, final[name]) for name, value in again.intervention.state_dict().items())
 
@@ -451,7 +412,7 @@ def test_equal_seeds_give_equal_results_whatever_came_before(form: str) -> None:
         fit = job(settings("sft", form, batch_size=2, n_epochs=2, dropout=0.2, seed=seed), 5)
         torch.manual_seed(noise)
         before = torch.get_rng_state()
-        alone(training.fit(fit))
+        training.fit(fit)
         assert torch.equal(torch.get_rng_state(), before)  # the global generator is given back as it was
         assert not fit.intervention.training
         results.append([p.detach().clone() for p in fit.intervention.parameters()])

@@ -11,9 +11,10 @@ import torch
 from families import FAMILY_NAMES, HIDDEN, LAYERS, PLACES, READS, build, intervention, model, token_rows
 from torch import Tensor, nn
 
-from spilt import activations, anatomy, hooks, measure, passes, suffix, training
+from spilt import activations, anatomy, hooks, passes, suffix, training
 from spilt.data.batches import pad, position_mask
 from spilt.data.chat import Sequence
+from spilt.engine import score
 from spilt.hparams import FitSettings
 from spilt.interventions import INTERVENTIONS, Intervention
 from spilt.methods import METHODS
@@ -147,8 +148,8 @@ def test_measuring_equals_hooks_at_either_site(family: str, site: str, layout: s
         if below not in caches:
             caches[below] = activations.record(tiny, below, sequences, anatomy.COMPONENTS, 0, together)
         for positions, prefix in (("all", 0), ("all", 4), ("all", 6), ("f2+l1", 4)) if form == "vector" else (("all", 0),):
-            asked = measure.Request(tiny, {layer: made}, positions, prefix, torch.device("cpu"))
-            found = measure.losses(asked, caches[below], [1.0, 0.0, -0.5])
+            asked = score.Request(tiny, {layer: made}, positions, prefix, torch.device("cpu"))
+            found = score.losses(asked, caches[below], [1.0, 0.0, -0.5])
             where = position_mask(sequences, positions, prefix) if form == "vector" else None
             for k, m in enumerate([1.0, 0.0, -0.5]):
                 wanted = by_hooks(tiny, layer, made, m, where, masks_of(sequences))[1] if m else plain_losses(tiny, sequences)
@@ -183,9 +184,9 @@ def test_fitting_equals_hooks_at_either_site(family: str, site: str, layout: str
             numbers = list(range(len(sequences)))[::-1]
             factors = torch.linspace(-1, 1.5, len(numbers))
             rows = training.Rows(numbers, factors, torch.zeros(len(numbers), dtype=torch.bool))
-            ((scored, steered, slope),) = passes.through([job.show(rows)])
+            scored, steered, slope = passes.forward_backward(job.forward_input(rows))
             if site == "block":  # each block run again in the backward pass
-                assert torch.equal(slope, passes.through([job.show(rows)._replace(twice=True)])[0].slope)
+                assert torch.equal(slope, passes.forward_backward(job.forward_input(rows)._replace(checkpointed=True)).slope)
             slope = slope / -scored.tokens[:, None, None]  # of the losses, not of log p
             grads = torch.autograd.grad([steered], list(made.parameters()), [slope])
             shown = [sequences[i] for i in numbers]
@@ -357,11 +358,9 @@ def uses(tiny: nn.Module) -> dict[str, Callable[[], Any]]:
         "logits": lambda: suffix.logits(tiny, layer, h, keep),
         "attach": attached,
         "activations": lambda: activations.record(tiny, layer, sequences, ("mlp_mid",), 0),
-        "fit": lambda: passes.alone(
-            training.fit(training.Fit(tiny, layer, intervention("lora", "attn"), cache, settings, METHODS["sft"], 0))
-        ),
-        "measure": lambda: measure.losses(
-            measure.Request(tiny, {layer: made, layer + 1: made}, "all", 0, torch.device("cpu")), cache, [1.0, 0.0]
+        "fit": lambda: training.fit(training.Fit(tiny, layer, intervention("lora", "attn"), cache, settings, METHODS["sft"], 0)),
+        "measure": lambda: score.losses(
+            score.Request(tiny, {layer: made, layer + 1: made}, "all", 0, torch.device("cpu")), cache, [1.0, 0.0]
         ),
     }
 

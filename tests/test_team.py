@@ -142,7 +142,7 @@ def test_one_process_is_lost(base: families.Base, alone: families.Base, tmp_path
     place = {
         "fit": "from spilt import training as m; name = 'gradients'",
         "generate": "from spilt import generation as m; name = '_choose'",
-        "loss": "from spilt import measure as m; name = 'losses'",
+        "loss": "from spilt.engine import score as m; name = 'losses'",
     }[stage]
     fault = f"""
 import signal
@@ -174,8 +174,8 @@ setattr(m, name, later)
 # a dot in a file for each batch that is scored; process RANK is killed when it is about to score another than the first MOST
 COUNTED = """
 import signal
-from spilt import measure
-real, count, rank = measure._scores, 0, os.environ.get('RANK', '0')
+from spilt.engine import score
+real, count, rank = score._scores, 0, os.environ.get('RANK', '0')
 def scores(*a):
     global count
     if rank == str(RANK) and count == MOST:
@@ -184,7 +184,7 @@ def scores(*a):
     with open(DOTS, 'a') as file:
         file.write('.')
     return real(*a)
-measure._scores = scores
+score._scores = scores
 """
 
 

@@ -1,4 +1,4 @@
-"""The story of a run: one function per verb, each (step, run) -> 'done' or 'already done' (a fit: a generator that ends so)."""
+"""The story of a run: one function per verb, each (step, run) -> 'done' or 'already done'."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from importlib import import_module
 from pathlib import Path
 
 from spilt.manifest import Changed
-from spilt.passes import Work, together
 from spilt.plan import Step
 from spilt.stages.recordings import Recordings, Run
 
@@ -18,13 +17,12 @@ STAGES = {
 }
 
 
-def run_step(step: Step, run: Run) -> Work[str]:
-    """Run one step; whatever happens, what no later step needs is released. A fit yields the rows that it wants scored."""
+def run_step(step: Step, run: Run) -> str:
+    """Run one step; whatever happens, what no later step needs is released."""
     try:
         run.seen.again(step.inputs)
         module, function = STAGES[step.verb]
-        result = getattr(import_module(module), function)(step, run)
-        return result if isinstance(result, str) else (yield from result)
+        return str(getattr(import_module(module), function)(step, run))
     except Changed:
         for path in run.store.unfinished_work(step.verb, step.cells):  # of which inputs it is, nobody can say any more
             path.unlink(missing_ok=True)
@@ -38,4 +36,4 @@ def not_there(step: Step) -> list[Path]:
     return [path for path in step.vectors if not path.exists()]
 
 
-__all__ = ["STAGES", "Recordings", "Run", "not_there", "run_step", "together"]
+__all__ = ["STAGES", "Recordings", "Run", "not_there", "run_step"]

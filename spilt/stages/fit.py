@@ -14,15 +14,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from spilt import activations, anatomy, hooks, manifest, plan, training
+from spilt import activations, hooks, manifest, plan, training
 from spilt.atomic import atomic_write
 from spilt.cell import Cell
 from spilt.data import readers
-from spilt.data.chat import Sequence
-from spilt.host import Host
-from spilt.interventions import INTERVENTIONS, Intervention, Vector
+from spilt.interventions import Intervention, Vector
 from spilt.methods import METHODS, caa
-from spilt.passes import Work
 from spilt.plan import Step
 from spilt.stages.context import check_context
 from spilt.stages.recordings import Run, tell_replaced
@@ -31,8 +28,8 @@ from spilt.store import Store, dump, metadata_line
 log = logging.getLogger("spilt")
 
 
-def fit(step: Step, run: Run) -> Work[str]:
-    """Find the intervention of one cell, at each of its layers, and store it. Ends with 'done' or 'already done'."""
+def fit(step: Step, run: Run) -> str:
+    """Find the intervention of one cell, at each of its layers, and store it: 'done' or 'already done'."""
     (cell,) = step.cells
     settings: Any = step.settings
     done = 0
@@ -49,7 +46,7 @@ def fit(step: Step, run: Run) -> Work[str]:
         if METHODS[cell.method].loss is None:
             intervention = _closed_form(cell, layer, settings, run, fmt)
         else:
-            intervention, rows = yield from _train(cell, layer, settings, run, fmt, manifest.identity(parts))
+            intervention, rows = _train(cell, layer, settings, run, fmt, manifest.identity(parts))
         text = readers.concepts(fmt).get(cell.concept) if cell.concept is not None else None
         run.seen.again(step.inputs)
         atomic_write(run.store.metadata(cell, layer), metadata_line(intervention, cell.concept, text))
@@ -60,28 +57,10 @@ def fit(step: Step, run: Run) -> Work[str]:
     return "already done" if done == len(cell.layers) else "done"
 
 
-def new_intervention(cell: Cell, layer: int, settings: Any, host: Host) -> Intervention:
-    """A fresh intervention on the block's device; the same seed gives the same start."""
-    component = None if cell.intervention == "vector" else settings.intervention_components
-    width = anatomy.read_width(host.model, layer, component) if component else 0
-    with torch.random.fork_rng([]):
-        torch.manual_seed(settings.seed)
-        made = INTERVENTIONS[cell.intervention](
-            anatomy.hidden_size(host.model),
-            width,
-            component=component,
-            site=settings.site,
-            dropout=settings.dropout,
-            rank=settings.rank,
-            alpha=settings.lora_alpha,
-        )
-    return made.to(host.device(layer))
-
-
 def _train(
     cell: Cell, layer: int, settings: Any, run: Run, fmt: readers.DatasetFormat, identity: str
-) -> Work[tuple[Intervention, list[dict[str, float]]]]:
-    intervention = new_intervention(cell, layer, settings, run.host)
+) -> tuple[Intervention, list[dict[str, float]]]:
+    intervention = training.new_intervention(run.host.model, layer, settings)
     base = hooks.base(layer, intervention)
     key = next(key for key in run.recordings.keys(_as_step(cell, settings, fmt)) if key.layer == base)
     cache = run.recordings.get(key, run.host, fmt, intervention.component if base == layer else None)
@@ -106,7 +85,7 @@ def _train(
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(0)
 
-        return intervention, (yield from training.fit(job, resume=resume, checkpoint=checkpoint, progress=progress))
+        return intervention, training.fit(job, resume=resume, checkpoint=checkpoint, progress=progress)
 
 
 def _resume(path: Path, identity: str) -> dict[str, Any] | None:
@@ -132,18 +111,8 @@ def _closed_form(cell: Cell, layer: int, settings: Any, run: Run, fmt: readers.D
     sequences = [chat.encode_caa(p.question, text, p.row) for p in pairs for text in (p.matching, p.not_matching)]
     lengths = [(pairs[i // 2].row, len(sequence.input_ids)) for i, sequence in enumerate(sequences)]
     check_context(run.host.model, f"fit {cell}, answers with their questions", lengths, "shorten the question or its answer")
-    means = answer_means(run.host, layer, sequences, settings.multiple_choice)
+    means = activations.answer_means(run.host.model, layer, sequences, settings.multiple_choice, run.host.pad_id)
     return Vector.from_state(caa(means[0::2], means[1::2]), site=settings.site).eval()
-
-
-def answer_means(host: Host, layer: int, sequences: list[Sequence], multiple_choice: bool) -> torch.Tensor:
-    """The stream at block `layer` averaged over each sequence's answer tokens (or its second-to-last token), float32 [S, D]."""
-    cache = activations.record(host.model, layer, sequences, (), host.pad_id, together=2)
-    means = []
-    for i, sequence in enumerate(sequences):
-        h = cache.batch([i], None, cache.prefix_h.device)[1].h[0].float()
-        means.append(h[-2] if multiple_choice else h[sequence.prompt_length :].mean(0))
-    return torch.stack(means)
 
 
 def _train_log(cell: Cell, layer: int, rows: list[dict[str, float]], store: Store) -> str:

@@ -16,9 +16,10 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from spilt import activations, anatomy, manifest, measure, odds, plan
+from spilt import activations, anatomy, manifest, odds, plan
 from spilt.atomic import atomic_write
 from spilt.data import readers
+from spilt.engine import score
 from spilt.interventions import Intervention, Vector
 from spilt.methods import METHODS
 from spilt.plan import Step
@@ -164,7 +165,7 @@ def _write(
     step: Step,
     run: Run,
     outputs: dict[Path, dict[str, Any]],
-    found: measure.Losses,
+    found: score.Losses,
     place: dict[float, int],
     split: str,
     multipliers: Sequence[float],
@@ -181,21 +182,21 @@ def _write(
             run.store_result(step, path, _csv(table), outputs[path])
 
 
-def _asked(interventions: dict[int, Intervention], settings: Any, run: Run) -> measure.Request:
+def _asked(interventions: dict[int, Intervention], settings: Any, run: Run) -> score.Request:
     prefix = run.host.chat(settings.use_chat_template, settings.system_prompt).prefix_length
     device = run.host.device(min(interventions))
-    return measure.Request(run.host.model, interventions, settings.intervention_positions, prefix, device)
+    return score.Request(run.host.model, interventions, settings.intervention_positions, prefix, device)
 
 
 def _shared_losses(
     run: Run,
-    asked: measure.Request,
+    asked: score.Request,
     cache: activations.Activations,
     multipliers: Sequence[float],
     unfinished: Unfinished,
     identities: Sequence[str],
     progress: Callable[[int], Any] | None = None,
-) -> measure.Losses:
+) -> score.Losses:
     """The losses, the batches dealt out over the processes: each batch is the same as with one process, so the bytes are too.
 
     identities: whose the losses of each multiplier are. Those that a killed run left are not scored again.
@@ -204,9 +205,9 @@ def _shared_losses(
     def keep(group: Sequence[int], numbers: Sequence[int], scored: np.ndarray) -> None:
         unfinished.add([identities[k] for k in group], numbers, scored)
 
-    def work() -> measure.Losses:
+    def work() -> score.Losses:
         known = unfinished.read(identities, len(cache.sequences))
-        return measure.losses(asked, cache, multipliers, progress=progress, share=share, known=known, keep=keep)
+        return score.losses(asked, cache, multipliers, progress=progress, share=share, known=known, keep=keep)
 
     found = run.team.gather(work)
     return found[0]._replace(total=np.sum([part.total for part in found], 0), answer=np.sum([part.answer for part in found], 0))
@@ -229,7 +230,7 @@ def _csv(table: pd.DataFrame) -> str:
     return buffer.getvalue()
 
 
-def loss_table(found: measure.Losses, place: dict[float, int], m: float, kind: str, pairs: tuple[str, ...]) -> pd.DataFrame:
+def loss_table(found: score.Losses, place: dict[float, int], m: float, kind: str, pairs: tuple[str, ...]) -> pd.DataFrame:
     """Rows of train_losses.csv: (example, pair) in dataset order.
 
     winning_only scores matching at +m (orig_add) and not_matching at -m (orig_sub); losing_only the other two.

@@ -1,0 +1,271 @@
+"""The Python face: `import spilt` gives these functions. No global side effects: threads, seeds, log levels stay the caller's.
+
+    model, tokenizer = spilt.load("models/my-model")
+    steering = spilt.fit(model, tokenizer, pairs, layer=14, method="spilt", intervention="vector")
+    with spilt.steer(model, steering, 2.0):
+        model.generate(...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from spilt import activations, anatomy, generation, hooks, host, odds, plan, training
+from spilt.data.chat import Chat
+from spilt.data.chat import Sequence as Tokens
+from spilt.data.readers import PAIR_FIELDS, Pair
+from spilt.engine import choice, score, whole
+from spilt.errors import UserError, unknown
+from spilt.hparams import FitSettings
+from spilt.hparams.settings import GenerationParams, intervention_name, method_name
+from spilt.interventions import INTERVENTIONS, Intervention, Multiplier, Vector
+from spilt.methods import METHODS, caa
+from spilt.steering.steering import Steering
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Pairs = Iterable[Pair | Mapping[str, str] | tuple[str, str, str]]
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode with frozen weights, and its tokenizer."""
+
+    model: nn.Module
+    tokenizer: Any
+
+
+def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> Loaded:
+    """A checkpoint folder of the Hugging Face layout, from local files only; no code from it is run. Raises UserError."""
+    found = host.load(Path(path), dtype, device)
+    return Loaded(found.model, found.tokenizer)
+
+
+@contextmanager
+def steer(model: nn.Module, steering: Steering, multiplier: Multiplier = 1.0) -> Iterator[nn.Module]:
+    """Inside the `with` every forward of the model is steered at every position, as apply does; after it the model is as before.
+
+    multiplier: strength m, a number or a tensor [B] with one for each row of the batch. Works with `model.generate` and pipelines.
+    """
+    with whole.steer(model, steering.to(model), multiplier):
+        yield model
+
+
+def fit(
+    model: nn.Module,
+    tokenizer: Any,
+    pairs: Pairs,
+    *,
+    layer: int | Sequence[int],
+    method: str = "spilt",
+    intervention: str = "vector",
+    joint: bool = False,
+    engine: str = choice.FAST,
+    progress: Callable[[int, int, float], None] | None = None,
+    **settings: Any,
+) -> Steering:
+    """The intervention that a method finds from pairs (question, matching, not_matching), as a Steering.
+
+    layer: 0-based decoder block, or several: each fitted alone (the released meaning), or all together (`joint`).
+    settings: keys of the YAML files, such as lr, n_epochs, batch_size, rank; left out: the released defaults.
+    Raises UserError for names and values that do not exist.
+    """
+    layers = (layer,) if isinstance(layer, int) else tuple(layer)
+    s = _settings(method, intervention, layers, settings)
+    rows = _pairs(pairs)
+    chat = Chat.of(tokenizer, s.use_chat_template, s.system_prompt)
+    about = {"method": s.method, "model": str(getattr(model.config, "name_or_path", "")), "settings": s.as_dict()}  # type: ignore[union-attr]
+    with _frozen(model):
+        if METHODS[s.method].loss is None:
+            return Steering.of({n: _mean_difference(model, tokenizer, chat, rows, n, s) for n in layers}, about)
+        tokens = [chat.encode(p.question, text, s.output_length, p.row) for p in rows for text in (p.matching, p.not_matching)]
+        fresh = {n: training.new_intervention(model, n, s) for n in layers}
+        if joint:
+            _train(model, tokenizer, chat, tokens, Steering.of(fresh), s, engine, True, progress)
+        else:
+            for n, made in fresh.items():
+                _train(model, tokenizer, chat, tokens, Steering.of({n: made}), s, engine, False, progress)
+    return Steering.of({n: made.eval().requires_grad_(False) for n, made in fresh.items()}, about)
+
+
+def _settings(method: str, intervention: str, layers: Sequence[int], given: Mapping[str, Any]) -> FitSettings:
+    method, intervention = method_name(method), intervention_name(intervention)
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    if intervention not in INTERVENTIONS:
+        raise unknown("intervention", intervention, INTERVENTIONS)
+    plan.pairs_of(method, intervention)  # a pair that does not exist is refused with the reason
+    known = {field.name for field in fields(FitSettings)} - {"method", "intervention_method", "layers"}
+    for name in given:
+        if name not in known:
+            raise unknown("setting", name, known)
+    return FitSettings(method=method, intervention_method=intervention, layers=tuple(layers), **given)
+
+
+def _pairs(pairs: Pairs) -> list[Pair]:
+    """Pairs of any kind as Pair, numbered in their order."""
+    out = []
+    for row, given in enumerate(pairs):
+        if isinstance(given, Pair):
+            out.append(given)
+            continue
+        values = [given.get(name) for name in PAIR_FIELDS] if isinstance(given, Mapping) else list(given)
+        if len(values) != len(PAIR_FIELDS) or not all(isinstance(value, str) for value in values):
+            raise UserError(f"pair {row} is {str(given)[:80]}; wanted the texts {', '.join(PAIR_FIELDS)}, as a dict or in this order")
+        question, matching, not_matching = map(str, values)
+        out.append(Pair(question, matching, not_matching, None, None, row))
+    if not out:
+        raise UserError("there are no pairs; give at least one (question, matching, not_matching)")
+    return out
+
+
+def _pad_id(tokenizer: Any) -> int:
+    return host.pad_id(tokenizer)
+
+
+def _mean_difference(model: nn.Module, tokenizer: Any, chat: Chat, pairs: Sequence[Pair], layer: int, s: FitSettings) -> Intervention:
+    tokens = [chat.encode_caa(p.question, text, p.row) for p in pairs for text in (p.matching, p.not_matching)]
+    means = activations.answer_means(model, layer, tokens, s.multiple_choice, _pad_id(tokenizer))
+    return Vector.from_state(caa(means[0::2], means[1::2]), site=s.site).eval().requires_grad_(False)
+
+
+def _train(
+    model: nn.Module,
+    tokenizer: Any,
+    chat: Chat,
+    tokens: list[Tokens],
+    steering: Steering,
+    s: FitSettings,
+    engine: str,
+    joint: bool,
+    progress: Callable[[int, int, float], None] | None,
+) -> None:
+    pad, method = _pad_id(tokenizer), METHODS[s.method]
+    if engine == choice.PLAIN or choice.why_plain(steering, "fit", joint):
+        training.fit(whole.Fit(model, steering, tokens, s, method, chat.prefix_length, pad), progress=progress)
+        return
+    ((site, made),) = steering
+    base = hooks.base(site.layer, made)
+    read = [site.read_point] if site.read_point and base == site.layer else []
+    cache = activations.record(model, base, tokens, read, pad, together=2)
+    training.fit(training.Fit(model, site.layer, made, cache, s, method, chat.prefix_length), progress=progress)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Inside: evaluation mode, weights without gradient. After it: as before, module by module."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    training_mode = [module for module in model.modules() if module.training]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        for module in training_mode:
+            module.training = False
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        for module in training_mode:
+            module.training = True
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    steering: Steering,
+    prompts: str | Sequence[str],
+    multipliers: float | Sequence[float] = 1.0,
+    *,
+    num_responses: int = 1,
+    seed: int = 42,
+    batch_size: int = 16,
+    use_chat_template: bool = True,
+    system_prompt: str = "",
+    **params: Any,
+) -> pd.DataFrame:
+    """A text for every prompt, multiplier and response: columns prompt, multiplier, response (number), text.
+
+    params: generation parameters (max_new_tokens 128, do_sample true, temperature, top_p ...), else the checkpoint's.
+    A prompt's random numbers are its own: the same at every multiplier, whatever else is asked for.
+    """
+    import pandas as pd
+
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    strengths = [float(multipliers)] if isinstance(multipliers, int | float) else [float(m) for m in multipliers]
+    chat = Chat.of(tokenizer, use_chat_template, system_prompt)
+    placed = steering.to(model)
+    asked = [(i, m, k) for i in range(len(texts)) for m in strengths for k in range(num_responses)]
+    ids = [tuple(chat.prompt_ids(text)) for text in texts]
+    rows = [generation.Row(ids[i], m, f"{seed}/{i}/{k}") for i, m, k in asked]
+    known = {field.name for field in fields(GenerationParams)}
+    for name in params:
+        if name not in known:
+            raise unknown("generation parameter", name, known)
+    how = generation.decoding(GenerationParams(**params).as_kwargs(), model, tokenizer)
+
+    def sites(multiplier: torch.Tensor) -> list[hooks.Site]:
+        return [hooks.Site(site.layer, made, multiplier) for site, made in placed]
+
+    with _frozen(model):
+        made = dict(generation.generate(model, sites, rows, how, batch_size))
+    out = [
+        {"prompt": texts[i], "multiplier": m, "response": k, "text": tokenizer.decode(made[n], skip_special_tokens=True)}
+        for n, (i, m, k) in enumerate(asked)
+    ]
+    return pd.DataFrame(out, columns=["prompt", "multiplier", "response", "text"])
+
+
+def measure(
+    model: nn.Module,
+    tokenizer: Any,
+    steering: Steering,
+    pairs: Pairs,
+    multipliers: Sequence[float] | None = None,
+    *,
+    positions: str = "all",
+    output_length: int = 512,
+    engine: str = choice.FAST,
+    seed: int = 0,
+    use_chat_template: bool = True,
+    system_prompt: str = "",
+) -> pd.DataFrame:
+    """Preference and utility log-odds (nats) at each multiplier, means over the pairs with 95% bootstrap intervals: odds.SUMMARY.
+
+    multipliers: left out, 11 points over the range in which the form is trained. 0, the unsteered model, is always among them.
+    """
+    import pandas as pd
+
+    rows = _pairs(pairs)
+    chat = Chat.of(tokenizer, use_chat_template, system_prompt)
+    tokens = [chat.encode(p.question, text, output_length, p.row) for p in rows for text in (p.matching, p.not_matching)]
+    placed, pad = steering.to(model), _pad_id(tokenizer)
+    if multipliers is None:
+        multipliers = plan.sweep_multipliers(INTERVENTIONS[steering.forms[0]].factors, 11)
+    strengths = sorted({0.0, *(float(m) + 0.0 for m in multipliers)})
+    prefix = chat.prefix_length
+    with _frozen(model):
+        if engine == choice.PLAIN or choice.why_plain(placed, "measure"):
+            answer = whole.losses(model, placed, strengths, tokens, pad, positions, prefix, suffix=False).numpy()
+        else:
+            device = anatomy.device_of(model, placed.layers[0])
+            asked = score.Request(model, {site.layer: made for site, made in placed}, positions, prefix, device)
+            read = [asked.component] if asked.component else []
+            cache = activations.record(model, asked.base, tokens, read, pad, together=2)
+            answer = score.losses(asked, cache, strengths).answer
+    counts = [len(s.input_ids) - s.prompt_length - s.suffix_length for s in tokens]
+    mean = answer / counts
+    frames = []
+    for k, m in enumerate(strengths):
+        l_p, l_n = mean[k, 0::2], mean[k, 1::2]
+        frame = pd.DataFrame({"split": "pairs", "example": range(len(rows)), "multiplier": m})
+        frame["loss_matching"], frame["loss_not_matching"] = l_p, l_n
+        frame["preference"], frame["utility"] = odds.preference_log_odds(l_p, l_n), odds.utility_log_odds(l_p, l_n)
+        frames.append(frame)
+    return odds.summarise(pd.concat(frames, ignore_index=True), seed).drop(columns="split")

@@ -1,0 +1,147 @@
+"""The plain engine: hooks on every site, the library's own forward, ordinary autograd, `model.generate`.
+
+Short and obviously right, for any decoder and any steering. It is the spec: every fast path is tested equal to it; and it
+is what runs where the fast path does not apply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spilt import hooks, training
+from spilt.data.batches import pad, position_mask
+from spilt.data.chat import Sequence as Tokens
+from spilt.hparams.settings import FitSettings
+from spilt.interventions import Intervention, Multiplier
+from spilt.methods import Method
+from spilt.scoring import AnswerLogProbs, answer_logprobs, scored_positions
+from spilt.steering.steering import Steering, per_row
+
+Where = Callable[[Intervention], Tensor | None]  # where an intervention acts, [B, T] bool; None = everywhere
+
+
+def everywhere(_: Intervention) -> None:
+    return None
+
+
+@contextmanager
+def steer(model: nn.Module, steering: Steering, multiplier: Multiplier, where: Where = everywhere) -> Iterator[nn.Module]:
+    """h <- h + delta(h, x, m) at every site of every forward inside the `with`; the model is as before after it.
+
+    multiplier: a number, or a tensor [B] with one for each row of the batch. Yields the model.
+    """
+    strength = per_row(multiplier)
+    with hooks.attach(model, [hooks.Site(site.layer, made, strength, where(made)) for site, made in steering]):
+        yield model
+
+
+def acts(sequences: Sequence[Tokens], positions: str, prefix: int) -> Where:
+    """Fit and loss: a vector acts at `positions` from the template prefix on, the other forms everywhere (methods.md, section 2)."""
+    mask = position_mask(list(sequences), positions, prefix)
+    return lambda made: mask if made.positional else None
+
+
+def score(
+    model: nn.Module,
+    steering: Steering | None,
+    multiplier: Multiplier,
+    sequences: Sequence[Tokens],
+    pad_id: int,
+    where: Where = everywhere,
+    suffix: bool = True,
+) -> AnswerLogProbs:
+    """log p of each sequence's answer, summed over its tokens [B], with its graph down to the steering's parameters.
+
+    steering None: the unsteered model. multiplier: a number or [B].
+    """
+    batch = pad(list(sequences), pad_id)
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    labels = batch.answer_mask if suffix else batch.text_mask
+    ids, mask, answer = (t.to(device) for t in (batch.input_ids, batch.attention_mask, labels))
+    with steer(model, steering, multiplier, where) if steering is not None else hooks.attach(model, []):
+        logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
+    length = torch.tensor([len(s.input_ids) for s in sequences], device=device)
+    return answer_logprobs(logits[scored_positions(answer)], ids, answer, length)
+
+
+@torch.no_grad()
+def losses(
+    model: nn.Module,
+    steering: Steering,
+    multipliers: Sequence[float],
+    sequences: Sequence[Tokens],
+    pad_id: int,
+    positions: str = "all",
+    prefix: int = 0,
+    rows: int = 16,
+    suffix: bool = True,
+) -> Tensor:
+    """-log p of each sequence's label tokens, summed, nats [K, S], float64: one multiplier and `rows` sequences at a time.
+
+    suffix: the template's tokens after the answer are label tokens, as released.
+    """
+    out = torch.zeros(len(multipliers), len(sequences), dtype=torch.float64)
+    for first in range(0, len(sequences), rows):
+        part = sequences[first : first + rows]
+        where = acts(part, positions, prefix)
+        for k, m in enumerate(multipliers):
+            scored = score(model, steering if m else None, m, part, pad_id, where, suffix)
+            out[k, first : first + len(part)] = -scored.total.double().cpu()
+    return out
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module, steering: Steering, multipliers: Sequence[float], prompts: Sequence[Sequence[int]], pad_id: int, **how: Any
+) -> list[list[int]]:
+    """New token ids of each (prompt, multiplier), side by side in one batch by the library's own `generate`.
+
+    how: its keyword arguments. Rows end with their first end-of-sequence token.
+    """
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    strength = torch.tensor(multipliers, dtype=torch.float32, device=device)
+    with steer(model, steering, strength):
+        made = model.generate(  # type: ignore[operator]
+            input_ids=ids.to(device), attention_mask=mask.to(device), pad_token_id=pad_id, **how
+        )
+    own: Any = getattr(model, "generation_config", None)
+    ends = how.get("eos_token_id", getattr(own, "eos_token_id", None))
+    stop = set(ends) if isinstance(ends, list | tuple) else {ends}
+    return [_until(row, stop) for row in made[:, width:].tolist()]
+
+
+def _until(row: list[int], stop: set[Any]) -> list[int]:
+    return next((row[: i + 1] for i, token in enumerate(row) if token in stop), row)
+
+
+class Fit(training.Job):
+    """A fit by ordinary autograd through the whole model: any steering, several sites jointly. The loop is `training.fit`."""
+
+    def __init__(
+        self, model: nn.Module, steering: Steering, sequences: list[Tokens], settings: FitSettings, method: Method, prefix: int, pad_id: int
+    ) -> None:
+        super().__init__(settings, method)
+        self.model, self.steering, self.sequences, self.prefix, self.pad_id = model, steering, sequences, prefix, pad_id
+        self.intervention = nn.ModuleList([made for _, made in steering])
+        self.device = next(self.intervention.parameters()).device
+        if method.needs_reference(settings):
+            with torch.no_grad():
+                every = [score(model, None, 0.0, [sequence], pad_id) for sequence in sequences]
+            self.reference = AnswerLogProbs(*(torch.cat(column) for column in zip(*every, strict=True)))
+
+    def gradients(self, minibatch: list[training.Entry], share: int) -> tuple[float, list[Tensor]]:
+        drawn = self.draw_rows(minibatch)
+        shown = [self.sequences[i] for i in drawn.indices]
+        where = acts(shown, self.settings.intervention_positions, self.prefix)
+        mixed = Steering((site, training.Mixed(made, drawn.removed)) for site, made in self.steering)
+        scored = score(self.model, mixed, drawn.multiplier, shown, self.pad_id, where)
+        loss = self.loss(minibatch, scored) / share
+        return loss.item(), list(torch.autograd.grad(loss, list(self.intervention.parameters())))

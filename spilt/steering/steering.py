@@ -1,0 +1,225 @@
+"""Steering: the one value that is fitted, stored, attached, measured and exported."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spilt import __version__, anatomy, manifest, store
+from spilt.atomic import atomic_write
+from spilt.errors import UserError, first_line
+from spilt.interventions import INTERVENTIONS, Intervention, Multiplier
+
+SUFFIX = ".safetensors"
+FORMAT = 1  # of the stored file
+LAYER_FILE = re.compile(r"layer_(\d{1,9})\.pt")
+WRITE_POINTS = ("block", "down_proj")
+
+
+class Site(NamedTuple):
+    """Where an intervention acts. read_point: anatomy.COMPONENTS, None when it reads nothing; write_point: 'block' | 'down_proj'."""
+
+    layer: int
+    read_point: str | None = None
+    write_point: str = "block"
+
+
+class Steering:
+    """An ordered tuple of (Site, intervention): h <- h + delta(h, x, m) at each site, all at one multiplier m.
+
+    A value: `+` and `*` give new ones and share no tensor with their terms. It describes itself: `save` and `load` need no
+    second file, no layer number and no form. `about` holds what is known of it: method, model, recommended multiplier.
+    """
+
+    def __init__(self, entries: Iterable[tuple[Site, Intervention]], about: Mapping[str, Any] | None = None) -> None:
+        self.entries = tuple(entries)
+        self.about = dict(about or {})
+        if not self.entries:
+            raise UserError("a Steering has at least one (Site, intervention)")
+        for site, intervention in self.entries:
+            if (site.read_point, site.write_point) != (intervention.component, intervention.site):
+                raise UserError(f"{site}: the intervention reads at {intervention.component!r} and writes at {intervention.site!r}")
+
+    @classmethod
+    def of(cls, interventions: Mapping[int, Intervention], about: Mapping[str, Any] | None = None) -> Steering:
+        """layer -> intervention, in the order of the layers."""
+        return cls(((Site(n, made.component, made.site), made) for n, made in sorted(interventions.items())), about)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted({site.layer for site, _ in self.entries}))
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The form of each entry, by its name in INTERVENTIONS."""
+        return tuple(intervention.form for _, intervention in self.entries)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for _, intervention in self.entries:
+            yield from intervention.parameters()
+
+    def to(self, model: nn.Module) -> Steering:
+        """A copy whose parameters lie where the model's blocks compute. Raises UserError where it does not fit the model."""
+        self.check(model)
+        return Steering(((site, _copy(made).to(anatomy.device_of(model, site.layer))) for site, made in self.entries), self.about)
+
+    def check(self, model: nn.Module) -> None:
+        """Every site exists and has the widths of the parameters, or a UserError that names both."""
+        hidden = anatomy.hidden_size(model)
+        for site, intervention in self.entries:
+            anatomy.block(model, site.layer)
+            read = anatomy.read_width(model, site.layer, site.read_point) if site.read_point else hidden
+            for name, shape in intervention.shapes(hidden, read, intervention.describe()["rank"]).items():
+                found = tuple(intervention.get_parameter(name).shape)
+                if found != shape:
+                    raise UserError(f"{name} of {site} has shape {list(found)}; this model wants {list(shape)}")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[tuple[Site, Intervention]]:
+        return iter(self.entries)
+
+    def __repr__(self) -> str:
+        sites = ", ".join(f"{form}@{site.layer}" for (site, _), form in zip(self.entries, self.forms, strict=True))
+        known = f", {self.about['method']}" if "method" in self.about else ""
+        return f"Steering({sites}{known})"
+
+    def __add__(self, other: Steering) -> Steering:
+        """Both act, this one first. At one site their deltas add up: no form reads what another one writes there."""
+        if not isinstance(other, Steering):
+            return NotImplemented
+        return Steering((site, _copy(made)) for site, made in (*self.entries, *other.entries))
+
+    def __mul__(self, factor: float) -> Steering:
+        """delta at m of the result is delta at factor m of this one: exact, since every form is linear in its strength."""
+        if not isinstance(factor, int | float):
+            return NotImplemented
+        return Steering(((site, _copy(made).scaled(float(factor))) for site, made in self.entries), self.about)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Steering:
+        return self * -1.0
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Steering):
+            return NotImplemented
+        if [site for site, _ in self] != [site for site, _ in other] or self.forms != other.forms:
+            return False
+        states = ((mine.state_dict(), theirs.state_dict()) for (_, mine), (_, theirs) in zip(self, other, strict=True))
+        return all(all(torch.equal(a[name].cpu(), b[name].cpu()) for name in a) for a, b in states)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    # ---- files
+
+    def save(self, path: str | Path) -> Path:
+        """One safetensors file that says everything: parameters as `{entry}.{name}`, sites and `about` as metadata. Returns its path."""
+        from safetensors.torch import save
+
+        path = Path(path)
+        if path.suffix != SUFFIX:
+            raise UserError(f"{path}: a Steering is stored as a {SUFFIX} file; give such a name")
+        tensors = {
+            f"{number}.{name}": value.detach().float().cpu().contiguous()
+            for number, (_, made) in enumerate(self.entries)
+            for name, value in made.state_dict().items()
+        }
+        entries = [{"form": made.form, **site._asdict(), "alpha": made.describe()["alpha"]} for site, made in self.entries]
+        words = {"format": FORMAT, "entries": entries, "about": self.about, "spilt": __version__}
+        atomic_write(path, save(tensors, metadata={"steering": json.dumps(words, sort_keys=True)}))
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Steering:
+        """A stored Steering, a released layer_{id}.pt (its name says the layer), or a folder of them.
+
+        Raises UserError for anything else, with what was found.
+        """
+        path = Path(path)
+        if path.is_dir():
+            files = {int(hit[1]): file for file in sorted(path.iterdir()) if (hit := LAYER_FILE.fullmatch(file.name))}
+            if not files:
+                raise UserError(f"{path}: no layer_{{id}}.pt in this folder; give a stored Steering ({SUFFIX}) or such a folder")
+            return cls(entry for layer in sorted(files) for entry in cls.load(files[layer]).entries)
+        if hit := LAYER_FILE.fullmatch(path.name):
+            return _released(path, int(hit[1]))
+        if path.suffix != SUFFIX:
+            raise UserError(f"{path}: is neither a stored Steering ({SUFFIX}) nor a layer_{{id}}.pt of the released format")
+        return _stored(path)
+
+
+def _copy(intervention: Intervention) -> Intervention:
+    import copy
+
+    return copy.deepcopy(intervention)
+
+
+def _stored(path: Path) -> Steering:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            words = json.loads((file.metadata() or {}).get("steering", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors: {first_line(error)}") from None
+    if not isinstance(words, dict) or words.get("format") != FORMAT or not isinstance(words.get("entries"), list):
+        found = ", ".join(tensors) or "none"
+        raise UserError(f"{path}: no Steering of format {FORMAT} (its metadata does not say so); tensors found: {found}")
+    try:
+        entries = [_entry(path, number, row, tensors) for number, row in enumerate(words["entries"])]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: its metadata is not that of a Steering ({type(error).__name__}: {error})") from None
+    return Steering(entries, words.get("about") or {})
+
+
+def _entry(path: Path, number: int, row: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Site, Intervention]:
+    if row["form"] not in INTERVENTIONS:
+        raise UserError(f"{path}: entry {number} has the form {row['form']!r}; have: {', '.join(INTERVENTIONS)}")
+    site = Site(int(row["layer"]), row["read_point"], row["write_point"])
+    if site.layer < 0 or site.write_point not in WRITE_POINTS or site.read_point not in (None, *anatomy.COMPONENTS):
+        raise UserError(f"{path}: entry {number} has no usable site: {site}")
+    kind = INTERVENTIONS[row["form"]]
+    own = {name.partition(".")[2]: value for name, value in tensors.items() if name.partition(".")[0] == str(number)}
+    wanted = kind.shapes(1, 1, 1)
+    if {name: value.ndim for name, value in own.items()} != {name: len(shape) for name, shape in wanted.items()}:
+        found = ", ".join(f"{name} {list(value.shape)}" for name, value in own.items()) or "none"
+        raise UserError(f"{path}: entry {number}, a {kind.form}, wants the tensors {', '.join(wanted)}; found: {found}")
+    for name, value in own.items():
+        if not value.is_floating_point() or not torch.isfinite(value).all():
+            raise UserError(f"{path}: tensor {number}.{name} holds values that are not finite numbers")
+    made = kind.of_parameters(own, component=site.read_point, site=site.write_point)
+    if row.get("alpha") is not None:
+        made.alpha = float(row["alpha"])
+    return site, made.eval().requires_grad_(False)
+
+
+def _released(path: Path, layer: int) -> Steering:
+    """layer_{id}.pt of one concept; what its manifest knows, where there is one, comes along."""
+    held = store._read(path)
+    form = store.form_of(held)
+    state = store._one_concept(held, path, form, None)
+    parts = (manifest.read(path) or {}).get("parts")
+    known = parts.get("settings") if isinstance(parts, dict) else None
+    settings: dict[str, Any] = known if isinstance(known, dict) else {}
+    component, write_point = None, str(settings.get("site", "block"))
+    if INTERVENTIONS[form].reads:
+        component = str(state.get("intervention_components") or settings.get("intervention_components", "mlp_mid"))
+    made = INTERVENTIONS[form].from_state(state, component=component, site=write_point)
+    about = {name: settings[name] for name in ("method",) if name in settings}
+    return Steering([(Site(layer, component, write_point), made.eval().requires_grad_(False))], about)
+
+
+def per_row(multiplier: Multiplier) -> Multiplier:
+    """A strength as the interventions take it: a number, or one for each row of the batch [B] as [B, 1, 1]."""
+    return multiplier.reshape(-1, 1, 1) if isinstance(multiplier, Tensor) and multiplier.ndim else multiplier

@@ -1,0 +1,173 @@
+"""The fast engine equals the plain one (engine/whole.py, the spec): losses, gradients, texts; for every form, read point and family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import EOS, FAMILY_NAMES, LAYERS, READS, build, intervention, model, tokenizer
+from test_generation import how, rows, sites
+from test_suffix import answer_pairs
+
+from spilt import activations, generation, hooks, training
+from spilt.engine import choice, score, whole
+from spilt.hparams import FitSettings
+from spilt.methods import METHODS
+from spilt.steering import Site, Steering
+
+LAYER, PREFIX, PAD = LAYERS // 2, 2, 0
+STRENGTHS = [0.0, 1.0, -0.7]
+
+
+def settings(method: str, form: str, **changes: Any) -> FitSettings:
+    given = {"batch_size": 3, "n_epochs": 1, "dropout": 0.0, "lr": 0.01, "steering_factors": (0.5, 1.0), **changes}
+    return FitSettings(method=method, intervention_method=form, layers=(LAYER,), **given)
+
+
+def steering(form: str, component: str | None = None, layer: int = LAYER, **more: Any) -> Steering:
+    return Steering.of({layer: intervention(form, component, **more)})
+
+
+def fast_losses(tiny: Any, value: Steering, positions: str = "all") -> Any:
+    asked = score.Request(tiny, {site.layer: made for site, made in value}, positions, PREFIX, torch.device("cpu"))
+    cache = activations.record(tiny, asked.base, answer_pairs(), [asked.component] if asked.component else [], PAD, together=2)
+    return torch.as_tensor(score.losses(asked, cache, STRENGTHS).total)
+
+
+@pytest.mark.parametrize("write_point", ["block", "down_proj"])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_losses(family: str, write_point: str) -> None:
+    tiny = model(family)
+    for form, component in READS:
+        value = steering(form, component, site=write_point, scale=0.2)
+        plain = whole.losses(tiny, value, STRENGTHS, answer_pairs(), PAD, "all", PREFIX)
+        torch.testing.assert_close(fast_losses(tiny, value), plain, atol=1e-4, rtol=1e-5)
+        assert (plain[0] - plain[1]).abs().max() > 0.01  # it does something
+
+
+@pytest.mark.parametrize("positions", ["all_prompt", "all_generation", "f1+l1"])
+def test_losses_where_a_vector_acts(positions: str) -> None:
+    tiny, value = model("qwen2"), steering("vector")
+    plain = whole.losses(tiny, value, STRENGTHS, answer_pairs(), PAD, positions, PREFIX)
+    torch.testing.assert_close(fast_losses(tiny, value, positions), plain, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_losses_in_bfloat16(family: str) -> None:
+    """Equal up to that dtype's rounding: as far from each other as either is from float32."""
+    tiny = build(family).to(torch.bfloat16)
+    for form, component in READS:
+        value = steering(form, component, scale=0.2)
+        plain = whole.losses(tiny, value, STRENGTHS, answer_pairs(), PAD, "all", PREFIX)
+        exact = whole.losses(model(family), value, STRENGTHS, answer_pairs(), PAD, "all", PREFIX)
+        fast, rounding = fast_losses(tiny, value), (plain - exact).abs().max()
+        assert (fast - plain).abs().max() < 2 * rounding + 0.05, (form, component)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_gradients_of_a_minibatch(family: str) -> None:
+    tiny, sequences = model(family), answer_pairs()
+    cache = activations.record(tiny, LAYER, sequences, ["mlp_mid", "mlp", "attn", "block"], PAD, together=2)
+    for form, component in READS:
+        for method in ("sft", "spilt", "reps") if component in (None, "mlp_mid") else ("sft",):
+            s = settings(method, form, **({"intervention_components": component} if component else {}))
+            made = intervention(form, component, scale=0.2)
+            made.requires_grad_(True)
+            fast = training.Fit(tiny, LAYER, made, cache, s, METHODS[method], PREFIX)
+            plain = whole.Fit(tiny, Steering.of({LAYER: made}), sequences, s, METHODS[method], PREFIX, PAD)
+            minibatch = [entry for row in range(len(sequences) // 2) for entry in training.entries(row, s)]
+            ours, theirs = fast.gradients(minibatch, 2), plain.gradients(minibatch, 2)
+            assert ours[0] == pytest.approx(theirs[0], rel=1e-4, abs=1e-5), (form, component, method)
+            for a, b in zip(ours[1], theirs[1], strict=True):
+                assert b.abs().max() > 1e-6
+                torch.testing.assert_close(a, b, atol=2e-4 * max(1.0, float(b.abs().max())), rtol=1e-3)
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_greedy_texts(family: str, cache: bool) -> None:
+    """The library's own `generate` under hooks, with and without its cache: the same tokens."""
+    tiny, wanted = model(family), rows()
+    for form, component in READS:
+        value = steering(form, component)
+        fast = dict(generation.generate(tiny, sites(value.entries[0][1]), wanted, how(), 4))
+        prompts, strengths = [row.prompt for row in wanted], [row.multiplier for row in wanted]
+        greedy = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": EOS, "use_cache": cache}
+        plain = whole.generate(tiny, value, strengths, prompts, PAD, **greedy)
+        assert [fast[i] for i in range(len(wanted))] == plain, (form, component)
+
+
+def test_a_joint_steering_with_one_silent_half_is_the_other_half() -> None:
+    tiny = model("qwen2")
+    low, high = steering("lora", layer=1, seed=1), steering("vector", layer=3, seed=2)
+    for loud, both in ((low, low + high * 0.0), (high, low * 0.0 + high)):
+        assert torch.equal(
+            whole.losses(tiny, both, STRENGTHS, answer_pairs(), PAD, "all", PREFIX),
+            whole.losses(tiny, loud, STRENGTHS, answer_pairs(), PAD, "all", PREFIX),
+        )
+    both = whole.losses(tiny, low + high, STRENGTHS, answer_pairs(), PAD, "all", PREFIX)
+    assert (both[1] - whole.losses(tiny, low, STRENGTHS, answer_pairs(), PAD, "all", PREFIX)[1]).abs().max() > 0.01
+
+
+def test_a_joint_fit_trains_every_site() -> None:
+    """Two layers by one loss: it falls below what either reaches alone after as many steps, and both parameters move."""
+    tiny, sequences = model("qwen2"), answer_pairs()
+    s = settings("sft", "vector", n_epochs=20, lr=0.05, preference_pairs=("orig_add",), steering_factors=(1.0,))
+
+    def last(layers: tuple[int, ...]) -> float:
+        fresh = Steering.of({n: training.new_intervention(tiny, n, s) for n in layers})
+        before = [p.detach().clone() for p in fresh.parameters()]
+        log = training.fit(whole.Fit(tiny, fresh, sequences, s, METHODS["sft"], PREFIX, PAD))
+        assert all(not torch.equal(a, b) for a, b in zip(before, fresh.parameters(), strict=True))
+        return log[-1]["loss"]
+
+    assert last((1, 3)) < min(last((1,)), last((3,)))
+
+
+def test_a_plain_fit_is_a_fast_fit() -> None:
+    """The same draws, order and schedule, so the same parameters up to what AdamW makes of rounding."""
+    tiny, sequences = model("qwen2"), answer_pairs()
+    cache = activations.record(tiny, LAYER, sequences, ["mlp_mid"], PAD, together=2)
+    for method, form in (("sft", "lora"), ("spilt", "vector"), ("reps", "vector")):
+        s = settings(method, form, n_epochs=3)
+        one, other = (training.new_intervention(tiny, LAYER, s) for _ in range(2))
+        fast = training.fit(training.Fit(tiny, LAYER, one, cache, s, METHODS[method], PREFIX))
+        plain = training.fit(whole.Fit(tiny, Steering.of({LAYER: other}), sequences, s, METHODS[method], PREFIX, PAD))
+        assert [row["loss"] for row in fast] == pytest.approx([row["loss"] for row in plain], rel=1e-3, abs=1e-4)
+        for a, b in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b, atol=5e-3, rtol=0)
+
+
+def test_which_engine_and_why() -> None:
+    one = steering("vector")
+    assert choice.why_plain(one, "fit") == choice.why_plain(one, "measure") == ""
+    assert "twice" in choice.why_plain(one + one, "generate")
+    assert "jointly" in choice.why_plain(one + steering("vector", layer=0), "fit", joint=True)
+    assert "block 0" in choice.why_plain(steering("vector", layer=0, site="down_proj"), "measure")
+    assert choice.why_plain(steering("vector", layer=0, site="down_proj"), "generate") == ""
+    assert "positions" in choice.why_plain(one + steering("lora", layer=0), "measure")
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_the_inside_of_block_0_by_the_plain_engine(family: str) -> None:
+    """What the fast path refuses runs; where no norm follows the MLP, it is steering the block's output."""
+    tiny = model(family)
+    inside, outside = steering("vector", layer=0, site="down_proj"), steering("vector", layer=0)
+    found = whole.losses(tiny, inside, STRENGTHS, answer_pairs(), PAD, "all", PREFIX)
+    at_block = whole.losses(tiny, outside, STRENGTHS, answer_pairs(), PAD, "all", PREFIX)
+    assert torch.equal(found[0], at_block[0])
+    if not family.startswith("gemma"):
+        torch.testing.assert_close(found, at_block, atol=1e-3, rtol=1e-4)
+
+
+def test_the_model_comes_back_bit_identical() -> None:
+    tiny = model("gemma2")
+    before = {name: value.clone() for name, value in tiny.state_dict().items()}
+    value = steering("vector") + steering("lora", layer=1)
+    with pytest.raises(RuntimeError, match="half way"), whole.steer(tiny, value, 1.0):
+        raise RuntimeError("half way")
+    whole.losses(tiny, value, STRENGTHS, answer_pairs(), PAD)
+    assert all(torch.equal(before[name], now) for name, now in tiny.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny.modules())
+    assert tokenizer() is not None and isinstance(value.entries[0][0], Site) and hooks.base(1, value.entries[1][1]) == 1
