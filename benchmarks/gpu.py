@@ -152,13 +152,6 @@ class Bench:
         work = record + flops.fit(self.config, self.layer, lengths, scored, "local_weight")
         return self._bounded(took, work, "fit utilisation")
 
-    def side_by_side(self, rows: int) -> dict[str, Any]:
-        """Every method and form one after the other, and sharing batches."""
-        words = ["--mode", "generate", "--set", "n_epochs=1", "--limit", str(rows)]
-        apart = self.session.run(*words, method="all", form="all")
-        beside = self.session.run(*words, "--side_by_side", "9", method="all", form="all")
-        return {"one after the other s": apart, "side by side s": beside, "times faster": apart / beside}
-
     def loss(self, rows: int) -> dict[str, Any]:
         words = ["--mode", "loss", "--split", "train", "--multipliers", *map(str, STRENGTHS)]
         self.session.run(*words, "--limit", "8")
@@ -233,7 +226,6 @@ def measure(shape: str, args: argparse.Namespace, device: str, rates: dict[str, 
             "generation": lambda: bench.generation(args.batch, args.new_tokens),
             "memory": lambda: bench.memory(512),
             "fit": lambda: bench.fit(args.rows),
-            "fits": lambda: bench.side_by_side(max(1, args.rows // 8)),
         }
         for name, step in steps.items():
             if time.perf_counter() - report["started"] > args.limit:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -20,6 +22,32 @@ def test_what_it_links_to_is_there() -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+?)\)", TEXT) if "://" not in link]
     assert len(links) >= 8
     assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks under 'In Python', one after the other, in a folder that holds the examples."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    section = TEXT[TEXT.index("## In Python") : TEXT.index("## Arguments")]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+    assert len(blocks) == 4 and all(len(block.splitlines()) <= 10 for block in blocks)
+    names: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"README block {number}", "exec"), names)
+    assert names["again"] == names["steering"] and names["both"] != names["steering"]
+
+
+def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a person runs it: in a kernel of its own, with the package installed (here: on the path)."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(ROOT / "examples" / "steering.ipynb", as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells)  # committed without outputs
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "examples")}}).execute()
+    shown = [out for cell in notebook.cells for out in cell.get("outputs", ())]
+    assert sum("image/png" in out.get("data", {}) for out in shown) == 1 and len(shown) >= 5
 
 
 def test_its_make_targets_and_flags_exist() -> None:

@@ -178,7 +178,7 @@ def _stored(path: Path) -> Steering:
         raise UserError(f"{path}: no Steering of format {FORMAT} (its metadata does not say so); tensors found: {found}")
     try:
         entries = [_entry(path, number, row, tensors) for number, row in enumerate(words["entries"])]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: its metadata is not that of a Steering ({type(error).__name__}: {error})") from None
     return Steering(entries, words.get("about") or {})
 
