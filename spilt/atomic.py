@@ -81,7 +81,7 @@ def _named(note: Path) -> list[str] | None:
     """What a note names: nothing where there is none, None where it can't be read."""
     try:
         names = json.loads(note.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, ValueError):
         return None

@@ -48,6 +48,10 @@ class Intervention(nn.Module):
         """h' = h + m (dW x + db). At m = 0 this is h (0 is added)."""
         return h + self.delta(h, x, multiplier).to(h.dtype)
 
+    def norm(self) -> float:
+        """Frobenius norm of (dW, db), the update at multiplier 1: 0 means that no multiplier has an effect."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how large its update is")
+
     def state(self) -> State:
         """What the released code stores for this form (one concept); parameters detached, on the CPU, float32."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is stored")
@@ -83,6 +87,9 @@ class Vector(Intervention):
         """h + m v; in the rows `removed` [B] bool, h without its component along v. One dropout mask for both."""
         v = self.dropout(self.v)
         return torch.where(removed[:, None, None], self.without_component(h, v), h + (multiplier * v).to(h.dtype))
+
+    def norm(self) -> float:
+        return self.v.detach().norm().item()
 
     def state(self) -> State:
         return self.v.detach().float().cpu().clone()
@@ -123,6 +130,10 @@ class LoRA(Intervention):
         assert x is not None
         return self.dropout(multiplier * (x.float() @ self.lora_A @ self.lora_B))
 
+    def norm(self) -> float:
+        a, b = self.lora_A.detach().double(), self.lora_B.detach().double()
+        return float(((a.T @ a) * (b @ b.T)).sum().clamp(min=0).sqrt())  # |A B|, without the product [F, D]
+
     def state(self) -> State:
         return {
             "lora_A": self.lora_A.detach().float().cpu().clone(),
@@ -157,6 +168,9 @@ class LocalWeight(Intervention):
     def delta(self, h: Tensor, x: Tensor | None, multiplier: Multiplier) -> Tensor:
         assert x is not None
         return self.dropout(multiplier * (x.float() @ self.weight + self.bias))
+
+    def norm(self) -> float:
+        return math.hypot(self.weight.detach().norm().item(), self.bias.detach().norm().item())
 
     def state(self) -> State:
         return {

@@ -570,9 +570,9 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         with parquet.ParquetFile(path, read_dictionary=nested) as file:
             row = unpacked = 0
             for number, size in enumerate(groups):
-                # a value is no longer than its row group: so many rows stay below LARGEST, however often one is repeated
-                together = LARGEST // 4 // max(1, size)
-                for batch in file.iter_batches(min(max(1, together), 1024), row_groups=[number], columns=columns):
+                # a value is no longer than its row group: so few rows at a time can't be far above LARGEST
+                together = min(max(8, LARGEST // 4 // max(1, size)), 1024)
+                for batch in file.iter_batches(together, row_groups=[number], columns=columns):
                     unpacked += sum(map(_unpacked, batch.columns))
                     if unpacked > LARGEST:
                         raise _too_large(path, f"unpacks to more bytes from row {row} (0-based) on")
