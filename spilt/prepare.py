@@ -206,7 +206,7 @@ def format_lines(source: str, name: str) -> str:
     entries = {"train": ("train", row.fields), "valid": ("test", row.fields), "generation": ("test", {**prompts, **concepts})}
     more = {"multi_concept": True} if row.multi_concept else {}
     made = {
-        section: {name: {"file_path": f"data/{name}/{part}{row.ending}", "field_names": fields, **more}}
+        section: {name: {"file_path": f"data/{name}/{part}{row.ending}", "field_names": dict(fields), **more}}
         for section, (part, fields) in entries.items()
     }
     return str(yaml.safe_dump(made, sort_keys=False, default_flow_style=None, width=1000)).rstrip("\n")
