@@ -147,11 +147,8 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     }
     concepts = concept_ids(request, formats, dry)
     if not dry:
-        said = check_data(formats, concepts, request.limit)
-        if set(formats) == {"train"}:
-            said += check_held_out(request.base_dir, formats["train"], concepts, request.limit)
-        for sentence in said:
-            log.warning(sentence)
+        for sentence in check_data(request.base_dir, formats, concepts, request.limit):
+            log.warning("%s", sentence)
 
     steps: list[Step] = []
     for verb, names in sections.items():
@@ -204,7 +201,7 @@ def concept_ids(request: Request, formats: Mapping[str, readers.DatasetFormat], 
     return list(request.concepts)
 
 
-def check_data(formats: Mapping[str, readers.DatasetFormat], concepts: list[int | None], limit: int | None) -> list[str]:
+def check_data(base_dir: Path, formats: Mapping[str, readers.DatasetFormat], concepts: list[int | None], limit: int | None) -> list[str]:
     """Read everything once: a broken line, or pairs that nothing can be learnt from, are found before anything is written.
 
     Returns what is odd, a sentence each.
@@ -219,10 +216,12 @@ def check_data(formats: Mapping[str, readers.DatasetFormat], concepts: list[int 
             said += sense.remarks(fmt, flat[section])
         if section != "train" and "train" in formats:
             said += sense.overlap(formats["train"], flat["train"], fmt, flat[section])
+    if set(formats) == {"train"}:
+        said += _of_held_out(base_dir, formats["train"], flat["train"], concepts)
     return said
 
 
-def check_held_out(base_dir: Path, train: readers.DatasetFormat, concepts: list[int | None], limit: int | None) -> list[str]:
+def _of_held_out(base_dir: Path, train: readers.DatasetFormat, fitted: list[Any], concepts: list[int | None]) -> list[str]:
     """For a fit alone: what it has in common with the rows that later commands measure on. What is wrong with those, they say."""
     for section in ("valid", "generation"):
         try:
@@ -230,7 +229,7 @@ def check_held_out(base_dir: Path, train: readers.DatasetFormat, concepts: list[
             rows = [row for concept in concepts for row in _rows(fmt, concept, None)]
         except UserError:
             continue
-        return sense.overlap(train, [row for concept in concepts for row in _rows(train, concept, limit)], fmt, rows)
+        return sense.overlap(train, fitted, fmt, rows)
     return []
 
 

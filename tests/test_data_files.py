@@ -199,7 +199,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10, time.
 """
 
 
-@pytest.mark.parametrize("kind", ["texts", "lists of texts", "rows"])
+@pytest.mark.parametrize("kind", ["texts", "lists of texts", "lists of numbers", "rows"])
 def test_a_small_parquet_file_that_unpacks_to_gigabytes_is_refused_in_bounds(tmp_path, kind):
     import pyarrow
 
@@ -209,6 +209,9 @@ def test_a_small_parquet_file_that_unpacks_to_gigabytes_is_refused_in_bounds(tmp
     elif kind == "lists of texts":
         lists = pyarrow.ListArray.from_arrays(pyarrow.array([0, 100_000], pyarrow.int32()), repeated("x" * 10**6, 100_000))
         parquet_of(path, {"question": ["q"], "more": lists})  # 100 GB in one row
+    elif kind == "lists of numbers":
+        lists = pyarrow.ListArray.from_arrays(pyarrow.array([0, 10**7], pyarrow.int32()), pyarrow.array([0] * 10**7, pyarrow.int8()))
+        parquet_of(path, {"question": ["q"], "more": lists})  # 10 MB, and 640 MB as Python's values
     else:
         parquet_of(path, {"question": repeated("x", 10**7)})
     assert path.stat().st_size < 100_000

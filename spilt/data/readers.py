@@ -304,7 +304,11 @@ def _text(fmt: DatasetFormat, record: Record, field: str) -> str:
 
 def has_half_pair(text: str) -> bool:
     """Whether half of a surrogate pair is in it, as JSON's \\ud83d alone gives: neither UTF-8 nor a tokenizer can take it."""
-    return any("\ud800" <= char <= "\udfff" for char in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _bad(fmt: DatasetFormat, record: Record, fact: str) -> UserError:
@@ -587,7 +591,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _unpacked(array: Any) -> int:
-    """Bytes of all values of a pyarrow array, each written out: a dictionary holds a value once that its rows repeat."""
+    """Bytes that the values of a pyarrow array take, each by itself: a dictionary holds a value once that its rows repeat."""
     import pyarrow
     from pyarrow import compute
 
@@ -596,7 +600,7 @@ def _unpacked(array: Any) -> int:
     if pyarrow.types.is_struct(array.type):
         return sum(map(_unpacked, array.flatten()))
     if pyarrow.types.is_nested(array.type) and hasattr(array, "flatten"):
-        return _unpacked(array.flatten())
+        return VALUE * len(array.flatten()) + _unpacked(array.flatten())
     return int(array.nbytes)
 
 
