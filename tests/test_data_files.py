@@ -153,6 +153,18 @@ def test_the_command_line_on_a_pipe_a_device_and_a_socket(tmp_path):
         assert done.returncode == 2 and f"it is a {kind}" in done.stderr
 
 
+def test_settings_and_formats_that_are_pipes_are_refused_at_once(tmp_path):
+    base = families.make_base(tmp_path / "b", train=4)
+    for path in (base.experiment / "config.yaml", base.path / FORMATS_FILE):
+        text = path.read_text()
+        path.unlink()
+        os.mkfifo(path)
+        done = bound("run_spilt.py", *base.argv("sft", "vector", "--dry_run"), memory=20 * 2**30)
+        assert done.returncode == 2 and f"error: {path}: is no plain file; wanted a YAML file" in done.stderr
+        path.unlink()
+        path.write_text(text)
+
+
 def test_a_file_of_proc_is_refused(tmp_path):
     (tmp_path / "rows.csv").symlink_to("/proc/self/environ")
     with pytest.raises(UserError, match="0 bytes by its size and others on reading"):
