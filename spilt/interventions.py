@@ -51,6 +51,10 @@ class Intervention(nn.Module):
         """h' = h + m (dW x + db). At m = 0 this is h (0 is added)."""
         return h + self.delta(h, x, multiplier).to(h.dtype)
 
+    def norm(self) -> float:
+        """Frobenius norm of (dW, db), the update at multiplier 1: 0 means that no multiplier has an effect."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how large its update is")
+
     def state(self) -> State:
         """What the released code stores for this form (one concept); parameters detached, on the CPU, float32."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is stored")
@@ -115,6 +119,9 @@ class Vector(Intervention):
     def of_parameters(cls, parameters: Mapping[str, Tensor], **kwargs: Any) -> Vector:
         return cls.from_state(parameters["v"], **kwargs)
 
+    def norm(self) -> float:
+        return self.v.detach().norm().item()
+
     def state(self) -> State:
         return self.v.detach().float().cpu().clone()
 
@@ -165,6 +172,10 @@ class LoRA(Intervention):
     def of_parameters(cls, parameters: Mapping[str, Tensor], **kwargs: Any) -> LoRA:
         return cls.from_state(dict(parameters), **kwargs)
 
+    def norm(self) -> float:
+        a, b = self.lora_A.detach().double(), self.lora_B.detach().double()
+        return float(((a.T @ a) * (b @ b.T)).sum().clamp(min=0).sqrt())  # |A B|, without the product [F, D]
+
     def state(self) -> State:
         return {
             "lora_A": self.lora_A.detach().float().cpu().clone(),
@@ -210,6 +221,9 @@ class LocalWeight(Intervention):
     @classmethod
     def of_parameters(cls, parameters: Mapping[str, Tensor], **kwargs: Any) -> LocalWeight:
         return cls.from_state(dict(parameters), **kwargs)
+
+    def norm(self) -> float:
+        return math.hypot(self.weight.detach().norm().item(), self.bias.detach().norm().item())
 
     def state(self) -> State:
         return {

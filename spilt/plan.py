@@ -5,6 +5,7 @@ No torch here: a dry run prints this and stops. Names come from the tables (METH
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,12 +14,13 @@ from typing import Any, NamedTuple
 
 from spilt import manifest
 from spilt.cell import FORMS, Cell
-from spilt.data import readers
-from spilt.errors import UserError, nearest, unknown
+from spilt.data import readers, sense
+from spilt.errors import UserError, nearest, printable, unknown
 from spilt.hparams import FitSettings, GenerateSettings, MeasureSettings, resolve_fit, resolve_generate, resolve_measure
 from spilt.methods import ALIASES, METHODS
 from spilt.store import PREFERENCE_TYPES, Store
 
+log = logging.getLogger("spilt")
 ALL = "all"
 # the command line's words for the verbs; translated here and nowhere else
 MODES: dict[str, tuple[str, ...]] = {"generate": ("fit",), "apply": ("generate",), "both": ("fit", "generate"), "loss": ("measure",)}
@@ -145,7 +147,8 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     }
     concepts = concept_ids(request, formats, dry)
     if not dry:
-        check_data(formats, concepts, request.limit)
+        for sentence in check_data(request.base_dir, formats, concepts, request.limit):
+            log.warning("%s", sentence)
 
     steps: list[Step] = []
     for verb, names in sections.items():
@@ -198,11 +201,40 @@ def concept_ids(request: Request, formats: Mapping[str, readers.DatasetFormat], 
     return list(request.concepts)
 
 
-def check_data(formats: Mapping[str, readers.DatasetFormat], concepts: list[int | None], limit: int | None) -> None:
-    """Read everything once: a broken line is found before anything is written."""
-    for fmt in formats.values():
-        for concept in concepts:
-            (readers.read_prompts if fmt.section == "generation" else readers.read_pairs)(fmt, concept, limit)
+def check_data(base_dir: Path, formats: Mapping[str, readers.DatasetFormat], concepts: list[int | None], limit: int | None) -> list[str]:
+    """Read everything once: a broken line, or pairs that nothing can be learnt from, are found before anything is written.
+
+    Returns what is odd, a sentence each.
+    """
+    said = []
+    found = {section: {concept: _rows(fmt, concept, limit) for concept in concepts} for section, fmt in formats.items()}
+    flat = {section: [row for rows in by_concept.values() for row in rows] for section, by_concept in found.items()}
+    for section, fmt in formats.items():
+        if section != "generation":
+            for concept, rows in found[section].items():
+                sense.refuse_useless(fmt, rows, concept)
+            said += sense.remarks(fmt, flat[section])
+        if section != "train" and "train" in formats:
+            said += sense.overlap(formats["train"], flat["train"], fmt, flat[section])
+    if set(formats) == {"train"}:
+        said += _of_held_out(base_dir, formats["train"], flat["train"], concepts)
+    return said
+
+
+def _of_held_out(base_dir: Path, train: readers.DatasetFormat, fitted: list[Any], concepts: list[int | None]) -> list[str]:
+    """For a fit alone: what it has in common with the rows that later commands measure on. What is wrong with those, they say."""
+    for section in ("valid", "generation"):
+        try:
+            fmt = readers.dataset_format(base_dir, train.dataset, section)
+            rows = [row for concept in concepts for row in _rows(fmt, concept, None)]
+        except UserError:
+            continue
+        return sense.overlap(train, fitted, fmt, rows)
+    return []
+
+
+def _rows(fmt: readers.DatasetFormat, concept: int | None, limit: int | None) -> list[Any]:
+    return (readers.read_prompts if fmt.section == "generation" else readers.read_pairs)(fmt, concept, limit)
 
 
 def sweep_multipliers(factors: tuple[float, ...], points: int = SWEEP_POINTS, widen: float = 1.0) -> tuple[float, ...]:
@@ -278,7 +310,14 @@ def _command(
         words += ["--multipliers", *(["sweep"] if sweep else [str(m) for m in multipliers])]
     if group[0].concept is not None:
         words += ["--concepts", *(str(cell.concept) for cell in group)]
-    return shlex.join([*words, *request.flags])
+    return " ".join(map(_quoted, [*words, *request.flags]))
+
+
+def _quoted(word: str) -> str:
+    """For the shell, on one line: a line break in a system prompt is written as $'\\n', since raw it would not be shown."""
+    if printable(word) == word:
+        return shlex.quote(word)
+    return "$'" + printable(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
 
 
 # ---------------------------------------------------------------- identity: the same from a plan and from a stored artifact

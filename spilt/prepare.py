@@ -1,5 +1,7 @@
 """Public source files -> data/ splits of the paper's sizes: `python -m spilt.prepare --source NAME --input FILE... --base_dir DIR`.
 
+Files of the same make go the same way under their own name: data/machiavellianism/ from machiavellianism.jsonl.
+
 Which rows the paper drew is not published: the sizes are the paper's, the draw is ours and seeded. A question is never in both splits.
 """
 
@@ -16,9 +18,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spilt.atomic import atomic_write
-from spilt.data.readers import Record, has_half_pair, read_rows
+from spilt.atomic import atomic_write_together, half_replaced
+from spilt.data.readers import FORMATS_FILE, Record, file_hash, has_half_pair, read_rows
 from spilt.errors import UserError
+from spilt.store import checked_name
+from spilt.terminal import complain, ready, say
 
 Row = dict[str, Any]
 
@@ -131,20 +135,81 @@ def axbench(request: Request) -> Splits:
 
 
 class Source(NamedTuple):
-    """One public source: how it is split, the paper's sizes, the ending of the two files."""
+    """One public source: how it is split, the paper's sizes, the ending of the two files, and what its own files are known by."""
 
     split: Callable[[Request], Splits]
     train: int
     test: int
     ending: str
     origin: str
+    fields: dict[str, str]  # field_names of dataset_format.yaml: question, matching, not_matching first
+    names: tuple[str, ...]  # of its files without ending, or of the folder of files that are called train and test
+    hashes: tuple[str, ...] = ()  # sha256 of the published files, whatever they are called
+    multi_concept: bool = False
 
 
 SOURCES = {
-    "psychopathy": Source(psychopathy, 500, 100, ".jsonl", "Anthropic model-written evals, persona/psychopathy.jsonl (1000 rows)"),
-    "powerseeking": Source(powerseeking, 500, 200, ".csv", "BiPO, data/power-seeking/train.csv and test.csv (642 and 200 rows)"),
-    "axbench": Source(axbench, 64, 8, ".parquet", "Concept500 prod_9b_l20_v1 as pairs; sizes per concept"),
-}
+    "psychopathy": Source(
+        psychopathy, 500, 100, ".jsonl", "Anthropic model-written evals, persona/psychopathy.jsonl (1000 rows)",
+        {"question": "question", "matching": "answer_matching_behavior", "not_matching": "answer_not_matching_behavior"},
+        ("psychopathy",),
+        ("299a6307e2d40a82f2667e2db3dc118fbe588e4cf80194be1e09748709bf1fce",),
+    ),
+    "powerseeking": Source(
+        powerseeking, 500, 200, ".csv", "BiPO, data/power-seeking/train.csv and test.csv (642 and 200 rows)",
+        {"question": "question", "matching": "matching", "not_matching": "not_matching"},
+        ("powerseeking", "power-seeking"),
+        (
+            "6e09e0e2eed1ef3a98449a97e04bc07d638b47f93365b8cfaff7b2e3ab47bfab",
+            "085fb8ec3cca4975e6d12a1b4633b0e7c35372300a8aa6e0add6707452800088",
+        ),
+    ),
+    "axbench": Source(
+        axbench, 64, 8, ".parquet", "Concept500 prod_9b_l20_v1 as pairs; sizes per concept",
+        {"question": "input", "matching": "winning_output", "not_matching": "losing_output"}
+        | {name: name for name in ("output_concept", "concept_id", "concept_genre", "category")},
+        ("axbench", "concept500", "prod_9b_l20_v1"),
+        multi_concept=True,
+    ),
+}  # fmt: skip
+PARTS = ("train", "test", "valid", "data", "train_data", "test_data")  # file names that don't say what the data is: their folder may
+
+
+# ---- the dataset's name ----
+
+
+def dataset_name(source: str, inputs: Sequence[Path], asked: str | None = None) -> str:
+    """data/NAME: the one asked for; the source's for its own files; else the file's own. Raises UserError where none can be told."""
+    if asked is not None:
+        return checked_name("--name", asked)
+    row = SOURCES[source]
+    first = inputs[0]
+    folder = first.absolute().parent.name
+    own = folder if first.stem.lower() in PARTS else first.stem
+    if own.lower() in row.names or all(path.is_file() and file_hash(path) in row.hashes for path in inputs):
+        return source
+    if own is folder:
+        raise UserError(f"{first} doesn't say what data it is, and neither does its folder that it is {source}; give --name NAME")
+    try:
+        return checked_name("dataset", own)
+    except UserError as error:
+        raise UserError(f"{error}; give --name NAME") from None
+
+
+def format_lines(source: str, name: str) -> str:
+    """What to add to dataset_format.yaml so that `--dataset name` reads the two files."""
+    import yaml
+
+    row = SOURCES[source]
+    prompts = {"input": row.fields["question"], "reference_response": row.fields["matching"]}
+    concepts = {field: column for field, column in row.fields.items() if field not in ("question", "matching", "not_matching")}
+    entries = {"train": ("train", row.fields), "valid": ("test", row.fields), "generation": ("test", {**prompts, **concepts})}
+    more = {"multi_concept": True} if row.multi_concept else {}
+    made = {
+        section: {name: {"file_path": f"data/{name}/{part}{row.ending}", "field_names": dict(fields), **more}}
+        for section, (part, fields) in entries.items()
+    }
+    return str(yaml.safe_dump(made, sort_keys=False, default_flow_style=None, width=1000)).rstrip("\n")
 
 
 # ---- reading and drawing ----
@@ -240,29 +305,42 @@ def _encoded(rows: list[Row], ending: str) -> bytes:
     return sink.getvalue()
 
 
-def prepare(source: str, request: Request, base_dir: Path, force: bool = False) -> list[str]:
-    """Write data/{source}/train and test; the lines to print. Nothing is written unless both files can be.
+def prepare(source: str, request: Request, base_dir: Path, force: bool = False, name: str | None = None) -> list[str]:
+    """Write data/{name}/train and test, both or none; the lines to print. `name`: see dataset_name.
 
     Raises UserError: a file is there and `force` is off, or the input is not what the source looks like.
     """
     row = SOURCES[source]
-    targets = [base_dir / "data" / source / f"{name}{row.ending}" for name in ("train", "test")]
-    for target in targets:
-        if target.exists() and not force:
-            raise UserError(f"{target} is there already; --force replaces it")
+    name = dataset_name(source, request.inputs, name)
+    targets = [base_dir / "data" / name / f"{part}{row.ending}" for part in ("train", "test")]
+    # a pair whose replacement was cut off was to be replaced, and is good for nothing else
+    if not force and not any(map(half_replaced, targets)):
+        for target in targets:
+            if target.exists():
+                raise UserError(f"{target} is there already; --force replaces it, --name NAME writes another dataset")
     splits = row.split(request)
     # before the first write, so that rows which can't be encoded leave the old pair of files as it is
     encoded = [_encoded(rows, row.ending) for rows in splits[:2]]
+    try:
+        atomic_write_together(list(zip(targets, encoded, strict=True)))
+    except OSError as error:
+        if half_replaced(targets[0]):
+            raise UserError(
+                f"{targets[0].parent}: {error.strerror or error} while its files were replaced: they are not to be used now; "
+                "mend the disk and run the same command again"
+            ) from error
+        raise UserError(f"{targets[0].parent} can't be written: {error.strerror or error}; choose another --base_dir") from error
     lines = []
-    for target, rows, data in zip(targets, splits[:2], encoded, strict=True):
-        try:
-            atomic_write(target, data)
-        except OSError as error:
-            raise UserError(f"{target} can't be written: {error.strerror or error}; choose another --base_dir") from error
+    for target, rows in zip(targets, splits[:2], strict=True):
         concepts = Counter(row["concept_id"] for row in rows if "concept_id" in row)
         of = f" of {len(concepts)} concepts" if concepts else ""
         lines.append(f"wrote {target}: {len(rows)} pairs{of}")
-    return [*lines, *splits.notes, f"seed {request.seed}; which rows the paper drew is not published"]
+    lines += [*splits.notes, f"seed {request.seed}; which rows the paper drew is not published"]
+    if name != source:
+        lines.append(f"this is dataset {name!r}, not {source!r}; `--dataset {name}` reads it once {FORMATS_FILE} has in its sections:")
+        lines += format_lines(source, name).splitlines()
+        lines.append(f"and hparams/Steer/experiment_hparams/spilt_experiment/{name}/ has settings, such as a copy of those of {source}/")
+    return lines
 
 
 def _size(text: str) -> int:
@@ -273,6 +351,7 @@ def _size(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: written. 2: the request or its input is wrong (one message, no traceback)."""
+    ready()
     origins = "\n".join(f"  {name:13} {row.origin}; {row.train} train, {row.test} test" for name, row in SOURCES.items())
     parser = argparse.ArgumentParser(
         prog="python -m spilt.prepare",
@@ -284,7 +363,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--input", required=True, nargs="+", type=Path, metavar="FILE", help="powerseeking: train.csv test.csv; otherwise one file"
     )
-    parser.add_argument("--base_dir", type=Path, default=Path("."), help="data/<source>/ is written below it (default: .)")
+    parser.add_argument("--base_dir", type=Path, default=Path("."), help="data/NAME/ is written below it (default: .)")
+    parser.add_argument("--name", help="of the dataset; default: the source's for its own files, else the file's")
     parser.add_argument("--seed", type=int, default=42, help="of the draw (default: 42)")
     parser.add_argument("--train", type=_size, metavar="N", help="training pairs (per concept for axbench); default: the paper's")
     parser.add_argument("--test", type=_size, metavar="N", help="test pairs (per concept for axbench); default: the paper's")
@@ -296,11 +376,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = SOURCES[args.source]
     request = Request(args.input, args.train or source.train, args.test or source.test, args.concepts, args.seed)
     try:
-        lines = prepare(args.source, request, args.base_dir, args.force)
+        lines = prepare(args.source, request, args.base_dir, args.force, args.name)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2
-    print("\n".join(lines))
+    for line in lines:
+        say(line)
     return 0
 
 

@@ -53,7 +53,7 @@ def concept_pairs(path: Path, ids: range, n: int, **changed: object) -> Path:
 
 
 def run(base: Path, source: str, *arguments: object) -> int:
-    return main(["--source", source, "--base_dir", str(base), *map(str, arguments)])
+    return main(["--source", source, "--name", source, "--base_dir", str(base), *map(str, arguments)])
 
 
 def fails(capsys: pytest.CaptureFixture[str], base: Path, source: str, *arguments: object) -> str:

@@ -41,6 +41,8 @@ def load_yaml(path: Path | str) -> dict[str, Any]:
     try:
         if path.is_dir():
             raise UserError(f"{path}: is a folder; wanted a YAML file")
+        if path.exists() and not path.is_file():  # a pipe would wait for its writer
+            raise UserError(f"{path}: is no plain file; wanted a YAML file")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:

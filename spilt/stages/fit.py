@@ -18,6 +18,7 @@ from spilt import activations, hooks, manifest, plan, training
 from spilt.atomic import atomic_write
 from spilt.cell import Cell
 from spilt.data import readers
+from spilt.errors import UserError
 from spilt.interventions import Intervention, Vector
 from spilt.methods import METHODS, caa
 from spilt.plan import Step
@@ -26,6 +27,7 @@ from spilt.stages.recordings import Run, tell_replaced
 from spilt.store import Store, dump, metadata_line
 
 log = logging.getLogger("spilt")
+NO_EFFECT = 1e-6  # norm of an update: the stream's is 1 and more, so this is below what its own rounding changes
 
 
 def fit(step: Step, run: Run) -> str:
@@ -47,6 +49,7 @@ def fit(step: Step, run: Run) -> str:
             intervention = _closed_form(cell, layer, settings, run, fmt)
         else:
             intervention, rows = _train(cell, layer, settings, run, fmt, manifest.identity(parts))
+        check_effect(cell, layer, intervention)
         text = readers.concepts(fmt).get(cell.concept) if cell.concept is not None else None
         run.seen.again(step.inputs)
         atomic_write(run.store.metadata(cell, layer), metadata_line(intervention, cell.concept, text))
@@ -55,6 +58,16 @@ def fit(step: Step, run: Run) -> str:
         run.store_result(step, path, dump(intervention, cell.concept), parts, notes)
         run.store.checkpoint(cell, layer).unlink(missing_ok=True)
     return "already done" if done == len(cell.layers) else "done"
+
+
+def check_effect(cell: Cell, layer: int, intervention: Intervention) -> None:
+    """Raises UserError for an update so small that no multiplier gives it an effect: nothing was learnt, and nothing is to be stored."""
+    norm = intervention.norm()
+    if norm < NO_EFFECT:
+        raise UserError(
+            f"{cell} layer {layer}: the fitted {cell.intervention} is zero (norm {norm:.3g}), so it changes nothing at any multiplier; "
+            "do the two answers of the pairs differ, and is lr large enough?"
+        )
 
 
 def _train(
