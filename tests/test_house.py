@@ -26,7 +26,7 @@ REPO = PACKAGE.parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cell", "errors", "atomic", "hparams", "paper", "memory", "team"),
     ("interventions", "anatomy", "scoring", "odds", "data"),
-    ("methods", "suffix", "hooks", "packing", "room", "activations", "manifest", "passes"),
+    ("methods", "suffix", "hooks", "packing", "room", "activations", "checkpoint", "template", "manifest", "passes"),
     ("plan", "store", "training", "measure", "generation", "curves", "host"),
     ("report", "stages", "estimate"),
     ("cli", "prepare", "look", "recommend", "verify"),
