@@ -48,8 +48,7 @@ class Host(NamedTuple):
 
 @cache
 def _chat(tokenizer: Any, use_chat_template: bool, system_prompt: str, vocabulary: int) -> Chat:
-    special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    if use_chat_template and tokenizer.chat_template and template.check(tokenizer.chat_template, special):
+    if use_chat_template and tokenizer.chat_template and template.check(tokenizer.chat_template, tokenizer.special_tokens_map):
         log.warning(
             "the chat template writes today's date into every prompt, so what is made on another day is another result and older ones "
             "count as stale; to keep them, write a fixed date in place of %s(...) in the model's chat template",
@@ -83,7 +82,7 @@ def load(path: Path, dtype: str, device: str) -> Host:
     except Exception as error:  # whatever the library raises on a file that it does not understand
         raise UserError(_why(path, dtype, device, error)) from error
     model, found = loaded
-    _check_keys(path, found)
+    _check_keys(path, found, model)
     anatomy.family(model)  # an unknown family is told now
     if tokenizer.vocab_size > anatomy.vocabulary(model):
         raise UserError(
@@ -96,11 +95,11 @@ def load(path: Path, dtype: str, device: str) -> Host:
     return Host(model.eval().requires_grad_(False), tokenizer, path)
 
 
-def _check_keys(path: Path, found: Mapping[str, Any]) -> None:
+def _check_keys(path: Path, found: Mapping[str, Any], model: nn.Module) -> None:
     """What the library reports on loading: it fills what is missing with random numbers and drops what it does not know."""
     said = []
     for name, what in (("missing_keys", "missing"), ("unexpected_keys", "unknown to the model"), ("mismatched_keys", "of another size")):
-        keys = sorted(_key(entry) for entry in found.get(name) or ())
+        keys = sorted(_key(entry, model, name) for entry in found.get(name) or ())
         keys = [key for key in keys if name != "unexpected_keys" or not key.endswith(BUFFERS)]
         if keys:
             said.append(f"{len(keys)} {what}: {_some(keys)}")
@@ -112,10 +111,11 @@ def _check_keys(path: Path, found: Mapping[str, Any]) -> None:
         )
 
 
-def _key(entry: Any) -> str:
-    """A name, or (transformers 5) name, the file's size and the model's."""
+def _key(entry: Any, model: nn.Module, kind: str) -> str:
+    """A name; of another size: with the sizes (transformers 5 gives name, the file's size and the model's, 4 the name alone)."""
     if isinstance(entry, str):
-        return entry
+        own = model.state_dict().get(entry) if kind == "mismatched_keys" else None
+        return entry if own is None else f"{entry}, wanted {list(own.shape)}"
     name, stored, wanted = entry
     return f"{name} {list(stored)}, wanted {list(wanted)}"
 

@@ -36,16 +36,16 @@ class Look(NamedTuple):
     trouble: str = ""  # why it cannot be used at all
 
 
-def look(chat_template: Any, special: Mapping[str, str]) -> Look:
-    """Try a tokenizer's `chat_template` (text, or texts by name) with its special tokens by name."""
+def look(chat_template: Any, special: Mapping[str, Any]) -> Look:
+    """Try a tokenizer's `chat_template` (text, or texts by name) with its special tokens by name (transformers 4: lists among them)."""
     text = chat_template.get("default") if isinstance(chat_template, Mapping) else chat_template
     if not isinstance(text, str):
         return Look((), False)  # none, or none that a plain conversation would take: the library says so
     day = datetime.now().date().isoformat() if CLOCK in text else ""
-    return _look(text, tuple(sorted(special.items())), day)
+    return _look(text, tuple(sorted((name, token) for name, token in special.items() if isinstance(token, str))), day)
 
 
-def check(chat_template: Any, special: Mapping[str, str]) -> bool:
+def check(chat_template: Any, special: Mapping[str, Any]) -> bool:
     """Whether the template writes the date. Raises UserError for one that does not end, or takes or writes too much."""
     found = look(chat_template, special)
     if found.trouble:
