@@ -1,13 +1,14 @@
-"""Where things are in a model: one row per family. Returns modules, never wraps the model."""
+"""Where things are in a model: one row per family. Returns modules, never wraps the model. Imports no torch: a dry run asks here too."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from spilt.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 class Family(NamedTuple):
@@ -41,25 +42,32 @@ COMPONENTS: tuple[str, ...] = ("mlp_mid", "mlp", "attn", "block")
 
 def family(model: nn.Module) -> Family:
     """The family's row, or a UserError that lists the known ones."""
-    model_type = str(getattr(model.config, "model_type", None))  # type: ignore[union-attr]
-    if model_type not in FAMILIES:
-        raise unknown("model family (config.json: model_type)", model_type, FAMILIES)
+    return family_of(getattr(model.config, "model_type", None))
+
+
+def family_of(model_type: Any) -> Family:
+    """The row of a `config.model_type`, or a UserError that lists the known ones."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise unknown("model family (config.json: model_type)", str(model_type), FAMILIES)
     return FAMILIES[model_type]
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
     """The decoder blocks, in order."""
-    found = model.get_submodule(family(model).blocks)
-    assert isinstance(found, nn.ModuleList)
-    return found
+    return cast("nn.ModuleList", model.get_submodule(family(model).blocks))
 
 
 def block(model: nn.Module, layer: int) -> nn.Module:
     """Decoder block `layer` (0-based)."""
     found = blocks(model)
-    if not 0 <= layer < len(found):
-        raise UserError(f"layer {layer} does not exist: the model has {len(found)} blocks, 0 to {len(found) - 1}; set `layers` in the YAML")
+    check_layer(layer, len(found))
     return found[layer]
+
+
+def check_layer(layer: int, count: int) -> None:
+    """Raises UserError for a layer that a model of `count` blocks does not have."""
+    if not 0 <= layer < count:
+        raise UserError(f"layer {layer} does not exist: the model has {count} blocks, 0 to {count - 1}; set `layers` in the YAML")
 
 
 def read_point(model: nn.Module, layer: int, component: str) -> nn.Module:
@@ -78,6 +86,8 @@ def down_proj(model: nn.Module, layer: int) -> nn.Module:
 
 def device_of(model: nn.Module, layer: int) -> torch.device:
     """Where block `layer` computes (several devices: accelerate's map, which keeps offloaded weights on 'meta')."""
+    import torch
+
     at = block(model, layer)
     placed = getattr(getattr(at, "_hf_hook", None), "execution_device", None)
     return next(at.parameters()).device if placed is None else torch.device(placed)
@@ -87,6 +97,12 @@ def hidden_size(model: nn.Module) -> int:
     """D, the width of the residual stream."""
     config: Any = model.config
     return int(config.get_text_config().hidden_size)
+
+
+def vocabulary(model: nn.Module) -> int:
+    """How many token ids the model has an embedding for."""
+    config: Any = model.config
+    return int(config.get_text_config().vocab_size)
 
 
 def context(model: nn.Module) -> int | None:

@@ -7,11 +7,12 @@ guessed from the text (4 bytes a token and a template of 20), since the tokenize
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spilt import checkpoint
 from spilt.data import readers
+from spilt.errors import UserError
 from spilt.memory import max_tokens
 from spilt.methods import METHODS
 from spilt.plan import DATA_OF, Request, Step
@@ -69,7 +70,7 @@ class Cost(NamedTuple):
 def shape_of(model: Path) -> Shape | None:
     """From config.json; None when it is not there or is of an unknown make."""
     try:
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        config = checkpoint.text_config(checkpoint.read_json(model / checkpoint.CONFIG))
         hidden = config.get("hidden_size") or config["n_embd"]
         heads = config.get("num_attention_heads") or config["n_head"]
         layers = config.get("num_hidden_layers") or config["n_layer"]
@@ -78,7 +79,7 @@ def shape_of(model: Path) -> Shape | None:
         dim = config.get("head_dim") or hidden // heads
         gated, eager = "intermediate_size" in config, bool(config.get("attn_logit_softcapping"))
         return Shape(layers, hidden, inner, heads, kv, dim, config["vocab_size"], gated, eager)
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+    except (UserError, OSError, KeyError, TypeError, ZeroDivisionError):
         return None
 
 
@@ -116,7 +117,9 @@ def _one(
     size: int,
 ) -> Cost:
     s: Any = step.settings
-    limit, kind = request.limit, request.device.split(":")[0]
+    own = s.generation_data_size if step.verb == "generate" else s.max_num_of_examples
+    limit = min((rows for rows in (request.limit, own) if rows is not None), default=None)
+    kind = request.device.split(":")[0]
     head = 2 * shape.vocab * shape.hidden  # FLOP of the output head, per scored token
     if step.verb == "generate":
         prompts = [_tokens(p.input) + TEMPLATE for p in readers.read_prompts(fmt, concept, limit)]
@@ -146,10 +149,10 @@ def _one(
     shown = s.n_epochs * len(s.preference_pairs) * sides * (sum(questions) + sum(answers) / 2)
     flops += 2 * shape.run(shown, above, length) + 2 * head * s.n_epochs * len(s.preference_pairs) * sides * sum(answers) / 2
     parameters = {"vector": shape.hidden, "lora": s.rank * (read + shape.hidden), "local_weight": (read + 1) * shape.hidden}
-    own = 4 * 4 * parameters[step.cells[0].intervention]  # parameter, gradient, two moments, float32
+    adam = 4 * 4 * parameters[step.cells[0].intervention]  # parameter, gradient, two moments, float32
     at_once = min(s.batch_size * sides * length, max(length, max_tokens(kind, backward=True)))
     kept = above * shape.kept(at_once, length, size)
-    return Cost(recorded + shown, flops, cache, own + kept)
+    return Cost(recorded + shown, flops, cache, adam + kept)
 
 
 def _tokens(text: str) -> float:

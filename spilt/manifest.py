@@ -19,11 +19,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spilt import __version__
+from spilt import __version__, checkpoint
 from spilt.atomic import atomic_write_all
+from spilt.errors import UserError
 
 SAMPLES, SAMPLE = 64, 65536  # a large weight file is known by its size, its head and this many pieces of this many bytes
-CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".bin", ".jinja", ".model", ".txt")
+TENSOR_SAMPLE = 4096  # and by as many bytes from the middle of every tensor: one that is replaced whole is always seen
 KNOWN_BY = ("torch", "transformers", "numpy")
 UNSETTLED_NS = 100_000_000  # after a write, for this long a file's times cannot tell whether it was written again
 
@@ -70,25 +71,39 @@ def file_hash(path: Path) -> str:
 
 
 def model_hash(folder: Path) -> str:
-    """What makes a checkpoint this checkpoint: its JSON files whole, of each weight file size and evenly spaced pieces."""
-    files = [path for path in sorted(folder.iterdir()) if path.suffix in CHECKPOINT_SUFFIXES and path.is_file()]
-    signed = tuple((path, Signature.of(path)) for path in files)
-    return (_hash_model if all(signature.settled for _, signature in signed) else _hash_model.__wrapped__)(signed)
+    """What makes a checkpoint this checkpoint: every file that is loaded, whole up to SAMPLES * SAMPLE bytes, else in samples.
+
+    A change that touches no sample (a few rows of one large tensor) goes unseen. Raises UserError for a shard outside the folder.
+    """
+    signed = tuple((path, Signature.of(path)) for path in checkpoint.loaded_files(folder))
+    return (_hash_model if all(signature.settled for _, signature in signed) else _hash_model.__wrapped__)(folder, signed)
 
 
 @lru_cache(maxsize=64)
-def _hash_model(files: tuple[tuple[Path, Signature], ...]) -> str:
+def _hash_model(folder: Path, files: tuple[tuple[Path, Signature], ...]) -> str:
     total = hashlib.sha256()
     for path, (size, *_) in files:
-        total.update(f"{path.name} {size}\n".encode())
+        total.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
         with open(path, "rb") as file:
             if size <= SAMPLES * SAMPLE:
                 total.update(file.read())
                 continue
-            for k in range(SAMPLES):
-                file.seek(k * (size - SAMPLE) // (SAMPLES - 1))
-                total.update(file.read(SAMPLE))
+            for start, length in _samples(path, size):
+                file.seek(start)
+                total.update(file.read(length))
     return total.hexdigest()
+
+
+def _samples(path: Path, size: int) -> list[tuple[int, int]]:
+    """(first byte, bytes) of the pieces of a large file: evenly spaced, and of each tensor of a safetensors file."""
+    even = [(k * (size - SAMPLE) // (SAMPLES - 1), SAMPLE) for k in range(SAMPLES)]
+    if path.suffix != ".safetensors":
+        return even
+    try:
+        places = sorted(checkpoint.tensors(path).values())
+    except UserError:  # not whole: known by its even pieces; loading it is refused
+        return even
+    return even + [((start + max(start, end - TENSOR_SAMPLE)) // 2, min(TENSOR_SAMPLE, end - start)) for start, end in places]
 
 
 class Changed(Exception):
@@ -162,7 +177,8 @@ def identity(parts: dict[str, Any]) -> str:
 
 
 @lru_cache(maxsize=1)
-def _versions() -> tuple[tuple[str, str], ...]:
+def versions() -> tuple[tuple[str, str], ...]:
+    """(library, version) of those that a result may depend on."""
     return tuple((name, metadata.version(name)) for name in KNOWN_BY)
 
 
@@ -181,7 +197,7 @@ def write(artifact: Path, data: bytes | str, parts: dict[str, Any], notes: dict[
         "parts": parts,
         "notes": notes or {},
         "spilt": __version__,
-        "versions": dict(_versions()),
+        "versions": dict(versions()),
         "python": platform.python_version(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

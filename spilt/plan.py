@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spilt import manifest
+from spilt import checkpoint, manifest, template
 from spilt.cell import FORMS, Cell
 from spilt.data import readers, sense
 from spilt.errors import UserError, nearest, printable, unknown
@@ -162,6 +162,7 @@ def make(request: Request, *, dry: bool = False) -> Plan:
             key=lambda step: (step.cells[0].concept is not None, step.cells[0].concept or 0) if len(step.cells) == 1 else (False, 0)
         )
         steps += groups
+    checkpoint.check(model, {layer for step in steps for layer in step.settings.layers})
     return Plan(steps, left_out)
 
 
@@ -352,6 +353,9 @@ def _common(step: Step, purpose: str, limit: int | None, seen: manifest.Seen) ->
         "data": seen.of(step.data[purpose]),
         "vectors": [seen.of(path) for path in step.vectors],
     }
+    dated = template.identity(step.model) if step.settings.use_chat_template else None
+    if dated is not None:  # left out for all others: nothing of it depends on the day
+        sources["template"] = dated
     return {"verb": step.verb, "version": VERSION, "limit": limit, **sources}
 
 

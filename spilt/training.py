@@ -241,7 +241,7 @@ class Fit(Job):
 
 def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
     """The rows in the order of this epoch; depends on seed and epoch alone, so that a resumed fit continues it."""
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 100_003 + epoch) % 2**64)  # torch takes no larger one
     return torch.randperm(rows, generator=generator).tolist()
 
 

@@ -1,6 +1,7 @@
 """Is what is stored sound? Every artifact under vectors/ and generation/ against its manifest and against itself. Reads only.
 
-ok: as its manifest says. stale: sound, but the model, the data or the vectors that it was made from have changed since.
+ok: as its manifest says (libraries of other versions are named).
+stale: sound, but the model, the data or the vectors that it was made from have changed since.
 damaged: not the bytes of its manifest, or not readable, complete and finite. foreign: no manifest (the released code's), and sound.
 leftover: what a killed run left behind; a rerun of the same command uses it or makes it again.
 """
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spilt import manifest, plan, store
+from spilt import manifest, plan, store, template
 from spilt.artifact import Artifact
 from spilt.atomic import TEMPORARY
 from spilt.data import readers
@@ -122,7 +123,7 @@ def _judge(artifact: Artifact, contents: Any) -> Found:
         changed = _changed(artifact)
     except (OSError, TypeError, ValueError) as error:
         return Found(DAMAGED, path, f"what it was made from cannot be read: {error}")
-    return Found(STALE, path, changed) if changed else Found(OK, path, note or "")
+    return Found(STALE, path, changed) if changed else Found(OK, path, "; ".join(filter(None, (note, _libraries(artifact)))))
 
 
 def _as_recorded(artifact: Artifact) -> None:
@@ -151,8 +152,15 @@ def _changed(artifact: Artifact) -> str:
     if parts.get("version") != plan.VERSION:
         said.append(f"made by version {parts.get('version')} of the code, this is {plan.VERSION}")
     model = artifact.base_dir / "models" / artifact.model
-    if (model / "config.json").is_file() and manifest.model_hash(model) != parts.get("model"):
-        said.append(f"model {artifact.model} has changed")
+    if (model / "config.json").is_file():
+        try:
+            if manifest.model_hash(model) != parts.get("model"):
+                said.append(f"model {artifact.model} has changed")
+            elif (today := _template(artifact, model)) != parts.get("template"):
+                shown = template.difference(parts.get("template"), today)
+                said.append(f"the chat template writes the date, and this was made on another day{shown}")
+        except UserError as error:
+            said.append(str(error))
     try:
         data = artifact.data().path
     except UserError:
@@ -166,6 +174,18 @@ def _changed(artifact: Artifact) -> str:
         elif manifest.file_hash(path) != before:
             said.append(f"vector {_short(artifact.base_dir, path)} has changed")
     return "; ".join(said)
+
+
+def _template(artifact: Artifact, model: Path) -> list[str] | None:
+    return template.identity(model) if artifact.settings.get("use_chat_template", True) else None
+
+
+def _libraries(artifact: Artifact) -> str:
+    """Libraries that were others when it was made: results are then equal up to rounding, as a rule."""
+    then = (artifact.record or {}).get("versions")
+    then = then if isinstance(then, dict) else {}
+    others = [f"{name} {then[name]} (here {now})" for name, now in manifest.versions() if then.get(name, now) != now]
+    return f"made with {', '.join(others)}" if others else ""
 
 
 # ---------------------------------------------------------------- contents

@@ -26,7 +26,7 @@ REPO = PACKAGE.parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cell", "errors", "atomic", "hparams", "paper", "memory", "team", "terminal"),
     ("interventions", "anatomy", "scoring", "data"),
-    ("methods", "suffix", "hooks", "packing", "room", "activations", "manifest", "passes"),
+    ("methods", "suffix", "hooks", "packing", "room", "activations", "checkpoint", "template", "manifest", "passes"),
     ("plan", "store", "artifact", "odds", "training", "measure", "generation", "curves", "host"),
     ("report", "stages", "estimate"),
     ("cli", "prepare", "look", "recommend", "verify"),

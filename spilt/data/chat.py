@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from spilt.errors import UserError
+from spilt.errors import UserError, first_line
 
 
 class Sequence(NamedTuple):
@@ -39,6 +39,7 @@ class Chat:
     prefix_length: int = 0  # leading tokens shared by two different one-letter user turns; no template: len(bos_ids)
     suffix: str = ""  # what the template puts after a turn's text (end of turn), as text and as tokens
     suffix_ids: tuple[int, ...] = ()
+    vocabulary: int | None = None  # token ids that the model knows, where a model is at hand: others are refused
 
     @classmethod
     def of(cls, tokenizer: Any, use_chat_template: bool = True, system_prompt: str | None = None) -> Chat:
@@ -119,6 +120,12 @@ class Chat:
     def _ids(self, text: str) -> list[int]:
         """Tokens of a text with exactly one BOS, if the template or the tokenizer has one, and no EOS of the tokenizer's own."""
         ids = _encode(self.tokenizer, text)
+        if self.vocabulary is not None and ids and max(ids) >= self.vocabulary:
+            name = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise UserError(
+                f"token {max(ids)} ({name!r}) is beyond the model's vocabulary of {self.vocabulary}: "
+                "take the tokenizer that belongs to the model, or the text without that special token"
+            )
         has_bos = tuple(ids[: len(self.bos_ids)]) == self.bos_ids
         return ids if has_bos else [*self.bos_ids, *ids]
 
@@ -127,12 +134,17 @@ def _apply(tokenizer: Any, turns: list[dict[str, str]], ask: bool) -> str:
     """The template's text. As text, since with tokenize=True transformers 4 returns a list and 5 a BatchEncoding."""
     from jinja2.exceptions import TemplateError
 
+    roles = ", ".join(turn["role"] for turn in turns)
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
     except TemplateError as error:
-        roles = ", ".join(turn["role"] for turn in turns)
         raise UserError(
             f"the tokenizer's chat template refuses turns of {roles}: {error}; correct it or set use_chat_template: false"
+        ) from error
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError) as error:  # of its own code
+        raise UserError(
+            f"the tokenizer's chat template fails on turns of {roles}: {type(error).__name__}: {first_line(error)}; "
+            "correct it or set use_chat_template: false"
         ) from error
 
 
