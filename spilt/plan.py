@@ -372,8 +372,8 @@ def splits_of(request: Request) -> tuple[str, ...]:
         return tuple(every)
     if request.split is not None:
         return (request.split,)
-    there = readers.load_formats(request.base_dir)
-    return tuple(split for split, section in every.items() if request.dataset in there[section]) or ("train",)
+    there = readers.sections_of(request.base_dir, request.dataset)
+    return tuple(split for split, section in every.items() if section in there) or ("train",)
 
 
 def summary(standing: Mapping[Path, str]) -> str:

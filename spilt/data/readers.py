@@ -27,11 +27,17 @@ LARGEST = 2**30  # bytes of a data file, unpacked: all of its rows are held in m
 VALUE = 64  # bytes that Python needs for a value besides its text
 FORMATS_FILE = Path("hparams/Steer/dataset_format.yaml")
 ENTRY_KEYS = ("file_path", "field_names", "multi_concept")
+UNUSED_ENTRY_KEYS = ("hf_path", "n_shots")  # of the released file; they say nothing about pairs and prompts
 PAIR_FIELDS = ("question", "matching", "not_matching")
 PROMPT_FIELDS = ("input", "reference_response")
 CONCEPT_FIELDS = ("output_concept", "concept_id", "concept_genre", "category")
+UNUSED_FIELDS = ("concept", "text", "label", "choices")  # of the released file; `concept` is a second name of output_concept there
+FIELDS = (*PAIR_FIELDS, *PROMPT_FIELDS, *CONCEPT_FIELDS, *UNUSED_FIELDS)
 # section of dataset_format.yaml -> standard fields that a row of it has
 SECTIONS = {"train": PAIR_FIELDS, "valid": PAIR_FIELDS, "generation": PROMPT_FIELDS}
+# (dataset, section) -> the entry that goes before its own: the released scripts read `--dataset axbench` from these, and the
+# released entries named `axbench` are of another experiment
+FIRST_ENTRY = {("axbench", "train"): "axbench_train", ("axbench", "generation"): "axbench_test"}
 
 
 class DatasetFormat(NamedTuple):
@@ -101,12 +107,15 @@ def dataset_format(base_dir: Path, dataset: str, section: str) -> DatasetFormat:
     if section not in SECTIONS:
         raise unknown("section", section, SECTIONS)
     raw = _sections(base_dir)
+    entry = FIRST_ENTRY.get((dataset, section), dataset)
+    if entry in raw[section]:
+        return _format(base_dir, section, entry, raw[section][entry])._replace(dataset=dataset)
     if dataset in raw[section]:
         return _format(base_dir, section, dataset, raw[section][dataset])
     if section == "generation" and dataset in raw["valid"]:
         return _as_prompts(_format(base_dir, "valid", dataset, raw["valid"][dataset]))
     file = base_dir / FORMATS_FILE
-    there = [name for name in SECTIONS if dataset in raw[name]]
+    there = sections_of(base_dir, dataset)
     if not there:
         raise UserError(f"{unknown('dataset', dataset, {name for entries in raw.values() for name in entries})} (in {file})")
     fields = ", ".join(f"{field}: <column>" for field in SECTIONS[section])
@@ -114,6 +123,12 @@ def dataset_format(base_dir: Path, dataset: str, section: str) -> DatasetFormat:
         f"dataset {dataset!r} has no {section!r} entry in {file} (it has: {', '.join(there)}); "
         f"add under '{section}:'\n  {dataset}: {{file_path: <file>, field_names: {{{fields}}}}}"
     )
+
+
+def sections_of(base_dir: Path, dataset: str) -> tuple[str, ...]:
+    """The sections of dataset_format.yaml that have an entry for a dataset, whatever is wrong with that entry or with others."""
+    raw = _sections(base_dir)
+    return tuple(name for name in SECTIONS if {dataset, FIRST_ENTRY.get((dataset, name), dataset)} & raw[name].keys())
 
 
 def _sections(base_dir: Path) -> dict[str, dict[str, Any]]:
@@ -140,23 +155,22 @@ def _format(base_dir: Path, section: str, dataset: str, entry: Any) -> DatasetFo
         )
     if not isinstance(entry, dict):
         raise UserError(f"{here}: {entry!r} is no entry; wanted the keys {', '.join(ENTRY_KEYS)}")
-    for key in entry:
-        if key not in ENTRY_KEYS:
-            raise UserError(f"{here}: {unknown('key', str(key), ENTRY_KEYS)}")
+    wrong = [str(unknown("key", str(key), ENTRY_KEYS)) for key in entry if key not in (*ENTRY_KEYS, *UNUSED_ENTRY_KEYS)]
     file_path, names, multi = entry.get("file_path"), entry.get("field_names") or {}, entry.get("multi_concept") or False
     if not isinstance(file_path, str) or not file_path.strip() or "\0" in file_path:
-        raise UserError(f"{here}: file_path is {file_path!r}; wanted the data file's path, absolute or from base_dir")
+        wrong.append(f"file_path is {file_path!r}; wanted the data file's path, absolute or from base_dir")
     if not isinstance(multi, bool):
-        raise UserError(f"{here}: multi_concept is {multi!r}; wanted true or false")
+        wrong.append(f"multi_concept is {multi!r}; wanted true or false")
     if not isinstance(names, dict):
-        raise UserError(f"{here}: field_names is {names!r}; wanted 'standard name: column' entries")
-    standard = {*PAIR_FIELDS, *PROMPT_FIELDS, *CONCEPT_FIELDS}
+        wrong.append(f"field_names is {names!r}; wanted 'standard name: column' entries")
+        names = {}
     for field, column in names.items():
         if not isinstance(field, str) or not isinstance(column, str | None):
-            raise UserError(f"{here}: field_names has {field!r}: {column!r}; wanted a standard name and the file's column, both text")
-        # a name of one's own is harmless, a misspelt standard one would be dropped in silence
-        if field not in standard and nearest(field, standard):
-            raise UserError(f"{here}: {unknown('field name', field, standard)}")
+            wrong.append(f"field_names has {field!r}: {column!r}; wanted a standard name and the file's column, both text")
+        elif field not in FIELDS:
+            wrong.append(str(unknown("field name", field, FIELDS)))
+    if wrong:
+        raise UserError("\n".join(f"{here}: {what}" for what in wrong))
     columns = {field: column for field, column in names.items() if column}  # null: the file has no such column
     return DatasetFormat(dataset, section, base_dir / file_path, columns, multi)
 

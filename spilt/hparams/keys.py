@@ -27,9 +27,10 @@ _IGNORED = {
     "paths follow from the cell; see the README's list of files": (
         "steer_train_dataset steer_train_hparam_paths steer_vector_output_dirs steer_vector_output_dir steer_vector_load_dir "
         "steer_vector_load_dirs apply_steer_hparam_paths hparam_paths hparam_path hparams_path generation_data generation_output_dir "
-        "results_dir output_dir output_file save_path save_dir dump_dir load_dir log_dir log_path train_data_path eval_data_path "
-        "metadata_path vector_path train_data eval_data"
+        "loss_output_dir results_dir output_dir output_file save_path save_dir dump_dir load_dir log_dir log_path train_data_path eval_data_path "
+        "metadata_path vector_path init_vector_path ablation_vector_path vector_name train_data eval_data"
     ),
+    "loss mode measures winning_only and losing_only, both": "sft_preference_type",
     "output_length decides": "max_length max_seq_length",
     "interventions are always stored": "save_vectors overwrite",
     "transformers generates the text": "vllm_enable use_vllm gpu_memory_utilization",
@@ -45,7 +46,7 @@ _IGNORED = {
     "positions are never dropped at random; see `dropout`": "intervention_positions_dropout",
     "the reference terms follow from loss_type and ref_loss_weight": "reference_free average_log_prob sft_alpha",
     "the data set says how many concepts it has; choose with --concepts": (
-        "max_concepts concept_ids concepts num_concepts concept_path concept_genre concept_name multi_concept"
+        "all_labels max_concepts concept_ids concepts num_concepts concept_path concept_genre concept_name multi_concept"
     ),
     "of SAE features and of other methods of the original, which are not here": (
         "topk latent latent_batch_size latent_model_names latent_eval_datasets sae_path sae_paths sae_id release hook_name trim trims mode "
