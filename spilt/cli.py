@@ -14,7 +14,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,9 @@ from spilt import __version__, plan
 from spilt.cell import FORMS
 from spilt.errors import UserError, first_line, printable, unknown
 from spilt.hparams import parse_overrides
+from spilt.hparams.settings import INTERVENTION_ALIASES, METHOD_ALIASES, intervention_name, method_name
 from spilt.manifest import Changed, Seen
-from spilt.methods import ALIASES, METHODS
+from spilt.methods import METHODS
 from spilt.store import Store
 from spilt.terminal import Formatter, complain, ready, say
 
@@ -46,8 +47,8 @@ class Outcome(NamedTuple):
     wrong_request: bool = False
 
 
-def parser() -> argparse.ArgumentParser:
-    """All flags; choices are derived from the tables."""
+def parser(base_dir: Path = Path(".")) -> argparse.ArgumentParser:
+    """All flags; choices are derived from the tables. base_dir: where none is given."""
     made = argparse.ArgumentParser(
         prog="run_spilt.py",
         description="Fit, apply and measure small interventions on transformer language models.",
@@ -55,13 +56,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--dataset", required=True, help="a name in hparams/Steer/dataset_format.yaml, such as psychopathy, powerseeking, axbench")
-    add("--method", required=True, help=f"{', '.join(METHODS)} or all ({', '.join(f'{a} = {b}' for a, b in ALIASES.items())})")
+    add("--method", required=True, help=f"{', '.join(METHODS)} or all ({_spellings(METHOD_ALIASES)})")
     add("--model_name", required=True, help="a checkpoint folder under models/")
-    add("--intervention_method", required=True, help=f"{', '.join(FORMS)} or all")
+    add("--intervention_method", required=True, help=f"{', '.join(FORMS)} or all ({_spellings(INTERVENTION_ALIASES)})")
     add("--mode", default="both", help=f"{', '.join(plan.MODES)}: fit / produce text / both / measure (default both)")
     add("--device", default="cuda:0", help="a torch device, cpu, or auto (accelerate's device map); default cuda:0")
     add("--multipliers", nargs="+", metavar="M", help="strengths m, signed; loss mode also takes 'sweep'; default: the YAML's, else 1.0")
-    add("--base_dir", default=".", type=Path, help="every relative path is below it; default: this folder")
+    add("--base_dir", default=base_dir, type=Path, help="every relative path is below it; default: this folder")
     add("--dry_run", action="store_true", help="print the plan; write nothing, load no model")
     ours = made.add_argument_group("ours")
     add = ours.add_argument
@@ -87,6 +88,10 @@ def parser() -> argparse.ArgumentParser:
     # argparse takes -1e-2 for a flag
     made._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|-inf$|-nan$")  # type: ignore[attr-defined]
     return made
+
+
+def _spellings(aliases: Mapping[str, str]) -> str:
+    return ", ".join(f"{other} = {name}" for other, name in aliases.items())
 
 
 def _positive(text: str) -> int:
@@ -124,9 +129,9 @@ def request_of(args: argparse.Namespace) -> plan.Request:
         raise unknown("split", args.split, splits)
     return plan.Request(
         dataset=args.dataset,
-        method=ALIASES.get(args.method, args.method),
+        method=method_name(args.method),
         model=args.model_name,
-        intervention=args.intervention_method,
+        intervention=intervention_name(args.intervention_method),
         mode=args.mode,
         device=args.device,
         multipliers=_multipliers(args.multipliers, args.mode),
@@ -162,8 +167,8 @@ def _multipliers(words: Sequence[str] | None, mode: str) -> tuple[float, ...] | 
     return tuple(dict.fromkeys(values))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit code."""
+def main(argv: Sequence[str] | None = None, base_dir: Path = Path(".")) -> int:
+    """Run; returns the exit code. base_dir: where the words name none."""
     ready()
     words = list(sys.argv[1:] if argv is None else argv)
     if "--verify" in words:  # looks at what is stored; needs no dataset or method
@@ -176,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler.setFormatter(Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
-        args = parser().parse_args(words)
+        args = parser(base_dir).parse_args(words)
     except SystemExit as stop:
         return int(stop.code or 0)
     try:

@@ -131,6 +131,3 @@ METHODS: dict[str, Method] = {
         Method("spilt", spilt, "preference and utility with a hinge", needs_reference=lambda s: bool(s.ref_loss_weight)),
     )
 }
-
-# other spellings of a method's name on the command line and in YAML
-ALIASES: dict[str, str] = {"split": "spilt"}

@@ -17,7 +17,8 @@ from spilt.cell import FORMS, Cell
 from spilt.data import readers, sense
 from spilt.errors import UserError, nearest, printable, unknown
 from spilt.hparams import FitSettings, GenerateSettings, MeasureSettings, resolve_fit, resolve_generate, resolve_measure
-from spilt.methods import ALIASES, METHODS
+from spilt.hparams.settings import intervention_name, method_name
+from spilt.methods import METHODS
 from spilt.store import PREFERENCE_TYPES, Store
 
 log = logging.getLogger("spilt")
@@ -31,7 +32,8 @@ SWEEP = "sweep"  # the word for --multipliers
 SWEEP_POINTS, SWEEP_MOST = 21, 31
 FIRST_CONCEPTS = 10
 AGAIN = "to be made again"  # of a stored result: asked for with --force, or what it is made from is made again
-VERSION = 1  # of the code that fits, generates and measures: raised when equal settings would give other results
+# of the code of each verb: raised when equal settings would give other results
+VERSIONS = {"fit": 1, "generate": 1, "measure": 2}
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Plan(NamedTuple):
 
 def pairs_of(method: str, intervention: str) -> tuple[list[tuple[str, str]], list[LeftOut]]:
     """(method, form) combinations of a request, and those of `all` that do not exist. Impossible by name: UserError."""
-    method = ALIASES.get(method, method)
+    method, intervention = method_name(method), intervention_name(intervention)
     if method not in (*METHODS, ALL):
         raise unknown("method", method, METHODS)
     if intervention not in (*FORMS, ALL):
@@ -132,6 +134,8 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     store = Store(request.base_dir)
     if not request.base_dir.is_dir():
         raise UserError(f"--base_dir {request.base_dir}: no such folder")
+    if not (tree := request.base_dir / "hparams" / "Steer").is_dir():
+        raise UserError(f"{tree}: no such folder, so nothing is known of any dataset; is --base_dir {request.base_dir} right?")
     combinations, left_out = pairs_of(request.method, request.intervention)
     if request.mode not in MODES:
         raise unknown("mode", request.mode, MODES)
@@ -186,12 +190,13 @@ def check_model(store: Store, name: str) -> None:
 
 def concept_ids(request: Request, formats: Mapping[str, readers.DatasetFormat], dry: bool) -> list[int | None]:
     """The concepts of the request: [None] for a dataset without; the first ten ids unless --concepts says which."""
-    first = next(iter(formats.values()))
+    every = [*formats.values(), *_trained_on(request)]
+    first = next((fmt for fmt in every if fmt.multi_concept), every[0])
     if not first.multi_concept:
         if request.concepts is not None:
             raise UserError(f"--concepts: dataset {request.dataset!r} has no concepts (multi_concept in dataset_format.yaml)")
         return [None]
-    if dry and not first.path.exists():
+    if (dry or first not in formats.values()) and not first.path.exists():
         return list(request.concepts or range(FIRST_CONCEPTS))
     have = list(readers.concepts(first))
     if request.concepts is None:
@@ -200,6 +205,13 @@ def concept_ids(request: Request, formats: Mapping[str, readers.DatasetFormat], 
         if concept not in have:
             raise unknown("concept", str(concept), map(str, have))
     return list(request.concepts)
+
+
+def _trained_on(request: Request) -> list[readers.DatasetFormat]:
+    """The entry of the training pairs: it says whether a dataset has concepts, also when only prompts are read."""
+    if "train" not in readers.sections_of(request.base_dir, request.dataset):
+        return []
+    return [readers.dataset_format(request.base_dir, request.dataset, "train")]
 
 
 def check_data(base_dir: Path, formats: Mapping[str, readers.DatasetFormat], concepts: list[int | None], limit: int | None) -> list[str]:
@@ -356,7 +368,7 @@ def _common(step: Step, purpose: str, limit: int | None, seen: manifest.Seen) ->
     dated = template.identity(step.model) if step.settings.use_chat_template else None
     if dated is not None:  # left out for all others: nothing of it depends on the day
         sources["template"] = dated
-    return {"verb": step.verb, "version": VERSION, "limit": limit, **sources}
+    return {"verb": step.verb, "version": VERSIONS[step.verb], "limit": limit, **sources}
 
 
 def missing_inputs(step: Step) -> list[Path]:

@@ -149,8 +149,8 @@ def _as_recorded(artifact: Artifact) -> None:
 def _changed(artifact: Artifact) -> str:
     """What lies there now and is not what the artifact was made from; '' when nothing is."""
     said, parts = list[str](), artifact.parts
-    if parts.get("version") != plan.VERSION:
-        said.append(f"made by version {parts.get('version')} of the code, this is {plan.VERSION}")
+    if parts.get("version") != (now := plan.VERSIONS[parts["verb"]]):
+        said.append(f"made by version {parts.get('version')} of the code, this is {now}")
     model = artifact.base_dir / "models" / artifact.model
     if (model / "config.json").is_file():
         try:

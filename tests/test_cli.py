@@ -21,7 +21,8 @@ import torch
 from families import CONCEPTS, FORMS, HIDDEN, MIDDLE, PAIRS, Base, intervention, listing, make_base, pairs, write_jsonl, write_yaml
 
 from spilt import cli, manifest, plan
-from spilt.methods import ALIASES, METHODS
+from spilt.hparams.settings import METHOD_ALIASES as ALIASES
+from spilt.methods import METHODS
 from spilt.store import PREFERENCE_TYPES
 
 REPO = Path(__file__).parents[1]

@@ -16,8 +16,9 @@ from spilt import anatomy, cli, plan
 from spilt.cell import FORMS
 from spilt.errors import UserError
 from spilt.hparams import settings
+from spilt.hparams.settings import INTERVENTION_ALIASES, METHOD_ALIASES
 from spilt.interventions import INTERVENTIONS
-from spilt.methods import ALIASES, LOSS_TYPES, METHODS, Method
+from spilt.methods import LOSS_TYPES, METHODS, Method
 
 PACKAGE = Path(spilt.__file__).parent
 REPO = PACKAGE.parent
@@ -166,15 +167,16 @@ def test_all_is_every_row_that_fits() -> None:
     assert len(valid) + len(left_out) == len(METHODS) * len(FORMS) and all(item.why for item in left_out)
     for name, row in METHODS.items():
         assert plan.pairs_of(name, "all")[0] == [(name, form) for form in FORMS if form in row.forms]
-    for alias, name in ALIASES.items():
-        assert plan.pairs_of(alias, "all") == plan.pairs_of(name, "all")
+    for alias, name in METHOD_ALIASES.items():
+        assert plan.pairs_of(alias.upper(), "ALL") == plan.pairs_of(name, "all")
+    for alias, name in INTERVENTION_ALIASES.items():
+        assert plan.pairs_of("Split", alias.title()) == plan.pairs_of("spilt", name)
 
 
 def test_lists_that_are_written_twice_agree() -> None:
     """hparams is below the tables and cannot import them."""
     assert settings.LOSSES == LOSS_TYPES
     assert settings.POINTS == anatomy.COMPONENTS
-    assert settings.METHOD_ALIASES == ALIASES
     assert tuple(INTERVENTIONS) == FORMS and set(settings.INTERVENTION_ALIASES.values()) <= set(FORMS)
     assert {row.name for row in METHODS.values()} == set(METHODS)
     for form, kind in INTERVENTIONS.items():

@@ -165,7 +165,7 @@ def test_what_a_dated_template_writes_is_part_of_the_identity(base: families.Bas
             base.one, "sft", base.model, "vector", mode="generate", base_dir=base.path, device="cpu", overrides=overrides
         )
         (step,) = plan.make(request).steps
-        (found,) = plan.output_parts(step, None).values()
+        (found,) = plan.output_parts(step, None, manifest.Seen()).values()
         return found
 
     plain = parts()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spilt.atomic import half_replaced
-from spilt.errors import UserError, nearest, printable, unknown
+from spilt.errors import UserError, printable, unknown
 
 LARGEST = 2**30  # bytes of a data file, unpacked: all of its rows are held in memory, several times over
 VALUE = 64  # bytes that Python needs for a value besides its text
@@ -31,6 +31,7 @@ UNUSED_ENTRY_KEYS = ("hf_path", "n_shots")  # of the released file; they say not
 PAIR_FIELDS = ("question", "matching", "not_matching")
 PROMPT_FIELDS = ("input", "reference_response")
 CONCEPT_FIELDS = ("output_concept", "concept_id", "concept_genre", "category")
+EVAL_FIELDS = ("input", "output_concept", "concept_id", "concept", "concept_genre", "category")  # of eval_data, in the released order
 UNUSED_FIELDS = ("concept", "text", "label", "choices")  # of the released file; `concept` is a second name of output_concept there
 FIELDS = (*PAIR_FIELDS, *PROMPT_FIELDS, *CONCEPT_FIELDS, *UNUSED_FIELDS)
 # section of dataset_format.yaml -> standard fields that a row of it has
@@ -66,7 +67,7 @@ class Pair(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """An input to generate from; `extra` has the row's other columns, as JSON values."""
+    """An input to generate from; `extra` has the row's other columns, as JSON values (with concepts, the released row first)."""
 
     input: str
     reference_response: str | None
@@ -172,7 +173,7 @@ def _format(base_dir: Path, section: str, dataset: str, entry: Any) -> DatasetFo
     if wrong:
         raise UserError("\n".join(f"{here}: {what}" for what in wrong))
     columns = {field: column for field, column in names.items() if column}  # null: the file has no such column
-    return DatasetFormat(dataset, section, base_dir / file_path, columns, multi)
+    return DatasetFormat(dataset, section, base_dir / str(file_path), columns, multi)
 
 
 def _as_prompts(valid: DatasetFormat) -> DatasetFormat:
@@ -209,10 +210,12 @@ def read_pairs(fmt: DatasetFormat, concept: int | None = None, limit: int | None
 def read_prompts(fmt: DatasetFormat, concept: int | None = None, limit: int | None = None) -> list[Prompt]:
     """The prompts of a `generation` entry in file order, at most `limit`, of one concept or of all with id >= 0.
 
+    Without multi_concept all concepts have the same prompts.
     `reference_response` is None where the file has none. Raises UserError: see the module; also when no row is left.
     """
     used = {fmt.column(field) for field in (*PROMPT_FIELDS, "concept_id", "output_concept")}
     prompts = []
+    concept = concept if fmt.multi_concept else None
     for record, concept_id, text in _wanted(fmt, concept, limit):
         reference = None
         # asked for in field_names: the column must be there; otherwise it is taken if it is there
@@ -221,10 +224,22 @@ def read_prompts(fmt: DatasetFormat, concept: int | None = None, limit: int | No
                 reference = _text(fmt, record, "reference_response")
         try:
             extra = {column: _json_value(value) for column, value in record.values.items() if column not in used}
+            if fmt.multi_concept:
+                extra = _released_row(fmt, record, concept_id) | extra
         except RecursionError:
             raise _bad(fmt, record, "a value is nested too deeply; flatten or remove it") from None
         prompts.append(Prompt(_text(fmt, record, "input"), reference, concept_id, text, record.row, extra))
     return prompts
+
+
+def _released_row(fmt: DatasetFormat, record: Record, concept_id: int | None) -> dict[str, Any]:
+    """The keys of a row as the released results hold it (`eval_data`); `concept` is another name of `output_concept`."""
+    found = {field: record.values.get(fmt.column(field)) for field in EVAL_FIELDS}
+    own = "concept" in fmt.field_names or "concept" in record.values
+    return {name: _json_value(value) for name, value in found.items()} | {
+        "concept_id": concept_id,
+        "concept": _json_value(found["concept"] if own else found["output_concept"]),
+    }
 
 
 def concepts(fmt: DatasetFormat) -> dict[int, str]:

@@ -27,7 +27,8 @@ _IGNORED = {
     "paths follow from the cell; see the README's list of files": (
         "steer_train_dataset steer_train_hparam_paths steer_vector_output_dirs steer_vector_output_dir steer_vector_load_dir "
         "steer_vector_load_dirs apply_steer_hparam_paths hparam_paths hparam_path hparams_path generation_data generation_output_dir "
-        "loss_output_dir results_dir output_dir output_file save_path save_dir dump_dir load_dir log_dir log_path train_data_path eval_data_path "
+        "loss_output_dir results_dir output_dir output_file save_path save_dir dump_dir load_dir log_dir log_path "
+        "train_data_path eval_data_path "
         "metadata_path vector_path init_vector_path ablation_vector_path vector_name train_data eval_data"
     ),
     "loss mode measures winning_only and losing_only, both": "sft_preference_type",

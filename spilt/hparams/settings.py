@@ -26,6 +26,7 @@ LOSSES = ("scaled_simpo", "simpo", "dpo", "ipo", "apo_zero")
 DTYPES = ("bfloat16", "float16", "float32")
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 DTYPE_ALIASES |= {f"torch.{name}": name for name in DTYPES}
+# other spellings on the command line and in YAML; all names in any case
 METHOD_ALIASES = {"split": "spilt"}  # the paper's spelling
 INTERVENTION_ALIASES = {"weight": "local_weight"}  # released file names and YAML
 

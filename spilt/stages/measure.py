@@ -257,7 +257,7 @@ def loss_table(found: score.Losses, place: dict[float, int], m: float, kind: str
         )
     # one row of each pair after the other, example by example
     rows = {name: np.stack([part[name] for part in columns], 1).reshape(-1) for name in columns[0]}
-    return pd.DataFrame({"epoch": 0, "step": np.arange(examples * len(pairs)), **rows})
+    return pd.DataFrame({"epoch": 0, "step": np.repeat(np.arange(examples), len(pairs)), **rows})
 
 
 def _control(step: Step, interventions: dict[int, Intervention], run: Run, unfinished: Unfinished) -> bool:
