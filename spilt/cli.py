@@ -7,7 +7,6 @@ traceback). The command line's words (generate, apply, loss) are translated in p
 from __future__ import annotations
 
 import argparse
-import io
 import logging
 import math
 import os
@@ -23,11 +22,12 @@ from typing import Any, NamedTuple
 
 from spilt import __version__, plan
 from spilt.cell import FORMS
-from spilt.errors import UserError, first_line, unknown
+from spilt.errors import UserError, first_line, printable, unknown
 from spilt.hparams import parse_overrides
 from spilt.manifest import Changed, Seen
 from spilt.methods import ALIASES, METHODS
 from spilt.store import Store
+from spilt.terminal import Formatter, complain, ready, say
 
 DONE, ALREADY, SKIPPED, FAILED = "done", "already done", "skipped", "failed"
 log = logging.getLogger("spilt")
@@ -172,6 +172,7 @@ def _multipliers(words: Sequence[str] | None, mode: str) -> tuple[float, ...] | 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit code."""
+    ready()
     words = list(sys.argv[1:] if argv is None else argv)
     if "--verify" in words:  # looks at what is stored; needs no dataset or method
         words = ["verify", *(word for word in words if word != "--verify")]
@@ -179,10 +180,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         import importlib
 
         return int(importlib.import_module(PROGRAMS[words[0]]).main(words[1:]) or 0)
-    for stream in (sys.stdout, sys.stderr):  # a word that is no UTF-8 is shown, not a reason to stop
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    handler = logging.StreamHandler()  # stderr
+    handler.setFormatter(Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         args = parser().parse_args(words)
     except SystemExit as stop:
@@ -196,22 +196,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_plan(made, request)
             return 0
         for item in made.left_out if int(os.environ.get("RANK", "0")) == 0 else []:
-            print(f"left out: {item.name}: {item.why}")
+            say(f"left out: {item.name}: {item.why}")
         outcomes = run(made, request, quiet=args.quiet or not sys.stderr.isatty())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2
     except Changed as error:  # the model, while it was loaded
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        complain("")  # the terminal's ^C has a line of its own
+        complain("interrupted; what was finished is kept, the same command goes on from there")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # a name too long for the file system, a file that went away between plan and run
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        complain(f"error: {error.filename or ''}: {error.strerror or error}")
         return 2
     if int(os.environ.get("RANK", "0")) == 0:
         print_table(outcomes)
@@ -248,31 +249,31 @@ def print_plan(made: plan.Plan, request: plan.Request) -> None:
             standing = {path: plan.AGAIN if state in ("done", "foreign") else state for path, state in standing.items()}
         if step.verb == "fit" and not set(standing.values()) <= {"done", "foreign"}:
             again.update(step.outputs)
-        print(f"{number}. {step}   [{plan.summary(standing)}]")
-        print(f"   {step.command}")
+        say(f"{number}. {step}   [{plan.summary(standing)}]")
+        say(f"   {step.command}")
         for path in step.files:
-            print(f"   hparams  {path}")
+            say(f"   hparams  {path}")
         made_before = {path for earlier in made.steps[: number - 1] for path in earlier.outputs}
         for path in step.inputs:
             lacking = "" if path not in missing else "   made by an earlier step" if path in made_before else "   missing"
-            print(f"   input    {path}{lacking}")
+            say(f"   input    {path}{lacking}")
         outputs = {} if missing else plan.output_parts(step, request.limit, seen)
         why = {path: f": {reason}" for reason, paths in plan.replaced(outputs).items() for path in paths}
         shown = list(standing.items())
         for path, state in shown if len(shown) <= 12 else [*shown[:3], *shown[-1:]]:
             word = "" if state == "missing" else f"   {state}{why.get(path, '')}"
-            print(f"   output   {path}{word}")
+            say(f"   output   {path}{word}")
         if len(shown) > 12:
-            print(f"            ({len(shown)} files in all)")
+            say(f"            ({len(shown)} files in all)")
         if step.sweep:
-            print(f"            (widened by half while a tail still moves, up to {plan.SWEEP_MOST} multipliers)")
+            say(f"            (widened by half while a tail still moves, up to {plan.SWEEP_MOST} multipliers)")
         guess = cost(step, request)
-        print(f"   cost     {guess if guess is not None else 'unknown until model and data are there'}")
+        say(f"   cost     {guess if guess is not None else 'unknown until model and data are there'}")
         for note in (*step.notes, *_doubts(step, request, seen)):
-            print(f"   note     {note}")
+            say(f"   note     {note}")
     for item in made.left_out:
-        print(f"left out: {item.name}: {item.why}")
-    print(f"{len(made.steps)} steps, {len(made.left_out)} combinations left out; nothing was run or written")
+        say(f"left out: {item.name}: {item.why}")
+    say(f"{len(made.steps)} steps, {len(made.left_out)} combinations left out; nothing was run or written")
 
 
 def _doubts(step: plan.Step, request: plan.Request, seen: Seen) -> list[str]:
@@ -403,20 +404,20 @@ def _run_step(step: plan.Step, here: Any) -> Generator[Any, Any, Outcome]:
         reason = str(error) if not isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         outcome = Outcome(str(step), FAILED, reason, time.monotonic() - start, "", wrong_request=isinstance(error, UserError))
         if here.team.main:
-            print(f"error: {step}: {reason}", file=sys.stderr)
+            complain(f"error: {step}: {reason}")
     except Exception as error:  # noqa: BLE001 - reported with its traceback; the other cells go on
         if ran_out(error):
             layers = ", ".join(map(str, step.cells[0].layers))
             reason = f"one piece of work does not fit in memory at layer {layers}: {first_line(error)}"
             reason += "; fewer tokens (--set output_length=N), --dtype bfloat16 or --device auto"
-            print(f"error: {step}: {reason}", file=sys.stderr)
+            complain(f"error: {step}: {reason}")
             return Outcome(str(step), FAILED, reason, time.monotonic() - start, "")
         reason = f"{type(error).__name__}: {first_line(error)}"
         outcome = Outcome(str(step), FAILED, reason, time.monotonic() - start, "")
-        traceback.print_exc()
+        complain(traceback.format_exc().rstrip("\n"))
     if not here.quiet:
         ending = f": {outcome.reason}" if outcome.reason else ""
-        print(f"{outcome.outcome}: {step}{ending} ({outcome.seconds:.1f} s)", file=sys.stderr)
+        complain(f"{outcome.outcome}: {step}{ending} ({outcome.seconds:.1f} s)")
     return outcome
 
 
@@ -432,10 +433,10 @@ def _report(step: plan.Step, request: plan.Request, quiet: bool) -> Outcome:
             request.base_dir,
             request.model,
             request.dataset,
-            progress=lambda text: None if quiet else print(f"report: {text}", file=sys.stderr),
+            progress=lambda text: None if quiet else complain(f"report: {text}"),
         )
     except (UserError, OSError) as error:
-        print(f"error: report: {error}", file=sys.stderr)
+        complain(f"error: report: {error}")
         return Outcome("report", FAILED, str(error), time.monotonic() - start, "")
     return Outcome("report", DONE, "", time.monotonic() - start, Store(request.base_dir).relative(page))
 
@@ -463,10 +464,11 @@ def _shown(step: plan.Step, request: plan.Request) -> str:
 def print_table(outcomes: Sequence[Outcome]) -> None:
     """cell, outcome, reason, seconds, output path."""
     header = ("cell", "outcome", "seconds", "output / reason")
-    rows: list[tuple[Any, ...]] = [(o.step, o.outcome, f"{o.seconds:.1f}", o.output or o.reason) for o in outcomes]
-    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(3)]
-    print()
+    rows = [tuple(map(printable, (o.step, o.outcome, f"{o.seconds:.1f}", o.output or o.reason))) for o in outcomes]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(3)]
+    say()
     for row in [header, tuple("-" * width for width in [*widths, len(header[3])]), *rows]:
-        print("  ".join([*(str(cell).ljust(width) for cell, width in zip(row, widths, strict=False)), str(row[3])]).rstrip())
+        say("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip())
     counts = {name: sum(o.outcome == name for o in outcomes) for name in (DONE, ALREADY, SKIPPED, FAILED)}
-    print("\n" + ", ".join(f"{count} {name}" for name, count in counts.items() if count) + f" in {sum(o.seconds for o in outcomes):.1f} s")
+    say()
+    say(", ".join(f"{count} {name}" for name, count in counts.items() if count) + f" in {sum(o.seconds for o in outcomes):.1f} s")

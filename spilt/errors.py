@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# what a terminal obeys or what reorders the words: C0, DEL, C1, bidirectional marks and overrides, line and paragraph
+# separators; halves of surrogate pairs, which no stream can encode
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -14,6 +19,18 @@ def first_line(error: BaseException, most: int = 300) -> str:
     """What an exception says, in one line; its name when it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0][:most] if lines else type(error).__name__
+
+
+def printable(text: str, lines: bool = False) -> str:
+    """`text` as it may be shown: characters that steer a terminal become visible escapes such as \\x1b or \\u202e.
+
+    lines: line breaks stay, for messages of several lines of our own; each line after the first is indented, so that a
+    line break out of a file can't begin a line that looks like ours. What is printable stays as it is, so twice is once.
+    """
+    if lines:
+        first, *more = text.split("\n")
+        return "\n".join([printable(first), *(f"  {printable(line)}" if line[:1].strip() else printable(line) for line in more)])
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def nearest(value: str, have: Iterable[str]) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from spilt import manifest
 from spilt.cell import FORMS, Cell
 from spilt.data import readers
-from spilt.errors import UserError, nearest, unknown
+from spilt.errors import UserError, nearest, printable, unknown
 from spilt.hparams import FitSettings, GenerateSettings, MeasureSettings, resolve_fit, resolve_generate, resolve_measure
 from spilt.methods import ALIASES, METHODS
 from spilt.store import PREFERENCE_TYPES, Store
@@ -279,7 +279,14 @@ def _command(
         words += ["--multipliers", *(["sweep"] if sweep else [str(m) for m in multipliers])]
     if group[0].concept is not None:
         words += ["--concepts", *(str(cell.concept) for cell in group)]
-    return shlex.join([*words, *request.flags])
+    return " ".join(map(_quoted, [*words, *request.flags]))
+
+
+def _quoted(word: str) -> str:
+    """For the shell, on one line: a line break in a system prompt is written as $'\\n', since raw it would not be shown."""
+    if printable(word) == word:
+        return shlex.quote(word)
+    return "$'" + printable(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
 
 
 # ---------------------------------------------------------------- identity: the same from a plan and from a stored artifact

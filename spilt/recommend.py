@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spilt.errors import UserError
+from spilt.terminal import complain, ready, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 0, or 2 when there is nothing to read."""
+    ready()
     parser = argparse.ArgumentParser(prog="spilt recommend", description=__doc__)
     parser.add_argument("--base_dir", default=".", type=Path)
     parser.add_argument("--model_name", required=True)
@@ -27,11 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         table = recommend(args.base_dir, args.model_name, args.dataset, args.budget, norm=args.norm)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2
     for note in table.attrs["notes"]:
-        print(f"warning: {note}", file=sys.stderr)
-    print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+        complain(f"warning: {note}")
+    for line in table.to_string(index=False, float_format=lambda x: f"{x:.3f}").split("\n"):
+        say(line)
     return 0
 
 

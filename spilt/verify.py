@@ -24,6 +24,7 @@ from spilt.artifact import Artifact
 from spilt.atomic import TEMPORARY
 from spilt.data import readers
 from spilt.errors import UserError
+from spilt.terminal import complain, ready, say
 
 OK, STALE, DAMAGED, FOREIGN, LEFTOVER = STATES = ("ok", "stale", "damaged", "foreign", "leftover")
 RELEASED = ("epoch", "step", "pos_steer_loss", "pos_steering_factors", "neg_steering_factors")
@@ -362,6 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--base_dir", type=Path, default=Path("."), help="folder that holds vectors/ and generation/ (default: here)")
     parser.add_argument("--quiet", action="store_true", help="list only what is not ok")
     parser.add_argument("--verify", action="store_true", help=argparse.SUPPRESS)  # run_spilt.py --verify
+    ready()
     try:
         args = parser.parse_args(argv)
     except SystemExit as stop:
@@ -369,22 +371,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     base_dir: Path = args.base_dir
     if not any((base_dir / top).is_dir() for top in ("vectors", "generation")):
         fact = "has neither vectors/ nor generation/" if base_dir.is_dir() else "is no folder"
-        print(f"error: --base_dir {base_dir} {fact}; give the folder that the runs were started with", file=sys.stderr)
+        complain(f"error: --base_dir {base_dir} {fact}; give the folder that the runs were started with")
         return 2
     counts: Counter[str] = Counter()
     try:
         for found in check(base_dir):
             counts[found.state] += 1
             if found.state != OK or not args.quiet:
-                print(f"{found.state:8}  {_short(base_dir, found.path)}{f': {found.reason}' if found.reason else ''}")
+                say(f"{found.state:8}  {_short(base_dir, found.path)}{f': {found.reason}' if found.reason else ''}")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    print("\nstate     files")
+    say()
+    say("state     files")
     for state in STATES:
-        print(f"{state:8}  {counts[state]:5}")
+        say(f"{state:8}  {counts[state]:5}")
     if counts[DAMAGED]:
-        print(f"\n{counts[DAMAGED]} damaged: the command that made a file makes it again (damaged files are never taken for done)")
+        say()
+        say(f"{counts[DAMAGED]} damaged: the command that made a file makes it again (damaged files are never taken for done)")
     return 1 if counts[DAMAGED] else 0
 
 

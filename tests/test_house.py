@@ -24,7 +24,7 @@ REPO = PACKAGE.parent
 
 # Lowest first. A room imports its own floor or a lower one, and there is no cycle. Programs of the package are at the top.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("cell", "errors", "atomic", "hparams", "paper", "memory", "team"),
+    ("cell", "errors", "atomic", "hparams", "paper", "memory", "team", "terminal"),
     ("interventions", "anatomy", "scoring", "data"),
     ("methods", "suffix", "hooks", "packing", "room", "activations", "manifest", "passes"),
     ("plan", "store", "artifact", "odds", "training", "measure", "generation", "curves", "host"),
