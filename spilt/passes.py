@@ -167,12 +167,11 @@ def _in_turns(works: Sequence[Work[Result]], at_once: int) -> list[Result]:
 
 
 def _answers(numbers: list[int], parts: list[Shown]) -> list[tuple[int, Passed | Exception]]:
-    """What came of each part. Out of memory side by side: each alone; alone: the error is its own."""
+    """What came of each part. An error side by side may be one part's, or out of memory: each alone; alone: the error is its own."""
     try:
         return list(zip(numbers, through(parts), strict=True))
-    except (RuntimeError, MemoryError, FloatingPointError) as error:
+    except Exception as error:  # noqa: BLE001 - raised in the work whose part it is
         if len(parts) == 1:
             return [(numbers[0], error)]
-        if not memory.ran_out(error):
-            raise
+        memory.ran_out(error)  # gives cached blocks back
     return [answer for number, part in zip(numbers, parts, strict=True) for answer in _answers([number], [part])]
