@@ -152,7 +152,7 @@ def test_a_multiplier_with_fewer_rows(tree: Here, caplog: pytest.LogCaptureFixtu
         manifest.unlink()
     path.write_text(json.dumps(rows[:1]))
     code, said = programs(tree, caplog)["look"]
-    assert code == 0 and said.count("m=1 ") == 2 and "(none)" in said
+    assert code == 0 and re.search(r"m=1 +\(none\)", said)
     for odd in ([], [{"pred": []}], [{"input": "x", "pred": "a text"}], [{"input": "x"}]):
         path.write_text(json.dumps(odd))
         assert programs(tree, caplog)["look"][0] == 0
