@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 
 from spilt import __version__, plan
 from spilt.cell import FORMS
-from spilt.errors import UserError, first_line, printable, unknown
+from spilt.errors import NotFinite, UserError, first_line, printable, unknown
 from spilt.hparams import parse_overrides
 from spilt.hparams.settings import INTERVENTION_ALIASES, METHOD_ALIASES, intervention_name, method_name
 from spilt.manifest import Changed, Seen
 from spilt.methods import METHODS
-from spilt.store import Store
-from spilt.terminal import Formatter, complain, ready, say
+from spilt.store import Store, beside
+from spilt.team import place
+from spilt.terminal import complain, ready, say
 
 DONE, ALREADY, SKIPPED, FAILED = "done", "already done", "skipped", "failed"
 log = logging.getLogger("spilt")
@@ -177,14 +178,12 @@ def main(argv: Sequence[str] | None = None, base_dir: Path = Path(".")) -> int:
         import importlib
 
         return int(importlib.import_module(PROGRAMS[words[0]]).main(words[1:]) or 0)
-    handler = logging.StreamHandler()  # stderr
-    handler.setFormatter(Formatter("%(levelname)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         args = parser(base_dir).parse_args(words)
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
+        rank, size = place()
         request = request_of(args)
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before torch looks for it
@@ -192,7 +191,7 @@ def main(argv: Sequence[str] | None = None, base_dir: Path = Path(".")) -> int:
         if args.dry_run:
             print_plan(made, request)
             return 0
-        for item in made.left_out if int(os.environ.get("RANK", "0")) == 0 else []:
+        for item in made.left_out if rank == 0 else []:
             say(f"left out: {item.name}: {item.why}")
         outcomes = run(made, request, quiet=args.quiet or not sys.stderr.isatty())
     except UserError as error:
@@ -211,14 +210,14 @@ def main(argv: Sequence[str] | None = None, base_dir: Path = Path(".")) -> int:
     except OSError as error:  # a name too long for the file system, a file that went away between plan and run
         complain(f"error: {error.filename or ''}: {error.strerror or error}")
         return 2
-    if int(os.environ.get("RANK", "0")) == 0:
+    if rank == 0:
         print_table(outcomes)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if size > 1:
         # everything is written and everybody has said goodbye; the threads of the process group sometimes abort a normal exit
         sys.stdout.flush()
         sys.stderr.flush()
         # process 0 speaks for all: a launcher ends the others, and process 0 at its report, when one exits with an error
-        os._exit(exit_code(outcomes) if os.environ.get("RANK", "0") == "0" else 0)
+        os._exit(exit_code(outcomes) if rank == 0 else 0)
     return exit_code(outcomes)
 
 
@@ -296,7 +295,7 @@ def run(made: plan.Plan, request: plan.Request, *, quiet: bool) -> list[Outcome]
     for step in made.steps:
         lacking = [path for path in step.vectors if not path.exists() and path not in coming]
         if lacking:
-            reason = f"no vector file {lacking[0]}; make it with --mode generate"
+            reason = f"no vector file {lacking[0]}{beside(lacking[0])}; make it with --mode generate"
             log.warning("%s: skipped: %s", step, reason)
             outcomes.append(Outcome(str(step), SKIPPED, reason, 0.0, ""))
         elif not request.force and not step.sweep and again.isdisjoint(step.vectors) and _all_done(step, request, seen):
@@ -305,7 +304,7 @@ def run(made: plan.Plan, request: plan.Request, *, quiet: bool) -> list[Outcome]
         else:
             waiting.append(step)
             again.update(step.outputs if step.verb == "fit" else ())
-    if waiting or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if waiting or place()[1] > 1:
         outcomes = _run_waiting(waiting, outcomes, request, quiet, seen)
     if request.mode == "loss" and any(outcome.outcome in (DONE, ALREADY) for outcome in outcomes):
         outcomes.append(_report(made.steps[0], request, quiet))
@@ -393,7 +392,7 @@ def _run_step(step: plan.Step, here: Any) -> Outcome:
         else:
             result = stages.run_step(step, here)
             outcome = Outcome(str(step), result, "", time.monotonic() - start, _shown(step, here.request))
-    except (UserError, OutOfMemory, Changed, OSError) as error:  # what the message says is all there is to know
+    except (UserError, OutOfMemory, Changed, NotFinite, OSError) as error:  # what the message says is all there is to know
         reason = str(error) if not isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         outcome = Outcome(str(step), FAILED, reason, time.monotonic() - start, "", wrong_request=isinstance(error, UserError))
         if here.team.main:
@@ -419,7 +418,7 @@ def _report(step: plan.Step, request: plan.Request, quiet: bool) -> Outcome:
     from spilt.report import update
 
     start = time.monotonic()
-    if int(os.environ.get("RANK", "0")) > 0:
+    if place()[0] > 0:
         return Outcome("report", DONE, "", 0.0, "")
     try:
         page = update(
@@ -431,6 +430,9 @@ def _report(step: plan.Step, request: plan.Request, quiet: bool) -> Outcome:
     except (UserError, OSError) as error:
         complain(f"error: report: {error}")
         return Outcome("report", FAILED, str(error), time.monotonic() - start, "")
+    except Exception as error:  # noqa: BLE001 - reported with its traceback; what was measured is stored and has its line in the table
+        traceback.print_exc()
+        return Outcome("report", FAILED, f"{type(error).__name__}: {first_line(error)}", time.monotonic() - start, "")
     return Outcome("report", DONE, "", time.monotonic() - start, Store(request.base_dir).relative(page))
 
 

@@ -15,6 +15,10 @@ class UserError(Exception):
     """The request or its input is wrong. The command line prints the message and exits 2, without a traceback."""
 
 
+class NotFinite(FloatingPointError):
+    """The model's numbers are NaN or infinite: the cell fails, nothing of it is stored, others go on. The message names the way out."""
+
+
 def first_line(error: BaseException, most: int = 300) -> str:
     """What an exception says, in one line; its name when it says nothing."""
     lines = str(error).strip().splitlines()

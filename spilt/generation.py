@@ -23,6 +23,7 @@ from transformers.generation import logits_process as lp
 from spilt import hooks, memory, packing, suffix
 from spilt.activations import prefix_pairs
 from spilt.data.chat import Sequence as DataSequence
+from spilt.errors import NotFinite
 from spilt.room import Room
 
 log = logging.getLogger("spilt")
@@ -317,6 +318,7 @@ class _Stream:
         self._fill()
         active = self.active
         assert active is not None
+        self._check(active)
         draws = [self.draws[i].random() for i in active.rows] if self.how.sample else None
         uniform = None if draws is None else torch.tensor(draws, dtype=torch.float64, device=self.device)
         ids = [[*self.rows[i].prompt, *self.new[i]] for i in active.rows] if self.how.processors else []
@@ -335,6 +337,18 @@ class _Stream:
             tokens = tokens[active.select(keep)]
         active.mask = torch.cat([active.mask, active.mask.new_ones(len(keep), 1)], 1)
         active.scores = _forward(self.model, self.make_sites(active.multiplier), tokens[:, None], active.mask, active.cache)
+
+    def _check(self, active: _Active) -> None:
+        """The largest score of each row is a number: NaN goes through max, and there is no likeliest token among infinite ones."""
+        good = torch.isfinite(active.scores.amax(-1))
+        if good.all():
+            return
+        row = self.rows[active.rows[int((~good).nonzero()[0, 0])]]
+        way_out = f"at multiplier {row.multiplier:g}; use a smaller multiplier or another --dtype (bfloat16, float32)"
+        raise NotFinite(
+            "the model's scores of the next token are NaN or infinite "
+            + (way_out if row.multiplier else "without any steering; use another --dtype (bfloat16, float32)")
+        )
 
     def _fill(self) -> None:
         free = self.batch_size - (len(self.active.rows) if self.active else 0)

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import re
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from spilt import texts
 from spilt.artifact import of_one_vector
 from spilt.cell import FORMS, Cell
 from spilt.errors import UserError
 from spilt.methods import METHODS
 from spilt.store import Store
+from spilt.terminal import complain, ready, say
 
 log = logging.getLogger("spilt")
 
 
-def results(store: Store, cell: Cell) -> dict[float, list[dict[str, Any]]]:
+def results(store: Store, cell: Cell) -> dict[float, list[texts.Row]]:
     """multiplier -> rows, of what has been generated for a cell; concepts one after the other.
 
-    Texts of another vector than the one that lies there now are left out, with a warning.
+    Texts of another vector than the one that lies there now, and files that cannot be read, are left out, with a warning.
     """
     found = {}
     there = store.generated(cell)
@@ -35,14 +35,16 @@ def results(store: Store, cell: Cell) -> dict[float, list[dict[str, Any]]]:
     for multiplier, path in there:
         if path not in kept:
             continue
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        found[multiplier] = [row for part in rows for row in part.get("generated_results", [part])]
+        try:
+            found[multiplier] = texts.read(path)
+        except UserError as error:
+            log.warning("%s: left out: %s", cell, error)
     return found
 
 
-def agreement(rows: Sequence[dict[str, Any]]) -> float | None:
+def agreement(rows: Sequence[texts.Row]) -> float | None:
     """Share of first responses that say what the reference says; None where it has more than one word (no rule can tell there)."""
-    asked = [(row["pred"][0], row["reference_response"]) for row in rows if row["reference_response"]]
+    asked = [(row.texts[0], row.reference) for row in rows if row.texts and row.reference]
     if not asked or any(len(reference.split()) != 1 for _, reference in asked):
         return None
     return sum(_first(text) == _first(reference) for text, reference in asked) / len(asked)
@@ -62,18 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--method", default="all", help=f"{', '.join(METHODS)} or all")
     parser.add_argument("--intervention_method", default="all", help=f"{', '.join(FORMS)} or all")
     parser.add_argument("--prompts", type=int, default=2, help="prompts shown per cell")
+    ready()
     try:
         args = parser.parse_args(argv)
         shown = show(args)
     except SystemExit as stop:
         return int(stop.code or 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2
     except BrokenPipeError:
         return 1
+    except OSError as error:
+        complain(f"error: {error.filename or ''}: {error.strerror or error}")
+        return 2
     if not shown:
-        print(f"error: no texts of {args.dataset} with {args.model_name} below {args.base_dir}; run --mode apply first", file=sys.stderr)
+        complain(f"error: no texts of {args.dataset} with {args.model_name} below {args.base_dir}; run --mode apply first")
         return 2
     return 0
 
@@ -89,15 +95,18 @@ def show(args: argparse.Namespace) -> int:
         if not found:
             continue
         shown += 1
-        print(f"\n== {args.dataset}, {method}, {form}")
+        say()
+        say(f"== {args.dataset}, {method}, {form}")
         shares = {m: agreement(rows) for m, rows in found.items()}
         if any(share is not None for share in shares.values()):
-            print("   answers as the reference: " + "  ".join(f"m={m:g}: {share:.0%}" for m, share in shares.items() if share is not None))
-        first = next(iter(found.values()))
-        for i in range(min(args.prompts, len(first))):
-            print(f"   {_line(first[i]['input'], width - 3)}")
-            for m, rows in found.items():
-                print(f"   m={m:<6g} {_line(rows[i]['pred'][0], width - 13)}")
+            say("   answers as the reference: " + "  ".join(f"m={m:g}: {share:.0%}" for m, share in shares.items() if share is not None))
+        at = {m: {row.key: row for row in rows} for m, rows in found.items()}
+        prompts = dict.fromkeys(key for rows in at.values() for key in rows)  # a multiplier may have fewer of them
+        for key in list(prompts)[: max(0, args.prompts)]:
+            say(f"   {_line(key[-1], width - 3)}")
+            for m, own in at.items():
+                text = own[key].texts if key in own else []
+                say(f"   m={m:<6g} {_line(text[0], width - 13) if text else '(none)'}")
     return shown
 
 

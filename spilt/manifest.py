@@ -207,8 +207,11 @@ def write(artifact: Path, data: bytes | str, parts: dict[str, Any], notes: dict[
 
 def read(artifact: Path) -> dict[str, Any] | None:
     """The manifest of an artifact; None when there is none (made by the released code) or it is not readable JSON."""
+    path = manifest_path(artifact)
+    if path.exists() and not path.is_file():  # a FIFO would be waited for
+        return None
     try:
-        found = json.loads(manifest_path(artifact).read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # not there, a folder in its place, no JSON, brackets without end
         return None
     return found if isinstance(found, dict) else None

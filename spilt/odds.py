@@ -17,7 +17,7 @@ import pandas as pd
 
 from spilt.artifact import of_one_request, of_one_vector
 from spilt.atomic import atomic_write
-from spilt.errors import UserError
+from spilt.errors import UserError, first_line
 
 Norm = Literal["mean", "sum"]
 Array = npt.NDArray[np.float64]
@@ -67,7 +67,15 @@ def collect(cell_folder: str | Path, split: str = "train", norm: Norm = "mean") 
     found = sorted((float(hit["multiplier"]), hit["kind"], sub) for sub in folder.iterdir() if (hit := FOLDER.match(sub.name)))
     usable, notes = _belong_together(folder, [sub for *_, sub in found], split)
     files = [(m, kind, sub / LOSS_FILES[split]) for m, kind, sub in found if sub / LOSS_FILES[split] in usable]
-    parts = [_read(path, m, kind, norm) for m, kind, path in files]
+    parts, broken = [], []
+    for m, kind, path in files:
+        try:
+            parts.append(_read(path, m, kind, norm))
+        except UserError as error:
+            broken.append(error)
+    if broken and not parts:
+        raise broken[0]
+    notes += [f"{split}: left out: {error}" for error in broken]
     if not parts:
         empty = _empty()
         empty.attrs["notes"] = notes
@@ -112,14 +120,7 @@ def _empty() -> pd.DataFrame:
 
 def _read(path: Path, folder_multiplier: float, kind: str, norm: Norm) -> pd.DataFrame:
     """One loss file as rows (example, multiplier, target, loss); a loss that is not finite becomes inf."""
-    try:
-        table = pd.read_csv(path)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable CSV ({error}); measure this multiplier again with --force") from None
-    missing = [name for name in RELEASED[2:4] if name not in table]
-    if missing:
-        have = ", ".join(map(str, table.columns))
-        raise UserError(f"{path}: no column {missing[0]!r}; have: {have}; measure this multiplier again with --force")
+    table = read_table(path, RELEASED[2:4], "measure this multiplier again with --force")
     # a file that the released code appended to holds the earlier run's rows first, with a header or a restart of the steps between
     again = table.index[table["pos_steer_loss"].astype(str) == "pos_steer_loss"]
     if len(again):
@@ -128,11 +129,13 @@ def _read(path: Path, folder_multiplier: float, kind: str, norm: Norm) -> pd.Dat
         order = table[["epoch", "step"]].apply(pd.to_numeric, errors="coerce").to_numpy(float)
         restart = np.flatnonzero((np.diff(order[:, 1]) < 0) & (np.diff(order[:, 0]) <= 0))
         table = table.iloc[restart[-1] + 1 :] if len(restart) else table
-    applied = pd.to_numeric(table["pos_steering_factors"], errors="coerce").to_numpy(float)
+    applied = _numbers(table, "pos_steering_factors", path)
     if set(OURS) <= set(table):
         loss = pd.to_numeric(table["answer_loss_sum"], errors="coerce").to_numpy(float)
-        loss = loss / table["answer_tokens"].to_numpy(float) if norm == "mean" else loss
-        example, target = table["example"].to_numpy(int), table["target"].to_numpy(str)
+        loss = loss / _numbers(table, "answer_tokens", path, least=1) if norm == "mean" else loss
+        example, target = _numbers(table, "example", path, least=0).astype(int), table["target"].astype(str).to_numpy(str)
+        if len(unknown := sorted(set(target) - {"matching", "not_matching"})):
+            raise UserError(f"{path}: target {unknown[0]!r}; wanted matching or not_matching; measure this multiplier again with --force")
     elif norm == "sum":
         raise UserError(f"{path}: only mean losses are stored (released format); use --norm mean")
     else:
@@ -140,6 +143,32 @@ def _read(path: Path, folder_multiplier: float, kind: str, norm: Norm) -> pd.Dat
         example, target = _released_rows(applied, folder_multiplier, kind)
     loss = np.where(np.isfinite(loss), loss, np.inf)
     return pd.DataFrame({"example": example, "multiplier": applied, "target": target, "loss": loss})
+
+
+def read_table(path: Path, columns: Sequence[str], way_out: str) -> pd.DataFrame:
+    """A CSV that has these columns. Raises UserError naming the file, what was found and the way out."""
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: is no plain file; {way_out}")
+        table = pd.read_csv(path, low_memory=False)
+    except (ValueError, OSError, OverflowError, MemoryError, RecursionError) as error:  # the library's own are ValueErrors
+        raise UserError(f"{path}: not a readable CSV ({first_line(error)}); {way_out}") from None
+    missing = [name for name in columns if name not in table]
+    if missing:
+        raise UserError(f"{path}: no column {missing[0]!r}; have: {', '.join(map(str, table.columns[:40]))}; {way_out}")
+    if not len(table):
+        raise UserError(f"{path}: has no rows; {way_out}")
+    return table
+
+
+def _numbers(table: pd.DataFrame, name: str, path: Path, least: float = -np.inf) -> Array:
+    """A column as numbers. Raises UserError at the first field that is none, or below `least`."""
+    values = pd.to_numeric(table[name], errors="coerce").to_numpy(float)
+    bad = np.flatnonzero(~(np.isfinite(values) & (values >= least) & (np.abs(values) < 1e12)))
+    if len(bad):
+        found = str(table[name].iloc[bad[0]])[:40]
+        raise UserError(f"{path}: row {bad[0]} (0-based): {name} is {found!r}; measure this multiplier again with --force")
+    return values
 
 
 def _belong_together(cell_folder: Path, folders: Sequence[Path], split: str) -> tuple[set[Path], list[str]]:
@@ -255,13 +284,21 @@ def write_summary(path: str | Path, summary: pd.DataFrame) -> None:
     atomic_write(Path(path), buffer.getvalue())
 
 
+def _no_number(column: pd.Series) -> str:
+    """The first field that is no number."""
+    return str(column[pd.to_numeric(column, errors="coerce").isna() & column.notna()].iloc[0])[:40]
+
+
 def read_summary(path: str | Path) -> pd.DataFrame:
     """A stored preference_utility.csv, ours or another tool's with at least split, multiplier, preference and utility."""
-    table = pd.read_csv(path)
-    needed: Sequence[str] = SUMMARY[1:3] + ["utility"]
-    missing = [name for name in needed if name not in table]
-    if missing:
-        raise UserError(f"{path}: no column {missing[0]!r}; have: {', '.join(map(str, table.columns))}")
-    if "split" not in table:
+    table = read_table(Path(path), SUMMARY[1:3] + ["utility"], "run --mode loss again")
+    for name in SUMMARY[1:]:  # an empty field is an undefined value
+        if name in table and not pd.api.types.is_numeric_dtype(table[name]):
+            raise UserError(f"{path}: column {name!r} has {_no_number(table[name])!r} where a number was wanted; run --mode loss again")
+    if table["multiplier"].isna().any() or not np.isfinite(table["multiplier"]).all():
+        raise UserError(f"{path}: a multiplier is missing or not finite; run --mode loss again")
+    if "split" in table:
+        table["split"] = table["split"].astype(str)
+    else:
         table.insert(0, "split", "train")
     return table.reindex(columns=SUMMARY).sort_values(["split", "multiplier"], ascending=[False, True]).reset_index(drop=True)

@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         complain(f"error: {error}")
         return 2
+    except OSError as error:
+        complain(f"error: {error.filename or ''}: {error.strerror or error}")
+        return 2
     for note in table.attrs["notes"]:
         complain(f"warning: {note}")
     for line in table.to_string(index=False, float_format=lambda x: f"{x:.3f}").split("\n"):

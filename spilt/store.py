@@ -178,6 +178,52 @@ def load(
     return made.eval().requires_grad_(False)
 
 
+MADE_ELSEWHERE = (".safetensors", ".gguf", ".npz", ".npy", ".bin", ".pth", ".pt", ".ckpt", ".pkl")
+MAGIC = {
+    b"GGUF": "a GGUF file, as llama.cpp has it",
+    b"\x93NUMPY": "a NumPy array (.npy)",
+    b"\x89HDF": "an HDF5 file",
+    b"\x1f\x8b": "a gzip archive",
+    b"version https://git-lfs": "a pointer of git-lfs, not the file itself: fetch it with git lfs pull",
+}
+BY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before it wrote zip archives
+WAY_OUT = "wanted a file that torch.save wrote of a tensor [D] or of a dict of tensors"
+
+
+def beside(path: Path) -> str:
+    """For the message that a vector file is missing: what lies there under other names. '' when nothing does."""
+    try:
+        names = sorted(found.name for found in path.parent.iterdir() if found.suffix in MADE_ELSEWHERE and "unfinished" not in found.name)
+    except OSError:
+        return ""
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return f" (there: {shown}; only a {path.name} that torch.save wrote is read)" if names else ""
+
+
+def _container(path: Path) -> str | None:
+    """What kind of file it is when torch.save did not write it; None when it may have."""
+    import zipfile
+
+    with open(path, "rb") as file:
+        head = file.read(64)
+    for magic, what in MAGIC.items():
+        if head.startswith(magic):
+            return what
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if names and all(name.endswith(".npy") for name in names):
+            return "a NumPy archive (.npz)"
+        if any(name.endswith("/constants.pkl") for name in names):
+            return "a TorchScript program"
+        return None if any(name.endswith("data.pkl") for name in names) else "a zip archive without tensors"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        return "a safetensors file"
+    if head[:1] == b"\x80" and not head.startswith(BY_TORCH):
+        return "a pickle, which can run code when it is read"
+    return None
+
+
 def _read(path: Path) -> Any:
     import pickle
     import struct
@@ -187,20 +233,30 @@ def _read(path: Path) -> Any:
     import torch
 
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no plain file; {WAY_OUT}")
+        if (what := _container(path)) is not None:
+            raise UserError(f"{path}: is {what}; {WAY_OUT}")
         if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
             with zipfile.ZipFile(path) as archive:
                 if (damaged := archive.testzip()) is not None:
                     raise UserError(f"{path}: is damaged: the checksum of {damaged} is wrong; make it again with --mode generate --force")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such vector file; make it with --mode generate") from None
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: refused: it is not a plain tensor file (weights_only=True): {first_line(error)}") from None
+        raise UserError(f"{path}: no such vector file{beside(path)}; make it with --mode generate") from None
+    except pickle.UnpicklingError as error:  # its text tells how to read the file unsafely: only the name in it is of use
+        named = re.search(r"GLOBAL ([A-Za-z_][\w.]{0,100})", str(error))
+        what = f"a whole model or other Python objects ({named[1]})" if named else "something that could run code"
+        raise UserError(
+            f"{path}: refused: it is not a plain tensor file, it holds {what}; where you trust it, open it yourself and save its tensors "
+            f"alone: {WAY_OUT}"
+        ) from None
     except (
         RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, OSError, AssertionError, ArithmeticError, MemoryError,
         ImportError, struct.error, zipfile.BadZipFile, zlib.error,
     ) as error:  # fmt: skip
-        raise UserError(f"{path}: cannot be read as a vector file ({type(error).__name__}: {first_line(error)})") from None
+        said = "" if re.search(r"weights_only|torch\.load|unsafe", str(error)) else f": {first_line(error)}"
+        raise UserError(f"{path}: cannot be read as a vector file ({type(error).__name__}{said}); {WAY_OUT}") from None
 
 
 def form_of(stored: Any) -> str:
@@ -217,14 +273,17 @@ def _one_concept(stored: Any, path: Path, form: str, concept: int | None) -> Any
 
     if form == "vector":
         if not isinstance(stored, torch.Tensor):
-            raise UserError(f"{path}: holds a {type(stored).__name__}; a vector is a tensor [D] (several concepts: [n, D])")
+            raise UserError(f"{path}: holds {_described(stored, path)}; a vector is a tensor [D] (several concepts: [n, D])")
         if stored.ndim == 2 and len(stored) > 1:
             if concept is None or not 0 <= concept < len(stored):
                 raise _which_concept(path, concept, list(range(len(stored))))
             return stored[concept]
         return stored[0] if stored.ndim == 2 and len(stored) else stored
+    keys_of = {"lora": {"lora_A", "lora_B"}, "local_weight": {"weight", "bias"}}[form]
     if not isinstance(stored, dict) or not stored:
-        raise UserError(f"{path}: holds a {type(stored).__name__}; {form} is a dict of tensors")
+        raise UserError(f"{path}: holds {_described(stored, path)}; {form} is a dict of tensors")
+    if keys_of.isdisjoint(stored) and any(isinstance(value, torch.Tensor) for value in stored.values()):
+        raise UserError(f"{path}: holds {_described(stored, path)}; {form} is a dict with {' and '.join(sorted(keys_of))}")
     if not all(isinstance(value, dict) for value in stored.values()):
         return stored
     keys = {str(key): key for key in stored}
@@ -233,6 +292,37 @@ def _one_concept(stored: Any, path: Path, form: str, concept: int | None) -> Any
     if str(concept) not in keys:
         raise _which_concept(path, concept, list(keys))
     return stored[keys[str(concept)]]
+
+
+def _described(stored: Any, path: Path) -> str:
+    """What a file holds that is not what was wanted, and what to do with it."""
+    import torch
+
+    if isinstance(stored, torch.Tensor):
+        return f"a tensor of shape {list(stored.shape)}, as the form vector has it: --intervention_method vector"
+    if isinstance(stored, list | tuple):
+        return f"a {type(stored).__name__} of {len(stored)}; save the tensor of one layer alone: torch.save(found[{_layer_of(path)}], path)"
+    if not isinstance(stored, dict):
+        return f"a {type(stored).__name__}"
+    names = [str(name) for name in stored]
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    if {"lora_A", "lora_B"} <= stored.keys():
+        return "a dict with lora_A and lora_B: --intervention_method lora"
+    if {"weight", "bias"} <= stored.keys() and getattr(stored["weight"], "ndim", 0) == 2:
+        return "a dict with weight and bias: --intervention_method local_weight"
+    if any(re.search(r"\blora_(A|B|embedding)", name) for name in names):
+        return f"the adapter of another library, PEFT ({shown}), which changes many modules; fit one here: --intervention_method lora"
+    if all(isinstance(value, torch.Tensor) for value in stored.values()) and names:
+        if all(re.fullmatch(r"(layers?[._])?[0-9]{1,4}", name) for name in names):
+            return f"a dict of tensors by layer ({shown}); save the one of this layer alone: torch.save(found[{_layer_of(path)}], path)"
+        if any("." in name for name in names):
+            return f"the parameters of a whole model, a state dict of {len(names)} tensors ({shown}); save the steering vector alone"
+    return f"a dict ({shown})" if names else "an empty dict"
+
+
+def _layer_of(path: Path) -> str:
+    found = re.fullmatch(r"layer_(\d+)\.pt", path.name)
+    return found[1] if found else "layer"
 
 
 def _which_concept(path: Path, concept: int | None, have: list[Any]) -> UserError:

@@ -7,10 +7,43 @@ measurement are dealt out and gathered. Process 0 decides what is to be done and
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from spilt.errors import UserError
+
 Value = TypeVar("Value")
+
+
+def place() -> tuple[int, int]:
+    """(rank, number of processes) that a launcher says in RANK and WORLD_SIZE; (0, 1) without WORLD_SIZE: a RANK alone is no launcher's.
+
+    Raises UserError for values that no launcher sets.
+    """
+    size = _number("WORLD_SIZE", 1)
+    rank = _number("RANK", 0)
+    if size < 1:
+        raise _wrong(f"WORLD_SIZE={size}")
+    if size == 1:
+        return 0, 1
+    if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise _wrong(f"WORLD_SIZE={size} without {' and '.join(missing)}")
+    if rank >= size:
+        raise _wrong(f"RANK={rank} with WORLD_SIZE={size}")
+    return rank, size
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    if text and not re.fullmatch(r"[0-9]{1,9}", text):
+        raise _wrong(f"{name}={text!r}")
+    return int(text) if text else default
+
+
+def _wrong(what: str) -> UserError:
+    way_out = "start with `accelerate launch run_spilt.py ...`, or for one process: unset RANK WORLD_SIZE"
+    return UserError(f"the environment has {what}, which no launcher of several processes sets; {way_out}")
 
 
 class TeamError(RuntimeError):
@@ -21,12 +54,11 @@ class Team:
     """rank of this process and number of processes. With one process every method is the identity."""
 
     def __init__(self, device: str = "cpu") -> None:
-        self.rank, self.size, self.device = 0, int(os.environ.get("WORLD_SIZE", "1")), device
+        self.rank, self.size, self.device = *place(), device
         if self.size > 1:
             from accelerate import PartialState
 
             state = PartialState(cpu=device == "cpu")
-            self.rank, self.size = state.process_index, state.num_processes
             if device.startswith("cuda"):
                 self.device = str(state.device)  # each process its own card
 

@@ -10,10 +10,13 @@ from spilt.errors import printable
 
 
 def ready() -> None:
-    """A character that the terminal's encoding lacks is shown as an escape, not a reason to stop."""
+    """A character that the terminal's encoding lacks is shown as an escape, not a reason to stop; warnings go to stderr."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
 def say(text: str = "", *, lines: bool = False) -> None:

@@ -16,6 +16,7 @@ from spilt.activations import Activations, max_tokens, prefix_pairs
 from spilt.data.batches import position_mask
 from spilt.data.chat import Sequence as Tokens
 from spilt.engine import score
+from spilt.errors import NotFinite
 from spilt.hparams.settings import FitSettings
 from spilt.interventions import INTERVENTIONS, Intervention, Multiplier, Vector
 from spilt.methods import Method, Scored
@@ -300,8 +301,8 @@ def fit(
                         parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
             norm = nn.utils.clip_grad_norm_(intervention.parameters(), s.max_grad_norm).item()
             if not math.isfinite(norm):
-                raise FloatingPointError(
-                    f"the gradient is {norm} at epoch {epoch}, step {step} (loss {total}); lower lr or steering_factors"
+                raise NotFinite(
+                    f"the gradient is {norm} at epoch {epoch}, step {step} (loss {total}); lower lr or steering_factors, or another --dtype"
                 )
             lr = float(schedule.get_last_lr()[0])
             optimizer.step()

@@ -108,6 +108,8 @@ def _judge(artifact: Artifact, contents: Any) -> Found:
     path = artifact.path
     has_manifest = manifest.manifest_path(path).exists()
     try:
+        if not path.is_file():  # a FIFO would be waited for
+            raise Damaged("is no plain file, or a link to nothing")
         if has_manifest:
             _as_recorded(artifact)
         note = contents(artifact)
@@ -197,6 +199,8 @@ def _vector(artifact: Artifact) -> str:
     form = artifact.form or store.form_of(stored)
     if form == "vector":
         shape = tuple(getattr(stored, "shape", ()))
+        if not hasattr(stored, "shape"):  # the words of a run that reads it
+            store._one_concept(stored, artifact.path, form, None)
         if len(shape) not in (1, 2) or 0 in shape:
             raise Damaged(f"holds a {type(stored).__name__} of shape {list(shape)}; a vector is [D] or, for several concepts, [n, D]")
         concepts: list[Any] = list(range(shape[0])) if len(shape) == 2 else [None]

@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cell", "errors", "atomic", "hparams", "paper", "memory", "team", "terminal"),
     ("interventions", "anatomy", "scoring", "data"),
     ("methods", "suffix", "hooks", "packing", "room", "activations", "checkpoint", "template", "manifest", "passes"),
-    ("plan", "store", "artifact", "odds", "training", "measure", "generation", "curves", "host"),
+    ("plan", "store", "artifact", "odds", "texts", "training", "measure", "generation", "curves", "host"),
     ("report", "stages", "estimate"),
     ("cli", "prepare", "look", "recommend", "verify"),
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,16 +17,18 @@ import pandas as pd
 
 from spilt.atomic import atomic_write
 from spilt.curves import BUDGET, recommendation
-from spilt.errors import UserError, unknown
+from spilt.errors import UserError, printable, unknown
 from spilt.odds import Norm
 from spilt.report import cells as stored
 from spilt.report import figures, page, tables, words
+from spilt.terminal import complain, ready, say
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["main", "recommend", "update"]
 
+log = logging.getLogger("spilt")
 SAMPLES = 3  # prompts per cell in the report
 
 
@@ -54,11 +57,14 @@ def update(
                 _concept(one, norm, budget, split, seed)
             progress(place.name)
             measured.append(stored.analyse(place, norm, budget, seed))
-        except UserError as error:
+        except (UserError, OSError) as error:
             problems.append(f"{place.name}: {error}")
     if not measured:
         raise UserError("; ".join(problems) or f"no losses of {dataset} with {model} below {base_dir}; run --mode loss first")
     progress("report")
+    problems += [f"{cell.name}: {note}" for cell in measured for note in cell.fit["notes"] if "left out" in note]
+    for problem in problems:
+        log.warning("report: %s", problem)
     return _report(Path(base_dir), model, dataset, measured, problems, split)
 
 
@@ -82,7 +88,7 @@ def recommend(
     for place in stored.find(base_dir, model, dataset):
         try:
             summary, notes = stored.summary_of(place, norm, seed)
-        except UserError as error:
+        except (UserError, OSError) as error:
             said.append(f"{place.name}: {error}")
             continue
         said += [f"{place.name}: {note}" for note in notes]
@@ -124,9 +130,11 @@ def _report(base: Path, model: str, dataset: str, measured: list[stored.Measured
         pictures[cell.name] = _picture(wide, figures.cell_figure(cell, split, narrow=True), alt, caption)
     findings = words.findings(measured, split, trade, control)
     samples = {cell.name: stored.samples(cell.place, SAMPLES) for cell in measured}
-    problems = [*problems, *filter(None, (stored.left_out_texts(cell.place) for cell in measured))]
+    for unread in filter(None, (stored.left_out_texts(cell.place) for cell in measured)):
+        problems = [*problems, unread]
+        log.warning("report: %s", unread)
     html = page.page(model, dataset, split, measured, pictures, findings, trade, control, claims, samples, problems)
-    atomic_write(folder / "report.html", html)
+    atomic_write(folder / "report.html", "\n".join(map(printable, html.split("\n"))))
     return folder / "report.html"
 
 
@@ -170,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and of the fits' starts")
     options = parser.parse_args(argv)
     base = Path(options.base_dir)
+    ready()
     try:
         if not options.budget >= 0:
             raise UserError(f"--budget {options.budget:g}: nats of utility to spend, 0 or more")
@@ -183,13 +192,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"no stored losses below {base}; run --mode loss first, or check --base_dir")
         for model, dataset in jobs:
             settings = {"norm": options.norm, "budget": options.budget, "split": options.split, "seed": options.seed}
-            print(update(base, model, dataset, **settings, progress=_say))
+            say(str(update(base, model, dataset, **settings, progress=_say)))
     except UserError as error:
-        print(error, file=sys.stderr)
+        complain(f"error: {error}")
+        return 2
+    except OSError as error:
+        complain(f"error: {error.filename or ''}: {error.strerror or error}")
         return 2
     return 0
 
 
 def _say(text: str) -> None:
     if sys.stderr.isatty():
-        print(f"  {text}", file=sys.stderr)
+        complain(f"  {text}")

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from spilt import odds
+from spilt import odds, texts
 from spilt.artifact import of_one_vector
 from spilt.atomic import atomic_write
 from spilt.cell import Cell
 from spilt.curves import BUDGET, Fit, fit_curve, recommendation, regions, utility_drops, utility_peak
-from spilt.errors import UserError, unknown
+from spilt.errors import UserError, printable, unknown
 from spilt.store import Store
 
+log = logging.getLogger("spilt")
 VERSION = 3  # of fit.json; a change makes `update` fit again
 FIT_FILE, CURVES_FILE, CONTROL_FILE = "fit.json", "curves.png", "control.csv"
 METHODS = ("caa", "sft", "reps", "spilt")  # order of tables and legends; other names follow
@@ -42,7 +43,8 @@ class Place:
 
     @property
     def name(self) -> str:
-        return f"{self.method} {self.intervention}"
+        """As it is shown; a folder that somebody made may be called anything."""
+        return printable(f"{self.method} {self.intervention}")
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ def analyse(place: Place, norm: odds.Norm = "mean", budget: float = BUDGET, seed
             "notes": notes,
         }
         fit = plain(fit)
+        fit["check"] = _check(fit)
         odds.write_summary(place.folder / odds.SUMMARY_FILE, summary)
         # the picture of the old fit goes first: a run killed between the two files draws it again
         (place.folder / CURVES_FILE).unlink(missing_ok=True)
@@ -196,10 +199,23 @@ def stored_source(place: Place) -> str | None:
 
 
 def _stored(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError):
+    """A stored fit.json; {} where there is none, or none of this version that is as it was written: it is made again."""
+    if not path.is_file():
         return {}
+    try:
+        fit = json.loads(path.read_text(encoding="utf-8"))
+        good = isinstance(fit, dict) and fit.get("check") == _check(fit)
+    except (OSError, ValueError, RecursionError):
+        good = False
+    if not good:
+        log.warning("%s: is damaged, or of an older version; made again from the stored losses", path)
+    return fit if good else {}
+
+
+def _check(fit: dict[str, Any]) -> str:
+    """Hash of all but itself: one digit that changed is found."""
+    rest = {name: value for name, value in fit.items() if name != "check"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def plain(value: Any) -> Any:
@@ -221,14 +237,21 @@ def read_control(place: Place) -> tuple[pd.DataFrame | None, list[str]]:
     there = [path for folder in (place.concepts.values() or [place.folder]) if (path := folder / CONTROL_FILE).is_file()]
     others = [path for path in there if of_one_vector(place.base, [path])[1]]
     notes = [f"control left out: {path.relative_to(place.base)} is of another vector; --mode loss makes it again" for path in others]
-    parts = [pd.read_csv(path) for path in there if path not in others]
+    keys, parts = ["split", "draw", "multiplier"], []
+    for path in there:
+        if path in others:
+            continue
+        try:
+            part = odds.read_table(path, [*keys, "preference", "utility"], "--mode loss --multipliers sweep makes it again")
+            for name in ("draw", "multiplier", "preference", "utility"):
+                if not pd.api.types.is_numeric_dtype(part[name]):
+                    raise UserError(f"{path}: column {name!r} holds more than numbers; --mode loss --multipliers sweep makes it again")
+            parts.append(part)
+        except UserError as error:
+            notes.append(f"control left out: {error}")
     if not parts:
         return None, notes
     table = pd.concat(parts, ignore_index=True)
-    missing = [name for name in ("split", "draw", "multiplier", "preference", "utility") if name not in table]
-    if missing:
-        raise UserError(f"{place.folder}/{CONTROL_FILE}: no column {missing[0]!r}; have: {', '.join(map(str, table.columns))}")
-    keys = ["split", "draw", "multiplier"]
     return table.groupby(keys, as_index=False, sort=True)[["preference", "utility"]].mean(), notes
 
 
@@ -244,16 +267,17 @@ class Sample:
 def samples(place: Place, limit: int = 3) -> list[Sample]:
     """The first prompts of a place (of the first concepts for axbench) with every stored multiplier's text; [] when none was generated."""
     found: dict[tuple[int, int, str], Sample] = {}
-    for multiplier, concept, at, row in _generated(place):
-        prompt, texts = str(row.get("input", "")), row.get("pred") or []
-        key = (concept, at, prompt)
-        if key not in found:
-            reference = row.get("reference_response")
-            found[key] = Sample(prompt, {}, str(reference) if isinstance(reference, str) and reference else None)
-        if texts:
-            found[key].texts[multiplier] = str(texts[0])
-        for plain_text in (row.get("orig_pred") or [])[:1]:
-            found[key].texts.setdefault(0.0, str(plain_text))
+    for multiplier, path in _texts(place)[0]:
+        try:
+            rows = texts.read(path)
+        except UserError:  # named by left_out_texts
+            continue
+        for row in rows:
+            sample = found.setdefault(row.key, Sample(row.prompt, {}, row.reference))
+            if row.texts:
+                sample.texts[multiplier] = row.texts[0]
+            for plain_text in row.plain[:1]:
+                sample.texts.setdefault(0.0, plain_text)
     # one prompt per concept first, then the second ones
     order = sorted(found, key=lambda key: (key[1], key[0]))
     return [Sample(found[key].prompt, dict(sorted(found[key].texts.items())), found[key].reference) for key in order[:limit]]
@@ -267,22 +291,14 @@ def _texts(place: Place) -> tuple[list[tuple[float, Path]], list[float]]:
 
 
 def left_out_texts(place: Place) -> str:
-    """A sentence when texts of another vector lie there, else ''."""
-    at = ", ".join(f"{m:g}" for m in _texts(place)[1])
+    """A sentence when texts lie there that are of another vector or cannot be read, else ''."""
+    kept, others = _texts(place)
+    at = ", ".join(f"{m:g}" for m in others)
     why = "of another vector than the one that lies there now; --mode apply makes them again"
-    return f"{place.name}: texts at m = {at} left out: {why}" if at else ""
-
-
-def _generated(place: Place) -> Iterator[tuple[float, int, int, dict[str, Any]]]:
-    """(multiplier, concept, row number, row) of every stored generation; an unreadable file is passed over."""
-    for multiplier, path in _texts(place)[0]:
+    said = [f"{place.name}: texts at m = {at} left out: {why}"] if at else []
+    for _, path in kept:
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        for at, row in enumerate(rows if isinstance(rows, list) else []):
-            if isinstance(row, dict) and "generated_results" in row:
-                for inner_at, inner in enumerate(row["generated_results"] or []):
-                    yield multiplier, int(row.get("concept_id") or 0), inner_at, inner
-            elif isinstance(row, dict):
-                yield multiplier, 0, at, row
+            texts.read(path)
+        except UserError as error:
+            said.append(f"{place.name}: texts left out: {error}")
+    return "; ".join(said)

@@ -366,7 +366,7 @@ def page(
     norm = cells[0].fit["norm"]
     per = "mean per answer token" if norm == "mean" else "summed over the answer's tokens"
     short_of = tables.shortfalls(cells, split)
-    stored = [f"{cell.name}: {note}" for cell in cells for note in cell.fit["notes"]]
+    stored = [f"{cell.name}: {note}" for cell in cells for note in cell.fit["notes"] if f"{cell.name}: {note}" not in problems]
     texts = sample_section(cells, samples)
     folded = "".join(
         f"<details><summary>{escape(c.place.method)} {escape(form_name(c.place.intervention))}"

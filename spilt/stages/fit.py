@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
+import os
 import pickle
 import re
 import time
@@ -18,7 +20,7 @@ from spilt import activations, hooks, manifest, plan, training
 from spilt.atomic import atomic_write
 from spilt.cell import Cell
 from spilt.data import readers
-from spilt.errors import UserError
+from spilt.errors import NotFinite, UserError
 from spilt.interventions import Intervention, Vector
 from spilt.methods import METHODS, caa
 from spilt.plan import Step
@@ -28,6 +30,7 @@ from spilt.store import Store, dump, metadata_line
 
 log = logging.getLogger("spilt")
 NO_EFFECT = 1e-6  # norm of an update: the stream's is 1 and more, so this is below what its own rounding changes
+DIGEST = 32  # bytes of a sha256
 
 
 def fit(step: Step, run: Run) -> str:
@@ -49,6 +52,7 @@ def fit(step: Step, run: Run) -> str:
             intervention = _closed_form(cell, layer, settings, run, fmt)
         else:
             intervention, rows = _train(cell, layer, settings, run, fmt, manifest.identity(parts))
+        _check_finite(intervention, layer)
         check_effect(cell, layer, intervention)
         text = readers.concepts(fmt).get(cell.concept) if cell.concept is not None else None
         run.seen.again(step.inputs)
@@ -86,9 +90,7 @@ def _train(
     def checkpoint(state: Callable[[], dict[str, Any]]) -> None:
         nonlocal saved
         if time.monotonic() - saved >= run.request.checkpoint_seconds:
-            buffer = io.BytesIO()
-            torch.save({"identity": identity, **state()}, buffer)
-            atomic_write(unfinished, buffer.getvalue())
+            atomic_write(unfinished, sealed({"identity": identity, **state()}))
             saved = time.monotonic()
 
     with tqdm(desc=f"fit {cell}", unit="step", leave=False, disable=run.quiet) as bar:
@@ -101,14 +103,35 @@ def _train(
         return intervention, training.fit(job, resume=resume, checkpoint=checkpoint, progress=progress)
 
 
+def _check_finite(intervention: Intervention, layer: int) -> None:
+    state = intervention.state()
+    for name, value in state.items() if isinstance(state, dict) else [("the vector", state)]:
+        if isinstance(value, torch.Tensor) and not torch.isfinite(value).all():
+            raise NotFinite(f"{name} of layer {layer} came out with NaN or infinite values; use another --dtype (bfloat16, float32)")
+
+
+def sealed(state: dict[str, Any]) -> bytes:
+    """A state as torch.save writes it, and the sha256 of that (32 bytes) behind it: what is damaged is known before it is used."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.write(hashlib.sha256(buffer.getvalue()).digest())
+    return buffer.getvalue()
+
+
 def _resume(path: Path, identity: str) -> dict[str, Any] | None:
-    """The state that a killed fit of these very settings left, or None."""
-    if not path.exists():
+    """The state that a killed fit of these very settings left, or None. One that is damaged is not used, with a warning."""
+    if not os.path.lexists(path):
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, OSError) as error:
-        log.warning("%s: cannot be read (%s); the fit begins again", path, type(error).__name__)
+        if not path.is_file():
+            raise OSError("it is no plain file")
+        data = memoryview(path.read_bytes())
+        if hashlib.sha256(data[:-DIGEST]).digest() != data[-DIGEST:]:
+            raise ValueError("it is damaged: its checksum is not that of its content")
+        state = torch.load(io.BytesIO(data[:-DIGEST]), map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, OSError, MemoryError) as error:
+        why = error if type(error) in (OSError, ValueError) else type(error).__name__  # the words of torch.load are none for a user
+        log.warning("%s: cannot be gone on from: %s; the fit begins again", path, why)
         return None
     return state if isinstance(state, dict) and state.get("identity") == identity else None
 

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger("spilt")
+
+
+def _plain(path: Path) -> bool:
+    """A file of its own: no link, folder, FIFO or device."""
+    return stat.S_ISREG(os.lstat(path).st_mode)
 
 
 class Lines:
@@ -34,12 +43,12 @@ class Lines:
         """One line for each value, written at once: lines of two processes do not mix."""
         if self.file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                cut = not (b"\n" + self.path.read_bytes()).endswith(b"\n")
-            except FileNotFoundError:
-                cut = False
-            self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            if cut:
+            if os.path.lexists(self.path) and not _plain(self.path):
+                log.warning("%s: is a link or no plain file: it is not written to, but replaced", self.path)
+                self.path.unlink()
+            self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+            size = os.fstat(self.file).st_size
+            if size and os.pread(self.file, 1, size - 1) != b"\n":  # a kill cut the last line short
                 os.write(self.file, b"\n")
         data = b"".join(json.dumps(value).encode() + b"\n" for value in values)
         while data:  # a disk that is nearly full takes a part; the next call takes the rest, or says why not
@@ -60,7 +69,11 @@ class Lines:
 def _lines(path: Path) -> Iterator[Any]:
     """What the lines of a file hold; one that is no JSON is left out."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        if not _plain(path):
+            log.warning("%s: is a link or no plain file: its lines are not used", path)
+            return
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            lines = file.read().split(b"\n")
     except FileNotFoundError:  # another run of the same cell has just finished
         return
     for line in lines:

@@ -20,6 +20,7 @@ from spilt import activations, anatomy, manifest, odds, plan
 from spilt.atomic import atomic_write
 from spilt.data import readers
 from spilt.engine import score
+from spilt.errors import NotFinite
 from spilt.interventions import Intervention, Vector
 from spilt.methods import METHODS
 from spilt.plan import Step
@@ -147,6 +148,7 @@ def _measure(step: Step, interventions: dict[int, Intervention], run: Run, unfin
     todo = run.team.agree(decide)
     tell_replaced(str(step), {path: outputs[path] for path in step.outputs if path in todo}, run)
     asked = _asked(interventions, s, run)
+    bad: set[float] = set()
     for split in step.data:
         wanted = [m for m in step.multipliers if any(run.store.losses(cell, m, kind, split) in todo for kind in PREFERENCE_TYPES)]
         if not wanted:
@@ -157,8 +159,23 @@ def _measure(step: Step, interventions: dict[int, Intervention], run: Run, unfin
             identities = plan.loss_identities(step, signed, split, run.request.limit, run.seen)
             found = _shared_losses(run, asked, cache, signed, unfinished, identities, bar.update)
         place = {m: k for k, m in enumerate(signed)}
-        _store(run, unfinished, partial(_write, step, run, outputs, found, place, split, wanted))
+        bad |= {m for m, finite in zip(signed, _finite(found), strict=True) if not finite}
+        sound = [m for m in wanted if bad.isdisjoint((m, -m + 0.0))]
+        _store(run, unfinished, partial(_write, step, run, outputs, found, place, split, sound))
+    if bad:
+        raise _not_finite(sorted(bad))
     return bool(todo)
+
+
+def _finite(found: score.Losses) -> list[bool]:
+    """Per multiplier: is every loss a finite number?"""
+    return [bool(np.isfinite(total).all() and np.isfinite(answer).all()) for total, answer in zip(found.total, found.answer, strict=True)]
+
+
+def _not_finite(multipliers: Sequence[float]) -> NotFinite:
+    at = ", ".join(f"{m:g}" for m in multipliers)
+    smaller = "another --dtype (bfloat16, float32)" if 0 in multipliers else "smaller multipliers or another --dtype (bfloat16, float32)"
+    return NotFinite(f"losses are NaN or infinite at m = {at}, so these were not stored; use {smaller}")
 
 
 def _write(
@@ -282,6 +299,8 @@ def _control(step: Step, interventions: dict[int, Intervention], run: Run, unfin
             random_ones[layer] = made.eval().to(run.host.device(layer))
         each = [manifest.identity({**parts, "draw": draw, "multiplier": m}) for m in multipliers]
         found = _shared_losses(run, _asked(random_ones, s, run), cache, multipliers, unfinished, each)
+        if not all(_finite(found)):
+            raise _not_finite([m for m, finite in zip(multipliers, _finite(found), strict=True) if not finite])
         mean = found.answer / found.answer_tokens
         utility = odds.utility_log_odds(mean[:, 0::2], mean[:, 1::2])
         defined = np.isfinite(utility).sum(1)
