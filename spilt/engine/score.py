@@ -56,14 +56,16 @@ def losses(
     progress: Callable[[int], None] | None = None,
     share: slice = slice(None),
     known: np.ndarray | None = None,
-    keep: Callable[[Sequence[int], Sequence[int], np.ndarray], None] | None = None,
+    keep: Callable[[int, Sequence[int], np.ndarray], None] | None = None,
 ) -> Losses:
-    """Score every sequence at every multiplier, many multipliers per batch. m = 0 is the base model: no intervention runs.
+    """Score every sequence at every multiplier, one multiplier per batch: its losses have the same bytes whatever others are asked for.
+
+    Out of memory halves a batch: equal to rounding. m = 0 is the base model: no intervention runs.
 
     cache: the streams at `request.base`. share: the batches that are scored, the rest stays 0: processes add up their
     shares. progress: told of (sequence, multiplier) pairs. known: [2, K, S] as the sums of Losses, NaN where they are not
-    known: a batch that is known whole is not scored. keep: told of each batch that was: which multipliers, which sequences,
-    their sums [2, k, s].
+    known: a batch that is known whole is not scored. keep: told of each batch that was: which multiplier, which sequences,
+    their sums [2, s].
     """
     acts = _where_it_acts(request, cache)
     if acts is not None and cache.prefix and not all(torch.equal(acts[0][: cache.prefix], a[: cache.prefix]) for a in acts):
@@ -71,52 +73,34 @@ def losses(
     lengths = [len(p.ids) for p in cache.packs]
     room = budget or max_tokens(request.device)
     out = np.zeros((2, len(multipliers), len(cache.sequences)))
-    zero = [k for k, m in enumerate(multipliers) if m == 0]
-    rest = [k for k, m in enumerate(multipliers) if m != 0]
+    # one multiplier per batch: what shares a batch with a row is decided by the data alone, and so is its rounding
+    batches = [(k, numbers) for k in range(len(multipliers)) for numbers in by_length(lengths, room)]
+    heads: dict[int, packing.KeysValues] = {}  # of the multiplier at work
 
-    # the same multipliers beside each other for all rows, so that the prefix is run once for each of them
-    typical = max(1, sorted(lengths)[len(lengths) // 2])
-    rows_wanted = min(len(lengths), 8)  # enough rows for the matrix products; more multipliers cost prefix runs that wait in memory
-    at_once = max(1, min(len(rest), room // (typical * rows_wanted))) if rest else 1
-    batches = []
-    for group in ([zero] if zero else []) + [rest[i : i + at_once] for i in range(0, len(rest), at_once)]:
-        batches += [(group, numbers) for numbers in by_length(lengths, max(1, room // len(group)))]
-    heads: dict[tuple[int, ...], packing.KeysValues] = {}
-
-    def score(group: Sequence[int], numbers: Sequence[int]) -> None:
-        strengths = [multipliers[k] for k in group]
-        if tuple(group) not in heads:
+    def score(k: int, numbers: Sequence[int]) -> None:
+        if k not in heads:
             heads.clear()
-            heads[tuple(group)] = _head(request, cache, strengths, acts)
-        scored, members = _scores(request, cache, numbers, strengths, heads[tuple(group)], acts)
-        out[:, group, np.array(members)[:, None]] = scored
+            heads[k] = _head(request, cache, multipliers[k], acts)
+        scored, members = _scores(request, cache, numbers, multipliers[k], heads[k], acts)
+        out[:, k, members] = scored
 
-    def score_in_memory(group: Sequence[int], numbers: Sequence[int]) -> None:
-        longest = cache.prefix + lengths[numbers[0]]
-        what = f"losses at layer {request.base}, questions of {longest} tokens"
-        smallest = (
-            f"one question of {longest} tokens does not fit in memory at layer {request.base}; lower output_length, or use --device auto"
-        )
-
-        def over_rows(group: Sequence[int]) -> None:
-            if len(group) > 1:  # fewer multipliers first, then fewer rows
-                score(group, numbers)
-            else:
-                memory.halved(lambda some: score(group, some), numbers, what, smallest)
-
-        memory.halved(over_rows, group, what, smallest)
-
-    for group, numbers in batches[share]:
+    for k, numbers in batches[share]:
         members = [i for number in numbers for i in cache.packs[number].members]
-        at = np.ix_((0, 1), group, members)
-        if known is not None and not np.isnan(known[at]).any():
-            out[at] = known[at]
+        if known is not None and not np.isnan(known[:, k, members]).any():
+            out[:, k, members] = known[:, k, members]
         else:
-            score_in_memory(group, numbers)
+            longest = cache.prefix + lengths[numbers[0]]
+            memory.halved(
+                lambda some, k=k: score(k, some),  # type: ignore[misc]
+                numbers,
+                f"losses at layer {request.base}, questions of {longest} tokens",
+                f"one question of {longest} tokens does not fit in memory at layer {request.base}; "
+                "lower output_length, or use --device auto",
+            )
             if keep is not None:
-                keep(group, members, out[at])
+                keep(k, members, out[:, k, members])
         if progress is not None:
-            progress(len(group) * len(members))
+            progress(len(members))
     counts = np.array([[len(s.input_ids) - s.prompt_length, len(s.input_ids) - s.prompt_length - s.suffix_length] for s in cache.sequences])
     return Losses(out[0], out[1], counts[:, 0], counts[:, 1])
 
@@ -128,39 +112,37 @@ def _where_it_acts(request: Request, cache: Activations) -> list[Tensor] | None:
     return [position_mask([s], request.positions, request.prefix)[0] for s in cache.sequences]
 
 
-def _sites(request: Request, strengths: Sequence[float], rows: int, acts: Tensor | None) -> list[hooks.Site]:
-    """The sites for `rows` rows at each strength, one strength after the other; none when all strengths are 0. acts [rows, T]."""
-    if not any(strengths):
+def _sites(request: Request, strength: float, rows: int, acts: Tensor | None) -> list[hooks.Site]:
+    """The sites for `rows` rows at this strength; none at 0. acts [rows, T]."""
+    if not strength:
         return []
-    factor = torch.tensor(strengths, dtype=torch.float32, device=request.device).repeat_interleave(rows)[:, None, None]
-    where = None if acts is None else acts.to(request.device).repeat(len(strengths), 1)
+    factor = torch.full((rows, 1, 1), strength, dtype=torch.float32, device=request.device)
+    where = None if acts is None else acts.to(request.device)
     return [hooks.Site(layer, intervention, factor, where) for layer, intervention in request.interventions.items()]
 
 
-def _stream(request: Request, sites: Sequence[hooks.Site], seen: suffix.Recorded, copies: int) -> tuple[Tensor, list[hooks.Site]]:
-    """The recorded rows once per strength, steered where the recorded block is; and the sites further up, still to be attached."""
-    h = seen.h.repeat(copies, 1, 1)
-    above = []
+def _stream(request: Request, sites: Sequence[hooks.Site], seen: suffix.Recorded) -> tuple[Tensor, list[hooks.Site]]:
+    """The recorded rows, steered where the recorded block is; and the sites further up, still to be attached."""
+    h, above = seen.h, []
     for site in sites:
         if request.on_stream(site.layer):
-            x = seen.x[site.intervention.component].repeat(copies, 1, 1) if site.intervention.component else None
-            h = hooks.steer(site, h, x)
+            h = hooks.steer(site, h, seen.x[site.intervention.component] if site.intervention.component else None)
         else:
             above.append(site)
     return h, above
 
 
 @torch.no_grad()
-def _head(request: Request, cache: Activations, strengths: Sequence[float], acts: list[Tensor] | None) -> packing.KeysValues:
-    """Keys and values of the shared prefix after the recorded block, a row per strength."""
+def _head(request: Request, cache: Activations, strength: float, acts: list[Tensor] | None) -> packing.KeysValues:
+    """Keys and values of the shared prefix after the recorded block, one row."""
     if not cache.prefix:
         return {}
     name = request.component
     seen = suffix.Recorded(
         cache.prefix_h[None].to(request.device), {name: cache.prefix_x[name][None].to(request.device)} if name is not None else {}
     )
-    sites = _sites(request, strengths, 1, None if acts is None else acts[0][None, : cache.prefix])
-    stream, above = _stream(request, sites, seen, len(strengths))
+    sites = _sites(request, strength, 1, None if acts is None else acts[0][None, : cache.prefix])
+    stream, above = _stream(request, sites, seen)
     with hooks.attach(request.model, above):
         return prefix_pairs(request.model, request.base, stream, cache.pad_id)
 
@@ -170,26 +152,26 @@ def _scores(
     request: Request,
     cache: Activations,
     numbers: Sequence[int],
-    strengths: Sequence[float],
+    strength: float,
     head: packing.KeysValues,
     acts: list[Tensor] | None,
 ) -> tuple[np.ndarray, list[int]]:
-    """One batch of packs at every strength: [2, S, K] (label tokens; without the suffix), and the S sequence numbers."""
-    n, packs = len(strengths), [cache.packs[i] for i in numbers]
+    """One batch of packs at one strength: [2, S] (label tokens; without the suffix), and the S sequence numbers."""
+    packs = [cache.packs[i] for i in numbers]
     rows, seen = cache.rows(numbers, request.component, request.device)
-    sites = _sites(request, strengths, len(packs), None if acts is None else _in_rows(acts, packs, cache.prefix, rows.input_ids.shape[1]))
-    stream, above = _stream(request, sites, seen, n)
+    sites = _sites(request, strength, len(packs), None if acts is None else _in_rows(acts, packs, cache.prefix, rows.input_ids.shape[1]))
+    stream, above = _stream(request, sites, seen)
     keep, targets, owner, own = _labels(cache, packs, rows.input_ids.shape[1])
-    inputs = packing.attention_inputs(request.model, rows, cache.prefix, n)
-    shared = packing.cache_of(head, torch.arange(n, device=request.device).repeat_interleave(len(packs)))
+    inputs = packing.attention_inputs(request.model, rows, cache.prefix)
+    shared = packing.cache_of(head, torch.zeros(len(packs), dtype=torch.long, device=request.device))
     with hooks.attach(request.model, above):
-        logits = suffix.logits(request.model, request.base, stream, keep.to(request.device).repeat(n, 1), past_key_values=shared, **inputs)
+        logits = suffix.logits(request.model, request.base, stream, keep.to(request.device), past_key_values=shared, **inputs)
     device = logits.device
-    token = -token_logprobs(logits, targets.to(device).repeat(n)).view(n, -1).double()  # [n, scored tokens]
+    token = -token_logprobs(logits, targets.to(device)).view(-1).double()  # [scored tokens]
     members = [i for pack in packs for i in pack.members]
     parts = (token, token * own.to(device))
-    summed = [torch.zeros(n, len(members), dtype=torch.float64, device=device).index_add_(1, owner.to(device), part) for part in parts]
-    return torch.stack(summed).transpose(1, 2).cpu().numpy(), members
+    summed = [torch.zeros(len(members), dtype=torch.float64, device=device).index_add_(0, owner.to(device), part) for part in parts]
+    return torch.stack(summed).cpu().numpy(), members
 
 
 def _in_rows(acts: list[Tensor], packs: Sequence[packing.Pack], prefix: int, width: int) -> Tensor:

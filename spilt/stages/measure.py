@@ -34,7 +34,7 @@ CONTROL_EVERY = 3  # every third multiplier of the sweep
 
 
 class Unfinished(Lines):
-    """Losses that are scored but not yet in a table: a line for each multiplier of a batch, written after every so many seconds.
+    """Losses that are scored but not yet in a table: a line for each batch, written after every so many seconds.
 
     A line counts only with the identity of what was asked: [identity, sequences, their losses, the answers' part of them].
     """
@@ -56,10 +56,9 @@ class Unfinished(Lines):
                 continue
         return found
 
-    def add(self, identities: Sequence[str], numbers: Sequence[int], scored: np.ndarray) -> None:
-        """scored: [2, K, S] of these identities and sequences."""
-        own = scored.transpose(1, 0, 2).tolist()
-        self.waiting += [[identity, numbers, *pair] for identity, pair in zip(identities, own, strict=True)]
+    def add(self, identity: str, numbers: Sequence[int], scored: np.ndarray) -> None:
+        """scored: [2, S] of this identity and these sequences."""
+        self.waiting.append([identity, numbers, *scored.tolist()])
         if time.monotonic() - self.saved >= self.seconds:
             self.append(self.waiting)
             self.waiting, self.saved = [], time.monotonic()
@@ -219,8 +218,8 @@ def _shared_losses(
     identities: whose the losses of each multiplier are. Those that a killed run left are not scored again.
     """
     share = slice(run.team.rank, None, run.team.size)
-    def keep(group: Sequence[int], numbers: Sequence[int], scored: np.ndarray) -> None:
-        unfinished.add([identities[k] for k in group], numbers, scored)
+    def keep(k: int, numbers: Sequence[int], scored: np.ndarray) -> None:
+        unfinished.add(identities[k], numbers, scored)
 
     def work() -> score.Losses:
         known = unfinished.read(identities, len(cache.sequences))
