@@ -62,8 +62,8 @@ def cut_off(tmp_path: Path, checkpoint: dict[str, bytes], monkeypatch: pytest.Mo
 def steps_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many minibatches are fitted from now on: fewer when the fit goes on."""
     seen: list[int] = []
-    real = training.gradients
-    monkeypatch.setattr(training, "gradients", lambda *a: (seen.append(1), real(*a))[1])
+    real = training.Fit.gradients
+    monkeypatch.setattr(training.Fit, "gradients", lambda *a: (seen.append(1), real(*a))[1])
     return seen
 
 
