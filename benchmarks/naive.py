@@ -32,8 +32,8 @@ from spilt import anatomy, hparams, methods  # noqa: E402
 from spilt.data import readers  # noqa: E402
 from spilt.data.batches import Batch, pad, position_mask  # noqa: E402
 from spilt.data.chat import Chat, Sequence  # noqa: E402
+from spilt.engine.training import chunks, entries, epoch_order  # noqa: E402
 from spilt.scoring import AnswerLogProbs  # noqa: E402
-from spilt.training import chunks, entries, epoch_order  # noqa: E402
 
 
 class Steering(nn.Module):

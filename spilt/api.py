@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from spilt import activations, anatomy, generation, hooks, host, odds, plan, training
+from spilt import activations, anatomy, generation, hooks, host, odds, plan
 from spilt.data.chat import Chat
 from spilt.data.chat import Sequence as Tokens
 from spilt.data.readers import PAIR_FIELDS, Pair
-from spilt.engine import choice, score, whole
+from spilt.engine import choice, score, training, whole
 from spilt.errors import UserError, unknown
 from spilt.hparams import FitSettings
 from spilt.hparams.settings import GenerationParams, intervention_name, method_name

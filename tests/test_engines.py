@@ -10,8 +10,8 @@ from families import EOS, FAMILY_NAMES, LAYERS, READS, build, intervention, mode
 from test_generation import how, rows, sites
 from test_suffix import answer_pairs
 
-from spilt import activations, generation, training
-from spilt.engine import choice, score, whole
+from spilt import activations, generation
+from spilt.engine import choice, score, training, whole
 from spilt.hparams import FitSettings
 from spilt.methods import METHODS
 from spilt.steering import Steering

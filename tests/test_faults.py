@@ -24,8 +24,8 @@ import families
 import pytest
 import torch
 
-from spilt import cli, generation, manifest, plan, store, suffix, training, verify
-from spilt.engine import score
+from spilt import cli, generation, manifest, plan, store, suffix, verify
+from spilt.engine import score, training
 from spilt.methods import METHODS
 from spilt.stages import lines
 

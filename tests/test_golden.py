@@ -17,10 +17,10 @@ import torch
 from families import write_jsonl, write_yaml
 from golden import DATASETS, LAYER, needs_golden
 
-from spilt import activations, generation, hooks, training
+from spilt import activations, generation, hooks
 from spilt.anatomy import COMPONENTS
 from spilt.data.chat import Chat, Sequence
-from spilt.engine import score
+from spilt.engine import score, training
 from spilt.hparams import FitSettings
 from spilt.interventions import INTERVENTIONS, Intervention, Vector
 from spilt.methods import LOSS_TYPES, METHODS

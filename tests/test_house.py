@@ -28,9 +28,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cell", "errors", "atomic", "hparams", "paper", "memory", "team", "terminal"),
     ("interventions", "anatomy", "scoring", "data"),
     ("methods", "suffix", "hooks", "packing", "room", "activations", "checkpoint", "template", "manifest", "passes"),
-    ("plan", "store", "artifact", "odds", "texts", "training", "measure", "generation", "curves", "host"),
+    ("plan", "store", "steering", "artifact", "odds", "texts", "engine", "generation", "curves", "host"),
     ("report", "stages", "estimate"),
-    ("cli", "prepare", "look", "recommend", "verify"),
+    ("cli", "api", "prepare", "look", "recommend", "verify"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TREES = {path: ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in sorted(PACKAGE.rglob("*.py"))}

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_faults import FIT, Here, bare, fresh, here, no_report, outcomes, prepared  # noqa: F401 - fixtures
 
-from spilt import cli, manifest, training
+from spilt import cli, manifest
+from spilt.engine import training
 from spilt.interventions import INTERVENTIONS
 from spilt.stages import fit as _fit  # noqa: F401 - loads the module
 from spilt.stages.lines import Lines

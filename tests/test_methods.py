@@ -12,9 +12,10 @@ import torch
 from families import FORMS, LAYERS, PAIRS, intervention, model, token_rows
 from torch import Tensor
 
-from spilt import activations, hooks, scoring, suffix, training
+from spilt import activations, hooks, scoring, suffix
 from spilt.data.batches import pad, position_mask
 from spilt.data.chat import Sequence
+from spilt.engine import training
 from spilt.hparams import FitSettings
 from spilt.interventions import INTERVENTIONS
 from spilt.methods import LOSS_TYPES, METHODS, Scored, caa, reps, sft, spilt

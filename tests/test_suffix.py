@@ -11,10 +11,10 @@ import torch
 from families import FAMILY_NAMES, HIDDEN, LAYERS, PLACES, READS, build, intervention, model, token_rows
 from torch import Tensor, nn
 
-from spilt import activations, anatomy, hooks, passes, suffix, training
+from spilt import activations, anatomy, hooks, passes, suffix
 from spilt.data.batches import pad, position_mask
 from spilt.data.chat import Sequence
-from spilt.engine import score
+from spilt.engine import score, training
 from spilt.hparams import FitSettings
 from spilt.interventions import INTERVENTIONS, Intervention
 from spilt.methods import METHODS

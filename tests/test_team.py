@@ -63,7 +63,8 @@ def ended(run: subprocess.Popen[str]) -> tuple[int, str]:
 
 def test_there_really_are_two(tmp_path: Path) -> None:
     """Else all of the below would hold for the wrong reason."""
-    fault = "print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], flush=True); sys.argv[1:] = ['--version']"
+    line = "f'rank {os.environ[\"RANK\"]} of {os.environ[\"WORLD_SIZE\"]}\\n'.encode()"  # in one write: two processes share the pipe
+    fault = f"os.write(1, {line}); sys.argv[1:] = ['--version']"
     code, said = ended(start([], 2, fault, tmp_path))
     assert code == 0 and "rank 0 of 2" in said and "rank 1 of 2" in said, said
 
@@ -140,7 +141,7 @@ def test_one_process_is_lost(base: families.Base, alone: families.Base, tmp_path
     if stage != "fit":
         shutil.copytree(alone.path / "vectors/tiny/sft", base.path / "vectors/tiny/sft")
     place = {
-        "fit": "from spilt import training as m; name = 'gradients'",
+        "fit": "from spilt.engine.training import Fit as m; name = 'gradients'",
         "generate": "from spilt import generation as m; name = '_choose'",
         "loss": "from spilt.engine import score as m; name = 'losses'",
     }[stage]

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spilt import hooks, training
+from spilt import hooks
 from spilt.data.batches import pad, position_mask
 from spilt.data.chat import Sequence as Tokens
+from spilt.engine import training
 from spilt.hparams.settings import FitSettings
 from spilt.interventions import Intervention, Multiplier
 from spilt.methods import Method

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from spilt import activations, hooks, manifest, plan, training
+from spilt import activations, hooks, manifest, plan
 from spilt.atomic import atomic_write
 from spilt.cell import Cell
 from spilt.data import readers
+from spilt.engine import training
 from spilt.errors import NotFinite, UserError
 from spilt.interventions import Intervention, Vector
 from spilt.methods import METHODS, caa
