@@ -193,6 +193,8 @@ def main(argv: Sequence[str] | None = None, base_dir: Path = Path(".")) -> int:
             return 0
         for item in made.left_out if rank == 0 else []:
             say(f"left out: {item.name}: {item.why}")
+        if (keys := {note.key for step in made.steps for note in step.notes}) and rank == 0:
+            log.warning("%d keys of the settings files have no effect here; --dry_run lists them", len(keys))
         outcomes = run(made, request, quiet=args.quiet or not sys.stderr.isatty())
     except UserError as error:
         complain(f"error: {error}")
@@ -265,8 +267,10 @@ def print_plan(made: plan.Plan, request: plan.Request) -> None:
             say(f"            (widened by half while a tail still moves, up to {plan.SWEEP_MOST} multipliers)")
         guess = cost(step, request)
         say(f"   cost     {guess if guess is not None else 'unknown until model and data are there'}")
-        for note in (*step.notes, *_doubts(step, request, seen)):
+        for note in _doubts(step, request, seen):
             say(f"   note     {note}")
+    for reason, (keys, files) in plan.without_effect(made.steps).items():
+        say(f"no effect: {', '.join(keys)} ({files} file{'s' if files > 1 else ''}): {reason}")
     for item in made.left_out:
         say(f"left out: {item.name}: {item.why}")
     say(f"{len(made.steps)} steps, {len(made.left_out)} combinations left out; nothing was run or written")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 # what a terminal obeys or what reorders the words: C0, DEL, C1, bidirectional marks and overrides, line and paragraph
 # separators; halves of surrogate pairs, which no stream can encode
@@ -17,6 +18,26 @@ class UserError(Exception):
 
 class NotFinite(FloatingPointError):
     """The model's numbers are NaN or infinite: the cell fails, nothing of it is stored, others go on. The message names the way out."""
+
+
+class Mistakes:
+    """Mistakes that are told together: of one file, not one per run."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    @contextmanager
+    def each(self) -> Iterator[None]:
+        """A user's mistake inside is kept for later."""
+        try:
+            yield
+        except UserError as error:
+            self.said.append(str(error))
+
+    def tell(self) -> None:
+        """Raises UserError with all of them, a line each; nothing if there are none."""
+        if self.said:
+            raise UserError("\n".join(dict.fromkeys(self.said)))
 
 
 def first_line(error: BaseException, most: int = 300) -> str:

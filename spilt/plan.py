@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from spilt import checkpoint, manifest, template
 from spilt.cell import FORMS, Cell
 from spilt.data import readers, sense
-from spilt.errors import UserError, nearest, printable, unknown
+from spilt.errors import Mistakes, UserError, nearest, printable, unknown
 from spilt.hparams import FitSettings, GenerateSettings, MeasureSettings, resolve_fit, resolve_generate, resolve_measure
+from spilt.hparams.resolve import Unused
 from spilt.hparams.settings import intervention_name, method_name
 from spilt.methods import METHODS
 from spilt.store import PREFERENCE_TYPES, Store
@@ -80,7 +81,7 @@ class Step(NamedTuple):
     command: str
     multipliers: tuple[float, ...] = ()
     sweep: bool = False
-    notes: tuple[str, ...] = ()
+    notes: tuple[Unused, ...] = ()  # keys of the settings without effect
     columns: Mapping[str, Mapping[str, Any]] = {}  # by what it is for, as `data`: how dataset_format.yaml reads the file
 
     @property
@@ -146,9 +147,12 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     if "measure" in sections:
         sections["measure"] = {split: DATA_OF["measure"][split] for split in splits_of(request)}
     wanted = {section for names in sections.values() for section in names.values()}
-    formats = {
-        section: readers.dataset_format(request.base_dir, request.dataset, section) for section in readers.SECTIONS if section in wanted
-    }
+    formats, mistakes = dict[str, readers.DatasetFormat](), Mistakes()
+    for section in readers.SECTIONS:
+        if section in wanted:
+            with mistakes.each():
+                formats[section] = readers.dataset_format(request.base_dir, request.dataset, section)
+    mistakes.tell()
     concepts = concept_ids(request, formats, dry)
     if not dry:
         for sentence in check_data(request.base_dir, formats, concepts, request.limit):
@@ -441,6 +445,14 @@ def unfinished_identities(step: Step, limit: int | None, seen: manifest.Seen) ->
         return set(text_identities(dict(zip(step.multipliers, outputs.values(), strict=True))).values())
     signed = [sign * m + 0.0 for m in step.multipliers for sign in (1, -1)]
     return {identity for split in step.data for identity in loss_identities(step, signed, split, limit, seen)}
+
+
+def without_effect(steps: Iterable[Step]) -> dict[str, tuple[list[str], int]]:
+    """Why -> (the keys of the settings that have no effect, in how many files they stand)."""
+    found: dict[str, list[Unused]] = {}
+    for note in dict.fromkeys(note for step in steps for note in step.notes):
+        found.setdefault(note.why, []).append(note)
+    return {why: (sorted({note.key for note in notes}), len({note.where for note in notes})) for why, notes in found.items()}
 
 
 def replaced(outputs: Mapping[Path, Mapping[str, Any]]) -> dict[str, list[Path]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
 import torch
@@ -10,8 +9,7 @@ from torch import Tensor
 
 from spilt.data.chat import Sequence
 from spilt.errors import UserError
-
-POSITIONS = "all, all_prompt, all_generation, f{n}, l{n}, f{n}+l{n} with n >= 1 (first / last n prompt tokens after the template prefix)"
+from spilt.hparams.readers import Bad, ends
 
 
 class Batch(NamedTuple):
@@ -52,10 +50,10 @@ def position_mask(sequences: list[Sequence], positions: str, prefix_length: int)
     f{n}+l{n}, f{n}, l{n}: the first n / last n prompt tokens after the prefix; in a short prompt they overlap (pyreft's convention).
     Raises UserError for any other string.
     """
-    ends = re.fullmatch(r"f([1-9][0-9]{0,8})(?:\+l([1-9][0-9]{0,8}))?|l([1-9][0-9]{0,8})", positions)
-    if ends is None and positions not in ("all", "all_prompt", "all_generation"):
-        raise UserError(f"unknown intervention_positions {positions!r}; have: {POSITIONS}")
-    first, last = (int(ends[1] or 0), int(ends[2] or ends[3] or 0)) if ends else (0, 0)
+    try:
+        first, last = ends(positions) or (0, 0)
+    except Bad as error:
+        raise UserError(f"unknown intervention_positions {positions!r}: {str(error).removeprefix('is unknown; ')}") from None
     index = torch.arange(_width(sequences))
     rows = []
     for ids, prompt_length, _ in sequences:

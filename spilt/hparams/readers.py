@@ -107,11 +107,21 @@ def many(read: Reader, *, distinct: bool = False) -> Reader:
     return read_all
 
 
-_POSITIONS = re.compile(r"all|all_prompt|all_generation|f\d{1,6}\+l\d{1,6}", re.ASCII)
+POSITIONS = ("all", "all_prompt", "all_generation")
+_ENDS = re.compile(r"f([1-9]\d{0,5})(?:\+l([1-9]\d{0,5}))?|l([1-9]\d{0,5})", re.ASCII)
 
 
 def positions(value: Any) -> str:
-    """`all`, `all_prompt`, `all_generation`, or `f{n}+l{n}`: the first n and the last n prompt tokens."""
-    if isinstance(value, str) and _POSITIONS.fullmatch(value):
-        return value
-    raise Bad("is unknown; wanted all, all_prompt, all_generation, or f{n}+l{n} such as f5+l5 (first / last n prompt tokens)")
+    """`all`, `all_prompt`, `all_generation`, or the first and last n prompt tokens after the template prefix: `f5+l5`, `f5`, `l5`."""
+    ends(value)
+    return str(value)
+
+
+def ends(value: Any) -> tuple[int, int] | None:
+    """How many of the first and of the last prompt tokens; None for one of POSITIONS. The one place that reads these words."""
+    if isinstance(value, str) and value in POSITIONS:
+        return None
+    found = _ENDS.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        raise Bad(f"is unknown; wanted {', '.join(POSITIONS)}, f{{n}}, l{{n}}, f{{n}}+l{{n}} with n >= 1 (first / last n prompt tokens)")
+    return int(found[1] or 0), int(found[2] or found[3] or 0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spilt.cell import FORMS
-from spilt.errors import UserError, unknown
+from spilt.errors import Mistakes, UserError, unknown
 from spilt.hparams.keys import FIELDS, IGNORED_KEYS, IGNORED_PARAMS, KEY_ALIASES, KNOWN, PARAM_ALIASES, PARAMS, SECTIONS, SETTINGS
 from spilt.hparams.loader import kind, load_yaml, parse_yaml
 from spilt.hparams.readers import Bad, text
@@ -26,12 +26,23 @@ ROOT = Path("hparams/Steer/experiment_hparams/spilt_experiment")
 COMMAND_LINE = "command line"
 
 
+class Unused(NamedTuple):
+    """A key without effect: where it stands, and why it has none."""
+
+    where: str
+    key: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.key} has no effect: {self.why}"
+
+
 class Resolved(NamedTuple):
-    """`settings`: those of the verb; `files`: read, in order; `unused`: a sentence for each key without effect."""
+    """`settings`: those of the verb; `files`: read, in order; `unused`: the keys without effect."""
 
     settings: Any
     files: tuple[Path, ...]
-    unused: tuple[str, ...]
+    unused: tuple[Unused, ...]
 
 
 def expected_hparam_files(base_dir: Path | str, dataset: str, model: str, method: str, intervention: str, verb: str) -> list[Path]:
@@ -96,24 +107,34 @@ def resolve_measure(
 def parse_overrides(items: list[str]) -> dict[str, Any]:
     """`--set key=value` -> {key: value}; the value is YAML, lists also as `1,2`; `generation_params.top_p=.9` sets one entry."""
     out: dict[str, Any] = {}
+    mistakes = Mistakes()
     for item in items:
-        key, equals, value = item.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise UserError(f"--set {item}: wanted key=value, such as --set lr=0.01")
-        key, _, entry = key.partition(".")
-        key = _known(key, f"--set {item}", "")
-        if key in ("method", "intervention_method"):
-            raise UserError(f"--set {item}: is chosen with --{key}")
-        if entry and key != "generation_params":
-            raise UserError(f"--set {item}: {key} has no entries")
-        if not entry:
-            out[key] = _from_text(key, value)
-            continue
-        merged = out.get(key)
-        out[key] = {**(merged if isinstance(merged, dict) else {}), entry: parse_yaml(value, f"--set {item}").values}
-        _params(out[key], COMMAND_LINE, [])
+        with mistakes.each():
+            _override(item, out)
+    mistakes.tell()
     return out
+
+
+def _override(item: str, out: dict[str, Any]) -> None:
+    """One `key=value` into `out`."""
+    key, equals, value = item.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise UserError(f"--set {item}: wanted key=value, such as --set lr=0.01")
+    key, _, entry = key.partition(".")
+    key = _known(key, f"--set {item}", "")
+    if key in ("method", "intervention_method"):
+        raise UserError(f"--set {item}: is chosen with --{key}")
+    if entry and key != "generation_params":
+        raise UserError(f"--set {item}: {key} has no entries")
+    if not entry:
+        out[key] = _from_text(key, value)
+        return
+    merged = out.get(key)
+    out[key] = {**(merged if isinstance(merged, dict) else {}), entry: parse_yaml(value, f"--set {item}").values}
+    wrong = Mistakes()
+    _params(out[key], COMMAND_LINE, [], wrong)
+    wrong.tell()
 
 
 class _Stack:
@@ -124,7 +145,8 @@ class _Stack:
         self.method, self.intervention = method_name(method), intervention_name(intervention)
         self.values: dict[str, Any] = {}
         self.files: list[Path] = []
-        self.unused: list[str] = []
+        self.unused: list[Unused] = []
+        self.mistakes = Mistakes()  # of all files, told together
         self.overridden = ""  # for messages about values that come together from several places
 
     def add_globals(self, name: str) -> None:
@@ -153,7 +175,7 @@ class _Stack:
             if must_agree:
                 raise UserError(f"{path}: is for {key} {found!r}, but its place is that of {asked!r}; move the file, or correct the key")
             if key == "method":  # one apply file serves every form, so its form says nothing
-                self.unused.append(f"{path}: alg_name = {found} has no effect: the file lies where {asked} is looked for")
+                self.unused.append(Unused(str(path), f"alg_name = {found}", f"the file lies where {asked} is looked for"))
         self._lay(given, str(path))
 
     def add_fitted_layers(self) -> None:
@@ -163,7 +185,7 @@ class _Stack:
             self._lay({"layers": self._read(path, "fit").get("layers")}, str(path))
 
     def add_overrides(self, overrides: Mapping[str, Any] | None) -> None:
-        given = _canonical(overrides or {}, COMMAND_LINE, self.unused)
+        given = _canonical(overrides or {}, COMMAND_LINE, self.unused, self.mistakes)
         for key in ("method", "intervention_method"):
             given.pop(key, None)
         if given:
@@ -171,6 +193,7 @@ class _Stack:
         self._lay({key: _from_text(key, value) if isinstance(value, str) else value for key, value in given.items()}, COMMAND_LINE)
 
     def resolve(self) -> Resolved:
+        self.mistakes.tell()
         where = f"{self.files[-1]}{self.overridden}"
         if "layers" not in self.values:
             raise UserError(f"{where}: layers is missing; add the 0-based decoder blocks, such as `layers: [20]`")
@@ -188,34 +211,38 @@ class _Stack:
         content = load_yaml(path)
         self.files.append(path)
         sections = {name: content.pop(name) for name in SECTIONS if name in content}
-        given = _canonical(content, str(path), self.unused)
+        given = _canonical(content, str(path), self.unused, self.mistakes)
         for name, section in sections.items():
             if section is None:
                 continue
             if not isinstance(section, dict):
                 raise UserError(f"{path}: the section {name} holds a {kind(section)}; wanted `key: value` lines under it")
-            inner = _canonical(section, f"{path}, section {name}", self.unused)  # a misspelt key is an error in any section
+            inner = _canonical(section, f"{path}, section {name}", self.unused, self.mistakes)  # a misspelt key is an error in any section
             if SECTIONS[name] == (verb or self.verb):
                 given |= inner
         return given
 
     def _lay(self, given: Mapping[str, Any], where: str) -> None:
         for name, value in given.items():
-            key = FIELDS[self.verb].get(name)
-            if key is None and where != COMMAND_LINE:  # of another verb
-                continue
-            if value is None and not _may_be_none(KNOWN[name]):
-                continue
-            if name == "multipliers" and isinstance(value, dict):  # ours: a vector and a weight update live on different scales
-                value = self._of_form(value, where)
-                if value is None:
-                    continue
-            if name == "generation_params":
-                value = {**self.values.get(name, {}), **_params(value, where, self.unused)}
-            else:
-                value = read_field(KNOWN[name], value, where)
-            if key is not None:  # what has no effect here is read too: no reason to take what it cannot mean
-                self.values[name] = value
+            with self.mistakes.each():
+                self._lay_one(name, value, where)
+
+    def _lay_one(self, name: str, value: Any, where: str) -> None:
+        key = FIELDS[self.verb].get(name)
+        if key is None and where != COMMAND_LINE:  # of another verb
+            return
+        if value is None and not _may_be_none(KNOWN[name]):
+            return
+        if name == "multipliers" and isinstance(value, dict):  # ours: a vector and a weight update live on different scales
+            value = self._of_form(value, where)
+            if value is None:
+                return
+        if name == "generation_params":
+            value = {**self.values.get(name, {}), **_params(value, where, self.unused, self.mistakes)}
+        else:
+            value = read_field(KNOWN[name], value, where)
+        if key is not None:  # what has no effect here is read too: no reason to take what it cannot mean
+            self.values[name] = value
 
     def _of_form(self, by_form: dict[str, Any], where: str) -> Any:
         """This form's entry of `multipliers: {vector: [...], lora: [...]}`; None when it has none."""
@@ -238,24 +265,28 @@ class _Stack:
         }.get(folder)
         if level is None:
             return UserError(f"no hparam file {names}: {self.base_dir / ROOT} does not exist; is --base_dir right?")
+        like = sorted(path.name for path in folder.glob(f"{wanted[0].stem}*.yaml")) if folder == wanted[0].parent else []
+        if like:
+            return UserError(f"no hparam file {names}; the folder has {', '.join(like)}: rename it to {wanted[0].name} if it is meant")
         yaml_only = folder == wanted[0].parent
         there = sorted(entry.name for entry in folder.iterdir() if (entry.suffix == ".yaml" if yaml_only else entry.is_dir()))
         return UserError(f"no hparam file {names}; {level}: {', '.join(there) or 'none'}; copy one and adapt it")
 
 
-def _canonical(content: Mapping[str, Any], where: str, unused: list[str]) -> dict[str, Any]:
+def _canonical(content: Mapping[str, Any], where: str, unused: list[Unused], mistakes: Mistakes) -> dict[str, Any]:
     """Keys under their own names; those without effect are told and left out; unknown ones are an error."""
     out: dict[str, Any] = {}
     source: dict[str, str] = {}
     for key, value in content.items():
         if key in IGNORED_KEYS:
-            unused.append(f"{where}: {key} has no effect: {IGNORED_KEYS[key]}")
+            unused.append(Unused(where, key, IGNORED_KEYS[key]))
             continue
-        name = _known(key, where, "hparam ")
-        if name in out and out[name] is not None and value is not None and out[name] != value:
-            raise UserError(f"{where}: {source[name]} = {out[name]} and {key} = {value} are the same setting; keep one of them")
-        if out.get(name) is None:
-            out[name], source[name] = value, key
+        with mistakes.each():
+            name = _known(key, where, "hparam ")
+            if name in out and out[name] is not None and value is not None and out[name] != value:
+                raise UserError(f"{where}: {source[name]} = {out[name]} and {key} = {value} are the same setting; keep one of them")
+            if out.get(name) is None:
+                out[name], source[name] = value, key
     return out
 
 
@@ -268,7 +299,7 @@ def _known(key: str, where: str, what: str) -> str:
     raise UserError(f"{where}: {unknown(f'{what}key', str(key), [*KNOWN, *KEY_ALIASES, *SECTIONS] if what else KNOWN)}")
 
 
-def _params(value: Any, where: str, unused: list[str]) -> dict[str, Any]:
+def _params(value: Any, where: str, unused: list[Unused], mistakes: Mistakes) -> dict[str, Any]:
     """The entries of generation_params, checked one by one."""
     if isinstance(value, GenerationParams):
         return dict(vars(value))
@@ -277,13 +308,14 @@ def _params(value: Any, where: str, unused: list[str]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, item in value.items():
         if key in IGNORED_PARAMS:
-            unused.append(f"{where}: generation_params.{key} has no effect: {IGNORED_PARAMS[key]}")
+            unused.append(Unused(where, f"generation_params.{key}", IGNORED_PARAMS[key]))
             continue
-        field = PARAMS.get(PARAM_ALIASES.get(str(key), str(key)))
-        if field is None:
-            raise UserError(f"{where}: {unknown('hparam key in generation_params', str(key), PARAMS)}")
-        if item is not None or _may_be_none(field):
-            out[field.name] = read_field(field, item, f"{where}: generation_params")
+        with mistakes.each():
+            field = PARAMS.get(PARAM_ALIASES.get(str(key), str(key)))
+            if field is None:
+                raise UserError(f"{where}: {unknown('hparam key in generation_params', str(key), PARAMS)}")
+            if item is not None or _may_be_none(field):
+                out[field.name] = read_field(field, item, f"{where}: generation_params")
     return out
 
 
