@@ -443,7 +443,7 @@ def local_weight_without_bias(base: Base) -> list[str]:
     return stored(base, "local_weight", {k: v for k, v in released_state("local_weight").items() if k != "bias"})
 
 
-@bad("layer_2.pt", "lora", "Tensor")
+@bad("layer_2.pt", "lora", "tensor of shape [32]", "--intervention_method vector")
 def vector_where_a_lora_is_wanted(base: Base) -> list[str]:
     return stored(base, "lora", torch.ones(32))
 
@@ -468,7 +468,7 @@ class Malicious:
         return os.system, ("touch pwned",)
 
 
-@bad("layer_2.pt", "refused", "weights_only")
+@bad("layer_2.pt", "refused", "not a plain tensor file", "posix.system")
 def vector_that_is_a_malicious_pickle(base: Base) -> list[str]:
     path = vector_path(base, "sft", "vector")
     path.parent.mkdir(parents=True)

@@ -535,7 +535,7 @@ WORDS = [
 WRONG: list[tuple[str, Any]] = [
     *((flag, None) for flag in ("--dataset", "--method", "--model_name", "--intervention_method")),
     *(("--dataset", value) for value in ("mime", "", "../mine", "mine/..", "/", "\0", "a" * 5000)),
-    *(("--method", value) for value in ("sptl", "", "SFT", "sft,caa", "../sft")),
+    *(("--method", value) for value in ("sptl", "", "SFTT", "sft,caa", "../sft")),
     *(("--model_name", value) for value in ("..", "../tiny", "tiny/", "/etc", "", "ti\0ny", "tiny2", "a" * 5000, ".tiny")),
     *(("--intervention_method", value) for value in ("vectr", "", "vector lora", "-")),
     *(("--mode", value) for value in ("fit", "", "generate apply")),

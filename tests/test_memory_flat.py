@@ -30,7 +30,7 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 def run_step(step, run):
-    outcome = yield from real(step, run)
+    outcome = real(step, run)
     assert outcome.outcome == "done", outcome
     gc.collect()
     sizes.append(resident())

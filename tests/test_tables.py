@@ -7,7 +7,7 @@ from pathlib import Path
 import families
 import pytest
 
-from spilt import cli, estimate, look, plan
+from spilt import cli, estimate, look, plan, texts
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,12 @@ def test_text_cannot_write_to_the_terminal() -> None:
 
 
 def test_agreement_needs_one_word_references() -> None:
-    assert look.agreement([{"pred": [" Yes."], "reference_response": "Yes"}, {"pred": ["No"], "reference_response": "Yes"}]) == 0.5
-    assert look.agreement([{"pred": ["Yes, gladly"], "reference_response": "Yes, I would"}]) is None
-    assert look.agreement([{"pred": [""], "reference_response": " Yes"}]) == 0
+    def answered(text: str, reference: str) -> texts.Row:
+        return texts.Row(0, 0, "Would you?", [text], [], reference)
+
+    assert look.agreement([answered(" Yes.", "Yes"), answered("No", "Yes")]) == 0.5
+    assert look.agreement([answered("Yes, gladly", "Yes, I would")]) is None
+    assert look.agreement([answered("", " Yes")]) == 0
 
 
 def test_recommend_prints_a_row_per_cell(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
