@@ -24,7 +24,7 @@ from spilt.cell import FORMS
 from spilt.errors import NotFinite, UserError, first_line, printable, unknown
 from spilt.hparams import parse_overrides
 from spilt.hparams.settings import INTERVENTION_ALIASES, METHOD_ALIASES, intervention_name, method_name
-from spilt.manifest import Changed, Seen
+from spilt.manifest import Changed, Seen, manifest_path
 from spilt.methods import METHODS
 from spilt.store import Store, beside
 from spilt.team import place
@@ -267,6 +267,8 @@ def print_plan(made: plan.Plan, request: plan.Request) -> None:
             say(f"            (widened by half while a tail still moves, up to {plan.SWEEP_MOST} multipliers)")
         guess = cost(step, request)
         say(f"   cost     {guess if guess is not None else 'unknown until model and data are there'}")
+        if reason := _keeps_what_is_unusable(step, request):
+            say(f"   note     will fail: {reason}")
         for note in _doubts(step, request, seen):
             say(f"   note     {note}")
     for reason, (keys, files) in plan.without_effect(made.steps).items():
@@ -296,12 +298,19 @@ def run(made: plan.Plan, request: plan.Request, *, quiet: bool) -> list[Outcome]
     outcomes, waiting, seen = [], [], Seen()
     coming = {path for step in made.steps if step.verb == "fit" for path in step.outputs}
     again: set[Path] = set()  # vectors that this run fits: what is made from them is judged afterwards
+    broken: set[Path] = set()
     for step in made.steps:
         lacking = [path for path in step.vectors if not path.exists() and path not in coming]
         if lacking:
             reason = f"no vector file {lacking[0]}{beside(lacking[0])}; make it with --mode generate"
             log.warning("%s: skipped: %s", step, reason)
             outcomes.append(Outcome(str(step), SKIPPED, reason, 0.0, ""))
+        elif not broken.isdisjoint(step.vectors):
+            outcomes.append(Outcome(str(step), SKIPPED, "its vector cannot be used", 0.0, ""))
+        elif reason := _keeps_what_is_unusable(step, request):
+            complain(f"error: {step}: {reason}")
+            broken.update(step.outputs)
+            outcomes.append(Outcome(str(step), FAILED, reason, 0.0, "", wrong_request=True))
         elif not request.force and not step.sweep and again.isdisjoint(step.vectors) and _all_done(step, request, seen):
             outcomes.append(Outcome(str(step), ALREADY, "", 0.0, _shown(step, request)))
             _tidy(step, request, seen)
@@ -313,6 +322,19 @@ def run(made: plan.Plan, request: plan.Request, *, quiet: bool) -> list[Outcome]
     if request.mode == "loss" and any(outcome.outcome in (DONE, ALREADY) for outcome in outcomes):
         outcomes.append(_report(made.steps[0], request, quiet))
     return outcomes
+
+
+def _keeps_what_is_unusable(step: plan.Step, request: plan.Request) -> str:
+    """Why a fit can't leave what lies there: a file without manifest is somebody's own and is kept, but no run could read it."""
+    if step.verb != "fit" or request.force:
+        return ""
+    for path in step.outputs:
+        if path.exists() and not manifest_path(path).exists():
+            from spilt import verify
+
+            if why := verify.unusable(request.base_dir, path):
+                return f"{path} has no manifest (made elsewhere) and {why}; put the sound file there, or fit it again with --force"
+    return ""
 
 
 def _tidy(step: plan.Step, request: plan.Request, seen: Seen) -> None:

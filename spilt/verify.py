@@ -61,6 +61,12 @@ def check(base_dir: Path) -> Iterator[Found]:
             yield found
 
 
+def unusable(base_dir: Path, path: Path) -> str:
+    """Why a stored vector, the released code's too, can't be read or used; '' where it can."""
+    found = _check_file(base_dir, path)
+    return found.reason if found is not None and found.state == DAMAGED else ""
+
+
 def _files(base_dir: Path) -> Iterator[Path]:
     """Files below vectors/ and generation/, through links too, each folder once."""
     been: set[tuple[int, int]] = set()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from families import Base, build, make_base, pairs, write_jsonl, write_yaml
 
-from spilt import cli, host, manifest
+from spilt import cli, host, manifest, verify
 from spilt.stages import recordings
 
 M = ("--multipliers", "2", "--quiet")
@@ -308,3 +308,21 @@ def test_what_was_kept_goes_when_everything_is_done(base: Base, mode: str, monke
         left.write_bytes(before)
     assert run(base, *words) == 0
     assert not left.exists()
+
+
+@pytest.mark.parametrize("mode", ["generate", "both"])
+def test_a_released_vector_that_cannot_be_used_is_not_called_done(tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a manifest a fit keeps the file, as somebody's own work; one that no run could read is told, and not replaced unasked."""
+    base = make_base(tmp_path / "base")
+    path = base.path / "vectors" / base.model / "sft" / base.one / "sft_vector" / f"layer_{base.layer}.pt"
+    path.parent.mkdir(parents=True)
+    torch.save(torch.ones(32), path)
+    path.write_bytes(whole := path.read_bytes()[:-700])
+    assert [found.state for found in verify.check(base.path)] == [verify.DAMAGED]
+    assert cli.main([*base.argv("sft", "vector", "--mode", mode, "--dry_run")]) == 0
+    assert "will fail" in capsys.readouterr().out
+    assert cli.main([*base.argv("sft", "vector", "--mode", mode), "--quiet"]) == 2
+    said = capsys.readouterr()
+    assert str(path.name) in said.out + said.err and "--force" in said.out + said.err and path.read_bytes() == whole
+    assert cli.main([*base.argv("sft", "vector", "--mode", mode, "--force"), "--quiet"]) == 0
+    assert [found.state for found in verify.check(base.path)][0] == verify.OK

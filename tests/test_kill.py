@@ -136,7 +136,7 @@ def killed_at(pid: int, moment: float) -> int | None:
     return None if code == -signal.SIGKILL else code
 
 
-def drive(stage: str, folder: Path, kills: int) -> dict[str, Any]:
+def drive(stage: str, folder: Path, kills: int, more: list[str]) -> dict[str, Any]:
     """All kills of one stage; what was seen, as plain values."""
     import families
     import torch
@@ -154,7 +154,7 @@ def drive(stage: str, folder: Path, kills: int) -> dict[str, Any]:
     clean = families.make_base(folder / "start", test=4)
 
     def argv(base: Path, items: list[str]) -> list[str]:
-        return [*clean._replace(path=base).argv(items[0], items[1], *items[2:]), "--quiet"]
+        return [*clean._replace(path=base).argv(items[0], items[1], *items[2:]), "--quiet", *more]
 
     def whole(base: Path, items: list[str]) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(start(argv(base, items), log, evidence), 0)[1])
@@ -262,5 +262,5 @@ def test_nothing_is_left_over(stage: str, seen: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    name, place = sys.argv[1:]
-    print(json.dumps(drive(name, Path(place), KILLS[name])))
+    name, place, *more = sys.argv[1:]  # by hand: STAGE FOLDER [words of the command, such as --dtype bfloat16 --checkpoint_seconds 60]
+    print(json.dumps(drive(name, Path(place), KILLS[name], more)))
