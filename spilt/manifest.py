@@ -201,12 +201,20 @@ def write(artifact: Path, data: bytes | str, parts: dict[str, Any], notes: dict[
         "python": platform.python_version(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    about = json.dumps(record, indent=1, sort_keys=True, default=str) + "\n"
+    record = json.loads(json.dumps(record, default=str))  # as it will be read
+    record["record_sha256"] = _own_hash(record)
+    about = json.dumps(record, indent=1, sort_keys=True) + "\n"
     atomic_write_all([(manifest_path(artifact), about), (artifact, data)])
 
 
+def _own_hash(record: dict[str, Any]) -> str:
+    """Of everything but the time of day and itself: a digit that changed on the disk is seen."""
+    kept = {key: value for key, value in record.items() if key not in ("created", "record_sha256")}
+    return digest(json.dumps(kept, sort_keys=True).encode())
+
+
 def read(artifact: Path) -> dict[str, Any] | None:
-    """The manifest of an artifact; None when there is none (made by the released code) or it is not readable JSON."""
+    """The manifest of an artifact; None when there is none (made by the released code), or it is not readable JSON or was changed."""
     path = manifest_path(artifact)
     if path.exists() and not path.is_file():  # a FIFO would be waited for
         return None
@@ -214,7 +222,9 @@ def read(artifact: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # not there, a folder in its place, no JSON, brackets without end
         return None
-    return found if isinstance(found, dict) else None
+    if not isinstance(found, dict) or found.get("record_sha256", (own := _own_hash(found))) != own:
+        return None
+    return found
 
 
 def matches(artifact: Path, record: dict[str, Any]) -> bool:

@@ -138,7 +138,7 @@ def _as_recorded(artifact: Artifact) -> None:
     """The bytes are those of the manifest, and the manifest says what it must."""
     record = artifact.record
     if record is None:
-        raise Damaged("its manifest is not readable JSON")
+        raise Damaged("its manifest is not readable JSON, or was changed")
     needed = {"sha256": str, "bytes": int, "identity": str, "parts": dict}
     if wrong := [name for name, kind in needed.items() if not isinstance(record.get(name), kind)]:
         raise Damaged(f"its manifest has no usable {wrong[0]!r}")

@@ -326,3 +326,18 @@ def test_a_released_vector_that_cannot_be_used_is_not_called_done(tmp_path: Path
     assert str(path.name) in said.out + said.err and "--force" in said.out + said.err and path.read_bytes() == whole
     assert cli.main([*base.argv("sft", "vector", "--mode", mode, "--force"), "--quiet"]) == 0
     assert [found.state for found in verify.check(base.path)][0] == verify.OK
+
+
+def test_a_changed_manifest_speaks_for_nothing(base: Base) -> None:
+    """Each digit and letter of it but the time of day and the checksum's own line: the result is made again."""
+    assert run(base, "--mode", "generate", *M) == 0
+    about, before = manifest.manifest_path(vector(base)), vector(base).read_bytes()
+    text = about.read_text()
+    for place in range(0, len(text), 37):
+        line = text[text.rfind("\n", 0, place) : text.find("\n", place)]
+        if not text[place].isalnum() or '"created"' in line or '"record_sha256"' in line:
+            continue
+        about.write_text(text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1 :])
+        assert [found.state for found in verify.check(base.path)] == [verify.DAMAGED], text[place - 20 : place + 20]
+    assert run(base, "--mode", "generate", *M) == 0 and vector(base).read_bytes() == before
+    assert [found.state for found in verify.check(base.path)] == [verify.OK]

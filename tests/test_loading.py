@@ -387,6 +387,7 @@ def test_verify_names_other_versions_of_the_libraries(base: families.Base, capsy
     assert run(base, capsys, *FIT)[0] == 0
     (about,) = base.path.glob("vectors/**/layer_2.manifest.json")
     record = json.loads(about.read_text())
+    del record["record_sha256"]  # as an older version wrote it
     now = record["versions"]["transformers"]
     about.write_text(json.dumps({**record, "versions": {**record["versions"], "transformers": "4.99.1"}}))
     capsys.readouterr()
