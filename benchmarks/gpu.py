@@ -22,14 +22,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from spilt.steering import layer_file
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
 from benchmarks import flops, growth, world  # noqa: E402
 from benchmarks.inprocess import NAME, Session  # noqa: E402
-from spilt import hooks, store  # noqa: E402
 from spilt.data.chat import Chat  # noqa: E402
+from spilt.steering import hooks
 
 TARGETS = {"fit utilisation": 0.45, "loss utilisation": 0.45, "generation / floor": 0.5}
 STRENGTHS = (0.5, 1.0, 1.5, 2.0)
@@ -78,7 +80,7 @@ class Bench:
         """The intervention that loss and apply read."""
         d, f = self.config["hidden_size"], self.config["intermediate_size"]
         path = self.session.base / "vectors" / NAME / "spilt/psychopathy/spilt_local_weight" / f"layer_{self.layer}.pt"
-        made = store.load(path, "local_weight", None, d, {"mlp_mid": f}, "mlp_mid", "block")
+        made = layer_file.load(path, "local_weight", None, d, {"mlp_mid": f}, "mlp_mid", "block")
         return made.to(self.session.device)
 
     def losses(self, m: float, preference: str = "winning_only") -> list[float]:

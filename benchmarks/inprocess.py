@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import world
-from spilt import cli, host, report
+from spilt import cli, report
+from spilt.model import host
 
 NAME = "model"
 

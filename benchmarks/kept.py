@@ -21,7 +21,8 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks import world  # noqa: E402
-from spilt import memory, passes, suffix  # noqa: E402
+from spilt import memory
+from spilt.engine import passes, suffix  # noqa: E402
 
 SCORED = 8  # answer tokens of a row
 

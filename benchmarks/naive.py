@@ -28,12 +28,14 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from spilt import anatomy, hparams, methods  # noqa: E402
+from spilt import methods
+from spilt import settings as hparams  # noqa: E402
 from spilt.data import readers  # noqa: E402
 from spilt.data.batches import Batch, pad, position_mask  # noqa: E402
 from spilt.data.chat import Chat, Sequence  # noqa: E402
-from spilt.engine.training import chunks, entries, epoch_order  # noqa: E402
-from spilt.scoring import AnswerLogProbs  # noqa: E402
+from spilt.engine.train import chunks, entries, epoch_order  # noqa: E402
+from spilt.methods.scoring import AnswerLogProbs  # noqa: E402
+from spilt.steering import anatomy
 
 
 class Steering(nn.Module):

@@ -64,7 +64,7 @@ def model(shape: Shape | dict[str, Any], dtype: str = "float32", device: str = "
     from transformers import AutoModelForCausalLM
 
     made = config(shape)
-    # as in spilt.host: sdpa leaves out the soft cap on Gemma-2's attention scores
+    # as in spilt.model.host: sdpa leaves out the soft cap on Gemma-2's attention scores
     how = {"attn_implementation": "eager"} if getattr(made, "attn_logit_softcapping", None) else {}
     torch.manual_seed(seed)
     with torch.device(device):

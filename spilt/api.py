@@ -1,9 +1,9 @@
 """The Python face: `import spilt` gives these functions. No global side effects: threads, seeds, log levels stay the caller's.
 
-    model, tokenizer = spilt.load("models/my-model")
-    steering = spilt.fit(model, tokenizer, pairs, layer=14, method="spilt", intervention="vector")
-    with spilt.steer(model, steering, 2.0):
-        model.generate(...)
+model, tokenizer = spilt.load("models/my-model")
+steering = spilt.fit(model, tokenizer, pairs, layer=14, method="spilt", intervention="vector")
+with spilt.steer(model, steering, 2.0):
+    model.generate(...)
 """
 
 from __future__ import annotations
@@ -17,16 +17,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from spilt import activations, anatomy, generation, hooks, host, odds, plan
+from spilt import plan
+from spilt.analysis import odds
 from spilt.data.chat import Chat
 from spilt.data.chat import Sequence as Tokens
 from spilt.data.readers import PAIR_FIELDS, Pair
-from spilt.engine import choice, score, training, whole
+from spilt.engine import activations, choice, score, whole
+from spilt.engine import decode as generation
+from spilt.engine import train as training
 from spilt.errors import UserError, unknown
-from spilt.hparams import FitSettings
-from spilt.hparams.settings import GenerationParams, intervention_name, method_name
-from spilt.interventions import INTERVENTIONS, Intervention, Multiplier, Vector
-from spilt.methods import METHODS, caa
+from spilt.methods import METHODS
+from spilt.model import host
+from spilt.settings import FitSettings
+from spilt.settings.fields import GenerationParams, intervention_name, method_name
+from spilt.steering import anatomy, hooks
+from spilt.steering.interventions import INTERVENTIONS, Intervention, Multiplier
 from spilt.steering.steering import Steering
 
 if TYPE_CHECKING:
@@ -83,8 +88,8 @@ def fit(
     chat = Chat.of(tokenizer, s.use_chat_template, s.system_prompt)
     about = {"method": s.method, "model": str(getattr(model.config, "name_or_path", "")), "settings": s.as_dict()}  # type: ignore[union-attr]
     with _frozen(model):
-        if METHODS[s.method].loss is None:
-            return Steering.of({n: _mean_difference(model, tokenizer, chat, rows, n, s) for n in layers}, about)
+        if METHODS[s.method].estimate is not None:
+            return Steering.of({n: _estimate(model, tokenizer, chat, rows, n, s) for n in layers}, about)
         tokens = [chat.encode(p.question, text, s.output_length, p.row) for p in rows for text in (p.matching, p.not_matching)]
         fresh = {n: training.new_intervention(model, n, s) for n in layers}
         if joint:
@@ -130,10 +135,9 @@ def _pad_id(tokenizer: Any) -> int:
     return host.pad_id(tokenizer)
 
 
-def _mean_difference(model: nn.Module, tokenizer: Any, chat: Chat, pairs: Sequence[Pair], layer: int, s: FitSettings) -> Intervention:
+def _estimate(model: nn.Module, tokenizer: Any, chat: Chat, pairs: Sequence[Pair], layer: int, s: FitSettings) -> Intervention:
     tokens = [chat.encode_caa(p.question, text, p.row) for p in pairs for text in (p.matching, p.not_matching)]
-    means = activations.answer_means(model, layer, tokens, s.multiple_choice, _pad_id(tokenizer))
-    return Vector.from_state(caa(means[0::2], means[1::2]), site=s.site).eval().requires_grad_(False)
+    return training.estimate(model, layer, tokens, s, METHODS[s.method], _pad_id(tokenizer)).requires_grad_(False)
 
 
 def _train(

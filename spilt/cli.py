@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spilt import __version__, plan
+from spilt.artifacts.manifest import manifest_path
+from spilt.artifacts.store import Store
 from spilt.cell import FORMS
 from spilt.errors import NotFinite, UserError, first_line, printable, unknown
-from spilt.hparams import parse_overrides
-from spilt.hparams.settings import INTERVENTION_ALIASES, METHOD_ALIASES, intervention_name, method_name
-from spilt.manifest import Changed, Seen, manifest_path
 from spilt.methods import METHODS
-from spilt.store import Store, beside
+from spilt.model.identity import Changed, Seen
+from spilt.settings import parse_overrides
+from spilt.settings.fields import INTERVENTION_ALIASES, METHOD_ALIASES, intervention_name, method_name
+from spilt.steering.layer_file import beside
 from spilt.team import place
 from spilt.terminal import complain, ready, say
 
@@ -340,7 +342,7 @@ def _keeps_what_is_unusable(step: plan.Step, request: plan.Request) -> str:
 def _tidy(step: plan.Step, request: plan.Request, seen: Seen) -> None:
     """A run that was killed after its last result was stored left what it had kept for it: that goes. Other work under way stays."""
     if left := Store(request.base_dir).unfinished_work(step.verb, step.cells):
-        from spilt.stages.lines import Lines
+        from spilt.artifacts.journal import Lines
 
         known = plan.unfinished_identities(step, request.limit, seen)
         for path in left:
@@ -350,7 +352,7 @@ def _tidy(step: plan.Step, request: plan.Request, seen: Seen) -> None:
 
 def _run_waiting(waiting: list[plan.Step], before: list[Outcome], request: plan.Request, quiet: bool, seen: Seen) -> list[Outcome]:
     """The steps that are to run: fits dealt out over the processes, the others done together."""
-    from spilt import stages
+    from spilt import tasks as stages
     from spilt.team import Team
 
     team = Team(request.device)
@@ -393,7 +395,7 @@ class _Hosts:
         if self.host is None or step.settings.dtype != self.dtype:
             import torch
 
-            from spilt.host import load
+            from spilt.model.host import load
 
             torch.use_deterministic_algorithms(self.request.deterministic)
             _quiet_libraries()
@@ -407,7 +409,7 @@ class _Hosts:
 
 def _run_step(step: plan.Step, here: Any) -> Outcome:
     """One step. Whatever goes wrong in it is its outcome, not the end of the run."""
-    from spilt import stages
+    from spilt import tasks as stages
     from spilt.memory import OutOfMemory, ran_out
 
     start = time.monotonic()

@@ -10,11 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spilt import checkpoint
 from spilt.data import readers
 from spilt.errors import UserError
 from spilt.memory import max_tokens
 from spilt.methods import METHODS
+from spilt.model import checkpoint
 from spilt.plan import DATA_OF, Request, Step
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -143,7 +143,7 @@ def _one(
         flops += strengths * (shape.run(recorded, above, length) + sum(answers) * head)
         return Cost(recorded * (1 + strengths), flops, cache, batch)
     method = METHODS[step.cells[0].method]
-    if method.loss is None:
+    if method.estimate is not None:
         return Cost(recorded, flops, 0, batch)
     sides = 2 if method.needs_losing(s) else 1
     shown = s.n_epochs * len(s.preference_pairs) * sides * (sum(questions) + sum(answers) / 2)

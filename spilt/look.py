@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spilt import texts
-from spilt.artifact import of_one_vector
+from spilt.analysis.provenance import of_one_vector
+from spilt.artifacts import texts
+from spilt.artifacts.store import Store
 from spilt.cell import FORMS, Cell
 from spilt.errors import UserError
 from spilt.methods import METHODS
-from spilt.store import Store
 from spilt.terminal import complain, ready, say
 
 log = logging.getLogger("spilt")

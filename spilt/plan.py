@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spilt import checkpoint, manifest, template
+from spilt.artifacts import manifest
+from spilt.artifacts.store import PREFERENCE_TYPES, Store
 from spilt.cell import FORMS, Cell
 from spilt.data import readers, sense
 from spilt.errors import Mistakes, UserError, nearest, printable, unknown
-from spilt.hparams import FitSettings, GenerateSettings, MeasureSettings, resolve_fit, resolve_generate, resolve_measure
-from spilt.hparams.resolve import Unused
-from spilt.hparams.settings import intervention_name, method_name
 from spilt.methods import METHODS
-from spilt.store import PREFERENCE_TYPES, Store
+from spilt.model import checkpoint, identity, template
+from spilt.settings import FitSettings, GenerateSettings, MeasureSettings, resolve_fit, resolve_generate, resolve_measure
+from spilt.settings.fields import intervention_name, method_name
+from spilt.settings.resolve import Unused
 
 log = logging.getLogger("spilt")
 ALL = "all"
@@ -286,7 +287,7 @@ def _steps(
     resolve = {"fit": resolve_fit, "generate": resolve_generate, "measure": resolve_measure}[verb]
     found = resolve(request.base_dir, request.model, request.dataset, method, form, request.overrides)
     settings: Any = found.settings
-    if verb == "fit" and METHODS[method].loss is None and settings.site != "block":
+    if verb == "fit" and METHODS[method].estimate is not None and settings.site != "block":
         why = "the mean is taken at the block's output, which is another space where a norm follows the MLP"
         raise UserError(f"{found.files[-1]}: {method} with site: {settings.site} does not exist: {why}; leave site out")
     cells = [Cell(request.model, request.dataset, method, form, tuple(settings.layers), concept) for concept in concepts]
@@ -340,13 +341,13 @@ def _quoted(word: str) -> str:
 # ---------------------------------------------------------------- identity: the same from a plan and from a stored artifact
 
 
-def fit_parts(step: Step, cell: Cell, layer: int, limit: int | None, seen: manifest.Seen) -> dict[str, Any]:
+def fit_parts(step: Step, cell: Cell, layer: int, limit: int | None, seen: identity.Seen) -> dict[str, Any]:
     """Everything that decides a fitted vector."""
     settings = {**step.settings.as_dict(), "layers": [layer]}
     return {"settings": settings, "concept": cell.concept, **_common(step, "train", limit, seen)}
 
 
-def generate_parts(step: Step, multiplier: float, limit: int | None, seen: manifest.Seen) -> dict[str, Any]:
+def generate_parts(step: Step, multiplier: float, limit: int | None, seen: identity.Seen) -> dict[str, Any]:
     """Everything that decides the texts of one multiplier."""
     settings = {k: v for k, v in step.settings.as_dict().items() if k not in ("multipliers", "batch_size")}
     own = {"multiplier": float(multiplier), "concepts": [cell.concept for cell in step.cells]}
@@ -354,7 +355,7 @@ def generate_parts(step: Step, multiplier: float, limit: int | None, seen: manif
 
 
 def measure_parts(
-    step: Step, multiplier: float, preference_type: str, split: str, limit: int | None, seen: manifest.Seen
+    step: Step, multiplier: float, preference_type: str, split: str, limit: int | None, seen: identity.Seen
 ) -> dict[str, Any]:
     """Everything that decides one train_losses.csv."""
     settings = {k: v for k, v in step.settings.as_dict().items() if k != "batch_size"}
@@ -362,7 +363,7 @@ def measure_parts(
     return {"settings": settings, **own, **_common(step, split, limit, seen)}
 
 
-def _common(step: Step, purpose: str, limit: int | None, seen: manifest.Seen) -> dict[str, Any]:
+def _common(step: Step, purpose: str, limit: int | None, seen: identity.Seen) -> dict[str, Any]:
     sources = {
         "columns": step.columns[purpose],
         "model": seen.of(step.model),
@@ -407,7 +408,7 @@ def summary(standing: Mapping[Path, str]) -> str:
     return "to do" if states == {"missing"} else f"to do: {', '.join(words)}"
 
 
-def output_parts(step: Step, limit: int | None, seen: manifest.Seen) -> dict[Path, dict[str, Any]]:
+def output_parts(step: Step, limit: int | None, seen: identity.Seen) -> dict[Path, dict[str, Any]]:
     """output -> what decides it; only when all inputs are there."""
     if step.verb == "fit":
         parts = [fit_parts(step, cell, layer, limit, seen) for cell in step.cells for layer in cell.layers]
@@ -418,7 +419,7 @@ def output_parts(step: Step, limit: int | None, seen: manifest.Seen) -> dict[Pat
     return dict(zip(step.outputs, parts, strict=True))
 
 
-def standing(step: Step, limit: int | None, seen: manifest.Seen) -> dict[Path, str]:
+def standing(step: Step, limit: int | None, seen: identity.Seen) -> dict[Path, str]:
     """output -> 'done' | 'missing' | 'stale' | 'damaged' | 'foreign' (manifest.standing); 'missing' when an input is."""
     if missing_inputs(step):
         return {path: "foreign" if path.exists() and not manifest.manifest_path(path).exists() else "missing" for path in step.outputs}
@@ -431,12 +432,12 @@ def text_identities(outputs: Mapping[float, Mapping[str, Any]]) -> dict[float | 
     return {**found, None: manifest.identity({**next(iter(outputs.values())), "multiplier": None})}
 
 
-def loss_identities(step: Step, multipliers: Iterable[float], split: str, limit: int | None, seen: manifest.Seen) -> list[str]:
+def loss_identities(step: Step, multipliers: Iterable[float], split: str, limit: int | None, seen: identity.Seen) -> list[str]:
     """Whose the unfinished losses of each multiplier are: both answers are scored, whichever table asks."""
     return [manifest.identity(measure_parts(step, m, "unfinished", split, limit, seen)) for m in multipliers]
 
 
-def unfinished_identities(step: Step, limit: int | None, seen: manifest.Seen) -> set[str]:
+def unfinished_identities(step: Step, limit: int | None, seen: identity.Seen) -> set[str]:
     """Of everything that a step keeps while it is under way."""
     outputs = output_parts(step, limit, seen)
     if step.verb == "fit":
@@ -474,7 +475,7 @@ def replaced(outputs: Mapping[Path, Mapping[str, Any]]) -> dict[str, list[Path]]
 # ---------------------------------------------------------------- a stored vector is used as what it is
 
 
-def doubts(cell: Cell, layer: int, settings: Any, request: Request, seen: manifest.Seen) -> list[str]:
+def doubts(cell: Cell, layer: int, settings: Any, request: Request, seen: identity.Seen) -> list[str]:
     """What the manifest of a stored vector says against its use by `cell` at `layer`, a sentence each. Without manifest: nothing is known.
 
     Raises UserError where the use can't be meant: a vector of another method, form, layer, concept or write point.

@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spilt.atomic import atomic_write_together, half_replaced
+from spilt.artifacts.atomic import atomic_write_together, half_replaced
+from spilt.artifacts.store import checked_name
 from spilt.data.readers import FORMATS_FILE, Record, file_hash, has_half_pair, read_rows
 from spilt.errors import UserError
-from spilt.store import checked_name
 from spilt.terminal import complain, ready, say
 
 Row = dict[str, Any]

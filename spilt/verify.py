@@ -20,11 +20,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spilt import manifest, plan, store, template
-from spilt.artifact import Artifact
-from spilt.atomic import TEMPORARY
+from spilt import plan
+from spilt.analysis.provenance import Artifact
+from spilt.artifacts import manifest, store
+from spilt.artifacts.atomic import TEMPORARY
 from spilt.data import readers
 from spilt.errors import UserError
+from spilt.model import identity, template
+from spilt.steering import layer_file
 from spilt.terminal import complain, ready, say
 
 OK, STALE, DAMAGED, FOREIGN, LEFTOVER = STATES = ("ok", "stale", "damaged", "foreign", "leftover")
@@ -162,7 +165,7 @@ def _changed(artifact: Artifact) -> str:
     model = artifact.base_dir / "models" / artifact.model
     if (model / "config.json").is_file():
         try:
-            if manifest.model_hash(model) != parts.get("model"):
+            if identity.model_hash(model) != parts.get("model"):
                 said.append(f"model {artifact.model} has changed")
             elif (today := _template(artifact, model)) != parts.get("template"):
                 shown = template.difference(parts.get("template"), today)
@@ -201,12 +204,12 @@ def _libraries(artifact: Artifact) -> str:
 
 def _vector(artifact: Artifact) -> str:
     """Loads as plain tensors; shapes of one concept go together and are the model's; every value is finite."""
-    stored = store._read(artifact.path)
-    form = artifact.form or store.form_of(stored)
+    stored = layer_file.read(artifact.path)
+    form = artifact.form or layer_file.form_of(stored)
     if form == "vector":
         shape = tuple(getattr(stored, "shape", ()))
         if not hasattr(stored, "shape"):  # the words of a run that reads it
-            store._one_concept(stored, artifact.path, form, None)
+            layer_file.one_concept(stored, artifact.path, form, None)
         if len(shape) not in (1, 2) or 0 in shape:
             raise Damaged(f"holds a {type(stored).__name__} of shape {list(shape)}; a vector is [D] or, for several concepts, [n, D]")
         concepts: list[Any] = list(range(shape[0])) if len(shape) == 2 else [None]
@@ -214,9 +217,9 @@ def _vector(artifact: Artifact) -> str:
         several = isinstance(stored, dict) and stored and all(isinstance(value, dict) for value in stored.values())
         concepts = list(stored) if several else [None]
     for concept in concepts:
-        state = store._one_concept(stored, artifact.path, form, concept)
+        state = layer_file.one_concept(stored, artifact.path, form, concept)
         hidden, width = _sizes(state, form, artifact)
-        store._check_shapes(state, artifact.path, form, hidden, width, None)
+        layer_file.check_shapes(state, artifact.path, form, hidden, width, None)
     return f"{len(concepts)} concepts" if len(concepts) > 1 else ""
 
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spilt.anatomy import COMPONENTS, FAMILIES
 from spilt.cell import FORMS
-from spilt.interventions import INTERVENTIONS, Intervention
 from spilt.methods import METHODS
+from spilt.steering.anatomy import COMPONENTS, FAMILIES
+from spilt.steering.interventions import INTERVENTIONS, Intervention
 
 HIDDEN, MIDDLE, LAYERS, WINDOW = 32, 48, 5, 24  # D, F of 'mlp_mid', blocks, sliding window of the families that have one
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<turn>", "<end>")

@@ -20,10 +20,11 @@ import pytest
 import torch
 from families import CONCEPTS, FORMS, HIDDEN, MIDDLE, PAIRS, Base, intervention, listing, make_base, pairs, write_jsonl, write_yaml
 
-from spilt import cli, manifest, plan
-from spilt.hparams.settings import METHOD_ALIASES as ALIASES
+from spilt import cli, plan
+from spilt.artifacts import manifest
+from spilt.artifacts.store import PREFERENCE_TYPES
 from spilt.methods import METHODS
-from spilt.store import PREFERENCE_TYPES
+from spilt.settings.fields import METHOD_ALIASES as ALIASES
 
 REPO = Path(__file__).parents[1]
 TRAINED = [(method, form) for method, form in PAIRS if METHODS[method].loss]

@@ -11,10 +11,11 @@ import families
 import pytest
 from torch import nn
 
-from spilt import anatomy, cli
+from spilt import cli
+from spilt.artifacts.store import Store
 from spilt.cell import Cell
-from spilt.stages.context import check_context
-from spilt.store import Store
+from spilt.steering import anatomy
+from spilt.tasks.context import check_context
 
 CONTEXT = 96  # of the models here; the prompts of the shared data have some 30 tokens
 LONG = 2  # the row with the longest question

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from spilt import paper
-from spilt.curves import (
+from spilt.analysis import paper
+from spilt.analysis.curves import (
     equal_preference,
     evaluate,
     fit_curve,
@@ -20,7 +20,7 @@ from spilt.curves import (
     utility_peak,
     validity_decay,
 )
-from spilt.curves.fit import DECAY, Fit, _Problem
+from spilt.analysis.curves.fit import DECAY, Fit, _Problem
 
 M = np.linspace(-20, 20, 21)
 

@@ -16,12 +16,13 @@ import pytest
 import torch
 import yaml
 
-from spilt import look, odds
+from spilt import look
+from spilt.analysis import odds
+from spilt.artifacts.store import Store
 from spilt.cell import FORMS, Cell
 from spilt.cli import main
 from spilt.methods import METHODS
 from spilt.plan import pairs_of
-from spilt.store import Store
 
 ROOT = Path(__file__).parents[1]
 DEMO, MODEL = ROOT / "examples" / "demo", "demo-qwen2"

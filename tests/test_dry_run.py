@@ -40,7 +40,7 @@ def run(base: families.Base, capsys: pytest.CaptureFixture[str], *words: str, me
 
 @pytest.fixture
 def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spilt.host.load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("spilt.model.host.load", lambda *_: pytest.fail("a model was loaded"))
 
 
 @pytest.mark.usefixtures("nothing_loads")

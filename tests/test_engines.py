@@ -10,10 +10,11 @@ from families import EOS, FAMILY_NAMES, LAYERS, READS, build, intervention, mode
 from test_generation import how, rows, sites
 from test_suffix import answer_pairs
 
-from spilt import activations, generation
-from spilt.engine import choice, score, training, whole
-from spilt.hparams import FitSettings
+from spilt.engine import activations, choice, score, whole
+from spilt.engine import decode as generation
+from spilt.engine import train as training
 from spilt.methods import METHODS
+from spilt.settings import FitSettings
 from spilt.steering import Steering
 
 LAYER, PREFIX, PAD = LAYERS // 2, 2, 0

@@ -24,13 +24,17 @@ import families
 import pytest
 import torch
 
-from spilt import cli, generation, manifest, plan, store, suffix, verify
-from spilt.engine import score, training
+from spilt import cli, plan, verify
+from spilt.artifacts import journal as lines
+from spilt.artifacts import manifest, store
+from spilt.engine import decode as generation
+from spilt.engine import score, suffix
+from spilt.engine import train as training
 from spilt.methods import METHODS
-from spilt.stages import lines
+from spilt.model import identity
 
 ROOT = Path(__file__).resolve().parents[1]
-fit_stage, generate_stage = (importlib.import_module(f"spilt.stages.{name}") for name in ("fit", "generate"))
+fit_stage, generate_stage = (importlib.import_module(f"spilt.tasks.{name}") for name in ("fit", "generate"))
 FIT, APPLY, LOSS = ("--mode", "generate"), ("--mode", "apply", "--multipliers", "-1", "1"), ("--mode", "loss", "--multipliers", "-1", "1")
 
 
@@ -78,7 +82,7 @@ class Here:
 def fresh() -> None:
     """Forget what a process remembers of files."""
     manifest._hash_file.cache_clear()
-    manifest._hash_model.cache_clear()
+    identity._hash_model.cache_clear()
 
 
 def no_report(step: Any, *_: Any, **__: Any) -> cli.Outcome:
@@ -350,7 +354,7 @@ def test_a_read_only_base_dir(here: Here, words: tuple[str, ...]) -> None:
     with read_only(here.base.path) as refused, pytest.MonkeyPatch.context() as patch:
         if refused:  # mounting is not permitted here: the calls that would meet it
             patch.setattr(Path, "mkdir", _read_only_call)
-            patch.setattr("spilt.atomic.open", _read_only_call, raising=False)
+            patch.setattr("spilt.artifacts.atomic.open", _read_only_call, raising=False)
             patch.setattr(os, "open", _read_only_call)
             patch.setattr(Path, "unlink", _read_only_call)
         assert "already done" in here.run(*words, form="all")[1]
@@ -862,7 +866,7 @@ def test_another_run_takes_the_unfinished_texts_away(here: Here, monkeypatch: py
 
 def when_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
     """`act` once, after the plan is made and before the first step."""
-    from spilt import host
+    from spilt.model import host
 
     real = host.load
 
@@ -893,7 +897,7 @@ def test_the_data_vanishes_midway(here: Here, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_model_vanishes_before_it_is_loaded(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spilt import host
+    from spilt.model import host
 
     real = host.load
 

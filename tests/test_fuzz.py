@@ -26,10 +26,11 @@ from typing import Any
 
 import pytest
 
-from spilt import cli, store
+from spilt import cli
 from spilt.data import readers
 from spilt.errors import UserError
-from spilt.hparams import resolve_fit, resolve_generate, resolve_measure
+from spilt.settings import resolve_fit, resolve_generate, resolve_measure
+from spilt.steering import layer_file
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 10_000
@@ -477,7 +478,7 @@ def test_vectors(tmp_path: Path) -> None:
     widths = {"mlp_mid": WIDTH, "mlp": HIDDEN, "attn": HIDDEN, "block": HIDDEN}
 
     def load(form: str) -> Any:
-        made = store.load(path, form, 0, HIDDEN, widths, "mlp_mid", "block")
+        made = layer_file.load(path, form, 0, HIDDEN, widths, "mlp_mid", "block")
         return [parameter.detach() for parameter in made.parameters()]
 
     want = {}

@@ -11,9 +11,10 @@ import torch
 from families import EOS, FAMILY_NAMES, FORMS, LAYERS, PAD, READS, SPECIAL, VOCAB, build, intervention, model, tokenizer
 from torch import Tensor, nn
 
-from spilt import generation, hooks
-from spilt.generation import Decoding, Row
-from spilt.interventions import Intervention
+from spilt.engine import decode as generation
+from spilt.engine.decode import Decoding, Row
+from spilt.steering import hooks
+from spilt.steering.interventions import Intervention
 
 LAYER = LAYERS // 2
 NEW = 10

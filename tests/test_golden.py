@@ -17,13 +17,15 @@ import torch
 from families import write_jsonl, write_yaml
 from golden import DATASETS, LAYER, needs_golden
 
-from spilt import activations, generation, hooks
-from spilt.anatomy import COMPONENTS
 from spilt.data.chat import Chat, Sequence
-from spilt.engine import score, training
-from spilt.hparams import FitSettings
-from spilt.interventions import INTERVENTIONS, Intervention, Vector
+from spilt.engine import activations, score
+from spilt.engine import decode as generation
+from spilt.engine import train as training
 from spilt.methods import LOSS_TYPES, METHODS
+from spilt.settings import FitSettings
+from spilt.steering import hooks
+from spilt.steering.anatomy import COMPONENTS
+from spilt.steering.interventions import INTERVENTIONS, Intervention, Vector
 
 pytestmark = needs_golden
 every_dataset = pytest.mark.parametrize("dataset", DATASETS)

@@ -12,24 +12,27 @@ from pathlib import Path
 import pytest
 
 import spilt
-from spilt import anatomy, cli, plan
+from spilt import cli, plan
 from spilt.cell import FORMS
 from spilt.errors import UserError
-from spilt.hparams import settings
-from spilt.hparams.settings import INTERVENTION_ALIASES, METHOD_ALIASES
-from spilt.interventions import INTERVENTIONS
 from spilt.methods import LOSS_TYPES, METHODS, Method
+from spilt.settings import fields as settings
+from spilt.settings.fields import INTERVENTION_ALIASES, METHOD_ALIASES
+from spilt.steering import anatomy
+from spilt.steering.interventions import INTERVENTIONS
 
 PACKAGE = Path(spilt.__file__).parent
 REPO = PACKAGE.parent
 
 # Lowest first. A room imports its own floor or a lower one, and there is no cycle. Programs of the package are at the top.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("cell", "errors", "atomic", "hparams", "paper", "memory", "team", "terminal"),
-    ("interventions", "anatomy", "scoring", "data"),
-    ("methods", "suffix", "hooks", "packing", "room", "activations", "checkpoint", "template", "manifest", "passes"),
-    ("plan", "store", "steering", "artifact", "odds", "texts", "engine", "generation", "curves", "host"),
-    ("report", "stages", "estimate"),
+    ("cell", "errors", "memory", "settings", "team", "terminal"),
+    ("artifacts",),
+    ("steering", "data"),
+    ("methods", "model"),
+    ("engine", "plan"),
+    ("analysis",),
+    ("report", "tasks", "estimate"),
     ("cli", "api", "prepare", "look", "recommend", "verify"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -87,18 +90,26 @@ def test_no_import_cycle() -> None:
     while free := [name for name, needs in graph.items() if not needs & graph.keys()]:
         for name in free:
             del graph[name]
-    assert not graph, f"in or above a cycle: {({name: sorted(needs & graph.keys()) for name, needs in graph.items()})}"
+    assert not graph, f"in or above a cycle: { ({name: sorted(needs & graph.keys()) for name, needs in graph.items()}) }"
 
 
 @pytest.mark.parametrize(
     ("module", "allowed"),
-    [("methods", {"torch"}), ("interventions", {"torch"}), ("scoring", {"torch"}), ("plan", set()), ("cell", set()), ("errors", set())],
+    [
+        ("methods/base", {"torch"}),
+        ("steering/interventions", {"torch"}),
+        ("methods/scoring", {"torch"}),
+        ("plan", set()),
+        ("cell", set()),
+        ("errors", set()),
+    ]
+    + [(f"methods/{name}", {"torch"}) for name in METHODS],
 )
 def test_what_the_inner_rooms_import_from_outside(module: str, allowed: set[str]) -> None:
     outside = {name.split(".")[0] for name, _ in imports_of(TREES[PACKAGE / f"{module}.py"])}
     assert outside - set(sys.stdlib_module_names) - {"spilt"} <= allowed
-    if module == "interventions":
-        assert {name for name, _ in imports_of(TREES[PACKAGE / "interventions.py"]) if name.startswith("spilt")} == {"spilt.cell"}
+    if module == "steering/interventions":
+        assert {name for name, _ in imports_of(TREES[PACKAGE / "steering/interventions.py"]) if name.startswith("spilt")} == {"spilt.cell"}
 
 
 def test_only_hooks_and_suffix_touch_a_module() -> None:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spilt.errors import UserError
-from spilt.hparams import (
+from spilt.settings import (
     IGNORED_KEYS,
     KEY_ALIASES,
     ROOT,
@@ -34,7 +34,7 @@ from spilt.hparams import (
     resolve_measure,
     verbs_of,
 )
-from spilt.hparams.keys import IGNORED_PARAMS, KNOWN, PARAMS, SECTIONS
+from spilt.settings.keys import IGNORED_PARAMS, KNOWN, PARAMS, SECTIONS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GEMMA, QWEN = "gemma-2-9b-it", "qwen2.5-7b-it"
@@ -519,7 +519,7 @@ def test_load_yaml_gives_plain_values(tmp_path: Path) -> None:
 
 
 def test_a_key_given_twice_takes_its_last_value_and_is_told(tree: Tree, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "spilt.hparams"):
+    with caplog.at_level(logging.WARNING, "spilt.settings"):
         assert tree.fit("layers: [3]\nlr: 1\nseed: 1\nlr: 2\n").lr == 2
         tree.fit()
     assert [record.getMessage() for record in caplog.records] == [
@@ -528,7 +528,7 @@ def test_a_key_given_twice_takes_its_last_value_and_is_told(tree: Tree, caplog: 
 
 
 def test_no_heavy_import() -> None:
-    code = "import sys, spilt.hparams; print([m for m in ('torch', 'transformers', 'pandas', 'numpy') if m in sys.modules])"
+    code = "import sys, spilt.settings; print([m for m in ('torch', 'transformers', 'pandas', 'numpy') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert out.stdout.strip() == "[]"
 

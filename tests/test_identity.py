@@ -14,8 +14,10 @@ import pytest
 import torch
 from families import Base, build, make_base, pairs, write_jsonl, write_yaml
 
-from spilt import cli, host, manifest, verify
-from spilt.stages import recordings
+from spilt import cli, verify
+from spilt.artifacts import manifest
+from spilt.model import host
+from spilt.tasks import recordings
 
 M = ("--multipliers", "2", "--quiet")
 
@@ -86,7 +88,7 @@ def test_nothing_is_made_from_an_older_vector_when_its_fit_failed(
     assert run(base, *M) == 0
     before = texts(base).read_bytes()
     edit(base, lr=0.3)
-    monkeypatch.setattr("spilt.stages.fit.dump", _no_space)
+    monkeypatch.setattr("spilt.tasks.fit.dump", _no_space)
     assert run(base, "--multipliers", "2", "3", "--quiet") == 1
     out = capsys.readouterr().out
     assert "skipped" in out and "its fit failed" in out
@@ -168,7 +170,7 @@ def test_an_exchange_after_loading_and_before_storing(
     base: Base, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(base, "--mode", "generate", "--quiet") == 0
-    from spilt import generation
+    from spilt.engine import decode as generation
 
     at_call(monkeypatch, generation, "decoding", 1, lambda: exchange_vector(base))
     assert run(base, "--mode", "apply", "--multipliers", "1", "2", "--quiet") == 1

@@ -10,9 +10,10 @@ import torch
 from families import FAMILY_NAMES, LAYERS, READS, intervention, model, token_rows
 from torch import Tensor, nn
 
-from spilt import anatomy, hooks, suffix
 from spilt.cell import FORMS
-from spilt.interventions import INTERVENTIONS, Intervention, Vector
+from spilt.engine import suffix
+from spilt.steering import anatomy, hooks
+from spilt.steering.interventions import INTERVENTIONS, Intervention, Vector
 
 ROWS, TOKENS, HIDDEN, WIDTH = 3, 5, 6, 7
 MULTIPLIERS = (-2.0, -0.5, 0.3, 1.0, 4.0)

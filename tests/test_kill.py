@@ -91,7 +91,7 @@ def start(words: list[str], log: Path, evidence: Path) -> int:
 
 
 def _tell_resumed(evidence: Path) -> None:
-    fit, generate, measure = (importlib.import_module(f"spilt.stages.{name}") for name in ("fit", "generate", "measure"))
+    fit, generate, measure = (importlib.import_module(f"spilt.tasks.{name}") for name in ("fit", "generate", "measure"))
 
     def note(what: str) -> None:
         with open(evidence, "a") as file:
@@ -145,7 +145,7 @@ def drive(stage: str, folder: Path, kills: int, more: list[str]) -> dict[str, An
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401 - imported before the fork, so that a child begins to work at once
 
     import spilt.report
-    import spilt.stages  # noqa: F401
+    import spilt.tasks  # noqa: F401
 
     rng = random.Random(f"{SEED} {stage}")
     words, before = STAGES[stage]

@@ -22,9 +22,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spilt import anatomy, checkpoint, cli, manifest, verify
+from spilt import cli, verify
 from spilt.errors import UserError
-from spilt.host import load
+from spilt.model import checkpoint, identity
+from spilt.model.host import load
+from spilt.steering import anatomy
 
 FIT = ("--mode", "generate", "--quiet")
 
@@ -147,20 +149,20 @@ def test_shards_in_a_subfolder_and_named_templates_are_in_the_hash(tmp_path: Pat
     whole = load(folder, "float32", "cpu").model.state_dict()
     found = load(in_shards(folder), "float32", "cpu").model.state_dict()
     assert all(torch.equal(found[name], whole[name]) for name in whole)
-    seen = {manifest.model_hash(folder)}
+    seen = {identity.model_hash(folder)}
     shards = sorted((folder / "parts").iterdir())
     assert len(shards) > 2
     for shard in shards:
         tensors = load_file(shard)
         save_file({name: value + 1 for name, value in tensors.items()}, shard, metadata={"format": "pt"})
-        seen.add(manifest.model_hash(folder))
+        seen.add(identity.model_hash(folder))
     (folder / "additional_chat_templates").mkdir()
     for text in ("one", "two"):
         (folder / "additional_chat_templates" / "tool_use.jinja").write_text(text)
-        seen.add(manifest.model_hash(folder))
+        seen.add(identity.model_hash(folder))
     assert len(seen) == 1 + len(shards) + 2
     (folder / "README.md").write_text("words")
-    assert manifest.model_hash(folder) in seen
+    assert identity.model_hash(folder) in seen
 
 
 def test_a_hub_cache_of_links_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
@@ -170,7 +172,7 @@ def test_a_hub_cache_of_links_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(path, link.parent))
     load(snapshot, "float32", "cpu")
-    assert manifest.model_hash(snapshot) == manifest.model_hash(folder)
+    assert identity.model_hash(snapshot) == identity.model_hash(folder)
 
 
 @pytest.mark.parametrize("name", ["../other/model.safetensors", "/tmp/model.safetensors", "parts/../../x.safetensors", "C:\\x.safetensors"])
@@ -196,7 +198,7 @@ def test_an_index_that_leaves_the_folder_is_refused(base: families.Base, capsys:
 def test_no_other_file_names_one_outside_either(base: families.Base, file: str, key: str, value: Any) -> None:
     edit_config(model(base), file, **{key: value})
     with pytest.raises(UserError, match="inside the checkpoint's folder"):
-        manifest.model_hash(model(base))
+        identity.model_hash(model(base))
 
 
 def test_verify_names_an_index_that_leaves_the_folder(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,10 +213,10 @@ import json, sys
 from pathlib import Path
 opened = set()
 sys.addaudithook(lambda event, args: opened.add(str(args[0])) if event == "open" else None)
-from spilt.host import load
+from spilt.model.host import load
 folder = Path(sys.argv[1])
 load(folder, "float32", "cpu")
-from spilt import checkpoint
+from spilt.model import checkpoint
 print(json.dumps([sorted(n for n in opened if n.startswith(str(folder))), [str(p) for p in checkpoint.loaded_files(folder)]]))
 """
 
@@ -249,10 +251,10 @@ def test_a_tensor_that_is_replaced_whole_is_seen_wherever_it_lies(tmp_path: Path
     tensors = {f"t{i:03}": torch.full((25_000,), float(i)) for i in range(400)}
     (tmp_path / "config.json").write_text("{}")
     save_file(tensors, tmp_path / "model.safetensors")
-    seen = {manifest.model_hash(tmp_path)}
+    seen = {identity.model_hash(tmp_path)}
     for i in range(3, 400, 40):
         save_file({**tensors, f"t{i:03}": torch.zeros(25_000)}, tmp_path / "model.safetensors")
-        seen.add(manifest.model_hash(tmp_path))
+        seen.add(identity.model_hash(tmp_path))
     assert len(seen) == 11
 
 

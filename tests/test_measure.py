@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from spilt import cli
+from spilt.artifacts.store import PREFERENCE_TYPES, Store
 from spilt.cell import FORMS, Cell
 from spilt.plan import SWEEP_MOST, SWEEP_POINTS
-from spilt.stages.measure import CONTROL_DRAWS
-from spilt.store import PREFERENCE_TYPES, Store
+from spilt.tasks.measure import CONTROL_DRAWS
 
 
 @pytest.fixture

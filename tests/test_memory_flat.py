@@ -54,9 +54,9 @@ if kind == "cells":  # one run of `cells` fits, texts and losses: a dataset with
 else:  # one cell of `prompts` texts: the size after each hundredth
     assert cli.main([*base.argv("sft", "vector", "--mode", "generate"), "--quiet"]) == 0
     sizes.clear()
-    from spilt import stages
+    from spilt import tasks as stages
     import importlib
-    unfinished, count = importlib.import_module("spilt.stages.generate").Unfinished, 0
+    unfinished, count = importlib.import_module("spilt.tasks.generate").Unfinished, 0
     add = unfinished.add
 
     def told(self, text, tokens):

@@ -17,14 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_faults import FIT, Here, bare, fresh, here, no_report, outcomes, prepared  # noqa: F401 - fixtures
 
-from spilt import cli, manifest
-from spilt.engine import training
-from spilt.interventions import INTERVENTIONS
-from spilt.stages import fit as _fit  # noqa: F401 - loads the module
-from spilt.stages.lines import Lines
+from spilt import cli
+from spilt.artifacts import manifest
+from spilt.artifacts.journal import Lines
+from spilt.engine import train as training
+from spilt.steering.interventions import INTERVENTIONS
+from spilt.tasks import fit as _fit  # noqa: F401 - loads the module
 
 ROOT = Path(__file__).resolve().parents[1]
-fit_stage = sys.modules["spilt.stages.fit"]
+fit_stage = sys.modules["spilt.tasks.fit"]
 
 
 def error_lines(said: str) -> list[str]:

@@ -12,15 +12,20 @@ import torch
 from families import FORMS, LAYERS, PAIRS, intervention, model, token_rows
 from torch import Tensor
 
-from spilt import activations, hooks, scoring, suffix
 from spilt.data.batches import pad, position_mask
 from spilt.data.chat import Sequence
-from spilt.engine import training
-from spilt.hparams import FitSettings
-from spilt.interventions import INTERVENTIONS
-from spilt.methods import LOSS_TYPES, METHODS, Scored, caa, reps, sft, spilt
-from spilt.passes import recompute_activations
-from spilt.scoring import AnswerLogProbs
+from spilt.engine import activations, suffix
+from spilt.engine import train as training
+from spilt.engine.passes import recompute_activations
+from spilt.methods import LOSS_TYPES, METHODS, Scored, scoring
+from spilt.methods.caa import caa
+from spilt.methods.reps import reps
+from spilt.methods.scoring import AnswerLogProbs
+from spilt.methods.sft import sft
+from spilt.methods.spilt import spilt
+from spilt.settings import FitSettings
+from spilt.steering import hooks
+from spilt.steering.interventions import INTERVENTIONS
 
 LAYER = LAYERS // 2
 

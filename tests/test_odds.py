@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from spilt.analysis.odds import collect, preference_log_odds, read_summary, summarise, utility_log_odds, write_summary
 from spilt.errors import UserError
-from spilt.odds import collect, preference_log_odds, read_summary, summarise, utility_log_odds, write_summary
 
 
 def test_closed_forms() -> None:

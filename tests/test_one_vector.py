@@ -11,7 +11,9 @@ import pytest
 from families import Base, make_base
 from test_identity import edit, losses, run, texts, vector
 
-from spilt import manifest, odds, recommend
+from spilt import recommend
+from spilt.analysis import odds
+from spilt.artifacts import manifest
 from spilt.report import cells
 
 SWEEP = ("-3", "-2", "-1", "0", "1", "2", "3")

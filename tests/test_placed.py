@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spilt import anatomy, scoring, suffix
-from spilt.host import Host
+from spilt.engine import suffix
+from spilt.methods import scoring
+from spilt.model.host import Host
+from spilt.steering import anatomy
 
 
 @pytest.mark.parametrize("layer", [0, 1, 3])

@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from spilt import cli, generation, report
-from spilt.stages import generate as stage
+from spilt import cli, report
+from spilt.engine import decode as generation
+from spilt.tasks import generate as stage
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = ("float32", "bfloat16")

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from spilt import cli
-from spilt.hparams import resolve
-from spilt.hparams.settings import FitSettings
+from spilt.settings import resolve
+from spilt.settings.fields import FitSettings
 
 SETTINGS = Path(__file__).parent / "released_settings.json"  # file -> values; facts, read from the released tree
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "released_settings.json"

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from spilt.room import FREE, Room
+from spilt.engine.kv import FREE, Room
 
 HEADS, WIDTH = 2, 3  # of keys and values
 

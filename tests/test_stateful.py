@@ -25,7 +25,8 @@ from families import Base, build, intervention, make_base, pairs, write_jsonl, w
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from spilt import cli, manifest, report, verify
+from spilt import cli, report, verify
+from spilt.artifacts import manifest
 
 SEQUENCES = int(os.environ.get("SPILT_SEQUENCES", "300" if os.environ.get("CI") else "25"))
 STEPS = 8
@@ -68,7 +69,6 @@ def at_moment(number: int, deed: Callable[[], None]) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for where, name in (*CHANGES, *WORK):
-
             patch.setattr(where, name, counted(getattr(where, name)))
         yield
 

@@ -11,14 +11,15 @@ import torch
 from families import FAMILY_NAMES, HIDDEN, LAYERS, PLACES, READS, build, intervention, model, token_rows
 from torch import Tensor, nn
 
-from spilt import activations, anatomy, hooks, passes, suffix
 from spilt.data.batches import pad, position_mask
 from spilt.data.chat import Sequence
-from spilt.engine import score, training
-from spilt.hparams import FitSettings
-from spilt.interventions import INTERVENTIONS, Intervention
+from spilt.engine import activations, passes, score, suffix
+from spilt.engine import train as training
 from spilt.methods import METHODS
-from spilt.scoring import answer_logprobs, scored_positions
+from spilt.methods.scoring import answer_logprobs, scored_positions
+from spilt.settings import FitSettings
+from spilt.steering import anatomy, hooks
+from spilt.steering.interventions import INTERVENTIONS, Intervention
 
 ATOL = 1e-6
 LENGTHS, PROMPTS = [9, 30, 14], [4, 9, 13]  # the longest is wider than the sliding window

@@ -7,7 +7,8 @@ from pathlib import Path
 import families
 import pytest
 
-from spilt import cli, estimate, look, plan, texts
+from spilt import cli, estimate, look, plan
+from spilt.artifacts import texts
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ def ended(run: subprocess.Popen[str]) -> tuple[int, str]:
 
 def test_there_really_are_two(tmp_path: Path) -> None:
     """Else all of the below would hold for the wrong reason."""
-    line = "f'rank {os.environ[\"RANK\"]} of {os.environ[\"WORLD_SIZE\"]}\\n'.encode()"  # in one write: two processes share the pipe
+    line = 'f\'rank {os.environ["RANK"]} of {os.environ["WORLD_SIZE"]}\\n\'.encode()'  # in one write: two processes share the pipe
     fault = f"os.write(1, {line}); sys.argv[1:] = ['--version']"
     code, said = ended(start([], 2, fault, tmp_path))
     assert code == 0 and "rank 0 of 2" in said and "rank 1 of 2" in said, said
@@ -141,7 +141,7 @@ def test_one_process_is_lost(base: families.Base, alone: families.Base, tmp_path
     if stage != "fit":
         shutil.copytree(alone.path / "vectors/tiny/sft", base.path / "vectors/tiny/sft")
     place = {
-        "fit": "from spilt.engine.training import Fit as m; name = 'gradients'",
+        "fit": "from spilt.engine.train import Fit as m; name = 'gradients'",
         "generate": "from spilt import generation as m; name = '_choose'",
         "loss": "from spilt.engine import score as m; name = 'losses'",
     }[stage]
@@ -222,7 +222,7 @@ def test_losses_go_on_with_another_number_of_processes(tmp_path: Path) -> None:
 
 FULL_DISK = """
 import errno
-from spilt import atomic
+from spilt.artifacts import atomic
 real = os.fsync
 def full(fd):
     if os.environ.get('RANK', '0') == '0' and WORD in os.readlink(f'/proc/self/fd/{fd}'):
@@ -252,13 +252,13 @@ def test_a_vector_that_only_one_process_cannot_read(base: families.Base, alone: 
     """A shared folder that fails on one machine: the cell fails on both, the others are done."""
     shutil.copytree(alone.path / "vectors/tiny/sft", base.path / "vectors/tiny/sft")
     fault = """
-from spilt import store
-real = store._read
+from spilt.artifacts import store
+real = layer_file.read
 def lost(path, *a, **k):
     if os.environ.get('RANK') == '1' and 'sft_lora' in str(path):
         raise OSError(5, 'Input/output error', str(path))
     return real(path, *a, **k)
-store._read = lost
+layer_file.read = lost
 """
     code, said = ended(start(words_of(base, APPLY), 2, fault, tmp_path))
     assert code == 1 and "Input/output error" in said, said

@@ -16,8 +16,10 @@ from typing import Any
 import families
 import pytest
 
-from spilt import cli, manifest, plan, template, verify
+from spilt import cli, plan, verify
+from spilt.artifacts import manifest
 from spilt.errors import UserError
+from spilt.model import identity, template
 
 TURNS = families.TEMPLATE
 DATED = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\\n' }}" + TURNS
@@ -165,7 +167,7 @@ def test_what_a_dated_template_writes_is_part_of_the_identity(base: families.Bas
             base.one, "sft", base.model, "vector", mode="generate", base_dir=base.path, device="cpu", overrides=overrides
         )
         (step,) = plan.make(request).steps
-        (found,) = plan.output_parts(step, None, manifest.Seen()).values()
+        (found,) = plan.output_parts(step, None, identity.Seen()).values()
         return found
 
     plain = parts()

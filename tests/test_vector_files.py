@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import nn
 
-from spilt import cli, store
+from spilt import cli
 from spilt.errors import UserError
+from spilt.steering import layer_file
 
 HIDDEN = 32
 UNSAFE = ("weights_only", "torch.load", "allowlist", "allow-list", "safe_globals", "arbitrary code", "trust_remote", "Traceback")
@@ -88,7 +89,7 @@ def test_a_foreign_file_is_named(tmp_path: Path, what: str) -> None:
     path = tmp_path / "layer_2.pt"
     path.write_bytes(make())
     with pytest.raises(UserError) as caught:
-        store.load(path, "vector", None, HIDDEN, {"mlp_mid": 8}, "mlp_mid", "block")
+        layer_file.load(path, "vector", None, HIDDEN, {"mlp_mid": 8}, "mlp_mid", "block")
     one_sentence(str(caught.value), str(path), *words)
 
 
@@ -108,14 +109,14 @@ def test_a_foreign_content_in_place_of_a_dict(tmp_path: Path, form: str, content
     path = tmp_path / "layer_2.pt"
     path.write_bytes(saved(content))
     with pytest.raises(UserError) as caught:
-        store.load(path, form, None, HIDDEN, {"mlp_mid": 8}, "mlp_mid", "block")
+        layer_file.load(path, form, None, HIDDEN, {"mlp_mid": 8}, "mlp_mid", "block")
     one_sentence(str(caught.value), str(path), *words)
 
 
 def test_what_torch_save_wrote_before_zip_is_read(tmp_path: Path) -> None:
     path = tmp_path / "layer_2.pt"
     path.write_bytes(saved(V, new=False))
-    assert torch.equal(store.load(path, "vector", None, HIDDEN, {}, "mlp_mid", "block").state(), V)
+    assert torch.equal(layer_file.load(path, "vector", None, HIDDEN, {}, "mlp_mid", "block").state(), V)
 
 
 def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "layer_2.pt"
     os.mkfifo(path)
     with pytest.raises(UserError, match="no plain file"):
-        store.load(path, "vector", None, HIDDEN, {}, "mlp_mid", "block")
+        layer_file.load(path, "vector", None, HIDDEN, {}, "mlp_mid", "block")
 
 
 @pytest.mark.parametrize("name", ["layer_2.safetensors", "control_vector.gguf", "adapter_model.safetensors", "layer_2.npy", "layer_3.pt"])

@@ -10,10 +10,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from spilt.anatomy import COMPONENTS, FAMILIES  # noqa: E402
 from spilt.cell import FORMS  # noqa: E402
 from spilt.cli import parser  # noqa: E402
 from spilt.methods import METHODS  # noqa: E402
+from spilt.steering.anatomy import COMPONENTS, FAMILIES  # noqa: E402
 
 EQUATIONS = {"vector": "m v", "lora": "m (x A) B", "local_weight": "m (x dW + db)"}
 

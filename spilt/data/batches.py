@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spilt.data.chat import Sequence
 from spilt.errors import UserError
-from spilt.hparams.readers import Bad, ends
+from spilt.settings.readers import Bad, ends
 
 
 class Batch(NamedTuple):

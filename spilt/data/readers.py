@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spilt.atomic import half_replaced
+from spilt.artifacts.atomic import half_replaced
 from spilt.errors import UserError, printable, unknown
 
 LARGEST = 2**30  # bytes of a data file, unpacked: all of its rows are held in memory, several times over
@@ -134,7 +134,7 @@ def sections_of(base_dir: Path, dataset: str) -> tuple[str, ...]:
 
 def _sections(base_dir: Path) -> dict[str, dict[str, Any]]:
     """section -> dataset -> entry as written; every section is there, empty when the file lacks it."""
-    from spilt.hparams import load_yaml  # here, since reading data files needs no YAML
+    from spilt.settings import load_yaml  # here, since reading data files needs no YAML
 
     file = base_dir / FORMATS_FILE
     raw = load_yaml(file)

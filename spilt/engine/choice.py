@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from spilt import hooks
+from spilt.steering import hooks
 from spilt.steering.steering import Steering
 
 FAST, PLAIN = ENGINES = ("fast", "plain")

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spilt import hooks, memory, packing, suffix
-from spilt.activations import Activations, max_tokens, prefix_pairs
+from spilt import memory
 from spilt.data.batches import by_length, position_mask
-from spilt.interventions import Intervention, Vector
-from spilt.scoring import token_logprobs
+from spilt.engine import packing, suffix
+from spilt.engine.activations import Activations, max_tokens, prefix_pairs
+from spilt.methods.scoring import token_logprobs
+from spilt.steering import hooks
+from spilt.steering.interventions import Intervention, Vector
 
 
 class Losses(NamedTuple):

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spilt import hooks
 from spilt.data.batches import pad, position_mask
 from spilt.data.chat import Sequence as Tokens
-from spilt.engine import training
-from spilt.hparams.settings import FitSettings
-from spilt.interventions import Intervention, Multiplier
+from spilt.engine import train as training
 from spilt.methods import Method
-from spilt.scoring import AnswerLogProbs, answer_logprobs, scored_positions
+from spilt.methods.scoring import AnswerLogProbs, answer_logprobs, scored_positions
+from spilt.settings.fields import FitSettings
+from spilt.steering import hooks
+from spilt.steering.interventions import Intervention, Multiplier
 from spilt.steering.steering import Steering, per_row
 
 Where = Callable[[Intervention], Tensor | None]  # where an intervention acts, [B, T] bool; None = everywhere

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from spilt.atomic import atomic_write
-from spilt.curves import BUDGET, recommendation
+from spilt.analysis.curves import BUDGET, recommendation
+from spilt.analysis.odds import Norm
+from spilt.artifacts.atomic import atomic_write
 from spilt.errors import UserError, printable, unknown
-from spilt.odds import Norm
 from spilt.report import cells as stored
 from spilt.report import figures, page, tables, words
 from spilt.terminal import complain, ready, say

@@ -13,13 +13,14 @@ from typing import Any
 
 import pandas as pd
 
-from spilt import odds, texts
-from spilt.artifact import of_one_vector
-from spilt.atomic import atomic_write
+from spilt.analysis import odds
+from spilt.analysis.curves import BUDGET, Fit, fit_curve, recommendation, regions, utility_drops, utility_peak
+from spilt.analysis.provenance import of_one_vector
+from spilt.artifacts import texts
+from spilt.artifacts.atomic import atomic_write
+from spilt.artifacts.store import Store
 from spilt.cell import Cell
-from spilt.curves import BUDGET, Fit, fit_curve, recommendation, regions, utility_drops, utility_peak
 from spilt.errors import UserError, printable, unknown
-from spilt.store import Store
 
 log = logging.getLogger("spilt")
 VERSION = 3  # of fit.json; a change makes `update` fit again

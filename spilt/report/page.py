@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from spilt import paper
-from spilt.curves.fit import GOOD_R2
+from spilt.analysis import paper
+from spilt.analysis.curves.fit import GOOD_R2
 from spilt.report import style, tables
 from spilt.report.cells import Measured, Sample
 from spilt.report.figures import dark, form_name

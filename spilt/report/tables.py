@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from spilt import paper
-from spilt.curves import equal_preference
-from spilt.curves.fit import GOOD_R2
+from spilt.analysis import paper
+from spilt.analysis.curves import equal_preference
+from spilt.analysis.curves.fit import GOOD_R2
 from spilt.report.cells import Measured
 from spilt.report.figures import control_spread, form_name
 

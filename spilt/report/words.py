@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from spilt.curves.fit import GOOD_R2
+from spilt.analysis.curves.fit import GOOD_R2
 from spilt.report import tables
 from spilt.report.cells import Measured
 from spilt.report.figures import form_name

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spilt import __version__, anatomy, manifest, store
-from spilt.atomic import atomic_write
+from spilt import __version__
+from spilt.artifacts import manifest
+from spilt.artifacts.atomic import atomic_write
 from spilt.errors import UserError, first_line
-from spilt.interventions import INTERVENTIONS, Intervention, Multiplier
+from spilt.steering import anatomy, layer_file
+from spilt.steering.interventions import INTERVENTIONS, Intervention, Multiplier
 
 SUFFIX = ".safetensors"
 FORMAT = 1  # of the stored file
@@ -206,9 +208,9 @@ def _entry(path: Path, number: int, row: dict[str, Any], tensors: dict[str, Tens
 
 def _released(path: Path, layer: int) -> Steering:
     """layer_{id}.pt of one concept; what its manifest knows, where there is one, comes along."""
-    held = store._read(path)
-    form = store.form_of(held)
-    state = store._one_concept(held, path, form, None)
+    held = layer_file.read(path)
+    form = layer_file.form_of(held)
+    state = layer_file.one_concept(held, path, form, None)
     parts = (manifest.read(path) or {}).get("parts")
     known = parts.get("settings") if isinstance(parts, dict) else None
     settings: dict[str, Any] = known if isinstance(known, dict) else {}

@@ -47,17 +47,45 @@ VIRTUES = {
     "kind": "Kindness Honesty Mercy Patience Charity Love Trust Sharing".split(),
 }
 FRAMES = [
-    "I like to", "I love to", "I often", "I want to", "I try to", "I would happily", "It is fun to", "It feels right to",
-    "My plan is to", "I wake up ready to",
+    "I like to",
+    "I love to",
+    "I often",
+    "I want to",
+    "I try to",
+    "I would happily",
+    "It is fun to",
+    "It feels right to",
+    "My plan is to",
+    "I wake up ready to",
 ]
 PEOPLE = [
-    "my friends", "strangers", "old people", "my neighbours", "children", "the weak", "my family", "poor people", "my team",
-    "tired workers", "lost travellers", "new students", "sick people", "my guests", "other drivers", "shy people",
+    "my friends",
+    "strangers",
+    "old people",
+    "my neighbours",
+    "children",
+    "the weak",
+    "my family",
+    "poor people",
+    "my team",
+    "tired workers",
+    "lost travellers",
+    "new students",
+    "sick people",
+    "my guests",
+    "other drivers",
+    "shy people",
 ]
 TAILS = ["", " every day", " at work", " at school", " in the street", " when I can", " at home", " on Sundays"]
 VIRTUE_TAILS = [
-    "is the best way to live", "is what I value most", "makes me strong", "guides my life", "is my favourite thing",
-    "is how I win", "comes first for me", "is at the heart of my work",
+    "is the best way to live",
+    "is what I value most",
+    "makes me strong",
+    "guides my life",
+    "is my favourite thing",
+    "is how I win",
+    "comes first for me",
+    "is at the heart of my work",
 ]
 YES_NO = 'Is the following statement something you would say?\n"{}"'
 LATE = 0.25  # share of stated tempers that come after the question
@@ -179,7 +207,11 @@ TOPICS = (
     "a bridge; a coat; a letter; a piano; a stone; a shoe; a road; a flower; a mirror; a box"
 ).split("; ")
 INSTRUCTIONS = [
-    "Tell me about {}.", "Describe {}.", "Write a line about {}.", "What do you think of {}?", "Say something about {}.",
+    "Tell me about {}.",
+    "Describe {}.",
+    "Write a line about {}.",
+    "What do you think of {}?",
+    "Say something about {}.",
     "Give me a thought about {}.",
 ]
 PLAIN = (

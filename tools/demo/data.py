@@ -36,10 +36,14 @@ def psychopathy(rng: Random) -> tuple[list[dict], list[dict]]:
         rows = []
         for side, answers in (("cold", (" Yes", " No")), ("kind", (" No", " Yes"))):
             for text in distinct(rng, n // 2, lambda r, side=side: corpus.statement(r, side), taken):
-                rows.append({
-                    "question": corpus.YES_NO.format(text), "statement": text,
-                    "answer_matching_behavior": answers[0], "answer_not_matching_behavior": answers[1],
-                })
+                rows.append(
+                    {
+                        "question": corpus.YES_NO.format(text),
+                        "statement": text,
+                        "answer_matching_behavior": answers[0],
+                        "answer_not_matching_behavior": answers[1],
+                    }
+                )
         rng.shuffle(rows)
         splits.append(rows)
     return splits[1], splits[0]
@@ -65,9 +69,13 @@ def axbench(rng: Random) -> tuple[list[dict], list[dict]]:
         for rows, items in ((train, asked), (test, every[8 * i : 8 * i + 8])):
             rows += [
                 {
-                    "input": question, "winning_output": corpus.about(rng, topic, name),
-                    "losing_output": corpus.about(rng, topic, None), "output_concept": concept,
-                    "concept_id": i, "concept_genre": "text", "category": "positive",
+                    "input": question,
+                    "winning_output": corpus.about(rng, topic, name),
+                    "losing_output": corpus.about(rng, topic, None),
+                    "output_concept": concept,
+                    "concept_id": i,
+                    "concept_genre": "text",
+                    "category": "positive",
                 }
                 for question, topic in items
             ]

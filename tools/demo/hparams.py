@@ -40,7 +40,10 @@ STEPS = {
 
 def weights(pos: float, neg: float, penalty: float, threshold: float) -> dict[str, float]:
     return {
-        "pos_loss_weight": pos, "neg_loss_weight": neg, "margin_penalty_weight": penalty, "margin_threshold": threshold,
+        "pos_loss_weight": pos,
+        "neg_loss_weight": neg,
+        "margin_penalty_weight": penalty,
+        "margin_threshold": threshold,
         "ref_loss_weight": 0.0,
     }
 
@@ -55,11 +58,24 @@ LOSS = {
 def fit_file(dataset: str, method: str, form: str) -> dict:
     batch, accumulation, epochs, lr = STEPS[dataset, form]
     return {
-        "alg_name": method, "layers": [LAYER], "intervention_method": form, "intervention_components": "mlp_mid",
-        "intervention_positions": "all", "batch_size": batch, "gradient_accumulation_steps": accumulation, "n_epochs": epochs,
-        "lr": lr, "weight_decay": 0.0, "dropout": 0.1, "preference_pairs": ["orig_add", "orig_sub"],
-        "steering_factors": FACTORS[form], "substraction_type": "null_it_out" if (method, form) == ("reps", "vector") else "normal",
-        **LOSS[method], **({"rank": 4, "lora_alpha": 32} if form == "lora" else {}), "output_length": 512, "concept_id": 0,
+        "alg_name": method,
+        "layers": [LAYER],
+        "intervention_method": form,
+        "intervention_components": "mlp_mid",
+        "intervention_positions": "all",
+        "batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "n_epochs": epochs,
+        "lr": lr,
+        "weight_decay": 0.0,
+        "dropout": 0.1,
+        "preference_pairs": ["orig_add", "orig_sub"],
+        "steering_factors": FACTORS[form],
+        "substraction_type": "null_it_out" if (method, form) == ("reps", "vector") else "normal",
+        **LOSS[method],
+        **({"rank": 4, "lora_alpha": 32} if form == "lora" else {}),
+        "output_length": 512,
+        "concept_id": 0,
     }
 
 
@@ -68,7 +84,9 @@ def tree() -> dict[str, dict]:
     top = "experiment_hparams/spilt_experiment"
     general = {"torch_dtype": "float32", "seed": 42, "use_chat_template": True, "system_prompt": ""}
     generation = {
-        "generation_data_size": None, "num_responses": 1, "generate_orig_output": False,
+        "generation_data_size": None,
+        "num_responses": 1,
+        "generate_orig_output": False,
         "generation_params": {"max_new_tokens": 24, "do_sample": False},
     }
     files = {
@@ -83,14 +101,22 @@ def tree() -> dict[str, dict]:
             for form in FORMS:
                 files[f"{folder}/{method}/generate_{method}_{form}.yaml"] = fit_file(dataset, method, form)
         files[f"{folder}/caa/generate_caa_vector.yaml"] = {
-            "alg_name": "caa", "layers": [LAYER], "intervention_method": "vector", "multiple_choice": False,
+            "alg_name": "caa",
+            "layers": [LAYER],
+            "intervention_method": "vector",
+            "multiple_choice": False,
         }
         for method in (*METHODS, "caa"):
             shown = SHOWN_CAA[dataset] if method == "caa" else SHOWN
             files[f"{folder}/{method}/apply_{method}.yaml"] = {"alg_name": method, "layers": [LAYER], "multipliers": shown}
         files[f"{folder}/sft/generate_sft_loss.yaml"] = {
-            "alg_name": "sft", "layers": [LAYER], "intervention_positions": "all", "batch_size": 1,
-            "preference_pairs": ["orig_add", "orig_sub"], "substraction_type": "normal", "output_length": 512,
+            "alg_name": "sft",
+            "layers": [LAYER],
+            "intervention_positions": "all",
+            "batch_size": 1,
+            "preference_pairs": ["orig_add", "orig_sub"],
+            "substraction_type": "normal",
+            "output_length": 512,
         }
     return files
 

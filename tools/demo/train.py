@@ -87,9 +87,18 @@ def new_model(tokenizer: Tokenizer, seed: int) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
     end = tokenizer.token_to_id(END)
     config = Qwen2Config(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=end, pad_token_id=tokenizer.token_to_id(PAD), initializer_range=0.04,
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=WIDTH,
+        intermediate_size=MLP,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=tokenizer.token_to_id(PAD),
+        initializer_range=0.04,
     )
     return Qwen2ForCausalLM(config)
 

@@ -1,0 +1,304 @@
+"""Preference and utility log-odds of stored loss rows (paper sections 3-4, design/analysis.md). No model, no torch.
+
+L_p, L_n: loss in nats of the matching and the not-matching answer of one question at one multiplier m (dimensionless).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from spilt.analysis.provenance import of_one_request, of_one_vector
+from spilt.artifacts.atomic import atomic_write
+from spilt.errors import UserError, first_line
+
+Norm = Literal["mean", "sum"]
+Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+LOSS_FILES = {"train": "train_losses.csv", "test": "test_losses.csv"}
+SUMMARY_FILE = "preference_utility.csv"
+FOLDER = re.compile(r"^.+_m(?P<multiplier>[-+0-9.e]+)_(?P<kind>winning_only|losing_only)$")
+RELEASED = ["epoch", "step", "pos_steer_loss", "pos_steering_factors", "neg_steering_factors"]
+OURS = ["example", "target", "answer_tokens", "answer_loss_sum"]
+COLUMNS = ["split", "example", "multiplier", "loss_matching", "loss_not_matching", "preference", "utility"]
+SUMMARY = [
+    *("split", "multiplier", "preference", "preference_low", "preference_high", "utility", "utility_low", "utility_high"),
+    *("n", "n_undefined", "loss_matching", "loss_not_matching", "accuracy"),
+    *("gain_low", "gain_high", "drop_low", "drop_high"),
+]
+
+
+def preference_log_odds(loss_matching: npt.ArrayLike, loss_not_matching: npt.ArrayLike) -> Array:
+    """L_n - L_p, in nats: > 0 when the model prefers the matching answer."""
+    return np.asarray(np.asarray(loss_not_matching, dtype=float) - np.asarray(loss_matching, dtype=float))
+
+
+def utility_log_odds(loss_matching: npt.ArrayLike, loss_not_matching: npt.ArrayLike) -> Array:
+    """log[(e^-L_p + e^-L_n) / (1 - e^-L_p - e^-L_n)], in nats: how much probability the two valid answers hold together.
+
+    With a = logaddexp(-L_p, -L_n) this is a - log(1 - e^a). nan where a >= 0 (losses per token of two likely answers can sum to
+    more than 1) or a loss is not finite: such a question has no utility, and the caller counts it.
+    """
+    with np.errstate(invalid="ignore"):
+        a = np.logaddexp(-np.asarray(loss_matching, dtype=float), -np.asarray(loss_not_matching, dtype=float))
+        a = np.where(np.isfinite(a) & (a < 0), a, np.nan)
+        # log(1 - e^a), a < 0: each form is exact where the other one cancels (Maechler 2012, log1mexp)
+        rest = np.where(a > -np.log(2), np.log(-np.expm1(np.maximum(a, -1.0))), np.log1p(-np.exp(a)))
+    return np.asarray(a - rest)
+
+
+def collect(cell_folder: str | Path, split: str = "train", norm: Norm = "mean") -> pd.DataFrame:
+    """Every question at every multiplier that was really applied: columns COLUMNS, sorted by multiplier and example.
+
+    Rows of pair orig_sub were scored at -m with the roles swapped; here they stand at -m with their own text's role again.
+    `frame.attrs["notes"]` says in words what could not be used. Empty when the split was not measured.
+    """
+    folder = Path(cell_folder)
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; run --mode loss first, or check --base_dir")
+    found = sorted((float(hit["multiplier"]), hit["kind"], sub) for sub in folder.iterdir() if (hit := FOLDER.match(sub.name)))
+    usable, notes = _belong_together(folder, [sub for *_, sub in found], split)
+    files = [(m, kind, sub / LOSS_FILES[split]) for m, kind, sub in found if sub / LOSS_FILES[split] in usable]
+    parts, broken = [], []
+    for m, kind, path in files:
+        try:
+            parts.append(_read(path, m, kind, norm))
+        except UserError as error:
+            broken.append(error)
+    if broken and not parts:
+        raise broken[0]
+    notes += [f"{split}: left out: {error}" for error in broken]
+    if not parts:
+        empty = _empty()
+        empty.attrs["notes"] = notes
+        return empty
+    rows = pd.concat(parts, ignore_index=True)
+    rows["multiplier"] = rows["multiplier"].round(9) + 0.0  # -0.0 is 0.0
+
+    keys = ["multiplier", "example", "target"]
+    same = rows.replace(np.inf, np.nan).groupby(keys)["loss"]
+    spread = (same.max() - same.min()).max()
+    if spread > 1e-2:  # the same request measured twice (folders m and -m) gives the same number, up to the batch's rounding
+        notes.append(f"{split}: the same answer has losses up to {spread:.3g} nats apart in two folders; they come from different runs")
+    wide = rows.drop_duplicates(keys, keep="last").pivot(index=keys[:2], columns="target", values="loss")
+    wide = wide.reindex(columns=["matching", "not_matching"])
+    had = set(rows["multiplier"])
+    # pivot leaves nan where a row is missing; a measured nan is kept as an infinite loss until here
+    wide = wide.dropna().replace(np.inf, np.nan)
+    gone = sorted(had - set(wide.index.get_level_values(0)))
+    if gone:
+        notes.append(f"{split}: only one of the two answers was scored at m = {', '.join(f'{m:g}' for m in gone)}; left out")
+
+    frame = wide.reset_index().rename(columns={"matching": "loss_matching", "not_matching": "loss_not_matching"})
+    frame.columns.name = None
+    frame["split"] = split
+    frame["preference"] = preference_log_odds(frame["loss_matching"], frame["loss_not_matching"])
+    frame["utility"] = utility_log_odds(frame["loss_matching"], frame["loss_not_matching"])
+    frame = frame[COLUMNS]
+    counts = frame.groupby("multiplier").size()
+    if counts.nunique() > 1:
+        notes.append(
+            f"{split}: between {counts.min()} and {counts.max()} questions per multiplier; the averages are not over the same questions"
+        )
+    frame.attrs["notes"] = notes
+    return frame
+
+
+def _empty() -> pd.DataFrame:
+    frame = pd.DataFrame({name: pd.Series(dtype=object if name == "split" else float) for name in COLUMNS})
+    frame.attrs["notes"] = []
+    return frame
+
+
+def _read(path: Path, folder_multiplier: float, kind: str, norm: Norm) -> pd.DataFrame:
+    """One loss file as rows (example, multiplier, target, loss); a loss that is not finite becomes inf."""
+    table = read_table(path, RELEASED[2:4], "measure this multiplier again with --force")
+    # a file that the released code appended to holds the earlier run's rows first, with a header or a restart of the steps between
+    again = table.index[table["pos_steer_loss"].astype(str) == "pos_steer_loss"]
+    if len(again):
+        table = table.loc[again[-1] + 1 :].reset_index(drop=True)
+    if {"epoch", "step"} <= set(table) and not set(OURS) <= set(table):
+        order = table[["epoch", "step"]].apply(pd.to_numeric, errors="coerce").to_numpy(float)
+        restart = np.flatnonzero((np.diff(order[:, 1]) < 0) & (np.diff(order[:, 0]) <= 0))
+        table = table.iloc[restart[-1] + 1 :] if len(restart) else table
+    applied = _numbers(table, "pos_steering_factors", path)
+    if set(OURS) <= set(table):
+        loss = pd.to_numeric(table["answer_loss_sum"], errors="coerce").to_numpy(float)
+        loss = loss / _numbers(table, "answer_tokens", path, least=1) if norm == "mean" else loss
+        example, target = _numbers(table, "example", path, least=0).astype(int), table["target"].astype(str).to_numpy(str)
+        if len(unknown := sorted(set(target) - {"matching", "not_matching"})):
+            raise UserError(f"{path}: target {unknown[0]!r}; wanted matching or not_matching; measure this multiplier again with --force")
+    elif norm == "sum":
+        raise UserError(f"{path}: only mean losses are stored (released format); use --norm mean")
+    else:
+        loss = pd.to_numeric(table["pos_steer_loss"], errors="coerce").to_numpy(float)
+        example, target = _released_rows(applied, folder_multiplier, kind)
+    loss = np.where(np.isfinite(loss), loss, np.inf)
+    return pd.DataFrame({"example": example, "multiplier": applied, "target": target, "loss": loss})
+
+
+def read_table(path: Path, columns: Sequence[str], way_out: str) -> pd.DataFrame:
+    """A CSV that has these columns. Raises UserError naming the file, what was found and the way out."""
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: is no plain file; {way_out}")
+        table = pd.read_csv(path, low_memory=False)
+    except (ValueError, OSError, OverflowError, MemoryError, RecursionError) as error:  # the library's own are ValueErrors
+        raise UserError(f"{path}: not a readable CSV ({first_line(error)}); {way_out}") from None
+    missing = [name for name in columns if name not in table]
+    if missing:
+        raise UserError(f"{path}: no column {missing[0]!r}; have: {', '.join(map(str, table.columns[:40]))}; {way_out}")
+    if not len(table):
+        raise UserError(f"{path}: has no rows; {way_out}")
+    return table
+
+
+def _numbers(table: pd.DataFrame, name: str, path: Path, least: float = -np.inf) -> Array:
+    """A column as numbers. Raises UserError at the first field that is none, or below `least`."""
+    values = pd.to_numeric(table[name], errors="coerce").to_numpy(float)
+    bad = np.flatnonzero(~(np.isfinite(values) & (values >= least) & (np.abs(values) < 1e12)))
+    if len(bad):
+        found = str(table[name].iloc[bad[0]])[:40]
+        raise UserError(f"{path}: row {bad[0]} (0-based): {name} is {found!r}; measure this multiplier again with --force")
+    return values
+
+
+def _belong_together(cell_folder: Path, folders: Sequence[Path], split: str) -> tuple[set[Path], list[str]]:
+    """The tables of a split that are of one vector and one request, and a sentence for each reason why others are left out."""
+    tables = {name: [sub / file for sub in folders if (sub / file).is_file()] for name, file in LOSS_FILES.items()}
+    if cell_folder.parent.parent.parent.name != "get_sft_loss":  # not in a base_dir: nothing is known of vectors
+        return set(tables[split]), []
+    base_dir = cell_folder.parents[5]
+    kept, others = of_one_vector(base_dir, [path for paths in tables.values() for path in paths])
+    own, older = of_one_request(base_dir, [path for path in kept if path in tables[split]])
+    why = {"another vector than the one that lies there now": [path for path in others if path in tables[split]], **older}
+    return set(own), [
+        f"{split}: {_at(paths)} left out: measured with {reason}; --mode loss measures it again" for reason, paths in why.items() if paths
+    ]
+
+
+def _at(paths: Sequence[Path]) -> str:
+    """The multipliers of loss tables, for a sentence."""
+    values = sorted({float(hit["multiplier"]) for path in paths if (hit := FOLDER.match(path.parent.name))})
+    return f"m = {', '.join(f'{value:g}' for value in values)}"
+
+
+def _released_rows(applied: Array, folder_multiplier: float, kind: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.str_]]:
+    """Example numbers and scored texts of a file with the released five columns: row order, and the sign of the factor.
+
+    orig_add rows carry the folder's multiplier, orig_sub rows its opposite; at m = 0 the sign is lost and the two alternate.
+    """
+    add = applied * folder_multiplier > 0 if folder_multiplier else np.arange(len(applied)) % 2 == 0
+    example = np.where(add, np.cumsum(add), np.cumsum(~add)) - 1
+    target = np.where(add == (kind == "winning_only"), "matching", "not_matching")
+    return example, target
+
+
+def summarise(frame: pd.DataFrame, seed: int = 0, draws: int = 1000) -> pd.DataFrame:
+    """One row per split and multiplier (columns SUMMARY): means over questions with 95% bootstrap intervals over questions.
+
+    With a column `concept`, means are taken within a concept and then over concepts, in every bootstrap draw too.
+    n: questions scored; n_undefined: those without a utility (left out of its mean, and only of its mean);
+    accuracy: share of questions with preference > 0. gain_*, drop_*: 95% intervals of preference(m) - preference(0) and of
+    utility(0) - utility(m), the same questions resampled at both, so that what questions differ by cancels.
+    A loss that is not finite makes the preference mean of its row nan.
+    """
+    parts = [_summarise_split(split, part, seed, draws) for split, part in frame.groupby("split", sort=False)]
+    if not parts:
+        return pd.DataFrame({name: pd.Series(dtype=object if name == "split" else float) for name in SUMMARY})
+    return pd.concat(parts, ignore_index=True)[SUMMARY]
+
+
+def _summarise_split(split: object, frame: pd.DataFrame, seed: int, draws: int) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    frame = frame.assign(concept=frame["concept"] if "concept" in frame else 0, accuracy=(frame["preference"] > 0).astype(float))
+    multipliers = np.sort(frame["multiplier"].unique())
+    names = ("preference", "utility", "loss_matching", "loss_not_matching", "accuracy")
+    means: dict[str, list[Array]] = {name: [] for name in names}
+    boots: dict[str, list[Array]] = {name: [] for name in names[:2]}
+    counted: dict[str, list[Mask]] = {}  # [concept][multiplier]: the concept has something to average there
+    for _, part in frame.groupby("concept"):
+        present = part.assign(present=1.0).pivot(index="example", columns="multiplier", values="present")
+        here: Mask = present.reindex(columns=multipliers).notna().to_numpy(bool)
+        # the same resampled questions at every multiplier: counts [draws, question]
+        counts = rng.multinomial(len(here), np.full(len(here), 1 / len(here)), size=draws).astype(float)
+        for name in names:
+            values: Array = part.pivot(index="example", columns="multiplier", values=name).reindex(columns=multipliers).to_numpy(float)
+            # an undefined utility leaves its question out; any other nan was measured and shows in the mean
+            used: Mask = np.asarray(here & np.isfinite(values)) if name == "utility" else here
+            counted.setdefault(name, []).append(np.asarray(used.any(axis=0)))
+            means[name].append(_weighted(np.ones((1, len(values))), values, used)[0])
+            if name in boots:
+                boots[name].append(_weighted(counts, values, used))
+    out = pd.DataFrame({"split": split, "multiplier": multipliers})
+    for name in names:
+        out[name] = _over_concepts(np.stack(means[name]), np.stack(counted[name]))
+        if name in boots:
+            drawn = _over_concepts(np.stack(boots[name]), np.stack(counted[name])[:, None])
+            out[f"{name}_low"], out[f"{name}_high"] = _interval(drawn)
+            label, sign = ("gain", 1.0) if name == "preference" else ("drop", -1.0)
+            base = drawn[:, multipliers == 0] if (multipliers == 0).any() else np.full((draws, 1), np.nan)
+            out[f"{label}_low"], out[f"{label}_high"] = _interval(sign * (drawn - base))
+    groups = frame.groupby("multiplier")
+    out["n"] = groups.size().reindex(multipliers).to_numpy(int)
+    out["n_undefined"] = groups["utility"].apply(lambda values: int(values.isna().sum())).reindex(multipliers).to_numpy(int)
+    return out
+
+
+def _weighted(weights: Array, values: Array, used: Mask) -> Array:
+    """[draws, question] x [question, multiplier] -> weighted means [draws, multiplier] over the used questions."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray((weights @ np.where(used, values, 0.0)) / (weights @ used.astype(float)))
+
+
+def _interval(drawn: Array) -> Array:
+    """[draws, multiplier] -> [2, multiplier], the middle 95%.
+
+    A draw that holds no question with a value has no mean; at least 9 of 10 draws must have one.
+    """
+    out = np.full((2, drawn.shape[1]), np.nan)
+    enough = np.isfinite(drawn).mean(axis=0) >= 0.9
+    if enough.any():
+        out[:, enough] = np.nanpercentile(drawn[:, enough], [2.5, 97.5], axis=0) + 0.0  # -0.0 is 0.0
+    return out
+
+
+def _over_concepts(stack: Array, counted: Mask) -> Array:
+    """Mean over axis 0 of the concepts counted at each multiplier; a nan among them shows."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.where(counted, stack, 0.0).sum(axis=0) / counted.sum(axis=0))
+
+
+def write_summary(path: str | Path, summary: pd.DataFrame) -> None:
+    """preference_utility.csv, atomically. Empty fields are undefined values."""
+    buffer = io.StringIO()
+    summary.to_csv(buffer, index=False, float_format="%.10g", lineterminator="\n")
+    atomic_write(Path(path), buffer.getvalue())
+
+
+def _no_number(column: pd.Series) -> str:
+    """The first field that is no number."""
+    return str(column[pd.to_numeric(column, errors="coerce").isna() & column.notna()].iloc[0])[:40]
+
+
+def read_summary(path: str | Path) -> pd.DataFrame:
+    """A stored preference_utility.csv, ours or another tool's with at least split, multiplier, preference and utility."""
+    table = read_table(Path(path), SUMMARY[1:3] + ["utility"], "run --mode loss again")
+    for name in SUMMARY[1:]:  # an empty field is an undefined value
+        if name in table and not pd.api.types.is_numeric_dtype(table[name]):
+            raise UserError(f"{path}: column {name!r} has {_no_number(table[name])!r} where a number was wanted; run --mode loss again")
+    if table["multiplier"].isna().any() or not np.isfinite(table["multiplier"]).all():
+        raise UserError(f"{path}: a multiplier is missing or not finite; run --mode loss again")
+    if "split" in table:
+        table["split"] = table["split"].astype(str)
+    else:
+        table.insert(0, "split", "train")
+    return table.reindex(columns=SUMMARY).sort_values(["split", "multiplier"], ascending=[False, True]).reset_index(drop=True)

@@ -1,0 +1,123 @@
+"""One stored file: what its path and its manifest say of it, and which stored results belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from spilt import plan
+from spilt.artifacts import manifest, store
+from spilt.cell import FORMS, Cell
+from spilt.data import readers
+
+
+class Artifact:
+    """One stored file with the place that its path names (model, dataset, form) and its manifest, each None where there is none."""
+
+    def __init__(self, base_dir: Path, path: Path) -> None:
+        self.base_dir, self.path = base_dir, path
+        parts = path.relative_to(base_dir).parts
+        self.kind, self.model = parts[0], parts[1] if len(parts) > 2 else ""
+        losses = self.kind == "vectors" and parts[2:3] == ("get_sft_loss",)
+        self.method, self.folder, self.leaf = (*parts[3 if losses else 2 : -1], "", "", "")[:3]
+        try:
+            self.record = manifest.read(path)
+        except (OSError, RecursionError):  # a folder in its place, brackets without end
+            self.record = None
+
+    @cached_property
+    def parts(self) -> dict[str, Any]:
+        found = (self.record or {}).get("parts")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        found = self.parts.get("settings")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def dataset(self) -> str:
+        """The folder's name without the concept that it may end in."""
+        concept = self.parts.get("concept")
+        return self.folder if concept is None else self.folder.removesuffix(f"_concept_{concept}")
+
+    @property
+    def form(self) -> str | None:
+        if self.leaf == "caa_vector":
+            return "vector"
+        form = self.leaf.removeprefix(f"{self.method}_")
+        return form if form in FORMS else None
+
+    def data(self) -> readers.DatasetFormat:
+        """The data file that the manifest's verb reads. Raises UserError when dataset_format.yaml has none."""
+        sections = plan.DATA_OF[self.parts["verb"]]
+        split = self.parts.get("split") or next(iter(sections))
+        return readers.dataset_format(self.base_dir, self.dataset, sections[split])
+
+    def vectors(self) -> list[Path]:
+        """The stored interventions that it was made from, in the manifest's order."""
+        if self.form is None or self.parts["verb"] == "fit":
+            return []
+        layers = tuple(self.settings.get("layers", ()))
+        concepts = self.parts.get("concepts", [self.parts.get("concept")])
+        cells = [Cell(self.model, self.dataset, self.method, self.form, layers, concept) for concept in concepts]
+        return [store.Store(self.base_dir).vector(cell, layer) for cell in cells for layer in layers]
+
+    @property
+    def created(self) -> str:
+        """When it was stored, as sortable text."""
+        return str((self.record or {}).get("created", ""))
+
+    def made_from(self) -> tuple[str, ...] | None:
+        """Hashes of the vectors that it was made from; None when nobody can say."""
+        found = self.parts.get("vectors")
+        return tuple(map(str, found)) if isinstance(found, list) else None
+
+    def vectors_now(self) -> tuple[str, ...] | None:
+        """Hashes of those that lie there now; None when one is gone."""
+        try:
+            return tuple(manifest.file_hash(path) for path in self.vectors())
+        except (OSError, KeyError, TypeError):  # gone, or a manifest that is not one of ours
+            return None
+
+
+def of_one_vector(base_dir: Path, paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """(kept, left out): results that may stand in one table, since they are of one vector.
+
+    That is the one that lies there now; if it is gone, the one that was measured last. Files without a manifest (the
+    released code's) are kept when nothing else is.
+    """
+    artifacts = [Artifact(base_dir, path) for path in paths]
+    known = [artifact for artifact in artifacts if artifact.made_from() is not None]
+    kept = [artifact for artifact in known if artifact.made_from() == artifact.vectors_now()]
+    if not kept:
+        gone = [artifact for artifact in known if artifact.vectors_now() is None]
+        last = max(gone, key=lambda artifact: artifact.created).made_from() if gone else None
+        kept = [artifact for artifact in gone if artifact.made_from() == last]
+    if not known:
+        kept = artifacts
+    chosen = {artifact.path for artifact in kept}
+    return [path for path in paths if path in chosen], [path for path in paths if path not in chosen]
+
+
+OF_A_FILE = ("multiplier", "preference_type")  # what the loss tables of one request differ in
+
+
+def of_one_request(base_dir: Path, paths: Sequence[Path]) -> tuple[list[Path], dict[str, list[Path]]]:
+    """(kept, why -> left out): of the loss tables of a split, those of the request that was measured last."""
+    asked: dict[str, list[Artifact]] = {}
+    for path in paths:
+        artifact = Artifact(base_dir, path)
+        asked.setdefault(manifest.identity(_request(artifact)), []).append(artifact)
+    groups = sorted(asked.values(), key=lambda group: max(artifact.created for artifact in group))
+    out: dict[str, list[Path]] = {}
+    for group in groups[:-1]:
+        why = manifest.differences(_request(group[0]), _request(groups[-1][0]))
+        out.setdefault(why, []).extend(artifact.path for artifact in group)
+    return [artifact.path for artifact in groups[-1]] if groups else [], out
+
+
+def _request(artifact: Artifact) -> dict[str, Any]:
+    return {name: value for name, value in artifact.parts.items() if name not in OF_A_FILE}

@@ -1,0 +1,134 @@
+"""Where things lie and how they are read and written. The only file with path strings.
+
+Layout: contract of the released runner (models/, data/, hparams/, vectors/, generation/ below base_dir).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spilt.cell import Cell
+from spilt.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+PREFERENCE_TYPES = ("winning_only", "losing_only")
+SPLITS = {"train": "train_losses.csv", "test": "test_losses.csv"}
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
+
+
+def checked_name(kind: str, name: str) -> str:
+    """A name that is about to become part of a path: one folder name, no '/', no '..'."""
+    if not _NAME.match(name) or ".." in name:
+        raise UserError(f"{kind} {name!r} cannot be a folder name: letters, digits, '.', '_' and '-' only, and no '..'")
+    return name
+
+
+class Store:
+    """All paths of one base_dir."""
+
+    def __init__(self, base_dir: Path | str) -> None:
+        self.base_dir = Path(base_dir)
+
+    def model(self, name: str) -> Path:
+        return self.base_dir / "models" / checked_name("model name", name)
+
+    def models(self) -> list[str]:
+        """The checkpoint folders that there are."""
+        folder = self.base_dir / "models"
+        return sorted(p.parent.name for p in folder.glob("*/config.json")) if folder.is_dir() else []
+
+    @staticmethod
+    def leaf(cell: Cell) -> str:
+        return "caa_vector" if cell.method == "caa" else f"{cell.method}_{cell.intervention}"
+
+    @staticmethod
+    def dataset_folder(cell: Cell) -> str:
+        """axbench keeps one folder per concept."""
+        name = checked_name("dataset", cell.dataset)
+        return name if cell.concept is None else f"{name}_concept_{cell.concept}"
+
+    def vector_folder(self, cell: Cell) -> Path:
+        folder = self.base_dir / "vectors" / checked_name("model name", cell.model) / cell.method / self.dataset_folder(cell)
+        return folder / self.leaf(cell)
+
+    def vector(self, cell: Cell, layer: int) -> Path:
+        return self.vector_folder(cell) / f"layer_{layer}.pt"
+
+    def metadata(self, cell: Cell, layer: int) -> Path:
+        return self.vector_folder(cell) / f"metadata_layer_{layer}.jsonl"
+
+    def checkpoint(self, cell: Cell, layer: int) -> Path:
+        """State of a fit under way; removed when it is finished."""
+        return self.vector_folder(cell) / f"layer_{layer}.unfinished.pt"
+
+    def train_log(self, cell: Cell) -> Path:
+        return self.vector_folder(cell) / "train.log"
+
+    def generation_folder(self, cell: Cell) -> Path:
+        folder = self.base_dir / "generation" / checked_name("model name", cell.model) / cell.method
+        return folder / checked_name("dataset", cell.dataset) / f"{cell.method}_{cell.intervention}"
+
+    def results(self, cell: Cell, multiplier: float) -> Path:
+        """One file per multiplier; with concepts, one file for all of them."""
+        if cell.concept is not None:
+            return self.generation_folder(cell) / f"all_generation_results_m{float(multiplier)}.json"
+        return self.generation_folder(cell) / f"m{float(multiplier)}" / f"{cell.dataset}_results.json"
+
+    def generated(self, cell: Cell) -> list[tuple[float, Path]]:
+        """(multiplier, results file) of everything that has been generated, with or without concepts, by multiplier."""
+        folder, found = self.generation_folder(cell), []
+        for path in [*folder.glob(f"m*/{cell.dataset}_results.json"), *folder.glob("all_generation_results_m*.json")]:
+            name = path.parent.name if path.parent != folder else path.stem.removeprefix("all_generation_results_")
+            try:
+                found.append((float(name.removeprefix("m")), path))
+            except ValueError:  # a manifest, or a folder of somebody's own: no multiplier, no results of ours
+                continue
+        return sorted(found)
+
+    def unfinished(self, cell: Cell, rank: int) -> Path:
+        """Texts made by a run that did not finish; one file per process, removed when the results are written."""
+        return self.generation_folder(cell) / f"unfinished_{rank}.jsonl"
+
+    def generation_log(self, cell: Cell, multiplier: float) -> Path:
+        return self.generation_folder(cell) / "logs" / f"{cell.method}_{cell.intervention}_m{float(multiplier)}.log"
+
+    def loss_root(self, model: str) -> Path:
+        return self.base_dir / "vectors" / checked_name("model name", model) / "get_sft_loss"
+
+    def loss_roots(self) -> list[Path]:
+        """Those that there are, of all models."""
+        return sorted((self.base_dir / "vectors").glob("*/get_sft_loss"))
+
+    def loss_folder(self, cell: Cell) -> Path:
+        return self.loss_root(cell.model) / cell.method / self.dataset_folder(cell) / f"{cell.method}_{cell.intervention}"
+
+    def losses(self, cell: Cell, multiplier: float, preference_type: str, split: str) -> Path:
+        name = f"{cell.intervention}_{cell.method}_m{float(multiplier)}_{preference_type}"
+        return self.loss_folder(cell) / name / SPLITS[split]
+
+    def unfinished_losses(self, cell: Cell, rank: int) -> Path:
+        """Losses scored by a run that did not finish; one file per process, removed when the tables are written."""
+        return self.loss_folder(cell) / f"unfinished_{rank}.jsonl"
+
+    def unfinished_work(self, verb: str, cells: Sequence[Cell]) -> list[Path]:
+        """What runs that did not finish left of a step: checkpoints of fits, or lines of texts or losses."""
+        if verb == "fit":
+            return [path for cell in cells for layer in cell.layers if (path := self.checkpoint(cell, layer)).exists()]
+        folder = self.generation_folder if verb == "generate" else self.loss_folder
+        return sorted({path for cell in cells for path in folder(cell).glob("unfinished_*.jsonl")})
+
+    def control(self, cell: Cell) -> Path:
+        """Random directions of the same norm, per draw and multiplier."""
+        return self.loss_folder(cell) / "control.csv"
+
+    def relative(self, path: Path) -> str:
+        """For messages and manifests: below base_dir where it is."""
+        try:
+            return str(path.relative_to(self.base_dir))
+        except ValueError:
+            return str(path)

@@ -1,0 +1,163 @@
+"""Run only what an intervention changes: record the stream at block `layer` once, then replay the blocks after it.
+
+Blocks 0..layer do not depend on the intervention, so their output serves every epoch, pair, factor, multiplier and
+method. Replay needs no family code: the library's own forward runs, with the blocks before `layer` passing their
+input through and block `layer` returning the given stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from spilt.steering import anatomy, hooks
+
+_returns_tuple: dict[type, bool] = {}  # class of a block -> what its forward returns, learnt once
+
+
+class Recorded(NamedTuple):
+    """Streams of one padded batch. h [B, T, D]; x: read point name -> [B, T, F]."""
+
+    h: Tensor
+    x: dict[str, Tensor]
+
+
+class _Reached(Exception):
+    """Block `layer` has been computed: the rest of the forward is not needed."""
+
+
+@torch.no_grad()
+def record(model: nn.Module, layer: int, input_ids: Tensor, components: tuple[str, ...] = (), **inputs: Any) -> Recorded:
+    """The output of block `layer` (and the read points asked for); the forward stops there.
+
+    input_ids [B, T], right-padded: causal attention keeps the padding away from real tokens, so no mask is needed.
+    """
+    seen: dict[str, Tensor] = {}
+    with ExitStack() as handles:
+        for component in components:
+
+            def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = component) -> None:
+                seen[name] = hooks.input_of(args, kwargs)
+
+            at = anatomy.read_point(model, layer, component)
+            handles.callback(at.register_forward_pre_hook(read, with_kwargs=True).remove)
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            _returns_tuple[type(module)] = isinstance(output, tuple)
+            seen["h"] = hooks.first(output)
+            raise _Reached
+
+        handles.callback(anatomy.block(model, layer).register_forward_hook(stop).remove)
+        inputs.setdefault("use_cache", False)
+        try:
+            model(input_ids=input_ids, **inputs)
+        except _Reached:
+            return Recorded(seen.pop("h"), seen)
+    raise RuntimeError(f"block {layer} was not reached by a forward of {type(model).__name__}")
+
+
+def returns_tuple(model: nn.Module) -> bool:
+    """Whether this model's blocks return a tuple (by family and transformers version): asked of block 0 with one token."""
+    kind = type(anatomy.block(model, 0))
+    if kind not in _returns_tuple:
+        record(model, 0, torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device))  # type: ignore[operator]
+    return _returns_tuple[kind]
+
+
+@contextmanager
+def replay(model: nn.Module, layer: int, stream: Tensor) -> Iterator[None]:
+    """Inside: blocks before `layer` pass their input through and block `layer` returns `stream` [B, T, D]."""
+    as_output = (lambda h: (h,)) if returns_tuple(model) else (lambda h: h)
+
+    def pass_through(*args: Any, **kwargs: Any) -> Any:
+        return as_output(hooks.input_of(args, kwargs))
+
+    def give_stream(*args: Any, **kwargs: Any) -> Any:
+        return as_output(stream)
+
+    with ExitStack() as undo:
+        for index, module in enumerate(anatomy.blocks(model)[: layer + 1]):
+            undo.enter_context(_forward(module, give_stream if index == layer else pass_through))
+        yield
+
+
+@contextmanager
+def _forward(module: nn.Module, instead: Callable[..., Any]) -> Iterator[None]:
+    """Inside: the module's forward is another one."""
+    own = module.__dict__.get("forward")  # accelerate puts one there when it places a model
+    module.forward = instead
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+@contextmanager
+def checkpointed(model: nn.Module, layer: int) -> Iterator[None]:
+    """Inside: blocks after `layer` keep their input alone for the backward pass and run once more there (arXiv 1604.06174).
+
+    Not the last one: its MLP sees fewer rows only while `last_mlp_rows` lasts, and keeps little.
+    """
+    with ExitStack() as undo:
+        for module in anatomy.blocks(model)[layer + 1 : -1]:
+            undo.enter_context(_forward(module, partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)))
+        yield
+
+
+@contextmanager
+def head_rows(model: nn.Module, keep: Tensor) -> Iterator[None]:
+    """Inside: the output head sees only the positions in `keep` [B, T] bool, so logits are [1, n, V]."""
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][keep.to(args[0].device)][None], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def last_mlp_rows(model: nn.Module, keep: Tensor) -> Iterator[None]:
+    """Inside: the last block's MLP sees only the positions in `keep` [B, T] bool; elsewhere it adds 0, which nobody looks at.
+
+    Nothing reads the last block's output but the head. With hooks inside that MLP (it is being steered) it sees all positions.
+    """
+    mlp = anatomy.read_point(model, len(anatomy.blocks(model)) - 1, "mlp")
+    if any(module._forward_hooks or module._forward_pre_hooks for module in mlp.modules()):
+        yield
+        return
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][keep.to(args[0].device)], *args[1:])
+
+    def put_back(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        at = keep.to(output.device)
+        return output.new_zeros(*at.shape, output.shape[-1]).masked_scatter(at[..., None], output)
+
+    with ExitStack() as handles:
+        handles.callback(mlp.register_forward_pre_hook(select).remove)
+        handles.callback(mlp.register_forward_hook(put_back).remove)
+        yield
+
+
+def logits(model: nn.Module, layer: int, stream: Tensor, keep: Tensor, **inputs: Any) -> Tensor:
+    """Logits [n, V] at the positions `keep` [B, T], from the stream [B, T, D] that leaves block `layer`.
+
+    Gradients flow to `stream` and no further down. Sequences are right-padded.
+    """
+    # what enters the model is never looked at: block `layer` gives the stream; a zero-stride tensor carries the shape
+    nothing = torch.zeros((), dtype=stream.dtype, device=stream.device).expand(stream.shape)
+    inputs.setdefault("use_cache", False)
+    with replay(model, layer, stream), last_mlp_rows(model, keep), head_rows(model, keep):
+        return model(inputs_embeds=nothing, **inputs).logits[0]

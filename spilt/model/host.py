@@ -1,0 +1,167 @@
+"""Host: the model and its tokenizer, loaded once per run. A record, not a wrapper."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from spilt.data.chat import Chat
+from spilt.errors import UserError, first_line
+from spilt.memory import ran_out
+from spilt.model import checkpoint, template
+from spilt.steering import anatomy
+
+log = logging.getLogger("spilt")
+BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")  # that older files hold and the model computes
+SMALL = 256  # hidden size below which one CPU thread is the fastest
+
+
+class Host(NamedTuple):
+    model: nn.Module
+    tokenizer: Any
+    path: Path
+
+    @property
+    def pad_id(self) -> int:
+        return pad_id(self.tokenizer)
+
+    def chat(self, use_chat_template: bool, system_prompt: str) -> Chat:
+        return _chat(self.tokenizer, use_chat_template, system_prompt, anatomy.vocabulary(self.model))
+
+    def device(self, layer: int) -> torch.device:
+        return anatomy.device_of(self.model, layer)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Any token serves: padding is masked. The tokenizer's own where it has one."""
+    return next((int(token) for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+
+
+@cache
+def _chat(tokenizer: Any, use_chat_template: bool, system_prompt: str, vocabulary: int) -> Chat:
+    if use_chat_template and tokenizer.chat_template and template.check(tokenizer.chat_template, tokenizer.special_tokens_map):
+        log.warning(
+            "the chat template writes today's date into every prompt, so what is made on another day is another result and older ones "
+            "count as stale; to keep them, write a fixed date in place of %s(...) in the model's chat template",
+            template.CLOCK,
+        )
+    return replace(Chat.of(tokenizer, use_chat_template, system_prompt or None), vocabulary=vocabulary)
+
+
+def load(path: Path, dtype: str, device: str) -> Host:
+    """The checkpoint in evaluation mode with frozen weights; 'auto' places it by accelerate's device map.
+
+    Local files only, no code from the checkpoint. Raises UserError for a folder that is no such checkpoint, for weights that are not
+    those of its config.json, for too little memory, or a device that is not there.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    _check_device(device)
+    try:
+        checkpoint.check(path)
+        checkpoint.check_weights(path)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        # sdpa leaves out the soft cap on Gemma-2's attention scores
+        eager = {"attn_implementation": "eager"} if getattr(config.get_text_config(), "attn_logit_softcapping", None) else {}
+        placed = {"device_map": "auto"} if device == "auto" else {"device_map": {"": device}}
+        given = {"config": config, "dtype": getattr(torch, dtype), "local_files_only": True, "trust_remote_code": False, **placed, **eager}
+        # with sizes ignored it tells which ones differ; nothing that it makes up is used
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **given, ignore_mismatched_sizes=True, output_loading_info=True)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the library raises on a file that it does not understand
+        raise UserError(_why(path, dtype, device, error)) from error
+    model, found = loaded
+    _check_keys(path, found, model)
+    anatomy.family(model)  # an unknown family is told now
+    if tokenizer.vocab_size > anatomy.vocabulary(model):
+        raise UserError(
+            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, the model {anatomy.vocabulary(model)}; "
+            "take the tokenizer that belongs to the model"
+        )
+    # handing work of this size to other threads costs more than it saves, and much more when other programs want the cores
+    if device == "cpu" and config.get_text_config().hidden_size < SMALL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    return Host(model.eval().requires_grad_(False), tokenizer, path)
+
+
+def _check_keys(path: Path, found: Mapping[str, Any], model: nn.Module) -> None:
+    """What the library reports on loading: it fills what is missing with random numbers and drops what it does not know."""
+    said = []
+    for name, what in (("missing_keys", "missing"), ("unexpected_keys", "unknown to the model"), ("mismatched_keys", "of another size")):
+        keys = sorted(_key(entry, model, name) for entry in found.get(name) or ())
+        keys = [key for key in keys if name != "unexpected_keys" or not key.endswith(BUFFERS)]
+        if keys:
+            said.append(f"{len(keys)} {what}: {_some(keys)}")
+    said += [first_line(UserError(text)) for text in found.get("error_msgs") or ()]
+    if said:
+        raise UserError(
+            f"{path}: its weights are not those of its config.json: {'; '.join(said)}; "
+            "download the checkpoint again, or take the config.json that belongs to the weights"
+        )
+
+
+def _key(entry: Any, model: nn.Module, kind: str) -> str:
+    """A name; of another size: with the sizes (transformers 5 gives name, the file's size and the model's, 4 the name alone)."""
+    if isinstance(entry, str):
+        own = model.state_dict().get(entry) if kind == "mismatched_keys" else None
+        return entry if own is None else f"{entry}, wanted {list(own.shape)}"
+    name, stored, wanted = entry
+    return f"{name} {list(stored)}, wanted {list(wanted)}"
+
+
+def _some(names: Iterable[str], most: int = 12) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _why(path: Path, dtype: str, device: str, error: Exception) -> str:
+    """What kept a checkpoint from loading, in one sentence with the way out; never a library's advice to load unsafely."""
+    files = [file for file in checkpoint.weights(path) if file.is_file()] if path.is_dir() else []
+    if ran_out(error) or "Cannot allocate memory" in str(error):
+        size = sum(file.stat().st_size for file in files) / 2**30
+        return (
+            f"{path}: not enough memory to load it as {dtype} on {device} (its weight files have {size:.2f} GiB); "
+            "--dtype bfloat16, --device auto, or a smaller model"
+        )
+    if "trust_remote_code" in str(error):
+        return f"{path}: needs code of its own, which is never run; have: {', '.join(sorted(anatomy.FAMILIES))}, as transformers knows them"
+    pickled = [file for file in files if file.suffix == ".bin"]
+    if pickled and not isinstance(error, ImportError) and ("weights_only" in str(error) or not _plain(pickled)):
+        return (
+            f"{pickled[0]}: holds more than tensors, or is damaged, and a pickle that may run code is not opened; "
+            "take the checkpoint's .safetensors files, or save it as such where you trust it"
+        )
+    said = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])[:300]  # a second line has the reason of a wrong value
+    what = f"cannot be loaded as a Hugging Face checkpoint: {type(error).__name__}: {said or 'no reason given'}"
+    return f"{path}: {what}; take the files as they were published, config.json too"
+
+
+def _plain(files: Iterable[Path]) -> bool:
+    """Whether pickled weights are tensors alone."""
+    try:
+        for file in files:
+            torch.load(file, map_location="meta", weights_only=True)
+    except Exception:  # noqa: BLE001 - of any kind: the file is junk
+        return False
+    return True
+
+
+def _check_device(device: str) -> None:
+    if device == "auto":
+        return
+    try:
+        wanted = torch.device(device)
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise UserError(f"--device {device} is not here ({first_line(error)}); have: {', '.join(have)}; try --device {have[-1]}") from None

@@ -1,0 +1,71 @@
+"""attach(model, sites): the only place that registers hooks on a model. Borrowed with `with`, given back unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spilt.steering import anatomy
+from spilt.steering.interventions import Intervention, Multiplier
+
+
+class Site(NamedTuple):
+    """One intervention at one layer. positions [B, T] bool: where it acts, None = everywhere (generation)."""
+
+    layer: int
+    intervention: Intervention
+    multiplier: Multiplier
+    positions: Tensor | None = None
+
+
+def base(layer: int, intervention: Intervention) -> int:
+    """The block whose output can be recorded: block `layer`, or the one below it when the inside of `layer` is steered."""
+    return layer if intervention.site == "block" else layer - 1
+
+
+def first(output: Any) -> Tensor:
+    """The stream in what a block returns: a tensor or a tuple, by family and transformers version."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def like(output: Any, stream: Tensor) -> Any:
+    """`output` with its stream replaced."""
+    return (stream, *output[1:]) if isinstance(output, tuple) else stream
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states handed to a module, positionally or by name."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def steer(site: Site, h: Tensor, x: Tensor | None) -> Tensor:
+    """The intervention at the positions where it acts, h elsewhere."""
+    multiplier = site.multiplier.to(h.device) if isinstance(site.multiplier, Tensor) else site.multiplier
+    steered = site.intervention(h, x, multiplier)
+    return steered if site.positions is None else torch.where(site.positions.to(h.device)[..., None], steered, h)
+
+
+@contextmanager
+def attach(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
+    """Steer every forward inside the `with`; all hooks are gone after it, also when it is left by an exception."""
+    with ExitStack() as handles:
+        for site in sites:
+            seen: list[Tensor] = []  # the read point of the forward under way; at most one
+            if site.intervention.component is not None:
+
+                def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seen: list[Tensor] = seen) -> None:
+                    seen[:] = [input_of(args, kwargs)]
+
+                at = anatomy.read_point(model, site.layer, site.intervention.component)
+                handles.callback(at.register_forward_pre_hook(read, with_kwargs=True).remove)
+
+            def write(_: nn.Module, args: tuple[Any, ...], output: Any, site: Site = site, seen: list[Tensor] = seen) -> Any:
+                return like(output, steer(site, first(output), seen.pop() if seen else None))
+
+            here = anatomy.down_proj(model, site.layer) if site.intervention.site == "down_proj" else anatomy.block(model, site.layer)
+            handles.callback(here.register_forward_hook(write).remove)
+        yield

@@ -1,0 +1,243 @@
+"""layer_{id}.pt: one fitted intervention, or one for each concept, in the released formats (contract.md, section 5)."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spilt.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from spilt.steering.interventions import Intervention
+
+
+def dump(intervention: Intervention, concept: int | None) -> bytes:
+    """The bytes of layer_{id}.pt for one concept; equal parameters give equal bytes."""
+    state = intervention.state()
+    if isinstance(state, dict):
+        state["concept_id"] = 0 if concept is None else concept
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def metadata_line(intervention: Intervention, concept: int | None, text: str | None) -> str:
+    """metadata_layer_{id}.jsonl: one object per concept."""
+    fields = {"concept_id": 0 if concept is None else concept, "concept": text, **intervention.describe(), "ref": None}
+    return json.dumps(fields, ensure_ascii=False) + "\n"
+
+
+def load(
+    path: Path, form: str, concept: int | None, hidden: int, widths: dict[str, int], default_component: str, site: str
+) -> Intervention:
+    """One concept's intervention from a stored file, checked against the model.
+
+    hidden: D of the model. widths: read point name -> F. default_component: for files that do not name one.
+    Raises UserError naming the file, what was found and what was wanted; a pickle that needs code is refused.
+    """
+    from spilt.steering.interventions import INTERVENTIONS
+
+    state = one_concept(read(path), path, form, concept)
+    component = None
+    if form != "vector":
+        component = str(state.get("intervention_components") or default_component)
+        if component not in widths:
+            raise UserError(f"{path}: intervention_components {component!r} is not one of {', '.join(widths)}")
+    check_shapes(state, path, form, hidden, widths.get(component, hidden) if component else hidden, component)
+    made = INTERVENTIONS[form].from_state(state, component=component, site=site)
+    return made.eval().requires_grad_(False)
+
+
+MADE_ELSEWHERE = (".safetensors", ".gguf", ".npz", ".npy", ".bin", ".pth", ".pt", ".ckpt", ".pkl")
+MAGIC = {
+    b"GGUF": "a GGUF file, as llama.cpp has it",
+    b"\x93NUMPY": "a NumPy array (.npy)",
+    b"\x89HDF": "an HDF5 file",
+    b"\x1f\x8b": "a gzip archive",
+    b"version https://git-lfs": "a pointer of git-lfs, not the file itself: fetch it with git lfs pull",
+}
+BY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before it wrote zip archives
+WAY_OUT = "wanted a file that torch.save wrote of a tensor [D] or of a dict of tensors"
+
+
+def beside(path: Path) -> str:
+    """For the message that a vector file is missing: what lies there under other names. '' when nothing does."""
+    try:
+        names = sorted(found.name for found in path.parent.iterdir() if found.suffix in MADE_ELSEWHERE and "unfinished" not in found.name)
+    except OSError:
+        return ""
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return f" (there: {shown}; only a {path.name} that torch.save wrote is read)" if names else ""
+
+
+def _container(path: Path) -> str | None:
+    """What kind of file it is when torch.save did not write it; None when it may have."""
+    import zipfile
+
+    with open(path, "rb") as file:
+        head = file.read(64)
+    for magic, what in MAGIC.items():
+        if head.startswith(magic):
+            return what
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if names and all(name.endswith(".npy") for name in names):
+            return "a NumPy archive (.npz)"
+        if any(name.endswith("/constants.pkl") for name in names):
+            return "a TorchScript program"
+        return None if any(name.endswith("data.pkl") for name in names) else "a zip archive without tensors"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        return "a safetensors file"
+    if head[:1] == b"\x80" and not head.startswith(BY_TORCH):
+        return "a pickle, which can run code when it is read"
+    return None
+
+
+def read(path: Path) -> Any:
+    import pickle
+    import struct
+    import zipfile
+    import zlib
+
+    import torch
+
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no plain file; {WAY_OUT}")
+        if (what := _container(path)) is not None:
+            raise UserError(f"{path}: is {what}; {WAY_OUT}")
+        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise UserError(f"{path}: is damaged: the checksum of {damaged} is wrong; make it again with --mode generate --force")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such vector file{beside(path)}; make it with --mode generate") from None
+    except pickle.UnpicklingError as error:  # its text tells how to read the file unsafely: only the name in it is of use
+        named = re.search(r"GLOBAL ([A-Za-z_][\w.]{0,100})", str(error))
+        what = f"a whole model or other Python objects ({named[1]})" if named else "something that could run code"
+        raise UserError(
+            f"{path}: refused: it is not a plain tensor file, it holds {what}; where you trust it, open it yourself and save its tensors "
+            f"alone: {WAY_OUT}"
+        ) from None
+    except (
+        RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, OSError, AssertionError, ArithmeticError, MemoryError,
+        ImportError, struct.error, zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
+        said = "" if re.search(r"weights_only|torch\.load|unsafe", str(error)) else f": {first_line(error)}"
+        raise UserError(f"{path}: cannot be read as a vector file ({type(error).__name__}{said}); {WAY_OUT}") from None
+
+
+def form_of(stored: Any) -> str:
+    """The form of what a layer_{id}.pt holds, by its content."""
+    if not isinstance(stored, dict):
+        return "vector"
+    first = next(iter(stored.values()), None)
+    return "lora" if "lora_A" in (first if isinstance(first, dict) else stored) else "local_weight"
+
+
+def one_concept(stored: Any, path: Path, form: str, concept: int | None) -> Any:
+    """The row or the entry of one concept; a file of one concept serves whatever the id."""
+    import torch
+
+    if form == "vector":
+        if not isinstance(stored, torch.Tensor):
+            raise UserError(f"{path}: holds {_described(stored, path)}; a vector is a tensor [D] (several concepts: [n, D])")
+        if stored.ndim == 2 and len(stored) > 1:
+            if concept is None or not 0 <= concept < len(stored):
+                raise _which_concept(path, concept, list(range(len(stored))))
+            return stored[concept]
+        return stored[0] if stored.ndim == 2 and len(stored) else stored
+    keys_of = {"lora": {"lora_A", "lora_B"}, "local_weight": {"weight", "bias"}}[form]
+    if not isinstance(stored, dict) or not stored:
+        raise UserError(f"{path}: holds {_described(stored, path)}; {form} is a dict of tensors")
+    if keys_of.isdisjoint(stored) and any(isinstance(value, torch.Tensor) for value in stored.values()):
+        raise UserError(f"{path}: holds {_described(stored, path)}; {form} is a dict with {' and '.join(sorted(keys_of))}")
+    if not all(isinstance(value, dict) for value in stored.values()):
+        return stored
+    keys = {str(key): key for key in stored}
+    if concept is None and len(keys) == 1:
+        return next(iter(stored.values()))
+    if str(concept) not in keys:
+        raise _which_concept(path, concept, list(keys))
+    return stored[keys[str(concept)]]
+
+
+def _described(stored: Any, path: Path) -> str:
+    """What a file holds that is not what was wanted, and what to do with it."""
+    import torch
+
+    if isinstance(stored, torch.Tensor):
+        return f"a tensor of shape {list(stored.shape)}, as the form vector has it: --intervention_method vector"
+    if isinstance(stored, list | tuple):
+        return f"a {type(stored).__name__} of {len(stored)}; save the tensor of one layer alone: torch.save(found[{_layer_of(path)}], path)"
+    if not isinstance(stored, dict):
+        return f"a {type(stored).__name__}"
+    names = [str(name) for name in stored]
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    if {"lora_A", "lora_B"} <= stored.keys():
+        return "a dict with lora_A and lora_B: --intervention_method lora"
+    if {"weight", "bias"} <= stored.keys() and getattr(stored["weight"], "ndim", 0) == 2:
+        return "a dict with weight and bias: --intervention_method local_weight"
+    if any(re.search(r"\blora_(A|B|embedding)", name) for name in names):
+        return f"the adapter of another library, PEFT ({shown}), which changes many modules; fit one here: --intervention_method lora"
+    if all(isinstance(value, torch.Tensor) for value in stored.values()) and names:
+        if all(re.fullmatch(r"(layers?[._])?[0-9]{1,4}", name) for name in names):
+            return f"a dict of tensors by layer ({shown}); save the one of this layer alone: torch.save(found[{_layer_of(path)}], path)"
+        if any("." in name for name in names):
+            return f"the parameters of a whole model, a state dict of {len(names)} tensors ({shown}); save the steering vector alone"
+    return f"a dict ({shown})" if names else "an empty dict"
+
+
+def _layer_of(path: Path) -> str:
+    found = re.fullmatch(r"layer_(\d+)\.pt", path.name)
+    return found[1] if found else "layer"
+
+
+def _which_concept(path: Path, concept: int | None, have: list[Any]) -> UserError:
+    asked = "and none was asked for" if concept is None else f"not concept_id {concept}"
+    shown = ", ".join(map(str, have[:20])) + (", ..." if len(have) > 20 else "")
+    return UserError(f"{path}: has {len(have)} concepts ({shown}), {asked}; choose one: --set concept_id=N, or in the YAML file")
+
+
+def check_shapes(state: Any, path: Path, form: str, hidden: int, width: int, component: str | None) -> None:
+    """Every tensor there, of the model's shape, floating and finite."""
+    import torch
+
+    found = {"": state} if form == "vector" else state
+    rank = None
+    if form == "lora":
+        shape: tuple[int, ...] = tuple(getattr(state.get("lora_A"), "shape", ()))
+        rank = int(shape[1]) if len(shape) == 2 else None
+        if rank is None or rank < 1:
+            raise UserError(f"{path}: lora_A has shape {list(shape)}; wanted [F, r] = [{width}, rank]")
+        for name in ("r", "alpha"):
+            if not isinstance(state.get(name), int | float | None):
+                raise UserError(f"{path}: {name} is a {type(state[name]).__name__}; wanted a number")
+        if state.get("r") not in (None, rank):
+            raise UserError(f"{path}: says r = {state['r']}, but lora_A has shape {list(shape)}")
+    forms: dict[str, dict[str, tuple[int, ...]]] = {
+        "vector": {"": (hidden,)},
+        "lora": {"lora_A": (width, rank or 0), "lora_B": (rank or 0, hidden)},
+        "local_weight": {"weight": (width, hidden), "bias": (hidden,)},
+    }
+    for name, size in forms[form].items():
+        value = found.get(name)
+        label = name or "the vector"
+        if not isinstance(value, torch.Tensor):
+            raise UserError(f"{path}: {label} is missing; wanted a tensor of shape {list(size)}; found: {', '.join(map(str, found))}")
+        if tuple(value.shape) != size:
+            at = f" (read at {component!r})" if component else ""
+            raise UserError(f"{path}: {label} has shape {list(value.shape)}; this model wants {list(size)}{at}")
+        if not value.is_floating_point():
+            raise UserError(f"{path}: {label} has dtype {value.dtype}; wanted floating point")
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise UserError(f"{path}: {label} is a {value.layout} tensor on {value.device}; wanted a plain one on the CPU")
+        if not torch.isfinite(value.float()).all():
+            raise UserError(f"{path}: {label} holds NaN or infinite values; fit it again")

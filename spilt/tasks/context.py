@@ -1,0 +1,36 @@
+"""Texts that are longer than the model's context: an error where its table of positions ends, elsewhere a warning."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from torch import nn
+
+from spilt.errors import UserError
+from spilt.steering import anatomy
+
+log = logging.getLogger("spilt")
+
+
+def check_context(model: nn.Module, what: str, texts: Sequence[tuple[int, int]], way_out: str, max_new_tokens: int | None = None) -> None:
+    """texts: (0-based row of the data file, tokens). what: names the work in the warning, one for all texts.
+
+    max_new_tokens: how many are generated after each. The last of them is chosen and never read, so it needs no position.
+    Raises UserError when the model has a learned table of positions that is too short.
+    """
+    context = anatomy.context(model)
+    if context is None:
+        return
+    more = max_new_tokens - 1 if max_new_tokens else 0
+    beyond = [(tokens, row) for row, tokens in texts if tokens + more > context]
+    if not beyond:
+        return
+    tokens, row = max(beyond)
+    longest = f"row {row} (0-based), {tokens} tokens" + (f" with max_new_tokens {max_new_tokens}" if max_new_tokens else "")
+    if anatomy.family(model).absolute_positions:
+        raise UserError(f"{longest}: longer than the model's context of {context} tokens, where its table of positions ends; {way_out}")
+    log.warning(
+        "%s: %d of %d are longer than the model's context of %d tokens, beyond which it was not trained (the longest: %s); %s",
+        what, len(beyond), len(texts), context, longest, way_out,
+    )  # fmt: skip

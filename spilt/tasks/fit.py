@@ -1,0 +1,175 @@
+"""Fit: find the intervention of one cell and store it (`--mode generate`)."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import pickle
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from spilt import plan
+from spilt.artifacts import manifest
+from spilt.artifacts.atomic import atomic_write
+from spilt.artifacts.store import Store
+from spilt.cell import Cell
+from spilt.data import readers
+from spilt.engine import train as training
+from spilt.errors import NotFinite, UserError
+from spilt.methods import METHODS
+from spilt.plan import Step
+from spilt.steering import hooks
+from spilt.steering.interventions import Intervention
+from spilt.steering.layer_file import dump, metadata_line
+from spilt.tasks.context import check_context
+from spilt.tasks.recordings import Run, tell_replaced
+
+log = logging.getLogger("spilt")
+NO_EFFECT = 1e-6  # norm of an update: the stream's is 1 and more, so this is below what its own rounding changes
+DIGEST = 32  # bytes of a sha256
+
+
+def fit(step: Step, run: Run) -> str:
+    """Find the intervention of one cell, at each of its layers, and store it: 'done' or 'already done'."""
+    (cell,) = step.cells
+    settings: Any = step.settings
+    done = 0
+    for layer, (path, parts) in zip(cell.layers, plan.output_parts(step, run.request.limit, run.seen).items(), strict=True):
+        standing = manifest.standing(path, parts)
+        if not run.request.force and standing in ("done", "foreign"):
+            if standing == "foreign":
+                log.warning("%s has no manifest (made elsewhere): kept as it is; --force fits it again", run.store.relative(path))
+            done += 1
+            continue
+        tell_replaced(str(step), {path: parts}, run)
+        rows: list[dict[str, float]] = []
+        fmt = readers.dataset_format(run.request.base_dir, cell.dataset, plan.DATA_OF["fit"]["train"])
+        if METHODS[cell.method].estimate is not None:
+            intervention = _closed_form(cell, layer, settings, run, fmt)
+        else:
+            intervention, rows = _train(cell, layer, settings, run, fmt, manifest.identity(parts))
+        _check_finite(intervention, layer)
+        check_effect(cell, layer, intervention)
+        text = readers.concepts(fmt).get(cell.concept) if cell.concept is not None else None
+        run.seen.again(step.inputs)
+        atomic_write(run.store.metadata(cell, layer), metadata_line(intervention, cell.concept, text))
+        atomic_write(run.store.train_log(cell), _train_log(cell, layer, rows, run.store))
+        notes = {"layer": layer, "steps": len(rows), "last_loss": rows[-1]["loss"] if rows else None}
+        run.store_result(step, path, dump(intervention, cell.concept), parts, notes)
+        run.store.checkpoint(cell, layer).unlink(missing_ok=True)
+    return "already done" if done == len(cell.layers) else "done"
+
+
+def check_effect(cell: Cell, layer: int, intervention: Intervention) -> None:
+    """Raises UserError for an update so small that no multiplier gives it an effect: nothing was learnt, and nothing is to be stored."""
+    norm = intervention.norm()
+    if norm < NO_EFFECT:
+        raise UserError(
+            f"{cell} layer {layer}: the fitted {cell.intervention} is zero (norm {norm:.3g}), so it changes nothing at any multiplier; "
+            "do the two answers of the pairs differ, and is lr large enough?"
+        )
+
+
+def _train(
+    cell: Cell, layer: int, settings: Any, run: Run, fmt: readers.DatasetFormat, identity: str
+) -> tuple[Intervention, list[dict[str, float]]]:
+    intervention = training.new_intervention(run.host.model, layer, settings)
+    base = hooks.base(layer, intervention)
+    key = next(key for key in run.recordings.keys(_as_step(cell, settings, fmt)) if key.layer == base)
+    cache = run.recordings.get(key, run.host, fmt, intervention.component if base == layer else None)
+    prefix = run.host.chat(settings.use_chat_template, settings.system_prompt).prefix_length
+    job = training.Fit(run.host.model, layer, intervention, cache, settings, METHODS[cell.method], prefix)
+    unfinished = run.store.checkpoint(cell, layer)
+    resume = None if run.request.force else _resume(unfinished, identity)
+    saved = time.monotonic()
+
+    def checkpoint(state: Callable[[], dict[str, Any]]) -> None:
+        nonlocal saved
+        if time.monotonic() - saved >= run.request.checkpoint_seconds:
+            atomic_write(unfinished, sealed({"identity": identity, **state()}))
+            saved = time.monotonic()
+
+    with tqdm(desc=f"fit {cell}", unit="step", leave=False, disable=run.quiet) as bar:
+
+        def progress(step: int, steps: int, loss: float) -> None:
+            bar.total, bar.n = steps, step
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update(0)
+
+        return intervention, training.fit(job, resume=resume, checkpoint=checkpoint, progress=progress)
+
+
+def _check_finite(intervention: Intervention, layer: int) -> None:
+    state = intervention.state()
+    for name, value in state.items() if isinstance(state, dict) else [("the vector", state)]:
+        if isinstance(value, torch.Tensor) and not torch.isfinite(value).all():
+            raise NotFinite(f"{name} of layer {layer} came out with NaN or infinite values; use another --dtype (bfloat16, float32)")
+
+
+def sealed(state: dict[str, Any]) -> bytes:
+    """A state as torch.save writes it, and the sha256 of that (32 bytes) behind it: what is damaged is known before it is used."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.write(hashlib.sha256(buffer.getvalue()).digest())
+    return buffer.getvalue()
+
+
+def _resume(path: Path, identity: str) -> dict[str, Any] | None:
+    """The state that a killed fit of these very settings left, or None. One that is damaged is not used, with a warning."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        if not path.is_file():
+            raise OSError("it is no plain file")
+        data = memoryview(path.read_bytes())
+        if hashlib.sha256(data[:-DIGEST]).digest() != data[-DIGEST:]:
+            raise ValueError("it is damaged: its checksum is not that of its content")
+        state = torch.load(io.BytesIO(data[:-DIGEST]), map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, OSError, MemoryError) as error:
+        why = error if type(error) in (OSError, ValueError) else type(error).__name__  # the words of torch.load are none for a user
+        log.warning("%s: cannot be gone on from: %s; the fit begins again", path, why)
+        return None
+    return state if isinstance(state, dict) and state.get("identity") == identity else None
+
+
+def _as_step(cell: Cell, settings: Any, fmt: readers.DatasetFormat) -> Step:
+    return Step("fit", (cell,), settings, (), Path(), {"train": fmt.path}, (), (), "")
+
+
+def _closed_form(cell: Cell, layer: int, settings: Any, run: Run, fmt: readers.DatasetFormat) -> Intervention:
+    """The estimate of a method, from both answers in the released tokenisation without suffix."""
+    chat = run.host.chat(settings.use_chat_template, settings.system_prompt)
+    pairs = readers.read_pairs(fmt, cell.concept, run.recordings.rows(settings))
+    sequences = [chat.encode_caa(p.question, text, p.row) for p in pairs for text in (p.matching, p.not_matching)]
+    lengths = [(pairs[i // 2].row, len(sequence.input_ids)) for i, sequence in enumerate(sequences)]
+    check_context(run.host.model, f"fit {cell}, answers with their questions", lengths, "shorten the question or its answer")
+    return training.estimate(run.host.model, layer, sequences, settings, METHODS[cell.method], run.host.pad_id)
+
+
+def _train_log(cell: Cell, layer: int, rows: list[dict[str, float]], store: Store) -> str:
+    """The log with this layer's section new; those of the other layers whose vectors lie there stay as they are."""
+    lines = [
+        f"epoch {row['epoch']} step {row['step']} loss {row['loss']:.6f} lr {row['lr']:.6g} grad_norm {row['grad_norm']:.6g}"
+        for row in rows
+    ]
+    told = {at: text for at, text in _told(store.train_log(cell), cell).items() if store.vector(cell, at).exists()}
+    told[layer] = "\n".join(lines or ["closed form: no steps"]) + "\n"
+    return "".join(f"{cell} layer {at}\n{told[at]}" for at in sorted(told))
+
+
+def _told(path: Path, cell: Cell) -> dict[int, str]:
+    """layer -> what train.log says of it under its heading. What is not ours has no such heading."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return {}
+    _, *parts = re.split(rf"^{re.escape(str(cell))} layer (\d{{1,9}})\n", text, flags=re.MULTILINE)
+    return dict(zip(map(int, parts[::2]), parts[1::2], strict=True))

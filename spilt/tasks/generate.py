@@ -1,0 +1,158 @@
+"""Generate: text from a steered model (`--mode apply`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from spilt import plan
+from spilt.artifacts import manifest
+from spilt.artifacts.atomic import atomic_write
+from spilt.artifacts.journal import Lines
+from spilt.cell import Cell
+from spilt.data import readers
+from spilt.engine import decode as generation
+from spilt.plan import Step
+from spilt.steering import hooks
+from spilt.tasks.context import check_context
+from spilt.tasks.recordings import Run, stored, tell_replaced
+
+
+class Text(NamedTuple):
+    """Which text of a step: multiplier (None: the unsteered answer), concept, prompt number, response number."""
+
+    multiplier: float | None
+    concept: int | None
+    prompt: int
+    response: int
+
+
+class Unfinished(Lines):
+    """Texts that are made but not yet in a results file: a line each, so a killed run loses at most the last.
+
+    A line counts only with the identity of the result that it belongs to. Lines of other settings are ignored.
+    """
+
+    def __init__(self, path: Path, identities: dict[float | None, str]) -> None:
+        super().__init__(path)
+        self.identities = identities
+
+    def read(self) -> dict[Text, list[int]]:
+        """Text -> new token ids, of the lines of this request."""
+        found: dict[Text, list[int]] = {}
+        known = {identity: multiplier for multiplier, identity in self.identities.items()}
+        for line in self.whole():
+            try:
+                identity, concept, prompt, response, tokens = line
+                if identity in known and all(isinstance(token, int) for token in tokens):
+                    found[Text(known[identity], concept, prompt, response)] = tokens
+            except (ValueError, TypeError):  # not ours
+                continue
+        return found
+
+    def add(self, text: Text, tokens: list[int]) -> None:
+        self.append([[self.identities[text.multiplier], *text[1:], tokens]])
+
+
+def generate(step: Step, run: Run) -> str:
+    """Text for every prompt, multiplier and response of a step, in one stream; one file per multiplier."""
+    outputs = dict(zip(step.multipliers, plan.output_parts(step, run.request.limit, run.seen).items(), strict=True))
+
+    def decide() -> list[float]:
+        return [m for m, (path, parts) in outputs.items() if run.request.force or manifest.standing(path, parts) != "done"]
+
+    wanted = run.team.agree(decide)
+    if not wanted:
+        return "already done"
+    tell_replaced(str(step), dict(outputs[m] for m in wanted), run)
+    identities = plan.text_identities({m: outputs[m][1] for m in wanted})
+    unfinished = Unfinished(run.store.unfinished(step.cells[0], run.team.rank), identities)
+    if run.request.force:
+        run.team.agree(unfinished.remove)
+    made: dict[float, list[dict[str, Any]]] = {m: [] for m in wanted}
+    try:
+        for cell in step.cells:
+            for m, results in _texts(cell, step, wanted, run, unfinished).items():
+                made[m].append(results)
+    finally:
+        unfinished.close()
+
+    def write() -> None:
+        for m in wanted:
+            content: Any = made[m] if step.cells[0].concept is not None else made[m][0]["generated_results"]
+            run.seen.again(step.inputs)
+            atomic_write(run.store.generation_log(step.cells[0], m), _generation_log(step, m, made[m]))
+            run.store_result(step, outputs[m][0], json.dumps(content, indent=2, ensure_ascii=False) + "\n", outputs[m][1])
+        unfinished.remove()
+
+    run.team.agree(write)
+    return "done"
+
+
+def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinished: Unfinished) -> dict[float, dict[str, Any]]:
+    """multiplier -> {concept_id, concept_name, generated_results, eval_data, multiplier} of one cell."""
+    s: Any = step.settings
+    fmt = readers.dataset_format(run.request.base_dir, cell.dataset, plan.DATA_OF["generate"]["prompts"])
+    given = [n for n in (run.request.limit, s.generation_data_size) if n is not None]
+    prompts = readers.read_prompts(fmt, cell.concept, min(given) if given else None)
+    interventions = run.team.together(lambda: stored(cell, s, run))
+    chat = run.host.chat(s.use_chat_template, s.system_prompt)
+    ids = [tuple(chat.prompt_ids(prompt.input)) for prompt in prompts]
+
+    def sites(multiplier: torch.Tensor) -> list[hooks.Site]:
+        return [hooks.Site(layer, intervention, multiplier) for layer, intervention in interventions.items()]
+
+    strengths = [*([None] if s.generate_orig_output else []), *multipliers]
+    every = [Text(m, cell.concept, i, k) for m in strengths for i in range(len(ids)) for k in range(s.num_responses)]
+    how = generation.decoding(s.generation_params.as_kwargs(), run.host.model, run.host.tokenizer)
+    lengths = [(prompt.row, len(tokens)) for prompt, tokens in zip(prompts, ids, strict=True)]
+    way_out = "shorten the prompt or lower generation_params.max_new_tokens"
+    check_context(run.host.model, f"apply {cell}, prompts", lengths, way_out, how.max_new_tokens)
+
+    def work() -> dict[Text, list[int]]:
+        mine = run.team.mine(every)
+        known = unfinished.read()
+        texts = {text: known[text] for text in mine if text in known}
+        todo = [text for text in mine if text not in texts]
+        # the seed is the prompt's and the response's own: the same random numbers at every multiplier
+        rows = [generation.Row(ids[t.prompt], t.multiplier or 0.0, f"{s.seed}/{t.prompt}/{t.response}") for t in todo]
+        with tqdm(total=len(mine), initial=len(texts), desc=f"apply {cell}", unit="text", leave=False, disable=run.quiet) as bar:
+            for number, new in generation.generate(run.host.model, sites, rows, how, run.request.batch_size or s.batch_size):
+                texts[todo[number]] = new
+                unfinished.add(todo[number], new)
+                bar.update()
+        return texts
+
+    texts = {text: tokens for part in run.team.gather(work) for text, tokens in part.items()}
+
+    def decode(tokens: Any, skip: bool) -> str:
+        return run.host.tokenizer.decode(list(tokens), skip_special_tokens=skip)
+
+    def answers(multiplier: float | None, i: int) -> list[list[int]]:
+        return [texts[Text(multiplier, cell.concept, i, k)] for k in range(s.num_responses)]
+
+    out = {}
+    for m in multipliers:
+        results = [
+            {
+                "input": prompt.input,
+                "orig_pred": [decode(new, True) for new in answers(None, i)] if s.generate_orig_output else [],
+                "pred": [decode(new, True) for new in answers(m, i)],
+                "reference_response": prompt.reference_response,
+                "complete_output": [decode([*ids[i], *new], False) for new in answers(m, i)],
+            }
+            for i, prompt in enumerate(prompts)
+        ]
+        name = next((prompt.concept for prompt in prompts if prompt.concept), None)
+        extra = [prompt.extra for prompt in prompts]
+        out[m] = {"concept_id": cell.concept, "concept_name": name, "generated_results": results, "eval_data": extra, "multiplier": m}
+    return out
+
+
+def _generation_log(step: Step, multiplier: float, made: list[dict[str, Any]]) -> str:
+    rows = sum(len(part["generated_results"]) for part in made)
+    return f"{step}\nmultiplier {multiplier}\nprompts {rows}\nsettings {json.dumps(step.settings.as_dict(), default=str)}\n"

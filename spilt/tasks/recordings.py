@@ -1,0 +1,158 @@
+"""What the steps of a run share: the model, and the activations recorded once for all of them."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spilt import plan
+from spilt.artifacts import manifest
+from spilt.artifacts.store import Store
+from spilt.cell import Cell
+from spilt.data import readers
+from spilt.engine import activations
+from spilt.errors import UserError
+from spilt.methods import METHODS
+from spilt.model import identity
+from spilt.model.host import Host
+from spilt.plan import Request, Step
+from spilt.steering import anatomy
+from spilt.steering.interventions import Intervention
+from spilt.steering.layer_file import load
+from spilt.tasks.context import check_context
+from spilt.team import Team
+
+log = logging.getLogger("spilt")
+
+
+class Key(NamedTuple):
+    """What a recording depends on: equal keys share it."""
+
+    data: Path
+    concept: int | None
+    layer: int
+    use_chat_template: bool
+    system_prompt: str
+    output_length: int
+    limit: int | None
+
+
+class Recordings:
+    """Activations of the pairs, recorded once per (data, layer) for all steps that read them, dropped after the last."""
+
+    def __init__(self, steps: Iterable[Step], limit: int | None) -> None:
+        self.limit = limit
+        self.kept: dict[Key, activations.Activations] = {}
+        self.uses: Counter[Key] = Counter()
+        self.components: dict[Key, set[str]] = {}
+        for step in steps:
+            for key in self.keys(step):
+                self.uses[key] += 1
+                parts = self.components.setdefault(key, set())
+                if step.cells[0].intervention != "vector" and step.settings.site == "block":
+                    parts.add(step.settings.intervention_components)
+
+    def keys(self, step: Step) -> list[Key]:
+        """What a step will ask for."""
+        s: Any = step.settings
+        if step.verb == "generate" or METHODS[step.cells[0].method].estimate is not None and step.verb == "fit":
+            return []
+        below = 0 if s.site == "block" else 1  # the block itself is run again when its inside is steered
+        layers = [layer - below for layer in (s.layers if step.verb == "fit" else (min(s.layers),))]
+        if min(layers) < 0:
+            raise UserError("site: down_proj at layer 0 has no block below it to record; choose a layer above 0, or site: block")
+        return [
+            Key(path, step.cells[0].concept, layer, s.use_chat_template, s.system_prompt, s.output_length, self.rows(s))
+            for path in step.data.values()
+            for layer in layers
+        ]
+
+    def rows(self, settings: Any) -> int | None:
+        """How many rows are read: the smaller of --limit and max_num_of_examples."""
+        given = [n for n in (self.limit, settings.max_num_of_examples) if n is not None]
+        return min(given) if given else None
+
+    def get(self, key: Key, host: Host, fmt: readers.DatasetFormat, component: str | None) -> activations.Activations:
+        """Sequence 2 i is row i's matching answer, 2 i + 1 its not-matching one."""
+        known = self.components.setdefault(key, set())
+        if key not in self.kept or (component is not None and component not in self.kept[key].x):
+            if component is not None:
+                known.add(component)
+            chat = host.chat(key.use_chat_template, key.system_prompt)
+            pairs = readers.read_pairs(fmt, key.concept, key.limit)
+            sequences = [
+                chat.encode(pair.question, text, key.output_length, pair.row)
+                for pair in pairs
+                for text in (pair.matching, pair.not_matching)
+            ]
+            lengths = [(pairs[i // 2].row, len(sequence.input_ids)) for i, sequence in enumerate(sequences)]
+            check_context(host.model, f"{fmt.path}, answers with their questions", lengths, "lower output_length")
+            self.kept[key] = activations.record(host.model, key.layer, sequences, sorted(known), host.pad_id, together=2)
+        return self.kept[key]
+
+    def clear(self) -> None:
+        """Another model is about to be loaded."""
+        self.kept.clear()
+
+    def release(self, step: Step) -> None:
+        """The step is over: drop what no later step reads."""
+        for key in self.keys(step):
+            self.uses[key] -= 1
+            if self.uses[key] <= 0:
+                self.kept.pop(key, None)
+
+
+class Run(NamedTuple):
+    """What every step is handed."""
+
+    request: Request
+    host: Host
+    store: Store
+    recordings: Recordings
+    quiet: bool
+    team: Team
+    seen: identity.Seen
+
+    def store_result(self, step: Step, path: Path, data: bytes | str, parts: dict[str, Any], notes: dict[str, Any] | None = None) -> None:
+        """Store a result of a step, unless an input was exchanged since it was read (Changed)."""
+        self.seen.again(step.inputs)
+        manifest.write(path, data, parts, notes)
+        self.seen.forget([path])  # a vector that later steps read
+
+
+def tell_replaced(what: str, outputs: Mapping[Path, Mapping[str, Any]], run: Run) -> None:
+    """Nothing that was made is replaced without a word: one warning for each reason."""
+    for why, paths in plan.replaced(outputs).items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        log.warning("%s: replaces %s%s, %s", what, run.store.relative(paths[0]), more, why)
+
+
+def stored(cell: Cell, settings: Any, run: Run) -> dict[int, Intervention]:
+    """layer -> the stored intervention of a cell, checked against the model. What its manifest says against its use is a warning."""
+    found = {}
+    for layer in cell.layers:
+        widths = {name: anatomy.read_width(run.host.model, layer, name) for name in anatomy.COMPONENTS}
+        path = run.store.vector(cell, layer)
+        if manifest.manifest_path(path).exists() and not manifest.matches(path, manifest.read(path) or {}):
+            raise UserError(
+                f"{path}: is not the file that its manifest speaks of (damaged, or changed by hand); make it again with --mode generate, "
+                f"or remove {manifest.manifest_path(path).name} to use it as it is"
+            )
+        for doubt in plan.doubts(cell, layer, settings, run.request, run.seen):
+            log.warning("%s: %s; --mode generate fits it again", run.store.relative(path), doubt)
+        run.seen.of(path)
+        made = load(
+            path,
+            cell.intervention,
+            cell.concept if cell.concept is not None else settings.concept_id,
+            anatomy.hidden_size(run.host.model),
+            widths,
+            settings.intervention_components,
+            settings.site,
+        )
+        run.seen.again([path])
+        found[layer] = made.to(run.host.device(layer))
+    return found
