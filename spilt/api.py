@@ -33,6 +33,7 @@ from spilt.settings.fields import GenerationParams, intervention_name, method_na
 from spilt.steering import anatomy, hooks
 from spilt.steering.interventions import INTERVENTIONS, Intervention, Multiplier
 from spilt.steering.steering import Steering
+from spilt.verbs import measure as measure_verb
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -251,7 +252,7 @@ def measure(
     tokens = [chat.encode(p.question, text, output_length, p.row) for p in rows for text in (p.matching, p.not_matching)]
     placed, pad = steering.to(model), _pad_id(tokenizer)
     if multipliers is None:
-        multipliers = plan.sweep_multipliers(INTERVENTIONS[steering.forms[0]].factors, 11)
+        multipliers = measure_verb.sweep_multipliers(INTERVENTIONS[steering.forms[0]].factors, 11)
     strengths = sorted({0.0, *(float(m) + 0.0 for m in multipliers)})
     prefix = chat.prefix_length
     with _frozen(model):

@@ -1,7 +1,7 @@
 """The command line: words -> Request -> plan -> run -> one table and an exit code.
 
 0: everything asked for is done. 1: a cell failed, or nothing ran. 2: the request itself is wrong (one message, no
-traceback). The command line's words (generate, apply, loss) are translated in plan.MODES and nowhere else.
+traceback). The command line's words (generate, apply, loss) are translated in verbs.MODES and nowhere else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spilt import __version__, plan
+from spilt import __version__, plan, verbs
 from spilt.artifacts.manifest import manifest_path
 from spilt.artifacts.store import Store
 from spilt.cell import FORMS
@@ -31,6 +31,7 @@ from spilt.settings.fields import INTERVENTION_ALIASES, METHOD_ALIASES, interven
 from spilt.steering.layer_file import beside
 from spilt.team import place
 from spilt.terminal import complain, ready, say
+from spilt.verbs import measure as measure_verb
 
 DONE, ALREADY, SKIPPED, FAILED = "done", "already done", "skipped", "failed"
 log = logging.getLogger("spilt")
@@ -62,7 +63,7 @@ def parser(base_dir: Path = Path(".")) -> argparse.ArgumentParser:
     add("--method", required=True, help=f"{', '.join(METHODS)} or all ({_spellings(METHOD_ALIASES)})")
     add("--model_name", required=True, help="a checkpoint folder under models/")
     add("--intervention_method", required=True, help=f"{', '.join(FORMS)} or all ({_spellings(INTERVENTION_ALIASES)})")
-    add("--mode", default="both", help=f"{', '.join(plan.MODES)}: fit / produce text / both / measure (default both)")
+    add("--mode", default="both", help=f"{', '.join(verbs.MODES)}: fit / produce text / both / measure (default both)")
     add("--device", default="cuda:0", help="a torch device, cpu, or auto (accelerate's device map); default cuda:0")
     add("--multipliers", nargs="+", metavar="M", help="strengths m, signed; loss mode also takes 'sweep'; default: the YAML's, else 1.0")
     add("--base_dir", default=base_dir, type=Path, help="every relative path is below it; default: this folder")
@@ -74,7 +75,7 @@ def parser(base_dir: Path = Path(".")) -> argparse.ArgumentParser:
     add("--limit", type=_positive, help="rows of each data file, from the first")
     add("--seed", type=int, help="over the YAML's")
     add("--concepts", nargs="+", type=int, metavar="ID", help=f"ids of a dataset with concepts; default: first {plan.FIRST_CONCEPTS}")
-    add("--split", help=f"loss mode: {', '.join(plan.DATA_OF['measure'])} or both; default: what dataset_format.yaml has")
+    add("--split", help=f"loss mode: {', '.join(verbs.VERBS['measure'].sections)} or both; default: what dataset_format.yaml has")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="any YAML setting, over the file's; repeatable")
     add(
         "--checkpoint_seconds",
@@ -113,7 +114,7 @@ def _seconds(text: str) -> float:
     return value
 
 
-def request_of(args: argparse.Namespace) -> plan.Request:
+def request_of(args: argparse.Namespace) -> verbs.Request:
     """Checked words, or a UserError."""
     overrides = parse_overrides(args.overrides)
     flags = [word for item in args.overrides for word in ("--set", item)]
@@ -125,12 +126,12 @@ def request_of(args: argparse.Namespace) -> plan.Request:
     for name in ("limit", "batch_size", "split"):
         if getattr(args, name) is not None:
             flags += [f"--{name}", str(getattr(args, name))]
-    splits = (*plan.DATA_OF["measure"], "both")
+    splits = (*verbs.VERBS["measure"].sections, "both")
     if not re.fullmatch(r"(cpu|auto|(cuda|xpu|mps|npu|hpu)(:[0-9]{1,3})?)", args.device):
         raise UserError(f"unknown device {args.device!r}; have: cpu, auto, cuda, cuda:0 and the like")
     if args.split is not None and args.split not in splits:
         raise unknown("split", args.split, splits)
-    return plan.Request(
+    return verbs.Request(
         dataset=args.dataset,
         method=method_name(args.method),
         model=args.model_name,
@@ -154,10 +155,10 @@ def request_of(args: argparse.Namespace) -> plan.Request:
 def _multipliers(words: Sequence[str] | None, mode: str) -> tuple[float, ...] | str | None:
     if words is None:
         return None
-    if list(words) == [plan.SWEEP]:
+    if list(words) == [measure_verb.SWEEP]:
         if mode != "loss":
-            raise UserError(f"--multipliers {plan.SWEEP} goes with --mode loss; --mode {mode} wants numbers, such as --multipliers -1 0 1")
-        return plan.SWEEP
+            raise UserError(f"--multipliers sweep goes with --mode loss; --mode {mode} wants numbers, such as --multipliers -1 0 1")
+        return measure_verb.SWEEP
     values = []
     for word in words:
         try:
@@ -237,14 +238,14 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
 # ---------------------------------------------------------------- the plan
 
 
-def print_plan(made: plan.Plan, request: plan.Request) -> None:
+def print_plan(made: plan.Plan, request: verbs.Request) -> None:
     """Every step in order: what runs, its own command line, hparam file, inputs, outputs, cost, and whether it is done."""
-    from spilt.estimate import cost
+    from spilt.verbs import cost
 
     seen, again = Seen(), set[Path]()
     for number, step in enumerate(made.steps, 1):
-        missing = set(plan.missing_inputs(step))
-        standing = plan.standing(step, request.limit, seen)
+        missing = set(verbs.missing_inputs(step))
+        standing = verbs.standing(step, request.limit, seen)
         if request.force or not again.isdisjoint(step.vectors):
             standing = {path: plan.AGAIN if state in ("done", "foreign") else state for path, state in standing.items()}
         if step.verb == "fit" and not set(standing.values()) <= {"done", "foreign"}:
@@ -257,8 +258,8 @@ def print_plan(made: plan.Plan, request: plan.Request) -> None:
         for path in step.inputs:
             lacking = "" if path not in missing else "   made by an earlier step" if path in made_before else "   missing"
             say(f"   input    {path}{lacking}")
-        outputs = {} if missing else plan.output_parts(step, request.limit, seen)
-        why = {path: f": {reason}" for reason, paths in plan.replaced(outputs).items() for path in paths}
+        outputs = {} if missing else verbs.output_parts(step, request.limit, seen)
+        why = {path: f": {reason}" for reason, paths in verbs.replaced(outputs).items() for path in paths}
         shown = list(standing.items())
         for path, state in shown if len(shown) <= 12 else [*shown[:3], *shown[-1:]]:
             word = "" if state == "missing" else f"   {state}{why.get(path, '')}"
@@ -266,24 +267,24 @@ def print_plan(made: plan.Plan, request: plan.Request) -> None:
         if len(shown) > 12:
             say(f"            ({len(shown)} files in all)")
         if step.sweep:
-            say(f"            (widened by half while a tail still moves, up to {plan.SWEEP_MOST} multipliers)")
+            say(f"            (widened by half while a tail still moves, up to {measure_verb.SWEEP_MOST} multipliers)")
         guess = cost(step, request)
         say(f"   cost     {guess if guess is not None else 'unknown until model and data are there'}")
         if reason := _keeps_what_is_unusable(step, request):
             say(f"   note     will fail: {reason}")
         for note in _doubts(step, request, seen):
             say(f"   note     {note}")
-    for reason, (keys, files) in plan.without_effect(made.steps).items():
+    for reason, (keys, files) in verbs.without_effect(made.steps).items():
         say(f"no effect: {', '.join(keys)} ({files} file{'s' if files > 1 else ''}): {reason}")
     for item in made.left_out:
         say(f"left out: {item.name}: {item.why}")
     say(f"{len(made.steps)} steps, {len(made.left_out)} combinations left out; nothing was run or written")
 
 
-def _doubts(step: plan.Step, request: plan.Request, seen: Seen) -> list[str]:
+def _doubts(step: verbs.Step, request: verbs.Request, seen: Seen) -> list[str]:
     """What speaks against the use of the stored vectors that the step reads."""
     said = []
-    for cell in step.cells if step.verb != "fit" and not plan.missing_inputs(step) else ():
+    for cell in step.cells if step.verb != "fit" and not verbs.missing_inputs(step) else ():
         for layer in cell.layers:
             try:
                 said += plan.doubts(cell, layer, step.settings, request, seen)
@@ -295,7 +296,7 @@ def _doubts(step: plan.Step, request: plan.Request, seen: Seen) -> list[str]:
 # ---------------------------------------------------------------- the run
 
 
-def run(made: plan.Plan, request: plan.Request, *, quiet: bool) -> list[Outcome]:
+def run(made: plan.Plan, request: verbs.Request, *, quiet: bool) -> list[Outcome]:
     """Every step, one model load. A failing step is reported and the others go on."""
     outcomes, waiting, seen = [], [], Seen()
     coming = {path for step in made.steps if step.verb == "fit" for path in step.outputs}
@@ -326,7 +327,7 @@ def run(made: plan.Plan, request: plan.Request, *, quiet: bool) -> list[Outcome]
     return outcomes
 
 
-def _keeps_what_is_unusable(step: plan.Step, request: plan.Request) -> str:
+def _keeps_what_is_unusable(step: verbs.Step, request: verbs.Request) -> str:
     """Why a fit can't leave what lies there: a file without manifest is somebody's own and is kept, but no run could read it."""
     if step.verb != "fit" or request.force:
         return ""
@@ -339,18 +340,18 @@ def _keeps_what_is_unusable(step: plan.Step, request: plan.Request) -> str:
     return ""
 
 
-def _tidy(step: plan.Step, request: plan.Request, seen: Seen) -> None:
+def _tidy(step: verbs.Step, request: verbs.Request, seen: Seen) -> None:
     """A run that was killed after its last result was stored left what it had kept for it: that goes. Other work under way stays."""
     if left := Store(request.base_dir).unfinished_work(step.verb, step.cells):
         from spilt.artifacts.journal import Lines
 
-        known = plan.unfinished_identities(step, request.limit, seen)
+        known = verbs.VERBS[step.verb].unfinished(step, request.limit, seen)
         for path in left:
             if step.verb == "fit" or Lines.identities_in(path) <= known:
                 path.unlink(missing_ok=True)
 
 
-def _run_waiting(waiting: list[plan.Step], before: list[Outcome], request: plan.Request, quiet: bool, seen: Seen) -> list[Outcome]:
+def _run_waiting(waiting: list[verbs.Step], before: list[Outcome], request: verbs.Request, quiet: bool, seen: Seen) -> list[Outcome]:
     """The steps that are to run: fits dealt out over the processes, the others done together."""
     from spilt import tasks as stages
     from spilt.team import Team
@@ -364,7 +365,7 @@ def _run_waiting(waiting: list[plan.Step], before: list[Outcome], request: plan.
     recordings = stages.Recordings(waiting, request.limit)
     hosts = _Hosts(request, recordings, seen)
 
-    def one(step: plan.Step) -> Outcome:
+    def one(step: verbs.Step) -> Outcome:
         return _run_step(step, stages.Run(request, hosts.of(step), Store(request.base_dir), recordings, quiet, team, seen))
 
     fits = team.mine([step for step in waiting if step.verb == "fit"])
@@ -386,12 +387,12 @@ def _run_waiting(waiting: list[plan.Step], before: list[Outcome], request: plan.
 class _Hosts:
     """The model, loaded when the first step asks for it, and once for all steps that want the same dtype."""
 
-    def __init__(self, request: plan.Request, recordings: Any, seen: Seen) -> None:
+    def __init__(self, request: verbs.Request, recordings: Any, seen: Seen) -> None:
         self.request, self.recordings, self.seen = request, recordings, seen
         self.host: Any = None
         self.dtype = ""
 
-    def of(self, step: plan.Step) -> Any:
+    def of(self, step: verbs.Step) -> Any:
         if self.host is None or step.settings.dtype != self.dtype:
             import torch
 
@@ -407,7 +408,7 @@ class _Hosts:
         return self.host
 
 
-def _run_step(step: plan.Step, here: Any) -> Outcome:
+def _run_step(step: verbs.Step, here: Any) -> Outcome:
     """One step. Whatever goes wrong in it is its outcome, not the end of the run."""
     from spilt import tasks as stages
     from spilt.memory import OutOfMemory, ran_out
@@ -441,7 +442,7 @@ def _run_step(step: plan.Step, here: Any) -> Outcome:
     return outcome
 
 
-def _report(step: plan.Step, request: plan.Request, quiet: bool) -> Outcome:
+def _report(step: verbs.Step, request: verbs.Request, quiet: bool) -> Outcome:
     """Curves, pictures and the page, of everything that is stored by now."""
     from spilt.report import update
 
@@ -464,8 +465,8 @@ def _report(step: plan.Step, request: plan.Request, quiet: bool) -> Outcome:
     return Outcome("report", DONE, "", time.monotonic() - start, Store(request.base_dir).relative(page))
 
 
-def _all_done(step: plan.Step, request: plan.Request, seen: Seen) -> bool:
-    return set(plan.standing(step, request.limit, seen).values()) <= ({"done", "foreign"} if step.verb == "fit" else {"done"})
+def _all_done(step: verbs.Step, request: verbs.Request, seen: Seen) -> bool:
+    return set(verbs.standing(step, request.limit, seen).values()) <= ({"done", "foreign"} if step.verb == "fit" else {"done"})
 
 
 def _quiet_libraries() -> None:
@@ -476,7 +477,7 @@ def _quiet_libraries() -> None:
     theirs.set_verbosity_error()
 
 
-def _shown(step: plan.Step, request: plan.Request) -> str:
+def _shown(step: verbs.Step, request: verbs.Request) -> str:
     """The output that the table names: the file, of several multipliers the first, of loss mode the cell's folder."""
     store = Store(request.base_dir)
     if step.verb == "measure":

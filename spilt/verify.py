@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spilt import plan
+from spilt import verbs
 from spilt.analysis.provenance import Artifact
 from spilt.artifacts import manifest, store
 from spilt.artifacts.atomic import TEMPORARY
@@ -146,8 +146,8 @@ def _as_recorded(artifact: Artifact) -> None:
     if wrong := [name for name, kind in needed.items() if not isinstance(record.get(name), kind)]:
         raise Damaged(f"its manifest has no usable {wrong[0]!r}")
     verb, concepts = artifact.parts.get("verb"), artifact.parts.get("concepts", [])
-    if verb not in plan.DATA_OF or not isinstance(concepts, list):
-        raise Damaged(f"its manifest has a verb {verb!r}; have: {', '.join(plan.DATA_OF)}")
+    if verb not in verbs.VERBS or not isinstance(concepts, list):
+        raise Damaged(f"its manifest has a verb {verb!r}; have: {', '.join(verbs.VERBS)}")
     if manifest.identity(artifact.parts) != record["identity"]:
         raise Damaged("its manifest was changed: identity is not that of its parts")
     size = artifact.path.stat().st_size
@@ -160,7 +160,7 @@ def _as_recorded(artifact: Artifact) -> None:
 def _changed(artifact: Artifact) -> str:
     """What lies there now and is not what the artifact was made from; '' when nothing is."""
     said, parts = list[str](), artifact.parts
-    if parts.get("version") != (now := plan.VERSIONS[parts["verb"]]):
+    if parts.get("version") != (now := verbs.VERBS[parts["verb"]].version):
         said.append(f"made by version {parts.get('version')} of the code, this is {now}")
     model = artifact.base_dir / "models" / artifact.model
     if (model / "config.json").is_file():

@@ -20,7 +20,7 @@ import pytest
 import torch
 from families import CONCEPTS, FORMS, HIDDEN, MIDDLE, PAIRS, Base, intervention, listing, make_base, pairs, write_jsonl, write_yaml
 
-from spilt import cli, plan
+from spilt import cli, verbs
 from spilt.artifacts import manifest
 from spilt.artifacts.store import PREFERENCE_TYPES
 from spilt.methods import METHODS
@@ -264,7 +264,7 @@ def unknown_intervention(base: Base) -> list[str]:
     return base.argv("sft", "vectr")
 
 
-@bad("mode", "'aply'", "did you mean 'apply'", *plan.MODES)
+@bad("mode", "'aply'", "did you mean 'apply'", *verbs.MODES)
 def unknown_mode(base: Base) -> list[str]:
     return base.argv("sft", "vector", "--mode", "aply")
 

@@ -12,7 +12,8 @@ from typing import Any
 import families
 import pytest
 
-from spilt import cli, estimate, plan
+from spilt import cli, plan, verbs
+from spilt.verbs import estimate as costs
 
 MODES = ("generate", "apply", "both", "loss")
 
@@ -126,12 +127,12 @@ def test_a_dry_run_imports_no_torch(base: families.Base) -> None:
 # ---------------------------------------------------------------- cost
 
 
-def cost(base: families.Base, mode: str, method: str = "sft", limit: int | None = None, **overrides: Any) -> estimate.Cost:
-    request = plan.Request(
+def cost(base: families.Base, mode: str, method: str = "sft", limit: int | None = None, **overrides: Any) -> costs.Cost:
+    request = verbs.Request(
         base.one, method, base.model, "vector", mode=mode, base_dir=base.path, device="cpu", overrides=overrides, limit=limit
     )
     (step,) = plan.make(request, dry=True).steps
-    found = estimate.cost(step, request)
+    found = verbs.cost(step, request)
     assert found is not None
     return found
 
@@ -162,4 +163,4 @@ def test_the_cost_of_a_model_that_also_sees_is_of_its_language_model(tmp_path: P
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(content))
-    assert estimate.shape_of(tmp_path / "nested") == estimate.shape_of(tmp_path / "flat") != None  # noqa: E711
+    assert costs.shape_of(tmp_path / "nested") == costs.shape_of(tmp_path / "flat") != None  # noqa: E711

@@ -15,7 +15,7 @@ from spilt.engine import decode as generation
 from spilt.engine import train as training
 from spilt.methods import METHODS
 from spilt.settings import FitSettings
-from spilt.steering import Steering
+from spilt.steering.steering import Steering
 
 LAYER, PREFIX, PAD = LAYERS // 2, 2, 0
 STRENGTHS = [0.0, 1.0, -0.7]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import spilt
-from spilt import cli, plan
+from spilt import cli, plan, verbs
 from spilt.cell import FORMS
 from spilt.errors import UserError
 from spilt.methods import LOSS_TYPES, METHODS, Method
@@ -30,9 +30,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("artifacts",),
     ("steering", "data"),
     ("methods", "model"),
-    ("engine", "plan"),
-    ("analysis",),
-    ("report", "tasks", "estimate"),
+    ("engine", "verbs"),
+    ("plan", "analysis"),
+    ("report", "tasks"),
     ("cli", "api", "prepare", "look", "recommend", "verify"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -100,6 +100,7 @@ def test_no_import_cycle() -> None:
         ("steering/interventions", {"torch"}),
         ("methods/scoring", {"torch"}),
         ("plan", set()),
+        ("verbs/base", set()),
         ("cell", set()),
         ("errors", set()),
     ]
@@ -195,8 +196,8 @@ def test_lists_that_are_written_twice_agree() -> None:
 
 
 def test_modes_are_translated_once() -> None:
-    assert {verb for verbs in plan.MODES.values() for verb in verbs} == set(plan.MODE_OF) == set(plan.DATA_OF)
-    assert all(plan.MODES[mode] == (verb,) for verb, mode in plan.MODE_OF.items())
+    assert {name for names in verbs.MODES.values() for name in names} == set(verbs.VERBS)
+    assert all(verbs.MODES[verb.mode] == (name,) for name, verb in verbs.VERBS.items())
 
 
 # ---------------------------------------------------------------- the tools

@@ -343,3 +343,12 @@ def test_a_changed_manifest_speaks_for_nothing(base: Base) -> None:
         assert [found.state for found in verify.check(base.path)] == [verify.DAMAGED], text[place - 20 : place + 20]
     assert run(base, "--mode", "generate", *M) == 0 and vector(base).read_bytes() == before
     assert [found.state for found in verify.check(base.path)] == [verify.OK]
+
+
+@pytest.mark.parametrize("mode", ["apply", "loss"])
+def test_what_was_made_from_a_vector_whose_manifest_is_damaged_is_not_called_done(base: Base, mode: str) -> None:
+    assert run(base, "--mode", "both", *M) == run(base, "--mode", "loss", *M) == 0
+    about = manifest.manifest_path(vector(base))
+    about.write_text(about.read_text()[:-20])
+    assert run(base, "--mode", mode, *M) == 2
+    assert run(base, "--mode", "generate", *M) == 0 and run(base, "--mode", mode, *M) == 0

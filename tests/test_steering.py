@@ -14,7 +14,7 @@ from test_identity import run, vector
 
 from spilt.engine import whole
 from spilt.errors import UserError
-from spilt.steering import Site, Steering
+from spilt.steering.steering import Site, Steering
 
 
 def every() -> Steering:

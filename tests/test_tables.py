@@ -7,8 +7,9 @@ from pathlib import Path
 import families
 import pytest
 
-from spilt import cli, estimate, look, plan
+from spilt import cli, look, plan, verbs
 from spilt.artifacts import texts
+from spilt.verbs import estimate as costs
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +66,14 @@ def test_recommend_prints_a_row_per_cell(base: families.Base, capsys: pytest.Cap
 
 def test_estimates_grow_with_the_work(base: families.Base) -> None:
     """Counts of a hand-worked shape, and more multipliers, rows or epochs cost more."""
-    shape = estimate.Shape(layers=2, hidden=4, intermediate=8, heads=2, kv_heads=1, head_dim=2, vocab=10, gated=True)
+    shape = costs.Shape(layers=2, hidden=4, intermediate=8, heads=2, kv_heads=1, head_dim=2, vocab=10, gated=True)
     assert shape.block == 4 * 2 * (4 + 2) + 3 * 4 * 8 == 144
     assert shape.run(10, 2, 6) == 10 * 2 * (2 * 144 + 4 * 2 * 2 * 3)
 
     def flops(verb_mode: str, **changes: object) -> float:
-        request = plan.Request(base.one, "sft", base.model, "lora", mode=verb_mode, base_dir=base.path, device="cpu", **changes)  # type: ignore[arg-type]
+        request = verbs.Request(base.one, "sft", base.model, "lora", mode=verb_mode, base_dir=base.path, device="cpu", **changes)  # type: ignore[arg-type]
         (step,) = plan.make(request, dry=True).steps
-        found = estimate.cost(step, request)
+        found = verbs.cost(step, request)
         assert found is not None and found.flops > 0 and found.peak > 0 and "FLOP" in str(found)
         return found.flops
 
@@ -82,6 +83,6 @@ def test_estimates_grow_with_the_work(base: families.Base) -> None:
 
 
 def test_no_estimate_without_a_model(tmp_path: Path) -> None:
-    assert estimate.shape_of(tmp_path) is None
+    assert costs.shape_of(tmp_path) is None
     (tmp_path / "config.json").write_text("{}")
-    assert estimate.shape_of(tmp_path) is None
+    assert costs.shape_of(tmp_path) is None

@@ -16,7 +16,7 @@ from typing import Any
 import families
 import pytest
 
-from spilt import cli, plan, verify
+from spilt import cli, plan, verbs, verify
 from spilt.artifacts import manifest
 from spilt.errors import UserError
 from spilt.model import identity, template
@@ -163,11 +163,11 @@ def test_the_template_of_a_folder_is_the_one_that_the_library_takes(tmp_path: Pa
 
 def test_what_a_dated_template_writes_is_part_of_the_identity(base: families.Base) -> None:
     def parts(**overrides: Any) -> dict[str, Any]:
-        request = plan.Request(
+        request = verbs.Request(
             base.one, "sft", base.model, "vector", mode="generate", base_dir=base.path, device="cpu", overrides=overrides
         )
         (step,) = plan.make(request).steps
-        (found,) = plan.output_parts(step, None, identity.Seen()).values()
+        (found,) = verbs.output_parts(step, None, identity.Seen()).values()
         return found
 
     plain = parts()

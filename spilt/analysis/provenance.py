@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from spilt import plan
+from spilt import verbs
 from spilt.artifacts import manifest, store
 from spilt.cell import FORMS, Cell
 from spilt.data import readers
@@ -52,7 +52,7 @@ class Artifact:
 
     def data(self) -> readers.DatasetFormat:
         """The data file that the manifest's verb reads. Raises UserError when dataset_format.yaml has none."""
-        sections = plan.DATA_OF[self.parts["verb"]]
+        sections = verbs.VERBS[self.parts["verb"]].sections
         split = self.parts.get("split") or next(iter(sections))
         return readers.dataset_format(self.base_dir, self.dataset, sections[split])
 

@@ -155,6 +155,11 @@ def matches(artifact: Path, record: dict[str, Any]) -> bool:
         return False
 
 
+def is_as_recorded(artifact: Path) -> bool:
+    """Whether nothing speaks against its bytes: they are those of its manifest, or it has none (the released code's)."""
+    return not manifest_path(artifact).exists() or matches(artifact, read(artifact) or {})
+
+
 def standing(artifact: Path, parts: dict[str, Any]) -> str:
     """'missing' | 'done' (this very result) | 'foreign' (no manifest: the released code's) | 'stale' (other settings) | 'damaged'."""
     if not artifact.exists():

@@ -99,6 +99,14 @@ def resolve_measure(
     return stack.resolve()
 
 
+def resolve(
+    verb: str, base_dir: Path | str, model: str, dataset: str, method: str, intervention: str, overrides: Mapping[str, Any] | None = None
+) -> Resolved:
+    """The settings of a cell and verb."""
+    how = {"fit": resolve_fit, "generate": resolve_generate, "measure": resolve_measure}[verb]
+    return how(base_dir, model, dataset, method, intervention, overrides)
+
+
 def parse_overrides(items: list[str]) -> dict[str, Any]:
     """`--set key=value` -> {key: value}; the value is YAML, lists also as `1,2`; `generation_params.top_p=.9` sets one entry."""
     out: dict[str, Any] = {}

@@ -1,5 +1,1 @@
-"""What is done to a model: where (Site), what is added there (an intervention), and both together (Steering)."""
-
-from spilt.steering.steering import Site, Steering
-
-__all__ = ["Site", "Steering"]
+"""What is done to a model: sites, interventions, Steering, the families' anatomy, and the only hooks."""

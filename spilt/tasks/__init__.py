@@ -6,22 +6,17 @@ from importlib import import_module
 from pathlib import Path
 
 from spilt.model.identity import Changed
-from spilt.plan import Step
-from spilt.tasks.recordings import Recordings, Run
-
-# verb -> module and function; imported when the verb is run, since each brings libraries that the others do without
-STAGES = {
-    "fit": ("spilt.tasks.fit", "fit"),
-    "generate": ("spilt.tasks.generate", "generate"),
-    "measure": ("spilt.tasks.measure", "measure_cell"),
-}
+from spilt.tasks.recordings import Recordings, Run, refuse_changed
+from spilt.verbs import VERBS, Step
 
 
 def run_step(step: Step, run: Run) -> str:
     """Run one step; whatever happens, what no later step needs is released."""
     try:
+        for path in step.vectors:
+            refuse_changed(path)
         run.seen.again(step.inputs)
-        module, function = STAGES[step.verb]
+        module, _, function = VERBS[step.verb].work.partition(":")
         return str(getattr(import_module(module), function)(step, run))
     except Changed:
         for path in run.store.unfinished_work(step.verb, step.cells):  # of which inputs it is, nobody can say any more
@@ -36,4 +31,4 @@ def not_there(step: Step) -> list[Path]:
     return [path for path in step.vectors if not path.exists()]
 
 
-__all__ = ["STAGES", "Recordings", "Run", "not_there", "run_step"]
+__all__ = ["Recordings", "Run", "not_there", "run_step"]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from spilt import plan
+from spilt import verbs
 from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.store import Store
@@ -25,12 +25,12 @@ from spilt.data import readers
 from spilt.engine import train as training
 from spilt.errors import NotFinite, UserError
 from spilt.methods import METHODS
-from spilt.plan import Step
 from spilt.steering import hooks
 from spilt.steering.interventions import Intervention
 from spilt.steering.layer_file import dump, metadata_line
 from spilt.tasks.context import check_context
 from spilt.tasks.recordings import Run, tell_replaced
+from spilt.verbs import Step
 
 log = logging.getLogger("spilt")
 NO_EFFECT = 1e-6  # norm of an update: the stream's is 1 and more, so this is below what its own rounding changes
@@ -42,7 +42,7 @@ def fit(step: Step, run: Run) -> str:
     (cell,) = step.cells
     settings: Any = step.settings
     done = 0
-    for layer, (path, parts) in zip(cell.layers, plan.output_parts(step, run.request.limit, run.seen).items(), strict=True):
+    for layer, (path, parts) in zip(cell.layers, verbs.output_parts(step, run.request.limit, run.seen).items(), strict=True):
         standing = manifest.standing(path, parts)
         if not run.request.force and standing in ("done", "foreign"):
             if standing == "foreign":
@@ -51,7 +51,7 @@ def fit(step: Step, run: Run) -> str:
             continue
         tell_replaced(str(step), {path: parts}, run)
         rows: list[dict[str, float]] = []
-        fmt = readers.dataset_format(run.request.base_dir, cell.dataset, plan.DATA_OF["fit"]["train"])
+        fmt = readers.dataset_format(run.request.base_dir, cell.dataset, verbs.VERBS["fit"].sections["train"])
         if METHODS[cell.method].estimate is not None:
             intervention = _closed_form(cell, layer, settings, run, fmt)
         else:

@@ -9,17 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from spilt import plan
+from spilt import verbs
 from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.journal import Lines
 from spilt.cell import Cell
 from spilt.data import readers
 from spilt.engine import decode as generation
-from spilt.plan import Step
 from spilt.steering import hooks
 from spilt.tasks.context import check_context
 from spilt.tasks.recordings import Run, stored, tell_replaced
+from spilt.verbs import Step
+from spilt.verbs.generate import text_identities
 
 
 class Text(NamedTuple):
@@ -60,7 +61,7 @@ class Unfinished(Lines):
 
 def generate(step: Step, run: Run) -> str:
     """Text for every prompt, multiplier and response of a step, in one stream; one file per multiplier."""
-    outputs = dict(zip(step.multipliers, plan.output_parts(step, run.request.limit, run.seen).items(), strict=True))
+    outputs = dict(zip(step.multipliers, verbs.output_parts(step, run.request.limit, run.seen).items(), strict=True))
 
     def decide() -> list[float]:
         return [m for m, (path, parts) in outputs.items() if run.request.force or manifest.standing(path, parts) != "done"]
@@ -69,7 +70,7 @@ def generate(step: Step, run: Run) -> str:
     if not wanted:
         return "already done"
     tell_replaced(str(step), dict(outputs[m] for m in wanted), run)
-    identities = plan.text_identities({m: outputs[m][1] for m in wanted})
+    identities = text_identities({m: outputs[m][1] for m in wanted})
     unfinished = Unfinished(run.store.unfinished(step.cells[0], run.team.rank), identities)
     if run.request.force:
         run.team.agree(unfinished.remove)
@@ -96,7 +97,7 @@ def generate(step: Step, run: Run) -> str:
 def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinished: Unfinished) -> dict[float, dict[str, Any]]:
     """multiplier -> {concept_id, concept_name, generated_results, eval_data, multiplier} of one cell."""
     s: Any = step.settings
-    fmt = readers.dataset_format(run.request.base_dir, cell.dataset, plan.DATA_OF["generate"]["prompts"])
+    fmt = readers.dataset_format(run.request.base_dir, cell.dataset, verbs.VERBS["generate"].sections["prompts"])
     given = [n for n in (run.request.limit, s.generation_data_size) if n is not None]
     prompts = readers.read_prompts(fmt, cell.concept, min(given) if given else None)
     interventions = run.team.together(lambda: stored(cell, s, run))

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from spilt import plan
+from spilt import verbs
 from spilt.analysis import odds
 from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write
@@ -26,10 +26,11 @@ from spilt.data import readers
 from spilt.engine import activations, score
 from spilt.errors import NotFinite
 from spilt.methods import METHODS
-from spilt.plan import Step
 from spilt.steering import anatomy
 from spilt.steering.interventions import Intervention, Vector
 from spilt.tasks.recordings import Run, stored, tell_replaced
+from spilt.verbs import Step
+from spilt.verbs import measure as measure_verb
 
 CONTROL_DRAWS = 16  # random directions of the vector's norm: one alone can have a slope by chance, their mean should have none
 CONTROL_PAIRS = 64  # questions that they are scored on, at most
@@ -72,21 +73,21 @@ class Unfinished(Lines):
         super().close()
 
 
-def measure_cell(step: Step, run: Run) -> str:
+def measure(step: Step, run: Run) -> str:
     """Losses of both answers at every multiplier, as train_losses.csv files; a sweep is widened once when a tail still moves."""
     (cell,) = step.cells
     path = run.store.unfinished_losses(cell, run.team.rank)
     with closing(Unfinished(path, run.request.checkpoint_seconds)) as unfinished:
         if run.request.force:
             run.team.agree(unfinished.remove)
-        return _measure_cell(step, run, unfinished)
+        return _measure_step(step, run, unfinished)
 
 
-def _measure_cell(step: Step, run: Run, unfinished: Unfinished) -> str:
+def _measure_step(step: Step, run: Run, unfinished: Unfinished) -> str:
     (cell,) = step.cells
     interventions = run.team.together(lambda: stored(cell, step.settings, run))
     if step.sweep:
-        step = plan.with_multipliers(step, run.store, _sweep(step, interventions, run))
+        step = measure_verb.with_multipliers(step, run.store, _sweep(step, interventions, run))
     new = _measure(step, interventions, run, unfinished)
     if step.sweep:
 
@@ -97,9 +98,9 @@ def _measure_cell(step: Step, run: Run, unfinished: Unfinished) -> str:
             return not curves.flattened(odds.summarise(pd.concat(frames)))
 
         if run.team.agree(still_moves):
-            wider = plan.widened(step.multipliers)
-            new = _measure(plan.with_multipliers(step, run.store, wider), interventions, run, unfinished) or new
-            step = plan.with_multipliers(step, run.store, wider)
+            wider = measure_verb.widened(step.multipliers)
+            new = _measure(measure_verb.with_multipliers(step, run.store, wider), interventions, run, unfinished) or new
+            step = measure_verb.with_multipliers(step, run.store, wider)
         if cell.intervention == "vector":
             new = _control(step, interventions, run, unfinished) or new
     return "done" if new else "already done"
@@ -121,10 +122,10 @@ def _sweep(step: Step, interventions: dict[int, Intervention], run: Run) -> tupl
         top = max(map(abs, step.multipliers)) * sum(norms) / len(norms)
     else:  # nothing trained is stored: the strength at which the vector is twice as long as the stream is
         key = run.recordings.keys(step)[0]
-        fmt = readers.dataset_format(run.request.base_dir, cell.dataset, plan.DATA_OF["measure"][next(iter(step.data))])
+        fmt = readers.dataset_format(run.request.base_dir, cell.dataset, verbs.VERBS["measure"].sections[next(iter(step.data))])
         recorded = run.recordings.get(key, run.host, fmt, None)
         top = 2 * torch.cat([recorded.prefix_h, *recorded.h]).float().norm(dim=-1).mean().item()
-    return plan.sweep_multipliers((float(f"{top / own:.2g}"),))
+    return measure_verb.sweep_multipliers((float(f"{top / own:.2g}"),))
 
 
 def _norm(intervention: Intervention) -> float:
@@ -133,7 +134,7 @@ def _norm(intervention: Intervention) -> float:
 
 
 def _cache(step: Step, split: str, component: str | None, run: Run) -> activations.Activations:
-    fmt = readers.dataset_format(run.request.base_dir, step.cells[0].dataset, plan.DATA_OF["measure"][split])
+    fmt = readers.dataset_format(run.request.base_dir, step.cells[0].dataset, verbs.VERBS["measure"].sections[split])
     key = next(key for key in run.recordings.keys(step) if key.data == step.data[split])
     return run.recordings.get(key, run.host, fmt, component)
 
@@ -142,7 +143,7 @@ def _measure(step: Step, interventions: dict[int, Intervention], run: Run, unfin
     """Write what is not there yet; multipliers that are done are not scored again. Returns whether anything was written."""
     (cell,) = step.cells
     s: Any = step.settings
-    outputs = plan.output_parts(step, run.request.limit, run.seen)
+    outputs = verbs.output_parts(step, run.request.limit, run.seen)
 
     def decide() -> set[Path]:
         return {path for path, parts in outputs.items() if run.request.force or manifest.standing(path, parts) != "done"}
@@ -158,7 +159,7 @@ def _measure(step: Step, interventions: dict[int, Intervention], run: Run, unfin
         cache = _cache(step, split, asked.component, run)
         signed = sorted({m for m in wanted} | {-m + 0.0 for m in wanted})
         with tqdm(total=len(cache.sequences) * len(signed), desc=f"loss {cell} {split}", unit="row", leave=False, disable=run.quiet) as bar:
-            identities = plan.loss_identities(step, signed, split, run.request.limit, run.seen)
+            identities = measure_verb.loss_identities(step, signed, split, run.request.limit, run.seen)
             found = _shared_losses(run, asked, cache, signed, unfinished, identities, bar.update)
         place = {m: k for k, m in enumerate(signed)}
         bad |= {m for m, finite in zip(signed, _finite(found), strict=True) if not finite}
@@ -288,7 +289,7 @@ def _control(step: Step, interventions: dict[int, Intervention], run: Run, unfin
     multipliers = [0.0, *(sign * m for m in [m for m in step.multipliers if m > 0][::-CONTROL_EVERY] for sign in (1, -1))]
     path = run.store.control(cell)
     drawn = {"multipliers": multipliers, "draws": CONTROL_DRAWS, "pairs": CONTROL_PAIRS}
-    parts = {"control": drawn, **plan.measure_parts(step, 0.0, "control", split, run.request.limit, run.seen)}
+    parts = {"control": drawn, **verbs.parts_of(step, split, measure_verb.own(step, 0.0, "control", split), run.request.limit, run.seen)}
     if run.team.agree(lambda: not run.request.force and manifest.standing(path, parts) == "done"):
         return False
     cache = _cache(step, split, None, run).first(2 * CONTROL_PAIRS)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spilt import plan
+from spilt import plan, verbs
 from spilt.artifacts import manifest
 from spilt.artifacts.store import Store
 from spilt.cell import Cell
@@ -18,12 +18,12 @@ from spilt.errors import UserError
 from spilt.methods import METHODS
 from spilt.model import identity
 from spilt.model.host import Host
-from spilt.plan import Request, Step
 from spilt.steering import anatomy
 from spilt.steering.interventions import Intervention
 from spilt.steering.layer_file import load
 from spilt.tasks.context import check_context
 from spilt.team import Team
+from spilt.verbs import Request, Step
 
 log = logging.getLogger("spilt")
 
@@ -125,9 +125,18 @@ class Run(NamedTuple):
 
 def tell_replaced(what: str, outputs: Mapping[Path, Mapping[str, Any]], run: Run) -> None:
     """Nothing that was made is replaced without a word: one warning for each reason."""
-    for why, paths in plan.replaced(outputs).items():
+    for why, paths in verbs.replaced(outputs).items():
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         log.warning("%s: replaces %s%s, %s", what, run.store.relative(paths[0]), more, why)
+
+
+def refuse_changed(path: Path) -> None:
+    """Raises UserError for a stored vector that is not as its manifest says."""
+    if not manifest.is_as_recorded(path):
+        raise UserError(
+            f"{path}: is not the file that its manifest speaks of (damaged, or changed by hand); make it again with --mode generate, "
+            f"or remove {manifest.manifest_path(path).name} to use it as it is"
+        )
 
 
 def stored(cell: Cell, settings: Any, run: Run) -> dict[int, Intervention]:
@@ -136,11 +145,7 @@ def stored(cell: Cell, settings: Any, run: Run) -> dict[int, Intervention]:
     for layer in cell.layers:
         widths = {name: anatomy.read_width(run.host.model, layer, name) for name in anatomy.COMPONENTS}
         path = run.store.vector(cell, layer)
-        if manifest.manifest_path(path).exists() and not manifest.matches(path, manifest.read(path) or {}):
-            raise UserError(
-                f"{path}: is not the file that its manifest speaks of (damaged, or changed by hand); make it again with --mode generate, "
-                f"or remove {manifest.manifest_path(path).name} to use it as it is"
-            )
+        refuse_changed(path)
         for doubt in plan.doubts(cell, layer, settings, run.request, run.seen):
             log.warning("%s: %s; --mode generate fits it again", run.store.relative(path), doubt)
         run.seen.of(path)

@@ -1,0 +1,29 @@
+"""The verbs: what each reads, writes, is decided by and costs stands in its file. What does the work is in tasks/."""
+
+from spilt.verbs.base import (
+    MODES,
+    VERBS,
+    Request,
+    Step,
+    Verb,
+    cost,
+    missing_inputs,
+    output_parts,
+    parts_of,
+    register,
+    replaced,
+    standing,
+    without_effect,
+)  # fmt: skip
+from spilt.verbs.fit import Fit
+from spilt.verbs.generate import Generate
+from spilt.verbs.measure import Measure
+
+for _verb in (Fit(), Generate(), Measure()):
+    register(_verb)
+MODES["both"] = ("fit", "generate")
+
+__all__ = [
+    "MODES", "VERBS", "Request", "Step", "Verb", "cost", "missing_inputs", "output_parts", "parts_of", "register", "replaced", "standing",
+    "without_effect",
+]  # fmt: skip

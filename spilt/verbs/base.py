@@ -1,0 +1,209 @@
+"""A verb: what a step of it reads and writes, what decides its results, what it costs, and who does it. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from spilt.artifacts import manifest
+from spilt.artifacts.store import Store
+from spilt.cell import Cell
+from spilt.data import readers
+from spilt.model import identity, template
+from spilt.settings.resolve import Resolved, Unused, resolve
+from spilt.verbs.estimate import Cost, Shape, shape_of
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, in checked words."""
+
+    dataset: str
+    method: str
+    model: str
+    intervention: str
+    mode: str = "both"
+    device: str = "cuda:0"
+    multipliers: tuple[float, ...] | str | None = None  # 'sweep' (loss mode); None: the YAML's, else 1.0
+    base_dir: Path = Path(".")
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # --set, --seed, --dtype
+    concepts: tuple[int, ...] | None = None
+    limit: int | None = None
+    split: str | None = None  # of loss mode: train, test, both; None: both where dataset_format.yaml has a `valid` entry
+    batch_size: int | None = None
+    force: bool = False
+    checkpoint_seconds: float = 60.0  # a fit or measurement under way is saved after this long
+    deterministic: bool = False
+    engine: str = "fast"  # 'plain': hooks and the library's own forward everywhere
+    flags: tuple[str, ...] = ()  # our own flags as they were typed, for the copy-paste command lines
+
+
+class Step(NamedTuple):
+    """One piece of work: cells has several only for `generate` on a dataset with concepts (one file for all of them)."""
+
+    verb: str
+    cells: tuple[Cell, ...]
+    settings: Any
+    files: tuple[Path, ...]  # hparam files read
+    model: Path
+    data: dict[str, Path]  # by what it is for: train, test (loss mode), prompts
+    vectors: tuple[Path, ...]  # stored interventions that are read
+    outputs: tuple[Path, ...]
+    command: str
+    multipliers: tuple[float, ...] = ()
+    sweep: bool = False
+    notes: tuple[Unused, ...] = ()  # keys of the settings without effect
+    columns: Mapping[str, Mapping[str, Any]] = {}  # by what it is for, as `data`: how dataset_format.yaml reads the file
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        return (self.model, *self.data.values(), *self.vectors)
+
+    def __str__(self) -> str:
+        first, mode = self.cells[0], VERBS[self.verb].mode
+        if len(self.cells) == 1:
+            return f"{mode} {first}"
+        return f"{mode} {first.dataset} concepts {','.join(str(c.concept) for c in self.cells)} {first.method} {first.intervention}"
+
+
+class Verb:
+    """One row of VERBS. A new verb is a class with these in a file of its own, and `register(it())`."""
+
+    name: ClassVar[str]
+    mode: ClassVar[str]  # the released command line's word for it
+    sections: ClassVar[Mapping[str, str]]  # what it reads: purpose -> section of dataset_format.yaml
+    work: ClassVar[str]  # 'module:function', (step, run) -> 'done' or 'already done'; imported when it is run
+    version: ClassVar[int] = 1  # of its code: raised when equal settings would give other results
+    fits: ClassVar[bool] = False  # its outputs are vectors; other verbs read them
+    together: ClassVar[bool] = False  # one step for all concepts
+    not_deciding: ClassVar[tuple[str, ...]] = ("batch_size",)  # settings that change no result beyond rounding
+
+    def settings(self, request: Request, method: str, form: str) -> Resolved:
+        """The settings of a cell, from files and command line. Raises UserError for wrong ones."""
+        return resolve(self.name, request.base_dir, request.model, request.dataset, method, form, request.overrides)
+
+    def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:
+        """Those of the command line, else of the settings, else 1."""
+        given = request.multipliers if isinstance(request.multipliers, tuple) else getattr(settings, "multipliers", None)
+        return tuple(dict.fromkeys(float(m) for m in (given or (1.0,))))
+
+    def outputs(self, store: Store, cells: tuple[Cell, ...], data: Mapping[str, Path], multipliers: tuple[float, ...]) -> list[Path]:
+        """The files that a step writes."""
+        raise NotImplementedError(f"{self.name} does not say what it writes")
+
+    def decided_by(self, step: Step) -> list[tuple[str, dict[str, Any]]]:
+        """For each output: which of its inputs (purpose), and what besides model, data, vectors and settings decides it."""
+        raise NotImplementedError(f"{self.name} does not say what decides its results")
+
+    def unfinished(self, step: Step, limit: int | None, seen: identity.Seen) -> set[str]:
+        """Whose work under way may lie there, as identities."""
+        return {manifest.identity(parts) for parts in output_parts(step, limit, seen).values()}
+
+    def cost(self, step: Step, shape: Shape, rows: Sequence[Any], request: Request) -> Cost:
+        """An estimate for one concept. rows: its prompts (where the section is `generation`) or pairs."""
+        raise NotImplementedError(f"{self.name} does not say what it costs")
+
+
+VERBS: dict[str, Verb] = {}
+# the released command line's words -> verbs; `both` is the fit and the texts
+MODES: dict[str, tuple[str, ...]] = {}
+
+
+def register(verb: Verb) -> None:
+    """Make a verb known to plan, run, command line and verify."""
+    VERBS[verb.name] = verb
+    MODES[verb.mode] = (verb.name,)
+
+
+def layers_of(step: Step, cell: Cell) -> list[list[int]]:
+    """The layers of each stored vector's settings: its own, or those of the joint fit."""
+    joint = getattr(step.settings, "joint", False)
+    return [list(cell.layers) if joint else [layer] for layer in cell.layers]
+
+
+# ---------------------------------------------------------------- identity: the same from a plan and from a stored artifact
+
+
+def parts_of(step: Step, purpose: str, own: Mapping[str, Any], limit: int | None, seen: identity.Seen) -> dict[str, Any]:
+    """Everything that decides a result. own: what is not the same for all results of the step (settings in it replace the step's)."""
+    verb = VERBS[step.verb]
+    settings = {k: v for k, v in step.settings.as_dict().items() if k not in verb.not_deciding}
+    sources = {
+        "columns": step.columns[purpose],
+        "model": seen.of(step.model),
+        "data": seen.of(step.data[purpose]),
+        "vectors": [seen.of(path) for path in step.vectors],
+    }
+    dated = template.identity(step.model) if step.settings.use_chat_template else None
+    if dated is not None:  # left out for all others: nothing of it depends on the day
+        sources["template"] = dated
+    return {"settings": settings, **own, "verb": step.verb, "version": verb.version, "limit": limit, **sources}
+
+
+def output_parts(step: Step, limit: int | None, seen: identity.Seen) -> dict[Path, dict[str, Any]]:
+    """output -> what decides it; only when all inputs are there."""
+    decided = VERBS[step.verb].decided_by(step)
+    return {path: parts_of(step, purpose, own, limit, seen) for path, (purpose, own) in zip(step.outputs, decided, strict=True)}
+
+
+def missing_inputs(step: Step) -> list[Path]:
+    """Inputs that are not there (a model folder counts by its config.json)."""
+    model = [] if (step.model / "config.json").is_file() else [step.model]
+    return model + [p for p in (*step.data.values(), *step.vectors) if not p.is_file()]
+
+
+def standing(step: Step, limit: int | None, seen: identity.Seen) -> dict[Path, str]:
+    """output -> 'done' | 'missing' | 'stale' | 'damaged' | 'foreign' (manifest.standing); 'missing' when an input is.
+
+    What was made from a vector that is not as its manifest says is not done either: the work says so.
+    """
+    if missing_inputs(step):
+        return {path: "foreign" if path.exists() and not manifest.manifest_path(path).exists() else "missing" for path in step.outputs}
+    sound = all(map(manifest.is_as_recorded, step.vectors))
+    states = {path: manifest.standing(path, parts) for path, parts in output_parts(step, limit, seen).items()}
+    return {path: "stale" if state == "done" and not sound else state for path, state in states.items()}
+
+
+def replaced(outputs: Mapping[Path, Mapping[str, Any]]) -> dict[str, list[Path]]:
+    """Why -> the stored files that are not what is asked for and will be written over."""
+    found: dict[str, list[Path]] = {}
+    for path, parts in outputs.items():
+        state = manifest.standing(path, dict(parts))
+        if state in ("foreign", "damaged"):
+            why = {"foreign": "made elsewhere: no manifest", "damaged": "damaged, or changed by hand"}[state]
+        elif state == "stale":
+            then = (manifest.read(path) or {}).get("parts")
+            why = f"made with {manifest.differences(then if isinstance(then, dict) else {}, parts)}"
+        else:
+            continue
+        found.setdefault(why, []).append(path)
+    return found
+
+
+def without_effect(steps: Iterable[Step]) -> dict[str, tuple[list[str], int]]:
+    """Why -> (the keys of the settings that have no effect, in how many files they stand)."""
+    found: dict[str, list[Unused]] = {}
+    for note in dict.fromkeys(note for step in steps for note in step.notes):
+        found.setdefault(note.why, []).append(note)
+    return {why: (sorted({note.key for note in notes}), len({note.where for note in notes})) for why, notes in found.items()}
+
+
+def cost(step: Step, request: Request) -> Cost | None:
+    """What a step will cost; None when the model or the data is not there to be counted."""
+    shape, verb = shape_of(step.model), VERBS[step.verb]
+    if shape is None or not all(path.is_file() for path in step.data.values()):
+        return None
+    s = step.settings
+    given = [rows for rows in (request.limit, getattr(s, "generation_data_size", None), getattr(s, "max_num_of_examples", None)) if rows]
+    limit = min(given) if given else None
+    parts = []
+    for cell in step.cells:
+        for purpose in step.data:
+            fmt = readers.dataset_format(request.base_dir, cell.dataset, verb.sections[purpose])
+            read = readers.read_prompts if fmt.section == "generation" else readers.read_pairs
+            parts.append(verb.cost(step, shape, read(fmt, cell.concept, limit), request))
+    recorded = max(part.cache for part in parts)  # of one concept at a time
+    peak = shape.weights * shape.size(s) + recorded + max(part.peak for part in parts)
+    return Cost(sum(part.tokens for part in parts), sum(part.flops for part in parts), recorded, peak)

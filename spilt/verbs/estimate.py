@@ -1,0 +1,129 @@
+"""What a step will cost, before anything is loaded: tokens, floating-point work, memory. Shown by --dry_run. No torch.
+
+Counts follow design arithmetic: a block costs 2 FLOP per weight and token, plus attention; blocks up to `layer` run once
+per sequence, the blocks after it once per multiplier (measure), per step forward and backward (fit). Token counts are
+guessed from the text (4 bytes a token and a template of 20), since the tokenizer is not loaded: expect some 30%.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spilt.errors import UserError
+from spilt.memory import max_tokens
+from spilt.model import checkpoint
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES_PER_TOKEN, TEMPLATE = 4, 20
+
+
+class Shape(NamedTuple):
+    """What config.json says of a model."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    gated: bool  # three MLP matrices instead of two
+    eager: bool = False  # attention whose scores are kept for the backward pass (Gemma-2)
+
+    @property
+    def block(self) -> int:
+        """Weights of one block."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return attention + (3 if self.gated else 2) * self.hidden * self.intermediate
+
+    @property
+    def weights(self) -> int:
+        return self.layers * self.block + self.vocab * self.hidden
+
+    @property
+    def head(self) -> int:
+        """FLOP of the output head, per scored token."""
+        return 2 * self.vocab * self.hidden
+
+    def below(self, settings: Any) -> int:
+        """Blocks up to the lowest layer."""
+        return min(settings.layers) + 1
+
+    def above(self, settings: Any) -> int:
+        return self.layers - self.below(settings)
+
+    def size(self, settings: Any) -> int:
+        """Bytes of a number."""
+        return BYTES.get(settings.dtype, 4)
+
+    def read(self, step: Any) -> int:
+        """Width of what is recorded beside the stream."""
+        if step.cells[0].intervention == "vector":
+            return 0
+        return self.intermediate if step.settings.intervention_components == "mlp_mid" else self.hidden
+
+    def kept(self, tokens: float, length: float, size: int) -> float:
+        """Bytes that a block keeps of so many tokens for the backward pass: norms and attention, two middles of the MLP, scores."""
+        scores = 8 * self.heads * length if self.eager else 0
+        return tokens * ((10 * self.hidden + 2 * self.intermediate) * size + scores)
+
+    def run(self, tokens: float, blocks: int, length: float) -> float:
+        """FLOP of so many tokens in sequences of `length` through so many blocks: products with weights, and attention."""
+        return tokens * blocks * (2 * self.block + 4 * self.heads * self.head_dim * length / 2)
+
+
+class Cost(NamedTuple):
+    """Estimates of one step."""
+
+    tokens: float  # through any part of the model
+    flops: float
+    cache: float  # bytes of recorded activations
+    peak: float  # bytes
+
+    def __str__(self) -> str:
+        memory = f"recorded activations {_bytes(self.cache)}, peak memory {_bytes(self.peak)}"
+        return f"about {self.tokens:,.0f} tokens, {_si(self.flops)}FLOP, {memory} besides the libraries"
+
+
+def shape_of(model: Path) -> Shape | None:
+    """From config.json; None when it is not there or is of an unknown make."""
+    try:
+        config = checkpoint.text_config(checkpoint.read_json(model / checkpoint.CONFIG))
+        hidden = config.get("hidden_size") or config["n_embd"]
+        heads = config.get("num_attention_heads") or config["n_head"]
+        layers = config.get("num_hidden_layers") or config["n_layer"]
+        inner = config.get("intermediate_size") or config.get("n_inner") or 4 * hidden
+        kv = config.get("num_key_value_heads") or heads
+        dim = config.get("head_dim") or hidden // heads
+        gated, eager = "intermediate_size" in config, bool(config.get("attn_logit_softcapping"))
+        return Shape(layers, hidden, inner, heads, kv, dim, config["vocab_size"], gated, eager)
+    except (UserError, OSError, KeyError, TypeError, ZeroDivisionError):
+        return None
+
+
+def recording(step: Any, shape: Shape, pairs: Sequence[Any], kind: str) -> tuple[Cost, float, float]:
+    """Of the blocks up to the layer, once per sequence; and the tokens of all questions, and of all answers."""
+    s = step.settings
+    questions = sum(tokens(pair.question) + TEMPLATE for pair in pairs)
+    answers = sum(tokens(pair.matching) + tokens(pair.not_matching) + 6 for pair in pairs)
+    recorded, size = questions + answers, shape.size(s)
+    batch = max_tokens(kind) * (12 * shape.hidden + 2 * shape.intermediate) * size + 64 * shape.vocab * 6
+    flops = shape.run(recorded, shape.below(s), recorded / len(pairs))
+    return Cost(recorded, flops, recorded * (shape.hidden + shape.read(step)) * size, batch), questions, answers
+
+
+def tokens(text: str) -> float:
+    return len(text.encode()) / BYTES_PER_TOKEN
+
+
+def _si(value: float) -> str:
+    for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G")):
+        if value >= unit:
+            return f"{value / unit:.3g} {name}"
+    return f"{value / 1e6:.3g} M"
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB" if value >= 2**29 else f"{value / 2**20:.1f} MiB"

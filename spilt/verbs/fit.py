@@ -1,0 +1,65 @@
+"""fit (`--mode generate`): pairs -> layer_{id}.pt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spilt.artifacts.store import Store
+from spilt.cell import Cell
+from spilt.errors import UserError
+from spilt.memory import max_tokens
+from spilt.methods import METHODS
+from spilt.settings.resolve import Resolved
+from spilt.verbs.base import Request, Step, Verb, layers_of
+from spilt.verbs.estimate import Cost, Shape, recording
+
+
+class Fit(Verb):
+    name, mode = "fit", "generate"
+    sections = {"train": "train"}
+    work = "spilt.tasks.fit:fit"
+    fits = True
+    not_deciding = ()  # the batch size decides a fit
+
+    def settings(self, request: Request, method: str, form: str) -> Resolved:
+        found = super().settings(request, method, form)
+        s = found.settings
+        if METHODS[method].estimate is not None and s.site != "block":
+            why = "the mean is taken at the block's output, which is another space where a norm follows the MLP"
+            raise UserError(f"{found.files[-1]}: {method} with site: {s.site} does not exist: {why}; leave site out")
+        return found
+
+    def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:
+        return ()
+
+    def outputs(self, store: Store, cells: tuple[Cell, ...], data: Mapping[str, Path], multipliers: tuple[float, ...]) -> list[Path]:
+        return [store.vector(cell, layer) for cell in cells for layer in cell.layers]
+
+    def decided_by(self, step: Step) -> list[tuple[str, dict[str, Any]]]:
+        settings = step.settings.as_dict()
+        return [
+            ("train", {"settings": {**settings, "layers": layers}, "concept": cell.concept})
+            for cell in step.cells
+            for layers in layers_of(step, cell)
+        ]
+
+    def cost(self, step: Step, shape: Shape, rows: Sequence[Any], request: Request) -> Cost:
+        """One pass below the layer, then forward and backward above it for every pair that is shown."""
+        s, kind = step.settings, request.device.split(":")[0]
+        recorded, questions, answers = recording(step, shape, rows, kind)
+        method = METHODS[step.cells[0].method]
+        if method.estimate is not None:
+            return recorded
+        above, size = shape.above(s), shape.size(s)
+        length = recorded.tokens / len(rows)
+        sides = 2 if method.needs_losing(s) else 1
+        times = s.n_epochs * len(s.preference_pairs) * sides
+        shown = times * (questions + answers / 2)
+        flops = recorded.flops + 2 * shape.run(shown, above, length) + 2 * shape.head * times * answers / 2
+        read = shape.read(step)
+        parameters = {"vector": shape.hidden, "lora": s.rank * (read + shape.hidden), "local_weight": (read + 1) * shape.hidden}
+        adam = 4 * 4 * parameters[step.cells[0].intervention]  # parameter, gradient, two moments, float32
+        at_once = min(s.batch_size * sides * length, max(length, max_tokens(kind, backward=True)))
+        return Cost(recorded.tokens + shown, flops, recorded.cache, adam + above * shape.kept(at_once, length, size))

@@ -1,0 +1,52 @@
+"""generate (`--mode apply`): prompts and a stored intervention -> texts, one file for each multiplier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spilt.artifacts import manifest
+from spilt.artifacts.store import Store
+from spilt.cell import Cell
+from spilt.model import identity
+from spilt.verbs.base import Request, Step, Verb, output_parts
+from spilt.verbs.estimate import TEMPLATE, Cost, Shape, tokens
+
+
+class Generate(Verb):
+    name, mode = "generate", "apply"
+    sections = {"prompts": "generation"}
+    work = "spilt.tasks.generate:generate"
+    together = True
+    not_deciding = ("multipliers", "batch_size")
+
+    def outputs(self, store: Store, cells: tuple[Cell, ...], data: Mapping[str, Path], multipliers: tuple[float, ...]) -> list[Path]:
+        return [store.results(cells[0], m) for m in multipliers]
+
+    def decided_by(self, step: Step) -> list[tuple[str, dict[str, Any]]]:
+        concepts = [cell.concept for cell in step.cells]
+        return [("prompts", {"multiplier": float(m), "concepts": concepts}) for m in step.multipliers]
+
+    def unfinished(self, step: Step, limit: int | None, seen: identity.Seen) -> set[str]:
+        outputs = output_parts(step, limit, seen)
+        return set(text_identities(dict(zip(step.multipliers, outputs.values(), strict=True))).values())
+
+    def cost(self, step: Step, shape: Shape, rows: Sequence[Any], request: Request) -> Cost:
+        """Each prompt once below the layer, above it once per text; then a token at a time."""
+        s, head = step.settings, shape.head
+        prompts = [tokens(prompt.input) + TEMPLATE for prompt in rows]
+        texts = len(prompts) * s.num_responses * (len(step.multipliers) + s.generate_orig_output)
+        length = sum(prompts) / len(prompts)
+        new = texts * s.generation_params.max_new_tokens
+        whole = length + s.generation_params.max_new_tokens
+        flops = shape.run(sum(prompts), shape.below(s), length) + shape.run(texts * length, shape.above(s), length) + texts * head
+        flops += shape.run(new, shape.layers, whole) + new * head
+        per_row = 2 * shape.layers * shape.kv_heads * shape.head_dim * whole * shape.size(s)
+        return Cost(sum(prompts) + texts * length + new, flops, 0, s.batch_size * per_row)
+
+
+def text_identities(outputs: Mapping[float, Mapping[str, Any]]) -> dict[float | None, str]:
+    """multiplier -> whose the unfinished texts are. outputs: multiplier -> parts; None: the unsteered texts, the same for all."""
+    found: dict[float | None, str] = {m: manifest.identity(dict(parts)) for m, parts in outputs.items()}
+    return {**found, None: manifest.identity({**next(iter(outputs.values())), "multiplier": None})}
