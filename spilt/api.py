@@ -14,7 +14,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import nn
 
 from spilt import plan
@@ -30,7 +29,6 @@ from spilt.methods import METHODS
 from spilt.model import host
 from spilt.settings import FitSettings
 from spilt.settings.fields import GenerationParams, intervention_name, method_name
-from spilt.steering import anatomy, hooks
 from spilt.steering.interventions import INTERVENTIONS, Intervention, Multiplier
 from spilt.steering.steering import Steering
 from spilt.verbs import measure as measure_verb
@@ -153,14 +151,12 @@ def _train(
     progress: Callable[[int, int, float], None] | None,
 ) -> None:
     pad, method = _pad_id(tokenizer), METHODS[s.method]
-    if engine == choice.PLAIN or choice.why_plain(steering, "fit", joint):
+    if choice.why_plain(steering.places, "fit", engine=engine, joint=joint):
         training.fit(whole.Fit(model, steering, tokens, s, method, chat.prefix_length, pad), progress=progress)
         return
-    ((site, made),) = steering
-    base = hooks.base(site.layer, made)
-    read = [site.read_point] if site.read_point and base == site.layer else []
-    cache = activations.record(model, base, tokens, read, pad, together=2)
-    training.fit(training.Fit(model, site.layer, made, cache, s, method, chat.prefix_length), progress=progress)
+    base, read = score.recorded_at(steering)
+    cache = activations.record(model, base, tokens, [read] if read else [], pad, together=2)
+    training.fit(training.Fit(model, steering, cache, s, method, chat.prefix_length), progress=progress)
 
 
 @contextmanager
@@ -191,6 +187,7 @@ def generate(
     num_responses: int = 1,
     seed: int = 42,
     batch_size: int = 16,
+    engine: str = choice.FAST,
     use_chat_template: bool = True,
     system_prompt: str = "",
     **params: Any,
@@ -215,11 +212,9 @@ def generate(
             raise unknown("generation parameter", name, known)
     how = generation.decoding(GenerationParams(**params).as_kwargs(), model, tokenizer)
 
-    def sites(multiplier: torch.Tensor) -> list[hooks.Site]:
-        return [hooks.Site(site.layer, made, multiplier) for site, made in placed]
-
     with _frozen(model):
-        made = dict(generation.generate(model, sites, rows, how, batch_size))
+        plain = choice.why_plain(placed.places, "generate", engine=engine)
+        made = dict(whole.texts(model, placed, rows, how) if plain else generation.generate(model, placed, rows, how, batch_size))
     out = [
         {"prompt": texts[i], "multiplier": m, "response": k, "text": tokenizer.decode(made[n], skip_special_tokens=True)}
         for n, (i, m, k) in enumerate(asked)
@@ -256,14 +251,14 @@ def measure(
     strengths = sorted({0.0, *(float(m) + 0.0 for m in multipliers)})
     prefix = chat.prefix_length
     with _frozen(model):
-        if engine == choice.PLAIN or choice.why_plain(placed, "measure"):
-            answer = whole.losses(model, placed, strengths, tokens, pad, positions, prefix, suffix=False).numpy()
+        kinds = len({made.positional for _, made in placed})
+        if choice.why_plain(placed.places, "measure", engine=engine, positional=kinds):
+            scorer: score.Scorer = whole.Scorer(model, placed, tokens, pad, positions, prefix)
         else:
-            device = anatomy.device_of(model, placed.layers[0])
-            asked = score.Request(model, {site.layer: made for site, made in placed}, positions, prefix, device)
-            read = [asked.component] if asked.component else []
-            cache = activations.record(model, asked.base, tokens, read, pad, together=2)
-            answer = score.losses(asked, cache, strengths).answer
+            base, read = score.recorded_at(placed)
+            cache = activations.record(model, base, tokens, [read] if read else [], pad, together=2)
+            scorer = score.Recorded(model, placed, cache, positions, prefix)
+        answer = score.losses(scorer, strengths).answer
     counts = [len(s.input_ids) - s.prompt_length - s.suffix_length for s in tokens]
     mean = answer / counts
     frames = []

@@ -23,6 +23,7 @@ from spilt import __version__, plan, verbs
 from spilt.artifacts.manifest import manifest_path
 from spilt.artifacts.store import Store
 from spilt.cell import FORMS
+from spilt.engine.choice import ENGINES
 from spilt.errors import NotFinite, UserError, first_line, printable, unknown
 from spilt.methods import METHODS
 from spilt.model.identity import Changed, Seen
@@ -85,6 +86,12 @@ def parser(base_dir: Path = Path(".")) -> argparse.ArgumentParser:
         help="a fit or measurement under way is saved after this long (default 60)",
     )
     add("--force", action="store_true", help="do again what is already done")
+    add(
+        "--engine",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="plain: hooks and the library's own forward (slower, the same results)",
+    )
     add("--deterministic", action="store_true", help="only algorithms that give the same bits every time (slower on a GPU)")
     add("--verify", action="store_true", help="check every stored artifact under --base_dir instead, and say what is stale or damaged")
     add("--quiet", action="store_true", help="no progress bars")
@@ -148,6 +155,7 @@ def request_of(args: argparse.Namespace) -> verbs.Request:
         force=args.force,
         checkpoint_seconds=args.checkpoint_seconds,
         deterministic=args.deterministic,
+        engine=args.engine,
         flags=tuple(flags),
     )
 
@@ -268,6 +276,8 @@ def print_plan(made: plan.Plan, request: verbs.Request) -> None:
             say(f"            ({len(shown)} files in all)")
         if step.sweep:
             say(f"            (widened by half while a tail still moves, up to {measure_verb.SWEEP_MOST} multipliers)")
+        plain = plan.why_plain(step, request.engine)
+        say(f"   engine   {f'plain: {plain}' if plain else 'fast'}")
         guess = cost(step, request)
         say(f"   cost     {guess if guess is not None else 'unknown until model and data are there'}")
         if reason := _keeps_what_is_unusable(step, request):
@@ -362,7 +372,7 @@ def _run_waiting(waiting: list[verbs.Step], before: list[Outcome], request: verb
         log.setLevel(logging.ERROR)
     waiting, before = team.agree(lambda: (waiting, before))
     request = replace(request, device=team.device)
-    recordings = stages.Recordings(waiting, request.limit)
+    recordings = stages.Recordings(waiting, request.limit, request.engine)
     hosts = _Hosts(request, recordings, seen)
 
     def one(step: verbs.Step) -> Outcome:

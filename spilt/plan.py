@@ -15,6 +15,7 @@ from spilt.artifacts import manifest
 from spilt.artifacts.store import Store
 from spilt.cell import FORMS, Cell
 from spilt.data import readers, sense
+from spilt.engine import choice
 from spilt.errors import Mistakes, UserError, nearest, printable, unknown
 from spilt.methods import METHODS
 from spilt.model import checkpoint, identity
@@ -116,6 +117,17 @@ def columns(fmt: readers.DatasetFormat) -> dict[str, Any]:
     """What of a dataset_format.yaml entry decides the rows: the columns of the same file can be read as other data."""
     fields = (*readers.SECTIONS[fmt.section], *(("concept_id", "output_concept") if fmt.multi_concept else ()))
     return {"columns": {field: fmt.column(field) for field in fields}, "multi_concept": fmt.multi_concept}
+
+
+def why_plain(step: Step, engine: str) -> str:
+    """Why the plain engine does a step; '' where the fast one does, or where nothing is to be chosen (closed forms)."""
+    s: Any = step.settings
+    if step.verb == "fit" and METHODS[step.cells[0].method].estimate is not None:
+        return ""
+    joint = getattr(s, "joint", False)
+    layers = [(layer,) for layer in s.layers] if step.verb == "fit" and not joint else [s.layers]
+    said = [choice.why_plain([(n, s.site) for n in group], step.verb, engine=engine, joint=joint) for group in layers]
+    return next(filter(None, said), "")
 
 
 def check_model(store: Store, name: str) -> None:
@@ -271,12 +283,18 @@ def doubts(cell: Cell, layer: int, settings: Any, request: Request, seen: identi
         return []
     ours = {"method": cell.method, "intervention_method": cell.intervention, "layers": [layer], "site": settings.site}
     found = {name: then.get(name) for name in ours} | {"concept": parts.get("concept")}
+    together = found["layers"] if then.get("joint") else None
+    if isinstance(together, list) and layer in together:
+        found["layers"] = [layer]
     if other := manifest.differences(found, ours | {"concept": cell.concept}):
         raise UserError(
             f"{path}: is another vector by its manifest: {other.replace('(now', '(wanted')}; put it where it belongs, fit this one with "
             f"--mode generate, or remove {manifest.manifest_path(path).name} to use it as it is"
         )
     said = []
+    if isinstance(together, list) and set(together) != set(cell.layers):
+        others = ", ".join(str(n) for n in together if n != layer)
+        said.append(f"was fitted jointly with layer {others}, and acts here with other layers")
     if parts.get("model") != seen.of(store.model(cell.model)):
         said.append(f"was fitted on another model than {store.relative(store.model(cell.model))} holds now")
     try:
@@ -287,7 +305,8 @@ def doubts(cell: Cell, layer: int, settings: Any, request: Request, seen: identi
     fitted = found_now.settings.as_dict()
     # the model's dtype may differ on purpose: fitted in one, used in another
     both = {name: value for name, value in then.items() if name in fitted and name not in ("dtype", "layers")}
-    if edited := manifest.differences(both, {name: fitted[name] for name in both}):
+    both["joint"] = then.get("joint", False)
+    if edited := manifest.differences(both, {name: fitted.get(name, False) for name in both}):
         said.append(f"was fitted with other settings: {edited}")
     if data.is_file() and parts.get("data") != seen.of(data):
         said.append(f"was fitted on other data than {store.relative(data)} holds now")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families import EOS, FAMILY_NAMES, LAYERS, READS, build, intervention, model
-from test_generation import how, rows, sites
+from test_generation import how, rows
 from test_suffix import answer_pairs
 
 from spilt.engine import activations, choice, score, whole
@@ -31,9 +31,9 @@ def steering(form: str, component: str | None = None, layer: int = LAYER, **more
 
 
 def fast_losses(tiny: Any, value: Steering, positions: str = "all") -> Any:
-    asked = score.Request(tiny, {site.layer: made for site, made in value}, positions, PREFIX, torch.device("cpu"))
-    cache = activations.record(tiny, asked.base, answer_pairs(), [asked.component] if asked.component else [], PAD, together=2)
-    return torch.as_tensor(score.losses(asked, cache, STRENGTHS).total)
+    base, read = score.recorded_at(value)
+    cache = activations.record(tiny, base, answer_pairs(), [read] if read else [], PAD, together=2)
+    return torch.as_tensor(score.losses(score.Recorded(tiny, value, cache, positions, PREFIX), STRENGTHS).total)
 
 
 @pytest.mark.parametrize("write_point", ["block", "down_proj"])
@@ -75,7 +75,7 @@ def test_gradients_of_a_minibatch(family: str) -> None:
             s = settings(method, form, **({"intervention_components": component} if component else {}))
             made = intervention(form, component, scale=0.2)
             made.requires_grad_(True)
-            fast = training.Fit(tiny, LAYER, made, cache, s, METHODS[method], PREFIX)
+            fast = training.Fit(tiny, Steering.of({LAYER: made}), cache, s, METHODS[method], PREFIX)
             plain = whole.Fit(tiny, Steering.of({LAYER: made}), sequences, s, METHODS[method], PREFIX, PAD)
             minibatch = [entry for row in range(len(sequences) // 2) for entry in training.entries(row, s)]
             ours, theirs = fast.gradients(minibatch, 2), plain.gradients(minibatch, 2)
@@ -92,7 +92,7 @@ def test_greedy_texts(family: str, cache: bool) -> None:
     tiny, wanted = model(family), rows()
     for form, component in READS:
         value = steering(form, component)
-        fast = dict(generation.generate(tiny, sites(value.entries[0][1]), wanted, how(), 4))
+        fast = dict(generation.generate(tiny, value, wanted, how(), 4))
         prompts, strengths = [row.prompt for row in wanted], [row.multiplier for row in wanted]
         greedy = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": EOS, "use_cache": cache}
         plain = whole.generate(tiny, value, strengths, prompts, PAD, **greedy)
@@ -133,7 +133,7 @@ def test_a_plain_fit_is_a_fast_fit() -> None:
     for method, form in (("sft", "lora"), ("spilt", "vector"), ("reps", "vector")):
         s = settings(method, form, n_epochs=3)
         one, other = (training.new_intervention(tiny, LAYER, s) for _ in range(2))
-        fast = training.fit(training.Fit(tiny, LAYER, one, cache, s, METHODS[method], PREFIX))
+        fast = training.fit(training.Fit(tiny, Steering.of({LAYER: one}), cache, s, METHODS[method], PREFIX))
         plain = training.fit(whole.Fit(tiny, Steering.of({LAYER: other}), sequences, s, METHODS[method], PREFIX, PAD))
         assert [row["loss"] for row in fast] == pytest.approx([row["loss"] for row in plain], rel=1e-3, abs=1e-4)
         for a, b in zip(one.parameters(), other.parameters(), strict=True):
@@ -142,12 +142,13 @@ def test_a_plain_fit_is_a_fast_fit() -> None:
 
 def test_which_engine_and_why() -> None:
     one = steering("vector")
-    assert choice.why_plain(one, "fit") == choice.why_plain(one, "measure") == ""
-    assert "twice" in choice.why_plain(one + one, "generate")
-    assert "jointly" in choice.why_plain(one + steering("vector", layer=0), "fit", joint=True)
-    assert "block 0" in choice.why_plain(steering("vector", layer=0, site="down_proj"), "measure")
-    assert choice.why_plain(steering("vector", layer=0, site="down_proj"), "generate") == ""
-    assert "positions" in choice.why_plain(one + steering("lora", layer=0), "measure")
+    assert choice.why_plain(one.places, "fit") == choice.why_plain(one.places, "measure") == ""
+    assert "twice" in choice.why_plain((one + one).places, "generate")
+    assert "jointly" in choice.why_plain((one + steering("vector", layer=0)).places, "fit", joint=True)
+    assert "block 0" in choice.why_plain(steering("vector", layer=0, site="down_proj").places, "measure")
+    assert choice.why_plain(steering("vector", layer=0, site="down_proj").places, "generate") == ""
+    assert choice.why_plain(one.places, "generate", engine="plain") == choice.ASKED
+    assert "positions" in choice.why_plain((one + steering("lora", layer=0)).places, "measure", positional=2)
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from spilt.engine import decode as generation
 from spilt.engine.decode import Decoding, Row
 from spilt.steering import hooks
 from spilt.steering.interventions import Intervention
+from spilt.steering.steering import Steering
 
 LAYER = LAYERS // 2
 NEW = 10
@@ -34,8 +34,8 @@ def how(sample: bool = False, eos: tuple[int, ...] = (EOS,), new: int = NEW, **p
     return made._replace(eos=eos)
 
 
-def sites(made: Intervention, layer: int = LAYER) -> Callable[[Tensor], list[hooks.Site]]:
-    return lambda multiplier: [hooks.Site(layer, made, multiplier)]
+def sites(made: Intervention, layer: int = LAYER) -> Steering:
+    return Steering.of({layer: made})
 
 
 def texts(tiny: nn.Module, made: Intervention, wanted: list[Row], decoding: Decoding, batch_size: int) -> list[list[int]]:
@@ -117,10 +117,7 @@ def test_the_scores_agree_and_not_only_their_order() -> None:
 def test_several_layers_act_together() -> None:
     tiny, wanted = model("llama"), rows()
     one, other = intervention("vector", seed=1), intervention("local_weight", "block", seed=2)
-
-    def both(multiplier: Tensor) -> list[hooks.Site]:
-        return [hooks.Site(1, one, multiplier), hooks.Site(3, other, multiplier)]
-
+    both = Steering.of({1: one, 3: other})
     decoding = how(eos=())
     together, alone = dict(generation.generate(tiny, both, wanted, decoding, 4)), {}
     for i, row in enumerate(wanted):

@@ -26,6 +26,7 @@ from spilt.settings import FitSettings
 from spilt.steering import hooks
 from spilt.steering.anatomy import COMPONENTS
 from spilt.steering.interventions import INTERVENTIONS, Intervention, Vector
+from spilt.steering.steering import Steering
 
 pytestmark = needs_golden
 every_dataset = pytest.mark.parametrize("dataset", DATASETS)
@@ -61,8 +62,8 @@ def recorded(dataset: str, split: str, count: int | None = None) -> activations.
     return activations.record(golden.host()[0], LAYER, sequences(golden.rows(dataset, split)[:count]), COMPONENTS, 0, together=2)
 
 
-def asked(state: str) -> score.Request:
-    return score.Request(golden.host()[0], {LAYER: released(state)}, "all", chat().prefix_length, torch.device("cpu"))
+def scorer(state: str, cache: activations.Activations) -> score.Recorded:
+    return score.Recorded(golden.host()[0], Steering.of({LAYER: released(state)}), cache, "all", chat().prefix_length)
 
 
 def test_the_released_numbers_are_all_there() -> None:
@@ -76,7 +77,7 @@ def test_the_released_numbers_are_all_there() -> None:
 @every_dataset
 def test_unsteered_losses(dataset: str) -> None:
     want = golden.numbers("losses.json")[f"{dataset}/unsteered"]
-    found = score.losses(asked("vector"), recorded(dataset, "test"), [0.0])
+    found = score.losses(scorer("vector", recorded(dataset, "test")), [0.0])
     losses = torch.tensor(found.total[0] / found.tokens)
     for place, which in enumerate(("matching", "not_matching")):
         torch.testing.assert_close(losses[place::2], torch.tensor(want[which], dtype=torch.float64), atol=LOSS_ATOL, rtol=0)
@@ -89,7 +90,7 @@ def test_losses_of_loss_mode(dataset: str, state: str) -> None:
     want = golden.numbers("losses.json")[f"{dataset}/{state}/trainer"]
     strengths = [m for m in want["matching"] if state != "vector" or float(m) != 0]
     assert len(strengths) == (6 if state == "vector" else 7)
-    found = score.losses(asked(state), recorded(dataset, "test"), [float(m) for m in strengths])
+    found = score.losses(scorer(state, recorded(dataset, "test")), [float(m) for m in strengths])
     losses = torch.tensor(found.total / found.tokens)
     assert losses.shape == (len(strengths), 16)
     for place, which in enumerate(("matching", "not_matching")):
@@ -145,7 +146,7 @@ def test_greedy_texts(dataset: str, batch_size: int, rows_each: int) -> None:
                 rows.append(generation.Row(tuple(entry["prompt_ids"]), float(m[1:]), str(len(rows))))
                 expected.append(entry)
         assert len(rows) == 3 * rows_each
-        found = dict(generation.generate(model, lambda m, made=made: [hooks.Site(LAYER, made, m)], rows, how, batch_size))
+        found = dict(generation.generate(model, Steering.of({LAYER: made}), rows, how, batch_size))
         assert len(found) == len(rows)
         for i, entry in enumerate(expected):
             assert found[i] == entry["new_ids"], (name, i)
@@ -208,7 +209,7 @@ def test_objectives_and_gradients(dataset: str, state: str) -> None:
             steering_factors=(1.0,), substraction_type=substraction, preference_pairs=("orig_add", "orig_sub"), **knobs,
         )  # fmt: skip
         kept, method = recorded(dataset, "train", 4), METHODS[settings.method]
-        fit = training.Fit(golden.host()[0], LAYER, made, kept, settings, method, chat().prefix_length)
+        fit = training.Fit(golden.host()[0], Steering.of({LAYER: made}), kept, settings, method, chat().prefix_length)
         shown = [entry for row in want["order"] for entry in training.entries(row, settings)]
         minibatches = training.chunks(shown, 4)
         assert len(minibatches) == len(want["minibatch_losses"]) == 2
@@ -249,7 +250,9 @@ def test_training_end_to_end(dataset: str, job: str) -> None:
     settings = FitSettings(method=job.split("/")[0], intervention_method="local_weight", **given)
     assert (settings.batch_size, settings.n_epochs, settings.lr, settings.dropout) == (24, 5, 0.01, 0.0)
     made = INTERVENTIONS["local_weight"](64, 128, component="mlp_mid")
-    job_ = training.Fit(golden.host()[0], LAYER, made, recorded(dataset, "train"), settings, METHODS[settings.method], chat().prefix_length)
+    job_ = training.Fit(
+        golden.host()[0], Steering.of({LAYER: made}), recorded(dataset, "train"), settings, METHODS[settings.method], chat().prefix_length
+    )
     minibatch_losses: list[float] = []
     plain = job_.loss
 

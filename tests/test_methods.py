@@ -26,6 +26,7 @@ from spilt.methods.spilt import spilt
 from spilt.settings import FitSettings
 from spilt.steering import hooks
 from spilt.steering.interventions import INTERVENTIONS
+from spilt.steering.steering import Steering
 
 LAYER = LAYERS // 2
 
@@ -210,7 +211,7 @@ def cache(rows: int, layer: int = LAYER, component: str | None = None) -> activa
 def job(s: FitSettings, rows: int, seed: int = 1) -> training.Fit:
     component = s.intervention_components if INTERVENTIONS[s.intervention_method].reads else None
     made = intervention(s.intervention_method, component, dropout=s.dropout, seed=seed)
-    return training.Fit(model("qwen2"), LAYER, made, cache(rows, component=component), s, METHODS[s.method], 1)
+    return training.Fit(model("qwen2"), Steering.of({LAYER: made}), cache(rows, component=component), s, METHODS[s.method], 1)
 
 
 def watch(fit: training.Fit) -> list[tuple[list[training.Entry], float]]:

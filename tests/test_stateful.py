@@ -189,7 +189,8 @@ class Runs(RuleBasedStateMachine):
         if kind == "gone":
             path.unlink(missing_ok=True)
         elif kind == "foreign":
-            torch.save(intervention(cell[1], seed=3).state(), path)
+            with torch.random.fork_rng():  # another process would not draw from the numbers of a fit under way
+                torch.save(intervention(cell[1], seed=3).state(), path)
             manifest.manifest_path(path).unlink(missing_ok=True)
         elif cell == ("sft", "vector") and other.is_file() and manifest.manifest_path(other).is_file():
             for source, target in ((other, path), (manifest.manifest_path(other), manifest.manifest_path(path))):

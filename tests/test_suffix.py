@@ -20,6 +20,7 @@ from spilt.methods.scoring import answer_logprobs, scored_positions
 from spilt.settings import FitSettings
 from spilt.steering import anatomy, hooks
 from spilt.steering.interventions import INTERVENTIONS, Intervention
+from spilt.steering.steering import Steering
 
 ATOL = 1e-6
 LENGTHS, PROMPTS = [9, 30, 14], [4, 9, 13]  # the longest is wider than the sliding window
@@ -149,8 +150,8 @@ def test_measuring_equals_hooks_at_either_site(family: str, site: str, layout: s
         if below not in caches:
             caches[below] = activations.record(tiny, below, sequences, anatomy.COMPONENTS, 0, together)
         for positions, prefix in (("all", 0), ("all", 4), ("all", 6), ("f2+l1", 4)) if form == "vector" else (("all", 0),):
-            asked = score.Request(tiny, {layer: made}, positions, prefix, torch.device("cpu"))
-            found = score.losses(asked, caches[below], [1.0, 0.0, -0.5])
+            scorer = score.Recorded(tiny, Steering.of({layer: made}), caches[below], positions, prefix)
+            found = score.losses(scorer, [1.0, 0.0, -0.5])
             where = position_mask(sequences, positions, prefix) if form == "vector" else None
             for k, m in enumerate([1.0, 0.0, -0.5]):
                 wanted = by_hooks(tiny, layer, made, m, where, masks_of(sequences))[1] if m else plain_losses(tiny, sequences)
@@ -181,7 +182,7 @@ def test_fitting_equals_hooks_at_either_site(family: str, site: str, layout: str
             caches[below] = activations.record(tiny, below, sequences, anatomy.COMPONENTS, 0, together)
         for prefix in (0, 4, 6) if form == "vector" else (0,):
             settings = fit_settings(form, component, site=site)
-            job = training.Fit(tiny, layer, made, caches[below], settings, METHODS["sft"], prefix)
+            job = training.Fit(tiny, Steering.of({layer: made}), caches[below], settings, METHODS["sft"], prefix)
             numbers = list(range(len(sequences)))[::-1]
             factors = torch.linspace(-1, 1.5, len(numbers))
             rows = training.Rows(numbers, factors, torch.zeros(len(numbers), dtype=torch.bool))
@@ -350,6 +351,8 @@ def uses(tiny: nn.Module) -> dict[str, Callable[[], Any]]:
     settings = fit_settings("lora", "attn", batch_size=1, n_epochs=1)
     cache = activations.record(tiny, layer, sequences[:2], ("attn",), 0)
 
+    fresh = Steering.of({layer: intervention("lora", "attn")})
+
     def attached() -> None:
         with hooks.attach(tiny, [hooks.Site(layer, made, 1.0), hooks.Site(layer + 1, made, 1.0)]):
             tiny(input_ids=ids)
@@ -359,10 +362,8 @@ def uses(tiny: nn.Module) -> dict[str, Callable[[], Any]]:
         "logits": lambda: suffix.logits(tiny, layer, h, keep),
         "attach": attached,
         "activations": lambda: activations.record(tiny, layer, sequences, ("mlp_mid",), 0),
-        "fit": lambda: training.fit(training.Fit(tiny, layer, intervention("lora", "attn"), cache, settings, METHODS["sft"], 0)),
-        "measure": lambda: score.losses(
-            score.Request(tiny, {layer: made, layer + 1: made}, "all", 0, torch.device("cpu")), cache, [1.0, 0.0]
-        ),
+        "fit": lambda: training.fit(training.Fit(tiny, fresh, cache, settings, METHODS["sft"], 0)),
+        "measure": lambda: score.losses(score.Recorded(tiny, Steering.of({layer: made, layer + 1: made}), cache, "all", 0), [1.0, 0.0]),
     }
 
 

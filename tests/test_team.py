@@ -142,7 +142,7 @@ def test_one_process_is_lost(base: families.Base, alone: families.Base, tmp_path
         shutil.copytree(alone.path / "vectors/tiny/sft", base.path / "vectors/tiny/sft")
     place = {
         "fit": "from spilt.engine.train import Fit as m; name = 'gradients'",
-        "generate": "from spilt import generation as m; name = '_choose'",
+        "generate": "from spilt.engine import decode as m; name = 'choose'",
         "loss": "from spilt.engine import score as m; name = 'losses'",
     }[stage]
     fault = f"""

@@ -1,24 +1,29 @@
-"""Which engine does a piece of work: the fast one where it applies, else the plain one; and why."""
+"""Which engine does a piece of work: the fast one where it applies, else the plain one; and why. No torch: a dry run says it."""
 
 from __future__ import annotations
 
 from collections import Counter
-
-from spilt.steering import hooks
-from spilt.steering.steering import Steering
+from collections.abc import Iterable
 
 FAST, PLAIN = ENGINES = ("fast", "plain")
+ASKED = "asked for with --engine plain"
 
 
-def why_plain(steering: Steering, verb: str, joint: bool = False) -> str:
-    """Why the fast path does not apply to this steering; '' where it does. verb: fit, generate, measure."""
-    twice = [layer for layer, count in Counter(site.layer for site, _ in steering).items() if count > 1]
+def why_plain(sites: Iterable[tuple[int, str]], verb: str, *, engine: str = FAST, joint: bool = False, positional: int = 1) -> str:
+    """Why the fast path does not apply; '' where it does.
+
+    sites: (layer, write point). verb: fit, generate, measure. positional: how many kinds of positions its forms act at.
+    """
+    places = list(sites)
+    if engine == PLAIN:
+        return ASKED
+    twice = [layer for layer, count in Counter(layer for layer, _ in places).items() if count > 1]
     if twice:
         return f"block {twice[0]} is steered twice"
-    if verb == "fit" and joint and len(steering) > 1:
+    if verb == "fit" and joint and len(places) > 1:
         return "several layers are fitted jointly"
-    if verb in ("fit", "measure") and min(hooks.base(site.layer, made) for site, made in steering) < 0:
+    if verb in ("fit", "measure") and any(layer == 0 and write_point != "block" for layer, write_point in places):
         return "the inside of block 0 is steered, and there is no block below it to record"
-    if verb == "measure" and len({made.positional for _, made in steering}) > 1:
+    if verb == "measure" and positional > 1:
         return "its forms act at different positions"
     return ""

@@ -27,6 +27,7 @@ from spilt.engine.activations import prefix_pairs
 from spilt.engine.kv import Room
 from spilt.errors import NotFinite
 from spilt.steering import hooks
+from spilt.steering.steering import Steering
 
 log = logging.getLogger("spilt")
 
@@ -279,7 +280,7 @@ def _prefill(
     return _Started(numbers, multiplier, mask, packing.pairs_of(cache).values(), scores)
 
 
-def _choose(scores: Tensor, how: Decoding, uniform: Tensor | None, ids: list[list[int]]) -> Tensor:
+def choose(scores: Tensor, how: Decoding, uniform: Tensor | None, ids: list[list[int]]) -> Tensor:
     """The next token of each row [B]: the likeliest, or the inverse of the cumulative distribution at the row's own number."""
     if how.processors:
         rows = []
@@ -296,6 +297,19 @@ def _choose(scores: Tensor, how: Decoding, uniform: Tensor | None, ids: list[lis
     cumulative = scores.double().softmax(-1).cumsum(-1)
     picked = torch.searchsorted(cumulative, (uniform[:, None] * cumulative[:, -1:]), right=True)[:, 0]
     return picked.clamp(max=scores.shape[-1] - 1)
+
+
+def refuse_not_finite(scores: Tensor, rows: Sequence[Row]) -> None:
+    """Raises NotFinite unless the largest score of each row is a number: NaN goes through max, among infinite ones none is likeliest."""
+    good = torch.isfinite(scores.amax(-1))
+    if good.all():
+        return
+    row = rows[int((~good).nonzero()[0, 0])]
+    way_out = f"at multiplier {row.multiplier:g}; use a smaller multiplier or another --dtype (bfloat16, float32)"
+    raise NotFinite(
+        "the model's scores of the next token are NaN or infinite "
+        + (way_out if row.multiplier else "without any steering; use another --dtype (bfloat16, float32)")
+    )
 
 
 class _Stream:
@@ -320,11 +334,11 @@ class _Stream:
         self._fill()
         active = self.active
         assert active is not None
-        self._check(active)
+        refuse_not_finite(active.scores, [self.rows[i] for i in active.rows])
         draws = [self.draws[i].random() for i in active.rows] if self.how.sample else None
         uniform = None if draws is None else torch.tensor(draws, dtype=torch.float64, device=self.device)
         ids = [[*self.rows[i].prompt, *self.new[i]] for i in active.rows] if self.how.processors else []
-        tokens = _choose(active.scores, self.how, uniform, ids)
+        tokens = choose(active.scores, self.how, uniform, ids)
         keep = []
         for place, (i, token) in enumerate(zip(active.rows, tokens.tolist(), strict=True)):
             self.new[i].append(token)
@@ -339,18 +353,6 @@ class _Stream:
             tokens = tokens[active.select(keep)]
         active.mask = torch.cat([active.mask, active.mask.new_ones(len(keep), 1)], 1)
         active.scores = _forward(self.model, self.make_sites(active.multiplier), tokens[:, None], active.mask, active.cache)
-
-    def _check(self, active: _Active) -> None:
-        """The largest score of each row is a number: NaN goes through max, and there is no likeliest token among infinite ones."""
-        good = torch.isfinite(active.scores.amax(-1))
-        if good.all():
-            return
-        row = self.rows[active.rows[int((~good).nonzero()[0, 0])]]
-        way_out = f"at multiplier {row.multiplier:g}; use a smaller multiplier or another --dtype (bfloat16, float32)"
-        raise NotFinite(
-            "the model's scores of the next token are NaN or infinite "
-            + (way_out if row.multiplier else "without any steering; use another --dtype (bfloat16, float32)")
-        )
 
     def _fill(self) -> None:
         free = self.batch_size - (len(self.active.rows) if self.active else 0)
@@ -390,14 +392,16 @@ class _Stream:
 
 
 @torch.no_grad()
-def generate(
-    model: nn.Module, make_sites: MakeSites, rows: Sequence[Row], how: Decoding, batch_size: int
-) -> Iterator[tuple[int, list[int]]]:
+def generate(model: nn.Module, steering: Steering, rows: Sequence[Row], how: Decoding, batch_size: int) -> Iterator[tuple[int, list[int]]]:
     """Yields (row number, new token ids) as rows finish: at an end token (kept) or after max_new_tokens.
 
     Out of memory: the rows under way begin again in batches half as large.
     """
-    stream = _Stream(model, make_sites, rows, how, batch_size)
+
+    def sites(multiplier: Tensor) -> list[hooks.Site]:
+        return [hooks.Site(site.layer, made, multiplier) for site, made in steering]
+
+    stream = _Stream(model, sites, rows, how, batch_size)
     while stream.new:
         try:
             stream.advance()

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from spilt import memory
 from spilt.data.batches import by_length, position_mask
+from spilt.data.chat import Sequence as Tokens
 from spilt.engine import packing, suffix
 from spilt.engine.activations import Activations, max_tokens, prefix_pairs
 from spilt.methods.scoring import token_logprobs
-from spilt.steering import hooks
-from spilt.steering.interventions import Intervention, Vector
+from spilt.steering import anatomy, hooks
+from spilt.steering.steering import Steering
 
 
 class Losses(NamedTuple):
@@ -27,34 +28,28 @@ class Losses(NamedTuple):
     answer_tokens: np.ndarray
 
 
-class Request(NamedTuple):
-    """What is measured: the model with interventions (layer -> module), and where a vector acts (YAML `intervention_positions`)."""
+class Scorer:
+    """How the losses of sequences at one multiplier are found: from recorded activations (`Recorded`) or plainly (whole.Scorer)."""
 
-    model: nn.Module
-    interventions: dict[int, Intervention]
-    positions: str
-    prefix: int  # template prefix: a vector acts from there on
-    device: torch.device
+    sequences: Sequence[Tokens]
+    batches: Sequence[Sequence[int]]  # numbers of what is scored together, decided by the data alone, and so is its rounding
 
-    @property
-    def component(self) -> str | None:
-        """The read point that must be recorded: that of an intervention on the recorded stream itself."""
-        return next((i.component for layer, i in self.interventions.items() if self.on_stream(layer)), None)
+    def members(self, numbers: Sequence[int]) -> list[int]:
+        """The sequences of a batch, in the order of their scores."""
+        return list(numbers)
 
-    @property
-    def base(self) -> int:
-        """The layer whose output is recorded: the lowest steered block, or the one below it when its inside is steered."""
-        return min(hooks.base(layer, intervention) for layer, intervention in self.interventions.items())
+    def score(self, multiplier: float, numbers: Sequence[int]) -> np.ndarray:
+        """[2, s] nats: -log p summed over label tokens (the template's suffix too, as released); over the answer's own."""
+        raise NotImplementedError(f"{type(self).__name__} does not score")
 
-    def on_stream(self, layer: int) -> bool:
-        return layer == self.base and self.interventions[layer].site == "block"
+    def smallest(self, numbers: Sequence[int]) -> tuple[str, str]:
+        """For messages: what a batch is, and what to do where a single one of it does not fit."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what a batch is")
 
 
 def losses(
-    request: Request,
-    cache: Activations,
+    scorer: Scorer,
     multipliers: Sequence[float],
-    budget: int | None = None,
     progress: Callable[[int], None] | None = None,
     share: slice = slice(None),
     known: np.ndarray | None = None,
@@ -64,116 +59,133 @@ def losses(
 
     Out of memory halves a batch: equal to rounding. m = 0 is the base model: no intervention runs.
 
-    cache: the streams at `request.base`. share: the batches that are scored, the rest stays 0: processes add up their
-    shares. progress: told of (sequence, multiplier) pairs. known: [2, K, S] as the sums of Losses, NaN where they are not
-    known: a batch that is known whole is not scored. keep: told of each batch that was: which multiplier, which sequences,
-    their sums [2, s].
+    share: the batches that are scored, the rest stays 0: processes add up their shares. progress: told of (sequence,
+    multiplier) pairs. known: [2, K, S] as the sums of Losses, NaN where they are not known: a batch that is known whole is
+    not scored. keep: told of each batch that was: which multiplier, which sequences, their sums [2, s].
     """
-    acts = _where_it_acts(request, cache)
-    if acts is not None and cache.prefix and not all(torch.equal(acts[0][: cache.prefix], a[: cache.prefix]) for a in acts):
-        cache, acts = cache.unshared(), acts  # l{n} in a short prompt reaches into what the others share
-    lengths = [len(p.ids) for p in cache.packs]
-    room = budget or max_tokens(request.device)
-    out = np.zeros((2, len(multipliers), len(cache.sequences)))
-    # one multiplier per batch: what shares a batch with a row is decided by the data alone, and so is its rounding
-    batches = [(k, numbers) for k in range(len(multipliers)) for numbers in by_length(lengths, room)]
-    heads: dict[int, packing.KeysValues] = {}  # of the multiplier at work
+    out = np.zeros((2, len(multipliers), len(scorer.sequences)))
 
     def score(k: int, numbers: Sequence[int]) -> None:
-        if k not in heads:
-            heads.clear()
-            heads[k] = _head(request, cache, multipliers[k], acts)
-        scored, members = _scores(request, cache, numbers, multipliers[k], heads[k], acts)
-        out[:, k, members] = scored
+        out[:, k, scorer.members(numbers)] = scorer.score(multipliers[k], numbers)
 
-    for k, numbers in batches[share]:
-        members = [i for number in numbers for i in cache.packs[number].members]
+    for k, numbers in [(k, numbers) for k in range(len(multipliers)) for numbers in scorer.batches][share]:
+        members = scorer.members(numbers)
         if known is not None and not np.isnan(known[:, k, members]).any():
             out[:, k, members] = known[:, k, members]
         else:
-            longest = cache.prefix + lengths[numbers[0]]
-            memory.halved(
-                lambda some, k=k: score(k, some),  # type: ignore[misc]
-                numbers,
-                f"losses at layer {request.base}, questions of {longest} tokens",
-                f"one question of {longest} tokens does not fit in memory at layer {request.base}; "
-                "lower output_length, or use --device auto",
-            )
+            memory.halved(lambda some, k=k: score(k, some), numbers, *scorer.smallest(numbers))  # type: ignore[misc]
             if keep is not None:
                 keep(k, members, out[:, k, members])
         if progress is not None:
             progress(len(members))
-    counts = np.array([[len(s.input_ids) - s.prompt_length, len(s.input_ids) - s.prompt_length - s.suffix_length] for s in cache.sequences])
+    counts = np.array(
+        [[len(s.input_ids) - s.prompt_length, len(s.input_ids) - s.prompt_length - s.suffix_length] for s in scorer.sequences]
+    )
     return Losses(out[0], out[1], counts[:, 0], counts[:, 1])
 
 
-def _where_it_acts(request: Request, cache: Activations) -> list[Tensor] | None:
+class Recorded(Scorer):
+    """The fast scorer: only the blocks above the recorded one, the template's prefix once per multiplier.
+
+    positions: where a vector acts (YAML `intervention_positions`), from the template prefix on. budget: padded tokens per batch.
+    """
+
+    def __init__(
+        self, model: nn.Module, steering: Steering, cache: Activations, positions: str, prefix: int, budget: int | None = None
+    ) -> None:
+        self.model, self.steering = model, steering
+        self.device = anatomy.device_of(model, steering.layers[0])
+        self.base, self.component = recorded_at(steering)
+        self.acts = _where_it_acts(steering, cache, positions, prefix)
+        if (
+            self.acts is not None
+            and cache.prefix
+            and not all(torch.equal(self.acts[0][: cache.prefix], a[: cache.prefix]) for a in self.acts)
+        ):
+            cache = cache.unshared()  # l{n} in a short prompt reaches into what the others share
+        self.cache, self.sequences = cache, cache.sequences
+        self.lengths = [len(p.ids) for p in cache.packs]
+        self.batches = by_length(self.lengths, budget or max_tokens(self.device))
+        self.heads: dict[float, packing.KeysValues] = {}  # of the multiplier at work
+
+    def members(self, numbers: Sequence[int]) -> list[int]:
+        return [i for number in numbers for i in self.cache.packs[number].members]
+
+    def smallest(self, numbers: Sequence[int]) -> tuple[str, str]:
+        longest = self.cache.prefix + self.lengths[numbers[0]]
+        return (
+            f"losses at layer {self.base}, questions of {longest} tokens",
+            f"one question of {longest} tokens does not fit in memory at layer {self.base}; lower output_length, or use --device auto",
+        )
+
+    def score(self, multiplier: float, numbers: Sequence[int]) -> np.ndarray:
+        if multiplier not in self.heads:
+            self.heads.clear()
+            self.heads[multiplier] = self._head(multiplier)
+        return self._scores(multiplier, numbers)
+
+    def _sites(self, strength: float, rows: int, acts: Tensor | None) -> list[hooks.Site]:
+        """The sites for `rows` rows at this strength; none at 0. acts [rows, T]."""
+        if not strength:
+            return []
+        factor = torch.full((rows, 1, 1), strength, dtype=torch.float32, device=self.device)
+        where = None if acts is None else acts.to(self.device)
+        return [hooks.Site(site.layer, made, factor, where) for site, made in self.steering]
+
+    def _stream(self, sites: Sequence[hooks.Site], seen: suffix.Recorded) -> tuple[Tensor, list[hooks.Site]]:
+        """The recorded rows, steered where the recorded block is; and the sites further up, still to be attached."""
+        h, above = seen.h, []
+        for site in sites:
+            if site.layer == self.base and site.intervention.site == "block":
+                h = hooks.steer(site, h, seen.x[site.intervention.component] if site.intervention.component else None)
+            else:
+                above.append(site)
+        return h, above
+
+    @torch.no_grad()
+    def _head(self, strength: float) -> packing.KeysValues:
+        """Keys and values of the shared prefix after the recorded block, one row."""
+        cache, name = self.cache, self.component
+        if not cache.prefix:
+            return {}
+        read = {name: cache.prefix_x[name][None].to(self.device)} if name is not None else {}
+        sites = self._sites(strength, 1, None if self.acts is None else self.acts[0][None, : cache.prefix])
+        stream, above = self._stream(sites, suffix.Recorded(cache.prefix_h[None].to(self.device), read))
+        with hooks.attach(self.model, above):
+            return prefix_pairs(self.model, self.base, stream, cache.pad_id)
+
+    @torch.no_grad()
+    def _scores(self, strength: float, numbers: Sequence[int]) -> np.ndarray:
+        cache, packs = self.cache, [self.cache.packs[i] for i in numbers]
+        rows, seen = cache.rows(numbers, self.component, self.device)
+        width = rows.input_ids.shape[1]
+        sites = self._sites(strength, len(packs), None if self.acts is None else _in_rows(self.acts, packs, cache.prefix, width))
+        stream, above = self._stream(sites, seen)
+        keep, targets, owner, own = _labels(cache, packs, width)
+        inputs = packing.attention_inputs(self.model, rows, cache.prefix)
+        shared = packing.cache_of(self.heads[strength], torch.zeros(len(packs), dtype=torch.long, device=self.device))
+        with hooks.attach(self.model, above):
+            logits = suffix.logits(self.model, self.base, stream, keep.to(self.device), past_key_values=shared, **inputs)
+        device = logits.device
+        token = -token_logprobs(logits, targets.to(device)).view(-1).double()  # [scored tokens]
+        count = len(self.members(numbers))
+        parts = (token, token * own.to(device))
+        summed = [torch.zeros(count, dtype=torch.float64, device=device).index_add_(0, owner.to(device), part) for part in parts]
+        return torch.stack(summed).cpu().numpy()
+
+
+def recorded_at(steering: Steering) -> tuple[int, str | None]:
+    """The block whose output is recorded (the lowest steered one, or the one below it when its inside is steered), and the read point
+    that an intervention on that very stream needs."""
+    base = min(hooks.base(site.layer, made) for site, made in steering)
+    return base, next((made.component for site, made in steering if site.layer == base and made.site == "block"), None)
+
+
+def _where_it_acts(steering: Steering, cache: Activations, positions: str, prefix: int) -> list[Tensor] | None:
     """Per sequence [T] bool for a vector; None = everywhere, for lora and local_weight."""
-    if not all(isinstance(intervention, Vector) for intervention in request.interventions.values()):
+    if not all(made.positional for _, made in steering):
         return None
-    return [position_mask([s], request.positions, request.prefix)[0] for s in cache.sequences]
-
-
-def _sites(request: Request, strength: float, rows: int, acts: Tensor | None) -> list[hooks.Site]:
-    """The sites for `rows` rows at this strength; none at 0. acts [rows, T]."""
-    if not strength:
-        return []
-    factor = torch.full((rows, 1, 1), strength, dtype=torch.float32, device=request.device)
-    where = None if acts is None else acts.to(request.device)
-    return [hooks.Site(layer, intervention, factor, where) for layer, intervention in request.interventions.items()]
-
-
-def _stream(request: Request, sites: Sequence[hooks.Site], seen: suffix.Recorded) -> tuple[Tensor, list[hooks.Site]]:
-    """The recorded rows, steered where the recorded block is; and the sites further up, still to be attached."""
-    h, above = seen.h, []
-    for site in sites:
-        if request.on_stream(site.layer):
-            h = hooks.steer(site, h, seen.x[site.intervention.component] if site.intervention.component else None)
-        else:
-            above.append(site)
-    return h, above
-
-
-@torch.no_grad()
-def _head(request: Request, cache: Activations, strength: float, acts: list[Tensor] | None) -> packing.KeysValues:
-    """Keys and values of the shared prefix after the recorded block, one row."""
-    if not cache.prefix:
-        return {}
-    name = request.component
-    seen = suffix.Recorded(
-        cache.prefix_h[None].to(request.device), {name: cache.prefix_x[name][None].to(request.device)} if name is not None else {}
-    )
-    sites = _sites(request, strength, 1, None if acts is None else acts[0][None, : cache.prefix])
-    stream, above = _stream(request, sites, seen)
-    with hooks.attach(request.model, above):
-        return prefix_pairs(request.model, request.base, stream, cache.pad_id)
-
-
-@torch.no_grad()
-def _scores(
-    request: Request,
-    cache: Activations,
-    numbers: Sequence[int],
-    strength: float,
-    head: packing.KeysValues,
-    acts: list[Tensor] | None,
-) -> tuple[np.ndarray, list[int]]:
-    """One batch of packs at one strength: [2, S] (label tokens; without the suffix), and the S sequence numbers."""
-    packs = [cache.packs[i] for i in numbers]
-    rows, seen = cache.rows(numbers, request.component, request.device)
-    sites = _sites(request, strength, len(packs), None if acts is None else _in_rows(acts, packs, cache.prefix, rows.input_ids.shape[1]))
-    stream, above = _stream(request, sites, seen)
-    keep, targets, owner, own = _labels(cache, packs, rows.input_ids.shape[1])
-    inputs = packing.attention_inputs(request.model, rows, cache.prefix)
-    shared = packing.cache_of(head, torch.zeros(len(packs), dtype=torch.long, device=request.device))
-    with hooks.attach(request.model, above):
-        logits = suffix.logits(request.model, request.base, stream, keep.to(request.device), past_key_values=shared, **inputs)
-    device = logits.device
-    token = -token_logprobs(logits, targets.to(device)).view(-1).double()  # [scored tokens]
-    members = [i for pack in packs for i in pack.members]
-    parts = (token, token * own.to(device))
-    summed = [torch.zeros(len(members), dtype=torch.float64, device=device).index_add_(0, owner.to(device), part) for part in parts]
-    return torch.stack(summed).cpu().numpy(), members
+    return [position_mask([s], positions, prefix)[0] for s in cache.sequences]
 
 
 def _in_rows(acts: list[Tensor], packs: Sequence[packing.Pack], prefix: int, width: int) -> Tensor:

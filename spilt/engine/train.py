@@ -23,6 +23,7 @@ from spilt.methods.scoring import AnswerLogProbs
 from spilt.settings.fields import FitSettings
 from spilt.steering import anatomy, hooks
 from spilt.steering.interventions import INTERVENTIONS, Intervention, Multiplier, Vector
+from spilt.steering.steering import Steering
 
 log = logging.getLogger("spilt")
 
@@ -156,15 +157,17 @@ class Fit(Job):
     def __init__(
         self,
         model: nn.Module,
-        layer: int,
-        intervention: Intervention,
+        steering: Steering,
         cache: Activations,
         settings: FitSettings,
         method: Method,
         prefix: int,
     ) -> None:
         super().__init__(settings, method)
+        ((site, intervention),) = steering
+        layer = site.layer
         self.model, self.layer, self.intervention, self.cache, self.prefix = model, layer, intervention, cache, prefix
+        self.steering = steering
         self.sequences = cache.sequences
         self.device = next(intervention.parameters()).device
         self.at_once = 1 << 30  # rows of a minibatch that are scored together; fewer once memory has run out
@@ -194,8 +197,8 @@ class Fit(Job):
 
     def _reference(self) -> AnswerLogProbs:
         """Every sequence without intervention, once [n]: the reference model is the base model."""
-        asked = score.Request(self.model, {self.layer: self.intervention}, self.settings.intervention_positions, self.prefix, self.device)
-        found = score.losses(asked, self.cache, [0.0])
+        scorer = score.Recorded(self.model, self.steering, self.cache, self.settings.intervention_positions, self.prefix)
+        found = score.losses(scorer, [0.0])
         total = torch.tensor(-found.total[0], dtype=torch.float32, device=self.device)
         length = torch.tensor([len(s.input_ids) for s in self.cache.sequences], device=self.device)
         return AnswerLogProbs(total, torch.tensor(found.tokens, device=self.device), length)

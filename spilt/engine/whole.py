@@ -6,16 +6,21 @@ is what runs where the fast path does not apply.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from spilt.data.batches import pad, position_mask
 from spilt.data.chat import Sequence as Tokens
+from spilt.engine import decode
+from spilt.engine import score as scoring
 from spilt.engine import train as training
+from spilt.engine.decode import Decoding, Row
 from spilt.methods import Method
 from spilt.methods.scoring import AnswerLogProbs, answer_logprobs, scored_positions
 from spilt.settings.fields import FitSettings
@@ -70,30 +75,44 @@ def score(
     return answer_logprobs(logits[scored_positions(answer)], ids, answer, length)
 
 
-@torch.no_grad()
-def losses(
-    model: nn.Module,
-    steering: Steering,
-    multipliers: Sequence[float],
-    sequences: Sequence[Tokens],
-    pad_id: int,
-    positions: str = "all",
-    prefix: int = 0,
-    rows: int = 16,
-    suffix: bool = True,
-) -> Tensor:
-    """-log p of each sequence's label tokens, summed, nats [K, S], float64: one multiplier and `rows` sequences at a time.
+class Scorer(scoring.Scorer):
+    """The plain way: one forward through the whole model for `rows` sequences at a time, in their order."""
 
-    suffix: the template's tokens after the answer are label tokens, as released.
-    """
-    out = torch.zeros(len(multipliers), len(sequences), dtype=torch.float64)
-    for first in range(0, len(sequences), rows):
-        part = sequences[first : first + rows]
-        where = acts(part, positions, prefix)
-        for k, m in enumerate(multipliers):
-            scored = score(model, steering if m else None, m, part, pad_id, where, suffix)
-            out[k, first : first + len(part)] = -scored.total.double().cpu()
-    return out
+    def __init__(
+        self,
+        model: nn.Module,
+        steering: Steering,
+        sequences: Sequence[Tokens],
+        pad_id: int,
+        positions: str = "all",
+        prefix: int = 0,
+        rows: int = 16,
+    ) -> None:
+        self.model, self.steering, self.sequences, self.pad_id = model, steering, sequences, pad_id
+        self.positions, self.prefix = positions, prefix
+        self.batches = [range(i, min(i + rows, len(sequences))) for i in range(0, len(sequences), rows)]
+
+    def smallest(self, numbers: Sequence[int]) -> tuple[str, str]:
+        longest = max(len(self.sequences[i].input_ids) for i in numbers)
+        return (
+            f"losses, sequences of {longest} tokens",
+            f"one sequence of {longest} tokens does not fit in memory; lower output_length, or use --device auto",
+        )
+
+    @torch.no_grad()
+    def score(self, multiplier: float, numbers: Sequence[int]) -> np.ndarray:
+        part = [self.sequences[i] for i in numbers]
+        where, used = acts(part, self.positions, self.prefix), self.steering if multiplier else None
+        found = [score(self.model, used, multiplier, part, self.pad_id, where, suffix) for suffix in (True, False)]
+        return np.stack([-scored.total.double().cpu().numpy() for scored in found])
+
+
+def losses(
+    model: nn.Module, steering: Steering, multipliers: Sequence[float], sequences: Sequence[Tokens], pad_id: int, *where: Any
+) -> Tensor:
+    """-log p of each sequence's label tokens, summed, nats [K, S], float64. where: positions, prefix, rows as in Scorer."""
+    scorer = Scorer(model, steering, sequences, pad_id, *where)
+    return torch.tensor(np.stack([np.concatenate([scorer.score(m, numbers)[0] for numbers in scorer.batches]) for m in multipliers]))
 
 
 @torch.no_grad()
@@ -121,6 +140,26 @@ def generate(
 
 def _until(row: list[int], stop: set[Any]) -> list[int]:
     return next((row[: i + 1] for i, token in enumerate(row) if token in stop), row)
+
+
+@torch.no_grad()
+def texts(model: nn.Module, steering: Steering, rows: Sequence[Row], how: Decoding) -> Iterator[tuple[int, list[int]]]:
+    """Yields (row number, new token ids), one row after the other: the model's own forward and cache, a token at a time.
+
+    The next token is chosen as decode.choose says, by the row's own random numbers. m = 0: no intervention runs.
+    """
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    for number, row in enumerate(rows):
+        draw, cache, new, ids = random.Random(row.seed), None, list[int](), list(row.prompt)
+        while len(new) < how.max_new_tokens and not (new and new[-1] in how.eos):
+            with steer(model, steering, row.multiplier) if row.multiplier else hooks.attach(model, []):
+                out = model(input_ids=torch.tensor([ids], device=device), past_key_values=cache, use_cache=True)
+            cache, scores = out.past_key_values, out.logits[:, -1].float()
+            decode.refuse_not_finite(scores, [row])
+            uniform = torch.tensor([draw.random()], dtype=torch.float64, device=device) if how.sample else None
+            ids = decode.choose(scores, how, uniform, [[*row.prompt, *new]]).tolist()
+            new += ids
+        yield number, new
 
 
 class Fit(training.Job):

@@ -67,8 +67,9 @@ class Checked:
             object.__setattr__(self, key.name, read_field(key, value))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON-able values, for the manifest beside an artifact."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}  # type: ignore[call-overload]
+        """Plain JSON-able values, for the manifest beside an artifact. `joint` stands there where it is true: older ones lack it."""
+        found = asdict(self)  # type: ignore[call-overload]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items() if name != "joint" or value}
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ class FitSettings(Scored):
     rank: int = setting(whole(1), 4)  # of lora; released 4 (YAML `rank` or `low_rank_dimension`)
     lora_alpha: float = setting(number(), 32.0)  # stored with a lora, scales nothing: the effect is m (x A) B
     dropout: float = setting(number(0, below=1), 0.1)  # probability; on v itself (vector), on the delta (lora, local_weight)
+    joint: bool = setting(flag, False)  # ours: the layers are fitted together, by one loss; else each alone (released)
     # the loop
     gradient_accumulation_steps: int = setting(whole(1), 1)  # minibatch groups per optimiser step
     n_epochs: int = setting(whole(1), 2)  # passes over the pairs
@@ -181,6 +183,8 @@ class FitSettings(Scored):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.joint and len(self.layers) < 2:
+            raise UserError(f"joint = true needs two layers or more; layers has {len(self.layers)}: add one, or leave joint out")
         if self.substraction_type == "null_it_out" and self.intervention_method != "vector" and "orig_sub" in self.preference_pairs:
             raise UserError(
                 f"substraction_type = null_it_out needs a vector to remove; {self.intervention_method} has none: "

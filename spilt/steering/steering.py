@@ -62,9 +62,22 @@ class Steering:
         """The form of each entry, by its name in INTERVENTIONS."""
         return tuple(intervention.form for _, intervention in self.entries)
 
+    @property
+    def places(self) -> list[tuple[int, str]]:
+        """(layer, write point) of each entry."""
+        return [(site.layer, site.write_point) for site, _ in self.entries]
+
     def parameters(self) -> Iterator[nn.Parameter]:
         for _, intervention in self.entries:
             yield from intervention.parameters()
+
+    def on(self, layer: int) -> Steering:
+        """The part of it at one layer."""
+        return Steering(((site, made) for site, made in self.entries if site.layer == layer), self.about)
+
+    def norm(self) -> float:
+        """Of the update at the lowest layer."""
+        return self.entries[0][1].norm()
 
     def to(self, model: nn.Module) -> Steering:
         """A copy whose parameters lie where the model's blocks compute. Raises UserError where it does not fit the model."""

@@ -22,12 +22,13 @@ from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.store import Store
 from spilt.cell import Cell
 from spilt.data import readers
+from spilt.engine import choice, score, whole
 from spilt.engine import train as training
 from spilt.errors import NotFinite, UserError
 from spilt.methods import METHODS
-from spilt.steering import hooks
 from spilt.steering.interventions import Intervention
 from spilt.steering.layer_file import dump, metadata_line
+from spilt.steering.steering import Steering
 from spilt.tasks.context import check_context
 from spilt.tasks.recordings import Run, tell_replaced
 from spilt.verbs import Step
@@ -38,34 +39,43 @@ DIGEST = 32  # bytes of a sha256
 
 
 def fit(step: Step, run: Run) -> str:
-    """Find the intervention of one cell, at each of its layers, and store it: 'done' or 'already done'."""
+    """Find the intervention of one cell at each of its layers, or at all of them together (`joint`), and store it."""
     (cell,) = step.cells
     settings: Any = step.settings
-    done = 0
-    for layer, (path, parts) in zip(cell.layers, verbs.output_parts(step, run.request.limit, run.seen).items(), strict=True):
-        standing = manifest.standing(path, parts)
-        if not run.request.force and standing in ("done", "foreign"):
-            if standing == "foreign":
-                log.warning("%s has no manifest (made elsewhere): kept as it is; --force fits it again", run.store.relative(path))
-            done += 1
-            continue
-        tell_replaced(str(step), {path: parts}, run)
-        rows: list[dict[str, float]] = []
-        fmt = readers.dataset_format(run.request.base_dir, cell.dataset, verbs.VERBS["fit"].sections["train"])
-        if METHODS[cell.method].estimate is not None:
-            intervention = _closed_form(cell, layer, settings, run, fmt)
-        else:
-            intervention, rows = _train(cell, layer, settings, run, fmt, manifest.identity(parts))
-        _check_finite(intervention, layer)
-        check_effect(cell, layer, intervention)
-        text = readers.concepts(fmt).get(cell.concept) if cell.concept is not None else None
+    outputs = dict(zip(cell.layers, verbs.output_parts(step, run.request.limit, run.seen).items(), strict=True))
+    groups = [cell.layers] if settings.joint else [(layer,) for layer in cell.layers]
+    return "done" if any([_fit(step, {layer: outputs[layer] for layer in group}, run) for group in groups]) else "already done"
+
+
+def _fit(step: Step, outputs: dict[int, tuple[Path, dict[str, Any]]], run: Run) -> bool:
+    """One fit, of one layer or of several together. outputs: layer -> file, what decides it. Returns whether anything was done."""
+    (cell,) = step.cells
+    settings: Any = step.settings
+    standing = {path: manifest.standing(path, parts) for path, parts in outputs.values()}
+    if not run.request.force and set(standing.values()) <= {"done", "foreign"}:
+        for path in (path for path, state in standing.items() if state == "foreign"):
+            log.warning("%s has no manifest (made elsewhere): kept as it is; --force fits it again", run.store.relative(path))
+        return False
+    tell_replaced(str(step), dict(outputs.values()), run)
+    rows: list[dict[str, float]] = []
+    fmt = readers.dataset_format(run.request.base_dir, cell.dataset, verbs.VERBS["fit"].sections["train"])
+    if METHODS[cell.method].estimate is not None:
+        steering = Steering.of({layer: _closed_form(cell, layer, settings, run, fmt) for layer in outputs})
+    else:
+        steering, rows = _train(step, tuple(outputs), run, fmt, manifest.identity(next(iter(outputs.values()))[1]))
+    for site, intervention in steering:
+        _check_finite(intervention, site.layer)
+        check_effect(cell, site.layer, intervention)
+    text = readers.concepts(fmt).get(cell.concept) if cell.concept is not None else None
+    for site, intervention in steering:
+        path, parts = outputs[site.layer]
         run.seen.again(step.inputs)
-        atomic_write(run.store.metadata(cell, layer), metadata_line(intervention, cell.concept, text))
-        atomic_write(run.store.train_log(cell), _train_log(cell, layer, rows, run.store))
-        notes = {"layer": layer, "steps": len(rows), "last_loss": rows[-1]["loss"] if rows else None}
+        atomic_write(run.store.metadata(cell, site.layer), metadata_line(intervention, cell.concept, text))
+        atomic_write(run.store.train_log(cell), _train_log(cell, site.layer, rows, run.store))
+        notes = {"layer": site.layer, "steps": len(rows), "last_loss": rows[-1]["loss"] if rows else None}
         run.store_result(step, path, dump(intervention, cell.concept), parts, notes)
-        run.store.checkpoint(cell, layer).unlink(missing_ok=True)
-    return "already done" if done == len(cell.layers) else "done"
+    run.store.checkpoint(cell, min(outputs)).unlink(missing_ok=True)
+    return True
 
 
 def check_effect(cell: Cell, layer: int, intervention: Intervention) -> None:
@@ -79,15 +89,22 @@ def check_effect(cell: Cell, layer: int, intervention: Intervention) -> None:
 
 
 def _train(
-    cell: Cell, layer: int, settings: Any, run: Run, fmt: readers.DatasetFormat, identity: str
-) -> tuple[Intervention, list[dict[str, float]]]:
-    intervention = training.new_intervention(run.host.model, layer, settings)
-    base = hooks.base(layer, intervention)
-    key = next(key for key in run.recordings.keys(_as_step(cell, settings, fmt)) if key.layer == base)
-    cache = run.recordings.get(key, run.host, fmt, intervention.component if base == layer else None)
-    prefix = run.host.chat(settings.use_chat_template, settings.system_prompt).prefix_length
-    job = training.Fit(run.host.model, layer, intervention, cache, settings, METHODS[cell.method], prefix)
-    unfinished = run.store.checkpoint(cell, layer)
+    step: Step, layers: tuple[int, ...], run: Run, fmt: readers.DatasetFormat, identity: str
+) -> tuple[Steering, list[dict[str, float]]]:
+    """The trained Steering and its log. What a killed fit left is gone on from."""
+    (cell,), host = step.cells, run.host
+    settings: Any = step.settings
+    steering = Steering.of({layer: training.new_intervention(host.model, layer, settings) for layer in layers})
+    prefix = host.chat(settings.use_chat_template, settings.system_prompt).prefix_length
+    if choice.why_plain(steering.places, "fit", engine=run.request.engine, joint=settings.joint):
+        sequences = run.recordings.sequences(step, fmt.path, host, fmt)
+        job: training.Job = whole.Fit(host.model, steering, sequences, settings, METHODS[cell.method], prefix, host.pad_id)
+    else:
+        base, read = score.recorded_at(steering)
+        key = next(key for key in run.recordings.keys(step) if key.layer == base)
+        cache = run.recordings.get(key, host, fmt, read)
+        job = training.Fit(host.model, steering, cache, settings, METHODS[cell.method], prefix)
+    unfinished = run.store.checkpoint(cell, min(layers))
     resume = None if run.request.force else _resume(unfinished, identity)
     saved = time.monotonic()
 
@@ -104,7 +121,7 @@ def _train(
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(0)
 
-        return intervention, training.fit(job, resume=resume, checkpoint=checkpoint, progress=progress)
+        return steering, training.fit(job, resume=resume, checkpoint=checkpoint, progress=progress)
 
 
 def _check_finite(intervention: Intervention, layer: int) -> None:
@@ -138,10 +155,6 @@ def _resume(path: Path, identity: str) -> dict[str, Any] | None:
         log.warning("%s: cannot be gone on from: %s; the fit begins again", path, why)
         return None
     return state if isinstance(state, dict) and state.get("identity") == identity else None
-
-
-def _as_step(cell: Cell, settings: Any, fmt: readers.DatasetFormat) -> Step:
-    return Step("fit", (cell,), settings, (), Path(), {"train": fmt.path}, (), (), "")
 
 
 def _closed_form(cell: Cell, layer: int, settings: Any, run: Run, fmt: readers.DatasetFormat) -> Intervention:

@@ -6,17 +6,16 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from tqdm import tqdm
 
-from spilt import verbs
+from spilt import plan, verbs
 from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.journal import Lines
 from spilt.cell import Cell
 from spilt.data import readers
 from spilt.engine import decode as generation
-from spilt.steering import hooks
+from spilt.engine import whole
 from spilt.tasks.context import check_context
 from spilt.tasks.recordings import Run, stored, tell_replaced
 from spilt.verbs import Step
@@ -100,12 +99,9 @@ def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinishe
     fmt = readers.dataset_format(run.request.base_dir, cell.dataset, verbs.VERBS["generate"].sections["prompts"])
     given = [n for n in (run.request.limit, s.generation_data_size) if n is not None]
     prompts = readers.read_prompts(fmt, cell.concept, min(given) if given else None)
-    interventions = run.team.together(lambda: stored(cell, s, run))
+    steering = run.team.together(lambda: stored(cell, s, run))
     chat = run.host.chat(s.use_chat_template, s.system_prompt)
     ids = [tuple(chat.prompt_ids(prompt.input)) for prompt in prompts]
-
-    def sites(multiplier: torch.Tensor) -> list[hooks.Site]:
-        return [hooks.Site(layer, intervention, multiplier) for layer, intervention in interventions.items()]
 
     strengths = [*([None] if s.generate_orig_output else []), *multipliers]
     every = [Text(m, cell.concept, i, k) for m in strengths for i in range(len(ids)) for k in range(s.num_responses)]
@@ -122,7 +118,11 @@ def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinishe
         # the seed is the prompt's and the response's own: the same random numbers at every multiplier
         rows = [generation.Row(ids[t.prompt], t.multiplier or 0.0, f"{s.seed}/{t.prompt}/{t.response}") for t in todo]
         with tqdm(total=len(mine), initial=len(texts), desc=f"apply {cell}", unit="text", leave=False, disable=run.quiet) as bar:
-            for number, new in generation.generate(run.host.model, sites, rows, how, run.request.batch_size or s.batch_size):
+            if plan.why_plain(step, run.request.engine):
+                stream = whole.texts(run.host.model, steering, rows, how)
+            else:
+                stream = generation.generate(run.host.model, steering, rows, how, run.request.batch_size or s.batch_size)
+            for number, new in stream:
                 texts[todo[number]] = new
                 unfinished.add(todo[number], new)
                 bar.update()

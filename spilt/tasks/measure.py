@@ -23,11 +23,12 @@ from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.journal import Lines
 from spilt.artifacts.store import PREFERENCE_TYPES
 from spilt.data import readers
-from spilt.engine import activations, score
+from spilt.engine import activations, score, whole
 from spilt.errors import NotFinite
 from spilt.methods import METHODS
 from spilt.steering import anatomy
 from spilt.steering.interventions import Intervention, Vector
+from spilt.steering.steering import Steering
 from spilt.tasks.recordings import Run, stored, tell_replaced
 from spilt.verbs import Step
 from spilt.verbs import measure as measure_verb
@@ -85,10 +86,10 @@ def measure(step: Step, run: Run) -> str:
 
 def _measure_step(step: Step, run: Run, unfinished: Unfinished) -> str:
     (cell,) = step.cells
-    interventions = run.team.together(lambda: stored(cell, step.settings, run))
+    steering = run.team.together(lambda: stored(cell, step.settings, run))
     if step.sweep:
-        step = measure_verb.with_multipliers(step, run.store, _sweep(step, interventions, run))
-    new = _measure(step, interventions, run, unfinished)
+        step = measure_verb.with_multipliers(step, run.store, _sweep(step, steering, run))
+    new = _measure(step, steering, run, unfinished)
     if step.sweep:
 
         def still_moves() -> bool:
@@ -99,50 +100,62 @@ def _measure_step(step: Step, run: Run, unfinished: Unfinished) -> str:
 
         if run.team.agree(still_moves):
             wider = measure_verb.widened(step.multipliers)
-            new = _measure(measure_verb.with_multipliers(step, run.store, wider), interventions, run, unfinished) or new
+            new = _measure(measure_verb.with_multipliers(step, run.store, wider), steering, run, unfinished) or new
             step = measure_verb.with_multipliers(step, run.store, wider)
         if cell.intervention == "vector":
-            new = _control(step, interventions, run, unfinished) or new
+            new = _control(step, steering, run, unfinished) or new
     return "done" if new else "already done"
 
 
-def _sweep(step: Step, interventions: dict[int, Intervention], run: Run) -> tuple[float, ...]:
+def _sweep(step: Step, steering: Steering, run: Run) -> tuple[float, ...]:
     """The sweep's multipliers. caa is not trained at any strength: its range makes max |m v| that of the trained vectors."""
     (cell,) = step.cells
     if METHODS[cell.method].estimate is None:
         return step.multipliers
-    layer = min(interventions)
-    own = _norm(interventions[layer])
+    layer, own = steering.layers[0], _norm(steering)
     if own == 0:
         return step.multipliers
     others = [replace(cell, method=name) for name, row in METHODS.items() if row.estimate is None and cell.intervention in row.forms]
     there = [other for other in others if run.store.vector(other, layer).is_file()]
-    norms = [_norm(stored(replace(other, layers=(layer,)), step.settings, run)[layer]) for other in there]
+    norms = [_norm(stored(replace(other, layers=(layer,)), step.settings, run)) for other in there]
     if norms:
         top = max(map(abs, step.multipliers)) * sum(norms) / len(norms)
     else:  # nothing trained is stored: the strength at which the vector is twice as long as the stream is
-        key = run.recordings.keys(step)[0]
-        fmt = readers.dataset_format(run.request.base_dir, cell.dataset, verbs.VERBS["measure"].sections[next(iter(step.data))])
-        recorded = run.recordings.get(key, run.host, fmt, None)
+        recorded = _streams(step, steering, run)
         top = 2 * torch.cat([recorded.prefix_h, *recorded.h]).float().norm(dim=-1).mean().item()
     return measure_verb.sweep_multipliers((float(f"{top / own:.2g}"),))
 
 
-def _norm(intervention: Intervention) -> float:
-    assert isinstance(intervention, Vector)
-    return intervention.v.norm().item()
+def _streams(step: Step, steering: Steering, run: Run) -> activations.Activations:
+    """The streams of the first split's pairs after the lowest steered block."""
+    fmt = readers.dataset_format(run.request.base_dir, step.cells[0].dataset, verbs.VERBS["measure"].sections[next(iter(step.data))])
+    if keys := run.recordings.keys(step):
+        return run.recordings.get(keys[0], run.host, fmt, None)
+    sequences = run.recordings.sequences(step, fmt.path, run.host, fmt)
+    return activations.record(run.host.model, steering.layers[0], sequences, (), run.host.pad_id, together=2)
 
 
-def _cache(step: Step, split: str, component: str | None, run: Run) -> activations.Activations:
+def _norm(steering: Steering) -> float:
+    """Of the update at the lowest layer."""
+    return steering.entries[0][1].norm()
+
+
+def _scorer(step: Step, split: str, steering: Steering, run: Run, pairs: int | None = None) -> score.Scorer:
+    """The losses of a split's pairs (the first `pairs` of them), by the engine that applies."""
+    s: Any = step.settings
     fmt = readers.dataset_format(run.request.base_dir, step.cells[0].dataset, verbs.VERBS["measure"].sections[split])
+    prefix, most = run.host.chat(s.use_chat_template, s.system_prompt).prefix_length, None if pairs is None else 2 * pairs
+    if run.recordings.why_plain(step):
+        sequences = run.recordings.sequences(step, step.data[split], run.host, fmt)[:most]
+        return whole.Scorer(run.host.model, steering, sequences, run.host.pad_id, s.intervention_positions, prefix)
     key = next(key for key in run.recordings.keys(step) if key.data == step.data[split])
-    return run.recordings.get(key, run.host, fmt, component)
+    cache = run.recordings.get(key, run.host, fmt, score.recorded_at(steering)[1])
+    return score.Recorded(run.host.model, steering, cache if most is None else cache.first(most), s.intervention_positions, prefix)
 
 
-def _measure(step: Step, interventions: dict[int, Intervention], run: Run, unfinished: Unfinished) -> bool:
+def _measure(step: Step, steering: Steering, run: Run, unfinished: Unfinished) -> bool:
     """Write what is not there yet; multipliers that are done are not scored again. Returns whether anything was written."""
     (cell,) = step.cells
-    s: Any = step.settings
     outputs = verbs.output_parts(step, run.request.limit, run.seen)
 
     def decide() -> set[Path]:
@@ -150,17 +163,18 @@ def _measure(step: Step, interventions: dict[int, Intervention], run: Run, unfin
 
     todo = run.team.agree(decide)
     tell_replaced(str(step), {path: outputs[path] for path in step.outputs if path in todo}, run)
-    asked = _asked(interventions, s, run)
     bad: set[float] = set()
     for split in step.data:
         wanted = [m for m in step.multipliers if any(run.store.losses(cell, m, kind, split) in todo for kind in PREFERENCE_TYPES)]
         if not wanted:
             continue
-        cache = _cache(step, split, asked.component, run)
+        scorer = _scorer(step, split, steering, run)
         signed = sorted({m for m in wanted} | {-m + 0.0 for m in wanted})
-        with tqdm(total=len(cache.sequences) * len(signed), desc=f"loss {cell} {split}", unit="row", leave=False, disable=run.quiet) as bar:
+        with tqdm(
+            total=len(scorer.sequences) * len(signed), desc=f"loss {cell} {split}", unit="row", leave=False, disable=run.quiet
+        ) as bar:
             identities = measure_verb.loss_identities(step, signed, split, run.request.limit, run.seen)
-            found = _shared_losses(run, asked, cache, signed, unfinished, identities, bar.update)
+            found = _shared_losses(run, scorer, signed, unfinished, identities, bar.update)
         place = {m: k for k, m in enumerate(signed)}
         bad |= {m for m, finite in zip(signed, _finite(found), strict=True) if not finite}
         sound = [m for m in wanted if bad.isdisjoint((m, -m + 0.0))]
@@ -202,16 +216,9 @@ def _write(
             run.store_result(step, path, _csv(table), outputs[path])
 
 
-def _asked(interventions: dict[int, Intervention], settings: Any, run: Run) -> score.Request:
-    prefix = run.host.chat(settings.use_chat_template, settings.system_prompt).prefix_length
-    device = run.host.device(min(interventions))
-    return score.Request(run.host.model, interventions, settings.intervention_positions, prefix, device)
-
-
 def _shared_losses(
     run: Run,
-    asked: score.Request,
-    cache: activations.Activations,
+    scorer: score.Scorer,
     multipliers: Sequence[float],
     unfinished: Unfinished,
     identities: Sequence[str],
@@ -227,8 +234,8 @@ def _shared_losses(
         unfinished.add(identities[k], numbers, scored)
 
     def work() -> score.Losses:
-        known = unfinished.read(identities, len(cache.sequences))
-        return score.losses(asked, cache, multipliers, progress=progress, share=share, known=known, keep=keep)
+        known = unfinished.read(identities, len(scorer.sequences))
+        return score.losses(scorer, multipliers, progress=progress, share=share, known=known, keep=keep)
 
     found = run.team.gather(work)
     return found[0]._replace(total=np.sum([part.total for part in found], 0), answer=np.sum([part.answer for part in found], 0))
@@ -281,7 +288,7 @@ def loss_table(found: score.Losses, place: dict[float, int], m: float, kind: str
     return pd.DataFrame({"epoch": 0, "step": np.repeat(np.arange(examples), len(pairs)), **rows})
 
 
-def _control(step: Step, interventions: dict[int, Intervention], run: Run, unfinished: Unfinished) -> bool:
+def _control(step: Step, steering: Steering, run: Run, unfinished: Unfinished) -> bool:
     """control.csv: preference and utility along random directions of the stored vector's norm, per draw and multiplier."""
     (cell,) = step.cells
     s: Any = step.settings
@@ -292,17 +299,17 @@ def _control(step: Step, interventions: dict[int, Intervention], run: Run, unfin
     parts = {"control": drawn, **verbs.parts_of(step, split, measure_verb.own(step, 0.0, "control", split), run.request.limit, run.seen)}
     if run.team.agree(lambda: not run.request.force and manifest.standing(path, parts) == "done"):
         return False
-    cache = _cache(step, split, None, run).first(2 * CONTROL_PAIRS)
     generator = torch.Generator().manual_seed(s.seed)
     tables = []
     for draw in tqdm(range(CONTROL_DRAWS), desc=f"control {cell}", unit="draw", leave=False, disable=run.quiet):
         random_ones: dict[int, Intervention] = {}
-        for layer, intervention in interventions.items():
+        for site, intervention in steering:
             direction = torch.randn(anatomy.hidden_size(run.host.model), generator=generator)
-            made = Vector.from_state(direction / direction.norm() * _norm(intervention), site=s.site)
-            random_ones[layer] = made.eval().to(run.host.device(layer))
+            made = Vector.from_state(direction / direction.norm() * intervention.norm(), site=s.site)
+            random_ones[site.layer] = made.eval().to(run.host.device(site.layer))
         each = [manifest.identity({**parts, "draw": draw, "multiplier": m}) for m in multipliers]
-        found = _shared_losses(run, _asked(random_ones, s, run), cache, multipliers, unfinished, each)
+        scorer = _scorer(step, split, Steering.of(random_ones), run, CONTROL_PAIRS)
+        found = _shared_losses(run, scorer, multipliers, unfinished, each)
         if not all(_finite(found)):
             raise _not_finite([m for m, finite in zip(multipliers, _finite(found), strict=True) if not finite])
         mean = found.answer / found.answer_tokens

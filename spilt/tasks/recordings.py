@@ -13,14 +13,14 @@ from spilt.artifacts import manifest
 from spilt.artifacts.store import Store
 from spilt.cell import Cell
 from spilt.data import readers
+from spilt.data.chat import Sequence as Tokens
 from spilt.engine import activations
 from spilt.errors import UserError
 from spilt.methods import METHODS
 from spilt.model import identity
 from spilt.model.host import Host
-from spilt.steering import anatomy
-from spilt.steering.interventions import Intervention
-from spilt.steering.layer_file import load
+from spilt.steering import anatomy, layer_file
+from spilt.steering.steering import Steering
 from spilt.tasks.context import check_context
 from spilt.team import Team
 from spilt.verbs import Request, Step
@@ -40,11 +40,23 @@ class Key(NamedTuple):
     limit: int | None
 
 
+def encoded(key: Key, host: Host, fmt: readers.DatasetFormat) -> list[Tokens]:
+    """Sequence 2 i is row i's matching answer, 2 i + 1 its not-matching one."""
+    chat = host.chat(key.use_chat_template, key.system_prompt)
+    pairs = readers.read_pairs(fmt, key.concept, key.limit)
+    sequences = [
+        chat.encode(pair.question, text, key.output_length, pair.row) for pair in pairs for text in (pair.matching, pair.not_matching)
+    ]
+    lengths = [(pairs[i // 2].row, len(sequence.input_ids)) for i, sequence in enumerate(sequences)]
+    check_context(host.model, f"{fmt.path}, answers with their questions", lengths, "lower output_length")
+    return sequences
+
+
 class Recordings:
     """Activations of the pairs, recorded once per (data, layer) for all steps that read them, dropped after the last."""
 
-    def __init__(self, steps: Iterable[Step], limit: int | None) -> None:
-        self.limit = limit
+    def __init__(self, steps: Iterable[Step], limit: int | None, engine: str = "fast") -> None:
+        self.limit, self.engine = limit, engine
         self.kept: dict[Key, activations.Activations] = {}
         self.uses: Counter[Key] = Counter()
         self.components: dict[Key, set[str]] = {}
@@ -58,22 +70,31 @@ class Recordings:
     def keys(self, step: Step) -> list[Key]:
         """What a step will ask for."""
         s: Any = step.settings
-        if step.verb == "generate" or METHODS[step.cells[0].method].estimate is not None and step.verb == "fit":
+        method = METHODS[step.cells[0].method]
+        if step.verb not in ("fit", "measure") or step.verb == "fit" and method.estimate is not None or self.why_plain(step):
             return []
         below = 0 if s.site == "block" else 1  # the block itself is run again when its inside is steered
         layers = [layer - below for layer in (s.layers if step.verb == "fit" else (min(s.layers),))]
-        if min(layers) < 0:
-            raise UserError("site: down_proj at layer 0 has no block below it to record; choose a layer above 0, or site: block")
         return [
             Key(path, step.cells[0].concept, layer, s.use_chat_template, s.system_prompt, s.output_length, self.rows(s))
             for path in step.data.values()
             for layer in layers
         ]
 
+    def why_plain(self, step: Step) -> str:
+        """Why the plain engine does this step; '' where the fast one does."""
+        return plan.why_plain(step, self.engine)
+
     def rows(self, settings: Any) -> int | None:
         """How many rows are read: the smaller of --limit and max_num_of_examples."""
         given = [n for n in (self.limit, settings.max_num_of_examples) if n is not None]
         return min(given) if given else None
+
+    def sequences(self, step: Step, path: Path, host: Host, fmt: readers.DatasetFormat) -> list[Tokens]:
+        """Both answers of a step's pairs, for the plain engine."""
+        s: Any = step.settings
+        key = Key(path, step.cells[0].concept, -1, s.use_chat_template, s.system_prompt, s.output_length, self.rows(s))
+        return encoded(key, host, fmt)
 
     def get(self, key: Key, host: Host, fmt: readers.DatasetFormat, component: str | None) -> activations.Activations:
         """Sequence 2 i is row i's matching answer, 2 i + 1 its not-matching one."""
@@ -81,15 +102,7 @@ class Recordings:
         if key not in self.kept or (component is not None and component not in self.kept[key].x):
             if component is not None:
                 known.add(component)
-            chat = host.chat(key.use_chat_template, key.system_prompt)
-            pairs = readers.read_pairs(fmt, key.concept, key.limit)
-            sequences = [
-                chat.encode(pair.question, text, key.output_length, pair.row)
-                for pair in pairs
-                for text in (pair.matching, pair.not_matching)
-            ]
-            lengths = [(pairs[i // 2].row, len(sequence.input_ids)) for i, sequence in enumerate(sequences)]
-            check_context(host.model, f"{fmt.path}, answers with their questions", lengths, "lower output_length")
+            sequences = encoded(key, host, fmt)
             self.kept[key] = activations.record(host.model, key.layer, sequences, sorted(known), host.pad_id, together=2)
         return self.kept[key]
 
@@ -139,8 +152,8 @@ def refuse_changed(path: Path) -> None:
         )
 
 
-def stored(cell: Cell, settings: Any, run: Run) -> dict[int, Intervention]:
-    """layer -> the stored intervention of a cell, checked against the model. What its manifest says against its use is a warning."""
+def stored(cell: Cell, settings: Any, run: Run) -> Steering:
+    """The stored Steering of a cell, checked against the model. What its manifests say against its use is a warning."""
     found = {}
     for layer in cell.layers:
         widths = {name: anatomy.read_width(run.host.model, layer, name) for name in anatomy.COMPONENTS}
@@ -149,15 +162,9 @@ def stored(cell: Cell, settings: Any, run: Run) -> dict[int, Intervention]:
         for doubt in plan.doubts(cell, layer, settings, run.request, run.seen):
             log.warning("%s: %s; --mode generate fits it again", run.store.relative(path), doubt)
         run.seen.of(path)
-        made = load(
-            path,
-            cell.intervention,
-            cell.concept if cell.concept is not None else settings.concept_id,
-            anatomy.hidden_size(run.host.model),
-            widths,
-            settings.intervention_components,
-            settings.site,
-        )
+        concept = cell.concept if cell.concept is not None else settings.concept_id
+        hidden, read = anatomy.hidden_size(run.host.model), settings.intervention_components
+        made = layer_file.load(path, cell.intervention, concept, hidden, widths, read, settings.site)
         run.seen.again([path])
         found[layer] = made.to(run.host.device(layer))
-    return found
+    return Steering.of(found, {"method": cell.method})

@@ -29,6 +29,8 @@ class Fit(Verb):
         if METHODS[method].estimate is not None and s.site != "block":
             why = "the mean is taken at the block's output, which is another space where a norm follows the MLP"
             raise UserError(f"{found.files[-1]}: {method} with site: {s.site} does not exist: {why}; leave site out")
+        if METHODS[method].estimate is not None and s.joint:
+            raise UserError(f"{found.files[-1]}: joint with {method} does not exist: each layer has its own mean; leave joint out")
         return found
 
     def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:
