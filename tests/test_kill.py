@@ -157,6 +157,8 @@ def drive(stage: str, folder: Path, kills: int, more: list[str]) -> dict[str, An
         return [*clean._replace(path=base).argv(items[0], items[1], *items[2:]), "--quiet", *more]
 
     def whole(base: Path, items: list[str]) -> int:
+        if more:  # by hand: really started processes alone
+            return subprocess.run([sys.executable, str(ROOT / "run_spilt.py"), *argv(base, items)], capture_output=True).returncode
         return os.waitstatus_to_exitcode(os.waitpid(start(argv(base, items), log, evidence), 0)[1])
 
     for items in before:
@@ -179,7 +181,7 @@ def drive(stage: str, folder: Path, kills: int, more: list[str]) -> dict[str, An
         shutil.rmtree(base, ignore_errors=True)
         shutil.copytree(clean.path, base)
         for kill in range(100):  # until a run is through before its moment
-            real = kill == 0 and seen["rounds"] % 10 == 0  # the first of every tenth round: a really started process
+            real = bool(more) or kill == 0 and seen["rounds"] % 10 == 0  # the first of every tenth round: a really started process
             if real:
                 code = kill_started(argv(base, words), base, rng)
             else:
@@ -201,6 +203,11 @@ def drive(stage: str, folder: Path, kills: int, more: list[str]) -> dict[str, An
         kept = {name for name in now if not any(word in Path(name).name for word in LEFT)}
         seen["different"] += sorted(kept ^ wanted_names)
         seen["different"] += [name for name in wanted if name in found and found[name] != wanted[name]]
+        if more and stage == "generate":  # texts are promised token by token: docs/reliability.md
+            import test_promise
+
+            here = clean._replace(path=base)
+            seen.setdefault("misfit", []).append(max(test_promise.stored_misfits(here, more[more.index("--dtype") + 1], 0.8)))
     seen["resumed"] = evidence.read_text().split().count(stage)
     seen["log"] = [line for line in log.read_text().splitlines() if "Error" in line or "Traceback" in line][:20]
     return seen

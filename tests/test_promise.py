@@ -6,6 +6,7 @@ that its own random number (or the largest score) picks from probabilities that 
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Iterator
@@ -147,6 +148,25 @@ def misfit(scores: Tensor, new: list[int], numbers: random.Random | None, temper
     return worst
 
 
+def stored_misfits(base: families.Base, dtype: str, temperature: float) -> list[float]:
+    """Of every sampled text of sft vector that is stored: read from its file, for loops of real kills (test_kill.py, by hand)."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base.path / "models" / base.model)
+    found = []
+    for path in sorted((base.path / "generation").rglob(f"sft_vector/m*/{base.one}_results.json")):
+        for i, row in enumerate(json.loads(path.read_text())):
+            turn = [{"role": "user", "content": row["input"]}]
+            prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            prompt = tokenizer(prompt, add_special_tokens=False).input_ids
+            for k, text in enumerate(row["complete_output"]):
+                ids = tokenizer(text, add_special_tokens=False).input_ids
+                assert ids[: len(prompt)] == prompt
+                scores = probabilities(base, dtype, prompt, ids[len(prompt) :], float(path.parent.name[1:]))
+                found.append(misfit(scores, ids[len(prompt) :], random.Random(f"42/{i}/{k}"), temperature))
+    return found
+
+
 class Stopped(BaseException):
     """The run is gone."""
 
@@ -207,6 +227,8 @@ def test_each_token_is_what_its_number_picks(
             other = probabilities(base, dtype, asked[seed, multiplier], new, multiplier + 30)
             wrong_strength.append(misfit(other, new, random.Random(seed) if sampled else None, temperature))
             wrong_number.append(misfit(scores, new, random.Random("other"), temperature))
+        if sampled:  # the same is found in the files
+            assert max(stored_misfits(base._replace(path=tmp_path / name), dtype, temperature)) == pytest.approx(max(found))
         print(f"{dtype} {name}: largest change of a probability {max(found):.2g}")
         assert max(found) <= ROUNDING[dtype]
         assert max(wrong_strength) > 2 * ROUNDING[dtype] and (not sampled or max(wrong_number) > 2 * ROUNDING[dtype])
