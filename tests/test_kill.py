@@ -43,6 +43,23 @@ LEFT = (".tmp-", "unfinished")
 COMPARED = (".pt", ".json", ".csv", ".jsonl")
 
 
+# run_spilt.py, which also tells the file that is named first of every text before it is kept
+TELLING = """
+import json, sys
+from pathlib import Path
+from spilt import cli
+from spilt.tasks import generate
+told, add = open(sys.argv[1] + ".texts", "a", buffering=1), generate.Unfinished.add
+
+def telling(self, text, tokens):
+    told.write(json.dumps([text.prompt, text.response, text.multiplier or 0.0, tokens]) + chr(10))
+    add(self, text, tokens)
+
+generate.Unfinished.add = telling
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
 # ---------------------------------------------------------------- the driver: a process of its own
 
 
@@ -158,7 +175,7 @@ def drive(stage: str, folder: Path, kills: int, more: list[str]) -> dict[str, An
 
     def whole(base: Path, items: list[str]) -> int:
         if more:  # by hand: really started processes alone
-            return subprocess.run([sys.executable, str(ROOT / "run_spilt.py"), *argv(base, items)], capture_output=True).returncode
+            return subprocess.run([sys.executable, "-c", TELLING, str(evidence), *argv(base, items)], capture_output=True).returncode
         return os.waitstatus_to_exitcode(os.waitpid(start(argv(base, items), log, evidence), 0)[1])
 
     for items in before:
@@ -183,7 +200,7 @@ def drive(stage: str, folder: Path, kills: int, more: list[str]) -> dict[str, An
         for kill in range(100):  # until a run is through before its moment
             real = bool(more) or kill == 0 and seen["rounds"] % 10 == 0  # the first of every tenth round: a really started process
             if real:
-                code = kill_started(argv(base, words), base, rng)
+                code = kill_started([str(evidence), *argv(base, words)], base, rng)
             else:
                 top = 0.7 * work if rng.random() < 0.8 and not results <= names(base) else 1.5 * span
                 code = killed_at(start(argv(base, words), log, evidence), rng.uniform(0, top))
@@ -203,21 +220,26 @@ def drive(stage: str, folder: Path, kills: int, more: list[str]) -> dict[str, An
         kept = {name for name in now if not any(word in Path(name).name for word in LEFT)}
         seen["different"] += sorted(kept ^ wanted_names)
         seen["different"] += [name for name in wanted if name in found and found[name] != wanted[name]]
-        if more and stage == "generate":  # texts are promised token by token: docs/reliability.md
-            import test_promise
+    if more and stage == "generate":  # texts are promised token by token: docs/reliability.md
+        import test_promise
 
-            here = clean._replace(path=base)
-            seen.setdefault("misfit", []).append(max(test_promise.stored_misfits(here, more[more.index("--dtype") + 1], 0.8)))
+        lines = [json.loads(line) for line in Path(f"{evidence}.texts").read_text().splitlines() if line.endswith("]")]
+        made = {(i, k, m, tuple(new)): new for i, k, m, new in lines}
+        found_misfits = [
+            test_promise.misfits(clean._replace(path=base), more[more.index("--dtype") + 1], {key[:3]: new}, 0.8)[0]
+            for key, new in made.items()
+        ]
+        seen["texts"], seen["different texts"], seen["misfit"] = len(lines), len(made), max(found_misfits)
     seen["resumed"] = evidence.read_text().split().count(stage)
     seen["log"] = [line for line in log.read_text().splitlines() if "Error" in line or "Traceback" in line][:20]
     return seen
 
 
 def kill_started(words: list[str], base: Path, rng: random.Random) -> int | None:
-    """`python run_spilt.py ...`, killed with its group a moment after the first new file."""
+    """The real command, started as such, killed with its group a moment after the first new file."""
     had = names(base)
     run = subprocess.Popen(
-        [sys.executable, str(ROOT / "run_spilt.py"), *words], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", TELLING, *words], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     while run.poll() is None and names(base) == had:
         time.sleep(0.005)

@@ -148,22 +148,17 @@ def misfit(scores: Tensor, new: list[int], numbers: random.Random | None, temper
     return worst
 
 
-def stored_misfits(base: families.Base, dtype: str, temperature: float) -> list[float]:
-    """Of every sampled text of sft vector that is stored: read from its file, for loops of real kills (test_kill.py, by hand)."""
+def misfits(base: families.Base, dtype: str, made: dict[tuple[int, int, float], list[int]], temperature: float) -> list[float]:
+    """Of sampled texts of sft vector, (prompt, response, multiplier) -> new tokens: for loops of real kills (test_kill.py, by hand)."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base.path / "models" / base.model)
+    questions = [json.loads(line)["question"] for line in base.data(base.one, "valid").read_text().splitlines()]
     found = []
-    for path in sorted((base.path / "generation").rglob(f"sft_vector/m*/{base.one}_results.json")):
-        for i, row in enumerate(json.loads(path.read_text())):
-            turn = [{"role": "user", "content": row["input"]}]
-            prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-            prompt = tokenizer(prompt, add_special_tokens=False).input_ids
-            for k, text in enumerate(row["complete_output"]):
-                ids = tokenizer(text, add_special_tokens=False).input_ids
-                assert ids[: len(prompt)] == prompt
-                scores = probabilities(base, dtype, prompt, ids[len(prompt) :], float(path.parent.name[1:]))
-                found.append(misfit(scores, ids[len(prompt) :], random.Random(f"42/{i}/{k}"), temperature))
+    for (i, k, multiplier), new in made.items():
+        text = tokenizer.apply_chat_template([{"role": "user", "content": questions[i]}], add_generation_prompt=True, tokenize=False)
+        scores = probabilities(base, dtype, tokenizer(text, add_special_tokens=False).input_ids, new, multiplier)
+        found.append(misfit(scores, new, random.Random(f"42/{i}/{k}"), temperature))
     return found
 
 
@@ -227,8 +222,9 @@ def test_each_token_is_what_its_number_picks(
             other = probabilities(base, dtype, asked[seed, multiplier], new, multiplier + 30)
             wrong_strength.append(misfit(other, new, random.Random(seed) if sampled else None, temperature))
             wrong_number.append(misfit(scores, new, random.Random("other"), temperature))
-        if sampled:  # the same is found in the files
-            assert max(stored_misfits(base._replace(path=tmp_path / name), dtype, temperature)) == pytest.approx(max(found))
+        if sampled:  # the same from prompts as transformers alone makes them
+            texts_made = {(int(seed.split("/")[1]), int(seed.split("/")[2]), m): new for (seed, m), new in made.items()}
+            assert max(misfits(base, dtype, texts_made, temperature)) == max(found)
         print(f"{dtype} {name}: largest change of a probability {max(found):.2g}")
         assert max(found) <= ROUNDING[dtype]
         assert max(wrong_strength) > 2 * ROUNDING[dtype] and (not sampled or max(wrong_number) > 2 * ROUNDING[dtype])
