@@ -1,11 +1,39 @@
-"""Cell: one grid point of a request, that is what is fitted, applied or measured."""
+"""Cell: one grid point of a request, that is what is fitted, applied or measured; and the forms that it may have. No torch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-# The forms of an intervention, in the order in which `all` runs them; interventions.py gives each its class.
-FORMS: tuple[str, ...] = ("vector", "lora", "local_weight")
+
+class Form(NamedTuple):
+    """The facts of a form that need no torch. Its class, with the equation, is that of steering/interventions.py with this name."""
+
+    name: str
+    label: str  # in figures
+    tensors: Mapping[str, str]  # stored tensor -> its axes: D the stream, F the read point, r the rank
+    bare: bool = False  # the file is the only tensor itself, not a dict
+    reads: bool = True  # has a read point
+    direction: bool = False  # one direction of the stream: it can be removed, and compared with random ones
+    lr: float = 0.01  # released defaults
+    factors: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
+
+    def shapes(self, hidden: int, read: int, rank: int | None) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of each tensor."""
+        size = {"D": hidden, "F": read, "r": rank or 0}
+        return {name: tuple(size[axis] for axis in axes) for name, axes in self.tensors.items()}
+
+
+# in the order in which `all` runs them
+FORMS: dict[str, Form] = {
+    form.name: form
+    for form in (
+        Form("vector", "vector", {"v": "D"}, bare=True, reads=False, direction=True, lr=0.08, factors=tuple(map(float, range(2, 21, 2)))),
+        Form("lora", "LoRA", {"lora_A": "Fr", "lora_B": "rD"}),
+        Form("local_weight", "local weight", {"weight": "FD", "bias": "D"}),
+    )
+}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from spilt import verbs
 from spilt.analysis.provenance import Artifact
 from spilt.artifacts import manifest, store
 from spilt.artifacts.atomic import TEMPORARY
+from spilt.cell import FORMS
 from spilt.data import readers
 from spilt.errors import UserError
 from spilt.model import identity, template
@@ -37,8 +38,6 @@ CONTROL = ("split", "draw", "multiplier", "preference", "utility", "n", "n_undef
 ROW_KEYS = ("input", "orig_pred", "pred", "reference_response", "complete_output")
 CONCEPT_KEYS = ("concept_id", "concept_name", "generated_results", "eval_data", "multiplier")
 MANIFEST = ".manifest.json"
-VECTOR = re.compile(r"layer_(\d+)\.pt")
-RESULTS = re.compile(r".+_results\.json|all_generation_results_m.+\.json")
 LOSSES = {name: split for split, name in store.SPLITS.items()}
 
 
@@ -104,13 +103,7 @@ def _check_file(base_dir: Path, path: Path) -> Found | None:
 
 def _contents_of(path: Path) -> Any:
     """The function that checks what is in such a file."""
-    if VECTOR.fullmatch(path.name):
-        return _vector
-    if path.name in LOSSES:
-        return _losses
-    if path.name == "control.csv":
-        return _control
-    return _results if RESULTS.fullmatch(path.name) else None
+    return next((check for pattern, check in KINDS.items() if re.fullmatch(pattern, path.name)), None)
 
 
 def _judge(artifact: Artifact, contents: Any) -> Found:
@@ -206,7 +199,7 @@ def _vector(artifact: Artifact) -> str:
     """Loads as plain tensors; shapes of one concept go together and are the model's; every value is finite."""
     stored = layer_file.read(artifact.path)
     form = artifact.form or layer_file.form_of(stored)
-    if form == "vector":
+    if FORMS[form].bare:
         shape = tuple(getattr(stored, "shape", ()))
         if not hasattr(stored, "shape"):  # the words of a run that reads it
             layer_file.one_concept(stored, artifact.path, form, None)
@@ -225,17 +218,18 @@ def _vector(artifact: Artifact) -> str:
 
 def _sizes(state: Any, form: str, artifact: Artifact) -> tuple[int, int]:
     """D of the model where config.json says it, else the file's own; F is the file's own: the read point decides it."""
-    first = state if form == "vector" else state.get({"lora": "lora_A", "local_weight": "weight"}[form])
-    last = state if form == "vector" else state.get({"lora": "lora_B", "local_weight": "weight"}[form])
-    own, width = (tuple(getattr(tensor, "shape", ())) for tensor in (last, first))
-    hidden = own[-1] if own else 0
+    found: dict[str, int] = {}
+    for name, axes in FORMS[form].tensors.items():
+        shape = tuple(getattr(state if FORMS[form].bare else state.get(name), "shape", ()))
+        found.update(zip(axes, shape, strict=False))
+    hidden = found.get("D", 0)
     try:
         config = json.loads((artifact.base_dir / "models" / artifact.model / "config.json").read_text(encoding="utf-8"))
         said = config.get("text_config", config).get("hidden_size", config.get("n_embd", hidden))
         hidden = said if isinstance(said, int) else hidden
     except (OSError, ValueError, AttributeError):
         pass
-    return hidden, width[0] if width else 0
+    return hidden, found.get("F", 0)
 
 
 def _results(artifact: Artifact) -> str:
@@ -375,6 +369,15 @@ def _finite(rows: list[list[str]], places: list[int]) -> None:
 
 def _short(base_dir: Path, path: Path) -> str:
     return store.Store(base_dir).relative(path)
+
+
+# names of stored files -> what looks into them: (artifact) -> a note, or Damaged with what is wrong
+KINDS: dict[str, Callable[[Artifact], str]] = {
+    r"layer_\d+\.pt": _vector,
+    "|".join(map(re.escape, LOSSES)): _losses,
+    r"control\.csv": _control,
+    r".+_results\.json|all_generation_results_m.+\.json": _results,
+}
 
 
 # ---------------------------------------------------------------- the command line

@@ -189,7 +189,7 @@ def test_lists_that_are_written_twice_agree() -> None:
     """hparams is below the tables and cannot import them."""
     assert settings.LOSSES == LOSS_TYPES
     assert settings.POINTS == anatomy.COMPONENTS
-    assert tuple(INTERVENTIONS) == FORMS and set(settings.INTERVENTION_ALIASES.values()) <= set(FORMS)
+    assert tuple(INTERVENTIONS) == tuple(FORMS) and set(settings.INTERVENTION_ALIASES.values()) <= set(FORMS)
     assert {row.name for row in METHODS.values()} == set(METHODS)
     for form, kind in INTERVENTIONS.items():
         assert kind.factors == settings.FitSettings(method="sft", intervention_method=form, layers=(0,)).steering_factors

@@ -309,7 +309,7 @@ def test_null_it_out_equals_the_released_code(key: str) -> None:
 
 
 def test_every_form_is_a_module_that_says_what_it_is() -> None:
-    assert tuple(INTERVENTIONS) == FORMS
+    assert tuple(INTERVENTIONS) == tuple(FORMS)
     for form, kind in INTERVENTIONS.items():
         made = intervention(form)
         assert isinstance(made, nn.Module) and kind.__doc__ and (made.component is None) == (not kind.reads)

@@ -168,6 +168,7 @@ def drive(stage: str, folder: Path, kills: int, more: list[str]) -> dict[str, An
     words, before = STAGES[stage]
     log, evidence = folder / "log", folder / "evidence"
     evidence.touch()
+    log.touch()
     clean = families.make_base(folder / "start", test=4)
 
     def argv(base: Path, items: list[str]) -> list[str]:
@@ -225,10 +226,8 @@ def drive(stage: str, folder: Path, kills: int, more: list[str]) -> dict[str, An
 
         lines = [json.loads(line) for line in Path(f"{evidence}.texts").read_text().splitlines() if line.endswith("]")]
         made = {(i, k, m, tuple(new)): new for i, k, m, new in lines}
-        found_misfits = [
-            test_promise.misfits(clean._replace(path=base), more[more.index("--dtype") + 1], {key[:3]: new}, 0.8)[0]
-            for key, new in made.items()
-        ]
+        dtype, where = more[more.index("--dtype") + 1], clean._replace(path=base)
+        found_misfits = [test_promise.misfits(where, dtype, {key[:3]: new}, 0.8)[0] for key, new in made.items()]
         seen["texts"], seen["different texts"], seen["misfit"] = len(lines), len(made), max(found_misfits)
     seen["resumed"] = evidence.read_text().split().count(stage)
     seen["log"] = [line for line in log.read_text().splitlines() if "Error" in line or "Traceback" in line][:20]

@@ -84,7 +84,7 @@ def estimate(model: nn.Module, layer: int, sequences: list[Tokens], settings: Fi
 
 def new_intervention(model: nn.Module, layer: int, settings: FitSettings) -> Intervention:
     """A fresh intervention of the settings' form on the block's device; the same seed gives the same start."""
-    kind = INTERVENTIONS[settings.intervention_method]
+    kind: Any = INTERVENTIONS[settings.intervention_method]
     component = settings.intervention_components if kind.reads else None
     width = anatomy.read_width(model, layer, component) if component else 0
     with torch.random.fork_rng([]):
@@ -174,7 +174,7 @@ class Fit(Job):
         self.checkpointed = False  # blocks are run again in the backward pass: once a single row was too large
         self.on_stream = hooks.base(layer, intervention) == layer
         # a vector leaves the template's tokens alone: their keys and values never change while it is fitted
-        self.frozen_prefix = min(prefix, cache.prefix) if isinstance(intervention, Vector) else 0
+        self.frozen_prefix = min(prefix, cache.prefix) if intervention.positional else 0
         with torch.no_grad():
             self.prefix_kv = prefix_pairs(model, cache.layer, cache.prefix_h[None, : self.frozen_prefix].to(self.device), cache.pad_id)
         self.reference = self._reference() if method.needs_reference(settings) else None
@@ -186,7 +186,7 @@ class Fit(Job):
         tokens, seen = self.cache.batch(rows.indices, on_stream, self.device, start)
         sequences = [self.cache.sequences[i] for i in rows.indices]
         positions = None
-        if isinstance(self.intervention, Vector):
+        if self.intervention.positional:
             positions = position_mask(sequences, self.settings.intervention_positions, self.prefix)[:, start:].to(self.device)
         mixed = Mixed(self.intervention, rows.removed)
         site = hooks.Site(self.layer, mixed if self.on_stream else Cut(mixed), rows.multiplier[:, None, None], positions)
@@ -241,7 +241,7 @@ class Fit(Job):
         start = _get_random(self)
         results = []
         for first in range(0, len(drawn.indices), size):
-            if isinstance(self.intervention, Vector):
+            if self.intervention.positional:
                 _set_random(start, self)  # its dropout mask is one for all rows
             results.append(forward_backward(self.forward_input(drawn.part(slice(first, first + size)))))
         whole = AnswerLogProbs(*(torch.cat(column) for column in zip(*(result.scored for result in results), strict=True)))

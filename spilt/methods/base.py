@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spilt.cell import FORMS
@@ -38,7 +38,7 @@ class Method(NamedTuple):
     summary: str
     loss: Callable[[Scored, Any], Tensor] | None = None  # trained: the objective of a minibatch
     estimate: Callable[[Tensor, Tensor], Tensor] | None = None  # closed form: [n, D] of both answers -> v [D]
-    forms: tuple[str, ...] = FORMS
+    forms: Collection[str] = FORMS  # which it can find; all of them
     why: str = ""  # why the other forms are left out
     needs_losing: Callable[[FitSettings], bool] = always
     needs_reference: Callable[[FitSettings], bool] = never

@@ -13,11 +13,9 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any
 
+from spilt.cell import FORMS
 from spilt.errors import UserError
 from spilt.settings.readers import Bad, Reader, choice, flag, many, number, optional, positions, text, whole, whole_or_all
-
-VECTOR_FACTORS = tuple(float(s) for s in range(2, 21, 2))  # 2, 4, ..., 20
-WEIGHT_FACTORS = tuple(s / 10 for s in range(2, 21, 2))  # 0.2, 0.4, ..., 2.0
 
 POINTS = ("mlp_mid", "mlp", "attn", "block")
 PAIRS = ("orig_add", "orig_sub")
@@ -130,6 +128,10 @@ class Common(Checked):
     system_prompt: str = setting(text, "")  # "" = no system turn
 
 
+def _of_form(name: str) -> Callable[[str, str], Any]:
+    return lambda _, form: getattr(FORMS.get(form, FORMS["lora"]), name)  # a name that does not exist is told by others
+
+
 def _released_substraction(method: str, intervention: str) -> str:
     return "null_it_out" if (method, intervention) == ("reps", "vector") else "normal"
 
@@ -159,11 +161,11 @@ class FitSettings(Scored):
     # the loop
     gradient_accumulation_steps: int = setting(whole(1), 1)  # minibatch groups per optimiser step
     n_epochs: int = setting(whole(1), 2)  # passes over the pairs
-    lr: float = setting(number(above=0), by=lambda _, form: 0.08 if form == "vector" else 0.01)  # AdamW, linear decay to 0
+    lr: float = setting(number(above=0), by=_of_form("lr"))  # AdamW, linear decay to 0
     weight_decay: float = setting(number(0), 0.0)  # of AdamW
     max_grad_norm: float = setting(number(above=0), 1.0)  # gradient norm is clipped to this; fixed in the released code
     # training strengths: s is drawn from these; shared by winning and losing sequence, or (released) drawn for each
-    steering_factors: tuple[float, ...] = setting(many(number()), by=lambda _, form: VECTOR_FACTORS if form == "vector" else WEIGHT_FACTORS)
+    steering_factors: tuple[float, ...] = setting(many(number()), by=_of_form("factors"))
     shared_factor: bool = setting(flag, False)  # ours
     # sft and spilt: pos L_p + neg L_n + margin_penalty relu(threshold - (L_n - L_p)), losses in nats per answer token
     pos_loss_weight: float = setting(number(0), 1.0)
@@ -185,7 +187,8 @@ class FitSettings(Scored):
         super().__post_init__()
         if self.joint and len(self.layers) < 2:
             raise UserError(f"joint = true needs two layers or more; layers has {len(self.layers)}: add one, or leave joint out")
-        if self.substraction_type == "null_it_out" and self.intervention_method != "vector" and "orig_sub" in self.preference_pairs:
+        removes = self.substraction_type == "null_it_out" and "orig_sub" in self.preference_pairs
+        if removes and not FORMS[self.intervention_method].direction:
             raise UserError(
                 f"substraction_type = null_it_out needs a vector to remove; {self.intervention_method} has none: "
                 "set substraction_type: normal, or preference_pairs: [orig_add]"

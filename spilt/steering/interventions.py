@@ -31,11 +31,15 @@ class Intervention(nn.Module):
     site: 'block' (the block's output, after every norm inside it) or 'down_proj' (the MLP's down projection).
     """
 
-    form: ClassVar[str]  # its name: key of INTERVENTIONS, word of YAML and command line
-    reads: ClassVar[bool] = True
+    form: ClassVar[str]  # its name: key of FORMS and INTERVENTIONS, word of YAML and command line
+    reads: ClassVar[bool] = True  # of its row in FORMS, as the training factors are
     positional: bool = False  # fit and loss let it act at `intervention_positions` alone, as released
     linear: ClassVar[tuple[str, ...]]  # parameters that, scaled together, scale delta
-    factors: ClassVar[tuple[float, ...]] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)  # released training factors
+    factors: ClassVar[tuple[float, ...]]
+
+    def __init_subclass__(cls) -> None:
+        if "form" in cls.__dict__:
+            cls.reads, cls.factors = FORMS[cls.form].reads, FORMS[cls.form].factors
 
     def __init__(self, component: str | None, site: str, dropout: float) -> None:
         super().__init__()
@@ -62,12 +66,17 @@ class Intervention(nn.Module):
     @classmethod
     def shapes(cls, hidden: int, read: int, rank: int | None) -> dict[str, tuple[int, ...]]:
         """Name -> shape of each parameter: D = hidden, the width of the stream; F = read, that of the read point."""
-        raise NotImplementedError(f"{cls.__name__} does not say what shapes it has")
+        return FORMS[cls.form].shapes(hidden, read, rank)
 
     @classmethod
     def of_parameters(cls, parameters: Mapping[str, Tensor], **kwargs: Any) -> Intervention:
         """The form with copies of these parameters. kwargs: component, site, dropout."""
-        raise NotImplementedError(f"{cls.__name__} does not say how it is made of parameters")
+        return cls.from_state(next(iter(parameters.values())) if FORMS[cls.form].bare else dict(parameters), **kwargs)
+
+    @classmethod
+    def from_state(cls, state: State, **kwargs: Any) -> Intervention:
+        """The form from what `state` gave. kwargs: component, site, dropout."""
+        raise NotImplementedError(f"{cls.__name__} does not say how it is made of what is stored")
 
     def scaled(self, factor: float) -> Intervention:
         """Itself, with delta times `factor`."""
@@ -85,10 +94,8 @@ class Vector(Intervention):
     """delta = m v, v [D]. Dropout acts on v itself. Initialised uniform in +-1/sqrt(D), as released."""
 
     form = "vector"
-    reads = False
     positional = True
     linear = ("v",)
-    factors = (2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0)
 
     def __init__(
         self, hidden: int, read: int | None = None, *, component: str | None = None, site: str = "block", dropout: float = 0.0, **_: Any
@@ -110,14 +117,6 @@ class Vector(Intervention):
         """h + m v; in the rows `removed` [B] bool, h without its component along v. One dropout mask for both."""
         v = self.dropout(self.v)
         return torch.where(removed[:, None, None], self.without_component(h, v), h + (multiplier * v).to(h.dtype))
-
-    @classmethod
-    def shapes(cls, hidden: int, read: int, rank: int | None) -> dict[str, tuple[int, ...]]:
-        return {"v": (hidden,)}
-
-    @classmethod
-    def of_parameters(cls, parameters: Mapping[str, Tensor], **kwargs: Any) -> Vector:
-        return cls.from_state(parameters["v"], **kwargs)
 
     def norm(self) -> float:
         return self.v.detach().norm().item()
@@ -164,14 +163,6 @@ class LoRA(Intervention):
         assert x is not None
         return self.dropout(multiplier * (x.float() @ self.lora_A @ self.lora_B))
 
-    @classmethod
-    def shapes(cls, hidden: int, read: int, rank: int | None) -> dict[str, tuple[int, ...]]:
-        return {"lora_A": (read, rank or 0), "lora_B": (rank or 0, hidden)}
-
-    @classmethod
-    def of_parameters(cls, parameters: Mapping[str, Tensor], **kwargs: Any) -> LoRA:
-        return cls.from_state(dict(parameters), **kwargs)
-
     def norm(self) -> float:
         a, b = self.lora_A.detach().double(), self.lora_B.detach().double()
         return float(((a.T @ a) * (b @ b.T)).sum().clamp(min=0).sqrt())  # |A B|, without the product [F, D]
@@ -214,14 +205,6 @@ class LocalWeight(Intervention):
         assert x is not None
         return self.dropout(multiplier * (x.float() @ self.weight + self.bias))
 
-    @classmethod
-    def shapes(cls, hidden: int, read: int, rank: int | None) -> dict[str, tuple[int, ...]]:
-        return {"weight": (read, hidden), "bias": (hidden,)}
-
-    @classmethod
-    def of_parameters(cls, parameters: Mapping[str, Tensor], **kwargs: Any) -> LocalWeight:
-        return cls.from_state(dict(parameters), **kwargs)
-
     def norm(self) -> float:
         return math.hypot(self.weight.detach().norm().item(), self.bias.detach().norm().item())
 
@@ -240,5 +223,5 @@ class LocalWeight(Intervention):
         return made
 
 
-INTERVENTIONS: dict[str, type[Vector] | type[LoRA] | type[LocalWeight]] = {kind.form: kind for kind in (Vector, LoRA, LocalWeight)}
-assert tuple(INTERVENTIONS) == FORMS
+INTERVENTIONS: dict[str, type[Intervention]] = {kind.form: kind for kind in (Vector, LoRA, LocalWeight)}
+assert list(INTERVENTIONS) == list(FORMS)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spilt.cell import FORMS
 from spilt.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ def load(
 
     state = one_concept(read(path), path, form, concept)
     component = None
-    if form != "vector":
-        component = str(state.get("intervention_components") or default_component)
+    if FORMS[form].reads:
+        component = str((not FORMS[form].bare and state.get("intervention_components")) or default_component)
         if component not in widths:
             raise UserError(f"{path}: intervention_components {component!r} is not one of {', '.join(widths)}")
     check_shapes(state, path, form, hidden, widths.get(component, hidden) if component else hidden, component)
@@ -137,24 +138,26 @@ def read(path: Path) -> Any:
 def form_of(stored: Any) -> str:
     """The form of what a layer_{id}.pt holds, by its content."""
     if not isinstance(stored, dict):
-        return "vector"
+        return next(name for name, form in FORMS.items() if form.bare)
     first = next(iter(stored.values()), None)
-    return "lora" if "lora_A" in (first if isinstance(first, dict) else stored) else "local_weight"
+    keys = first.keys() if isinstance(first, dict) else stored.keys()
+    named = [name for name, form in FORMS.items() if not form.bare]
+    return max(named, key=lambda name: len(FORMS[name].tensors.keys() & keys))
 
 
 def one_concept(stored: Any, path: Path, form: str, concept: int | None) -> Any:
     """The row or the entry of one concept; a file of one concept serves whatever the id."""
     import torch
 
-    if form == "vector":
+    if FORMS[form].bare:
         if not isinstance(stored, torch.Tensor):
-            raise UserError(f"{path}: holds {_described(stored, path)}; a vector is a tensor [D] (several concepts: [n, D])")
+            raise UserError(f"{path}: holds {_described(stored, path)}; a {form} is a tensor [D] (several concepts: [n, D])")
         if stored.ndim == 2 and len(stored) > 1:
             if concept is None or not 0 <= concept < len(stored):
                 raise _which_concept(path, concept, list(range(len(stored))))
             return stored[concept]
         return stored[0] if stored.ndim == 2 and len(stored) else stored
-    keys_of = {"lora": {"lora_A", "lora_B"}, "local_weight": {"weight", "bias"}}[form]
+    keys_of = set(FORMS[form].tensors)
     if not isinstance(stored, dict) or not stored:
         raise UserError(f"{path}: holds {_described(stored, path)}; {form} is a dict of tensors")
     if keys_of.isdisjoint(stored) and any(isinstance(value, torch.Tensor) for value in stored.values()):
@@ -210,26 +213,24 @@ def check_shapes(state: Any, path: Path, form: str, hidden: int, width: int, com
     """Every tensor there, of the model's shape, floating and finite."""
     import torch
 
-    found = {"": state} if form == "vector" else state
+    row = FORMS[form]
+    found = dict.fromkeys(row.tensors, state) if row.bare else state
+    ranked = next(((name, axes.index("r")) for name, axes in row.tensors.items() if "r" in axes), None)
     rank = None
-    if form == "lora":
-        shape: tuple[int, ...] = tuple(getattr(state.get("lora_A"), "shape", ()))
-        rank = int(shape[1]) if len(shape) == 2 else None
+    if ranked is not None:
+        name, axis = ranked
+        shape: tuple[int, ...] = tuple(getattr(state.get(name), "shape", ()))
+        rank = int(shape[axis]) if len(shape) == len(row.tensors[name]) else None
         if rank is None or rank < 1:
-            raise UserError(f"{path}: lora_A has shape {list(shape)}; wanted [F, r] = [{width}, rank]")
-        for name in ("r", "alpha"):
-            if not isinstance(state.get(name), int | float | None):
-                raise UserError(f"{path}: {name} is a {type(state[name]).__name__}; wanted a number")
+            raise UserError(f"{path}: {name} has shape {list(shape)}; wanted [{', '.join(row.tensors[name])}], where F is {width}")
+        for key in ("r", "alpha"):
+            if not isinstance(state.get(key), int | float | None):
+                raise UserError(f"{path}: {key} is a {type(state[key]).__name__}; wanted a number")
         if state.get("r") not in (None, rank):
-            raise UserError(f"{path}: says r = {state['r']}, but lora_A has shape {list(shape)}")
-    forms: dict[str, dict[str, tuple[int, ...]]] = {
-        "vector": {"": (hidden,)},
-        "lora": {"lora_A": (width, rank or 0), "lora_B": (rank or 0, hidden)},
-        "local_weight": {"weight": (width, hidden), "bias": (hidden,)},
-    }
-    for name, size in forms[form].items():
+            raise UserError(f"{path}: says r = {state['r']}, but {name} has shape {list(shape)}")
+    for name, size in row.shapes(hidden, width, rank).items():
         value = found.get(name)
-        label = name or "the vector"
+        label = f"the {form}" if row.bare else name
         if not isinstance(value, torch.Tensor):
             raise UserError(f"{path}: {label} is missing; wanted a tensor of shape {list(size)}; found: {', '.join(map(str, found))}")
         if tuple(value.shape) != size:

@@ -213,7 +213,7 @@ def _entry(path: Path, number: int, row: dict[str, Any], tensors: dict[str, Tens
     for name, value in own.items():
         if not value.is_floating_point() or not torch.isfinite(value).all():
             raise UserError(f"{path}: tensor {number}.{name} holds values that are not finite numbers")
-    made = kind.of_parameters(own, component=site.read_point, site=site.write_point)
+    made: Any = kind.of_parameters(own, component=site.read_point, site=site.write_point)
     if row.get("alpha") is not None:
         made.alpha = float(row["alpha"])
     return site, made.eval().requires_grad_(False)

@@ -22,6 +22,7 @@ from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.journal import Lines
 from spilt.artifacts.store import PREFERENCE_TYPES
+from spilt.cell import FORMS
 from spilt.data import readers
 from spilt.engine import activations, score, whole
 from spilt.errors import NotFinite
@@ -102,7 +103,7 @@ def _measure_step(step: Step, run: Run, unfinished: Unfinished) -> str:
             wider = measure_verb.widened(step.multipliers)
             new = _measure(measure_verb.with_multipliers(step, run.store, wider), steering, run, unfinished) or new
             step = measure_verb.with_multipliers(step, run.store, wider)
-        if cell.intervention == "vector":
+        if FORMS[cell.intervention].direction:
             new = _control(step, steering, run, unfinished) or new
     return "done" if new else "already done"
 

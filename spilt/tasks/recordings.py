@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from spilt import plan, verbs
 from spilt.artifacts import manifest
 from spilt.artifacts.store import Store
-from spilt.cell import Cell
+from spilt.cell import FORMS, Cell
 from spilt.data import readers
 from spilt.data.chat import Sequence as Tokens
 from spilt.engine import activations
@@ -64,7 +64,7 @@ class Recordings:
             for key in self.keys(step):
                 self.uses[key] += 1
                 parts = self.components.setdefault(key, set())
-                if step.cells[0].intervention != "vector" and step.settings.site == "block":
+                if FORMS[step.cells[0].intervention].reads and step.settings.site == "block":
                     parts.add(step.settings.intervention_components)
 
     def keys(self, step: Step) -> list[Key]:

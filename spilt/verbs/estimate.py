@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spilt.cell import FORMS
 from spilt.errors import UserError
 from spilt.memory import max_tokens
 from spilt.model import checkpoint
@@ -60,7 +61,7 @@ class Shape(NamedTuple):
 
     def read(self, step: Any) -> int:
         """Width of what is recorded beside the stream."""
-        if step.cells[0].intervention == "vector":
+        if not FORMS[step.cells[0].intervention].reads:
             return 0
         return self.intermediate if step.settings.intervention_components == "mlp_mid" else self.hidden
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spilt.artifacts.store import Store
-from spilt.cell import Cell
+from spilt.cell import FORMS, Cell
 from spilt.errors import UserError
 from spilt.memory import max_tokens
 from spilt.methods import METHODS
@@ -60,8 +61,7 @@ class Fit(Verb):
         times = s.n_epochs * len(s.preference_pairs) * sides
         shown = times * (questions + answers / 2)
         flops = recorded.flops + 2 * shape.run(shown, above, length) + 2 * shape.head * times * answers / 2
-        read = shape.read(step)
-        parameters = {"vector": shape.hidden, "lora": s.rank * (read + shape.hidden), "local_weight": (read + 1) * shape.hidden}
-        adam = 4 * 4 * parameters[step.cells[0].intervention]  # parameter, gradient, two moments, float32
+        shapes = FORMS[step.cells[0].intervention].shapes(shape.hidden, shape.read(step), s.rank)
+        adam = 4 * 4 * sum(map(math.prod, shapes.values()))  # parameter, gradient, two moments, float32
         at_once = min(s.batch_size * sides * length, max(length, max_tokens(kind, backward=True)))
         return Cost(recorded.tokens + shown, flops, recorded.cache, adam + above * shape.kept(at_once, length, size))
