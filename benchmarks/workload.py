@@ -3,6 +3,7 @@
     python benchmarks/workload.py                            # Qwen2 12 x 512, 64 train / 32 test rows, medians of 3
     python benchmarks/workload.py --stages fit apply         # some of fit, apply, loss, sweep
     python benchmarks/workload.py --shape gemma-2-9b --train 500 --test 200 --sides ours
+    python benchmarks/workload.py --against ../before --stages fit apply loss sweep   # another checkout in naive's place
     python benchmarks/workload.py --shape tiny --train 4 --test 2 --repeats 1      # does it run
 
 Both sides are interleaved (ours, naive, ours, ...) and their numbers compared: losses per step of fit, every text, every
@@ -20,6 +21,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -75,6 +77,7 @@ class Side:
     def __init__(self, base: Path, threads: int, extra: list[str]) -> None:
         self.base, self.threads, self.extra = base, threads, extra
         self.settings = ["--set", "dropout=0.0", "--set", "n_epochs=1"]
+        self.repo = world.REPO
 
     def run(self, stage: str) -> Cost:
         raise NotImplementedError(f"no stage {stage}")
@@ -90,7 +93,7 @@ class Ours(Side):
             "loss": ["--mode", "loss", "--split", "train", "--multipliers", *map(str, MULTIPLIERS)],
             "sweep": ["--mode", "loss", "--split", "train", "--multipliers", *map(str, SWEEP)],
         }[stage]
-        return timed([sys.executable, "run_spilt.py", *common, *words], self.threads, self.base / "ours.log")
+        return timed([sys.executable, str(self.repo / "run_spilt.py"), *common, *words], self.threads, self.base / "ours.log")
 
     def fit_losses(self) -> list[float]:
         text = (self.base / "vectors" / NAME / "spilt/psychopathy/spilt_local_weight/train.log").read_text()
@@ -199,7 +202,7 @@ def table(costs: dict[str, dict[str, list[Cost]]]) -> list[str]:
         for field, form in (("seconds", ".1f"), ("cpu", ".1f"), ("peak_mb", ".0f")):
             a, b = (getattr(cost, field) if cost else None for cost in (ours, naive))
             cells += [format(a, form) if a else "", format(b, form) if b else ""]
-            cells.append("" if not a or not b else f"{a / b:.2f}" if field == "peak_mb" else f"{b / a:.1f}")
+            cells.append("" if not a or not b else f"{a / b:.2f}" if field == "peak_mb" else f"{b / a:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -216,6 +219,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--naive_repeats", type=int, help="of the naive side where fewer will do; default: as --repeats")
     parser.add_argument("--naive_processes", type=int, default=Naive.processes, help="of naive's 8 equal ones of loss; the rest is counted")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--against", type=Path, metavar="CHECKOUT", help="in naive's place: this checkout's command line, in a base dir of its own"
+    )
     parser.add_argument("--base_dir", type=Path, help="keep the folder (made if it is not there); default: a temporary one")
     parser.add_argument("--ours", nargs=argparse.REMAINDER, default=[], help="further flags of run_spilt.py")
     parser.add_argument("--out", type=Path, help="results as JSON")
@@ -224,26 +230,33 @@ def main(argv: list[str] | None = None) -> int:
         base = args.base_dir or Path(temporary) / "base"
         if not base.exists():
             world.write(base, NAME, world.SHAPES[args.shape], train=args.train, test=args.test, new_tokens=args.new_tokens)
-        ours, naive = Ours(base, args.threads, args.ours), Naive(base, args.threads, [])
+        ours: Ours = Ours(base, args.threads, args.ours)
+        naive: Any = Naive(base, args.threads, [])
+        if args.against:
+            shutil.copytree(base, base.with_name("against"))
+            naive = Ours(base.with_name("against"), args.threads, args.ours)
+            naive.repo = args.against.resolve()
         naive.processes = args.naive_processes
         if "fit" not in args.stages and not list((base / "vectors").glob("**/*.pt")):
             ours.run("fit")
+            if args.against:
+                naive.run("fit")
         costs: dict[str, dict[str, list[Cost]]] = {stage: {"ours": [], "naive": []} for stage in args.stages}
         for stage in args.stages:
             rounds = {"ours": args.repeats, "naive": args.repeats if args.naive_repeats is None else args.naive_repeats}
             for number in range(max(rounds.values())):
                 for side, runner in (("ours", ours), ("naive", naive)):
-                    if side in args.sides and number < rounds[side] and (side, stage) != ("naive", "sweep"):
+                    if side in args.sides and number < rounds[side] and (args.against or (side, stage) != ("naive", "sweep")):
                         costs[stage][side].append(runner.run(stage))
                         cost = costs[stage][side][-1]
                         line = f"{stage} {side} {number + 1}: {cost.seconds:.1f} s, CPU {cost.cpu:.1f} s, {cost.peak_mb:.0f} MB"
                         print(line, file=sys.stderr, flush=True)
-        if "sweep" in costs and costs.get("loss", {}).get("naive"):
+        if "sweep" in costs and not args.against and costs.get("loss", {}).get("naive"):
             share = len(SWEEP) / len(MULTIPLIERS)
             costs["sweep"]["naive"] = [Cost(c.seconds * share, c.cpu * share, c.peak_mb) for c in costs["loss"]["naive"]]
         both = {"ours", "naive"} <= set(args.sides)
         found = compare(ours, naive, args.stages) if both else {}
-    lines = table(costs)
+    lines = [line.replace("naive", "before") if args.against else line for line in table(costs)]
     print("\n".join(lines))
     if both:
         print(("same numbers: " if agree(found) else "THE NUMBERS DIFFER: ") + json.dumps(found))
