@@ -1,4 +1,4 @@
-"""The released code's numbers on a tiny Gemma-2 (../shared/golden), where that folder lies beside the checkout."""
+"""The released code's numbers on a tiny Gemma-2 (tests/goldens)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+GOLDEN = Path(__file__).parent / "goldens"
 NUMBERS = GOLDEN / "tiny-gemma2-numbers"
 LAYER = 3
 DATASETS = ("psychopathy", "powerseeking")
-
-needs_golden = pytest.mark.skipif(not NUMBERS.is_dir(), reason="the released code's numbers (../shared/golden) are not here")
 
 
 def tensors(name: str) -> Any:

@@ -639,7 +639,6 @@ def test_a_concept_that_a_file_lacks_is_named(base: Base, capsys: Any) -> None:
 
 
 @pytest.mark.slow
-@golden.needs_golden
 @pytest.mark.parametrize("name", ["vector", "lora_attn", "local_weight_mlp_mid"])
 def test_released_texts_through_the_command_line(tmp_path: Path, name: str) -> None:
     """The released code's own files in, its greedy texts out."""

@@ -279,12 +279,10 @@ def _released_null_it_out() -> list[Any]:
     return [pytest.param(key, id=key.replace("/", "-")) for key in torch.load(found, weights_only=True) if float(key.split("bias")[1]) == 0]
 
 
-@golden.needs_golden
 def test_the_released_null_it_out_numbers_are_there() -> None:
     assert len(_released_null_it_out()) == 2
 
 
-@golden.needs_golden
 @pytest.mark.parametrize("key", _released_null_it_out())
 def test_null_it_out_equals_the_released_code(key: str) -> None:
     """Outputs and gradients; the released file also has a bias, which is never stored there: only its zero is compared."""

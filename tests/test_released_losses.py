@@ -58,7 +58,6 @@ def put(base: Path, form: str, layer: int, state: Path | Any) -> None:
         torch.save(state, folder / f"layer_{layer}.pt")
 
 
-@golden.needs_golden
 @pytest.mark.parametrize("form", FORMS)
 def test_the_released_losses(tmp_path: Path, form: str) -> None:
     """Vectors of the released code, its settings, its data: its losses, at both signs of every multiplier."""
