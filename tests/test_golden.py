@@ -15,7 +15,7 @@ import golden
 import pytest
 import torch
 from families import write_jsonl, write_yaml
-from golden import DATASETS, LAYER, needs_golden
+from golden import DATASETS, LAYER
 
 from spilt.data.chat import Chat, Sequence
 from spilt.engine import activations, score
@@ -28,7 +28,6 @@ from spilt.steering.anatomy import COMPONENTS
 from spilt.steering.interventions import INTERVENTIONS, Intervention, Vector
 from spilt.steering.steering import Steering
 
-pytestmark = needs_golden
 every_dataset = pytest.mark.parametrize("dataset", DATASETS)
 STATES = tuple(sorted(p.parent.name for p in golden.NUMBERS.glob("states/*/layer_3.pt")))
 LOSS_ATOL, RTOL = 1e-4, 1e-4
