@@ -1,9 +1,11 @@
-# make demo: everything from a fresh machine to steered text.   make test: all tests.   Both set themselves up in .venv
+# make demo: everything from a fresh machine to steered text.   make test: all tests.   They set themselves up in .venv
 PYTHON ?= python3
 PY := .venv/bin/python
 BASE ?= demo-run
+OLDEST := transformers==4.57.6
+ON_OLDEST := engines methods golden interventions suffix generation api steering placed joint loading templates
 
-.PHONY: demo curves test check demo-model clean
+.PHONY: demo curves test test-oldest check demo-model clean
 
 .venv/.installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -23,8 +25,19 @@ demo: .venv/.installed
 curves: .venv/.installed
 	VENV=.venv BASE_DIR=$(BASE) MODE=loss MULTIPLIERS=sweep sh examples/run_spilt.sh
 
+# with CI=true the full counts of fuzzing, kills and random sequences
 test: .venv/.tested
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests
+
+# the oldest transformers that is supported, over the libraries of .venv: engine, methods, goldens and what loads models
+.venv-oldest/.tested: .venv/.tested
+	$(PYTHON) -m venv .venv-oldest
+	$(PY) -c "import site; print(site.getsitepackages()[0])" > "$$(.venv-oldest/bin/python -c 'import site; print(site.getsitepackages()[0])')/newest.pth"
+	.venv-oldest/bin/python -m pip install --quiet "$(OLDEST)"
+	touch $@
+
+test-oldest: .venv-oldest/.tested
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile $(patsubst %,tests/test_%.py,$(ON_OLDEST))
 
 check: .venv/.tested
 	$(PY) -m ruff check .
@@ -35,4 +48,4 @@ demo-model: .venv/.installed
 	$(PY) tools/demo/build.py
 
 clean:
-	rm -rf .venv demo-run
+	rm -rf .venv .venv-oldest demo-run

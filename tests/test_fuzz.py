@@ -1,4 +1,4 @@
-"""Hostile input: 10,000 mutated inputs each of settings, data, vector files and command lines.
+"""Hostile input: 10,000 mutated inputs each (400 without CI=true) of settings, data, vector files and command lines.
 
 Sound input succeeds, anything else is a UserError (exit 2): never a traceback, never a hang, never success on input that is
 surely damaged. The mutations are seeded; a failure names the seed that makes it again.
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from counts import count as times
 
 from spilt import cli
 from spilt.data import readers
@@ -33,7 +34,7 @@ from spilt.settings import resolve_fit, resolve_generate, resolve_measure
 from spilt.steering import layer_file
 
 ROOT = Path(__file__).resolve().parents[1]
-COUNT = 10_000
+COUNT = times(10_000, 400)
 DEADLINE = 5.0  # seconds per input; the slowest sound one takes some milliseconds
 PAIR = ("question", "matching", "not_matching")
 
@@ -325,7 +326,7 @@ def test_data(tmp_path: Path) -> None:
         path, sound = tmp_path / f"rows{ending}", encoded(ROWS, ending)
         path.write_bytes(sound)
         check_pairs(path)
-        for seed in range(count):
+        for seed in range(count * COUNT // 10_000):
             rng = random.Random(f"{ending} {seed}")
             hurt = rng.random() < 0.3
             name, data = hurt_data(ending, rng) if hurt else ("bytes", mutated(sound, rng, 3))

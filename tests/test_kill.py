@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from counts import CI, count
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-KILLS = {"fit": 45, "generate": 45, "loss": 36}  # the issue wants 30 each
+KILLS = {"fit": count(45, 8), "generate": count(45, 8), "loss": count(36, 5)}
+ENOUGH = count(30, 5)  # of kills; the other counts are only then to be expected
 SEED = 20260
 # words of the run that is killed, and of the one that makes what it needs
 STAGES: dict[str, tuple[list[str], list[list[str]]]] = {
@@ -274,7 +276,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.parametrize("stage", STAGES)]
 
 
 def test_the_kills_were_in_the_middle(stage: str, seen: dict[str, Any]) -> None:
-    assert seen["kills"] >= 30
+    assert seen["kills"] >= ENOUGH
+    if not CI:
+        return
     assert seen["partial"] >= 5  # some artifacts there, some not
     assert seen["state"] >= 5  # a fit's checkpoint, or lines of texts or losses, lay there
     assert seen["resumed"] >= 5  # and a rerun went on from them

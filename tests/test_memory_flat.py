@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from counts import count
 
 ROOT = Path(__file__).resolve().parents[1]
-PROMPTS, CELLS = 1000, 50
+PROMPTS, CELLS = count(1000, 300), count(50, 14)
 
 # In a process of its own: what the other tests keep does not count. The resident size is taken after each step.
 LONG_RUN = """
