@@ -326,7 +326,7 @@ def test_a_poor_fit_a_broken_cell_and_few_points_are_said(tmp_path: Path) -> Non
     page = text_of(report.update(tmp_path, "tiny", DATASET))
     assert re.search(r"Short of it: .*sft vector", page) and "is below 0.95: read the points, not the line" in page
     assert re.search(r"Not fitted: .*caa vector", page) and "the preference curve needs 11 at least" in page
-    assert "Left out" in page and "no column &#x27;pos_steer_loss&#x27;; have: a, b" in page
+    assert "Left out" in page and "no column &#39;pos_steer_loss&#39;; have: a, b" in page
     assert "paper</small>" not in page  # the paper has no numbers for this model
     assert "No random-direction control is stored" in page and "No generations are stored" in page
 
