@@ -130,13 +130,14 @@ def _report(base: Path, model: str, dataset: str, measured: list[stored.Measured
         log.warning("report: %s", unread)
     texts = [(cell, samples) for cell in measured if (samples := stored.samples(cell.place, SAMPLES))]
     rows = {name: tables.records(frame) for name, frame in frames.items() if name != "claims"}
-    fits, other_fits = tables.by_split(rows["fits"], measured, split)
+    own_split = {cell.label: cell.split_for(split) for cell in measured}
+    rows["fits"] = [{**row, "shown": row["split"] == own_split[row["cell"]]} for row in rows["fits"]]
     remarks = [f"{cell.name}: {note}" for cell in measured for note in cell.fit["notes"]]
     html = page.render(
         "report.html",
         **{"model": model, "dataset": dataset, "split": split, "norm": measured[0].fit["norm"], "good_r2": f"{GOOD_R2:g}"},
         **{"cells": measured, "pictures": pictures, "texts": texts, "coverage": words.coverage(measured)},
-        **{"rows": rows, "fits": fits, "other_fits": other_fits, "claims": tables.judged(frames["claims"])},
+        **{"rows": rows, "claims": tables.judged(frames["claims"])},
         **{"main_results": tables.records(pd.DataFrame(paper.main_results(model, dataset)))},
         **{"findings": words.findings(measured, split, trade, frames["control"]), "shortfalls": tables.shortfalls(measured, split)},
         **{"problems": problems, "remarks": [remark for remark in remarks if remark not in problems]},

@@ -108,10 +108,6 @@ def _key(name: str, **style: Any) -> Any:
     return Line2D([], [], label=name, **style)
 
 
-def _has_undefined(cells: Sequence[Measured], split: str) -> bool:
-    return any(bool((cell.rows(split)["n_undefined"] > 0).any()) for cell in cells)
-
-
 def _curve_pair(axes: Axes, cell: Measured, split: str, unit: float = 1.0, bars: bool = False) -> None:
     """One cell's preference (solid, filled) and utility (dashed, open): points measured, lines fitted where there is a fit."""
     style = look(cell.place.method, cell.place.intervention)
@@ -140,7 +136,9 @@ def _r2(cell: Measured, split: str, kind: str) -> str:
 def _style_keys(cells: Sequence[Measured], split: str, names: Sequence[str]) -> list[Any]:
     keys = [_key(names[0], color=MUTED, linestyle="-", marker="o", markersize=4.2)]
     keys.append(_key(names[1], color=MUTED, linestyle=DASHED, marker="o", markersize=4.2, markerfacecolor=GROUND))
-    return keys + ([_key("some utilities undefined", markersize=4, **UNDEFINED)] if _has_undefined(cells, split) else [])
+    if any((cell.rows(split)["n_undefined"] > 0).any() for cell in cells):
+        keys.append(_key("some utilities undefined", markersize=4, **UNDEFINED))
+    return keys
 
 
 def _shade(axes: Axes, spans: dict[str, list[list[float]]]) -> None:

@@ -72,7 +72,7 @@ def _sha256(text: str) -> str:
 @functools.cache
 def _environment() -> Environment:
     loader = PackageLoader("spilt.report")
-    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, auto_reload=False, trim_blocks=True, lstrip_blocks=True)
     made.filters |= {"shown": shown, "sha256": _sha256}
     made.tests |= {"absent": absent}
     files = {"style": "style.css", "script": "sort.js"}  # no templates: taken as they are

@@ -62,15 +62,6 @@ def fits(cells: Sequence[Measured], model: str, dataset: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def by_split(rows: Sequence[Row], cells: Sequence[Measured], split: str) -> tuple[list[Row], dict[str, list[Row]]]:
-    """The rows of the shown split (of a cell without it, of the one it has), and those of each other split."""
-    here, others = {cell.label: cell.split_for(split) for cell in cells}, dict[str, list[Row]]()
-    for row in rows:
-        if row["split"] != here[row["cell"]]:
-            others.setdefault(row["split"], []).append(row)
-    return [row for row in rows if row["split"] == here[row["cell"]]], others
-
-
 def shortfalls(cells: Sequence[Measured], split: str) -> list[str]:
     """Curves of one split that were not fitted, or fell short, in words."""
     fitted = [(cell, kind, cell.curve(split, kind)) for cell in cells for kind in KINDS]
