@@ -374,6 +374,15 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert report.main(["--base_dir", str(tmp_path), "--budget", "-1"]) == 2
 
 
+def test_a_folder_may_be_called_anything(tmp_path: Path) -> None:
+    cell = write_losses(tmp_path, "sft", "vector", 2.0, {"train": 4}, model="tiny", points=3)
+    odd = "<b>{{ 7 * 7 }}&'\""
+    cell.rename(cell.with_name(f"{odd}_vector"))
+    (root := cell.parents[1]).rename(root.with_name(odd))
+    page = text_of(report.update(tmp_path, "tiny", DATASET))
+    assert "<b>" not in page and page.count("&lt;b&gt;{{ 7 * 7 }}&amp;&#39;&#34; vector") > 5
+
+
 def test_no_model_code_and_no_plotting_is_imported_before_it_is_needed() -> None:
     code = "import sys, spilt.report; bad = {'torch', 'transformers', 'matplotlib'} & set(sys.modules); assert not bad, bad"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -18,6 +17,7 @@ from spilt.analysis import odds
 from spilt.analysis.curves import BUDGET, Fit, fit_curve, recommendation, regions, utility_drops, utility_peak
 from spilt.analysis.provenance import of_one_vector, stored_texts
 from spilt.artifacts.atomic import atomic_write
+from spilt.artifacts.manifest import digest, identity
 from spilt.artifacts.store import Store
 from spilt.artifacts.texts import Row
 from spilt.cell import FORMS, Cell
@@ -190,7 +190,7 @@ def analyse(place: Place, norm: odds.Norm = "mean", budget: float = BUDGET, seed
     summary, notes = summary_of(place, norm, seed)
     control, of_others = read_control(place)
     notes += of_others
-    source = hashlib.sha256(f"{VERSION} {norm} {seed} {budget} {notes} {summary.to_csv(float_format='%.10g')}".encode()).hexdigest()
+    source = digest(f"{VERSION} {norm} {seed} {budget} {notes} {summary.to_csv(float_format='%.10g')}".encode())
     fit = _stored(place.folder / FIT_FILE)
     if fit.get("source") != source:
         names = {name: getattr(place, name) for name in ("model", "dataset", "method", "intervention")}
@@ -207,11 +207,10 @@ def analyse(place: Place, norm: odds.Norm = "mean", budget: float = BUDGET, seed
             "notes": notes,
         }
         fit = plain(fit)
-        fit["check"] = _check(fit)
         odds.write_summary(place.folder / odds.SUMMARY_FILE, summary)
         # the picture of the old fit goes first: a run killed between the two files draws it again
         (place.folder / CURVES_FILE).unlink(missing_ok=True)
-        atomic_write(place.folder / FIT_FILE, json.dumps(fit, indent=1, allow_nan=False) + "\n")
+        atomic_write(place.folder / FIT_FILE, json.dumps({**fit, "check": identity(fit)}, indent=1, allow_nan=False) + "\n")
     return Measured(place, summary, fit, control)
 
 
@@ -240,18 +239,12 @@ def _stored(path: Path) -> dict[str, Any]:
         return {}
     try:
         fit = json.loads(path.read_text(encoding="utf-8"))
-        good = isinstance(fit, dict) and fit.get("check") == _check(fit)
+        good = isinstance(fit, dict) and fit.pop("check", None) == identity(fit)  # one digit that changed is found
     except (OSError, ValueError, RecursionError):
         good = False
     if not good:
         log.warning("%s: is damaged, or of an older version; made again from the stored losses", path)
     return fit if good else {}
-
-
-def _check(fit: dict[str, Any]) -> str:
-    """Hash of all but itself: one digit that changed is found."""
-    rest = {name: value for name, value in fit.items() if name != "check"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def plain(value: dict[str, Any]) -> dict[str, Any]:
