@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spilt.analysis.provenance import of_one_vector
+from spilt.analysis.provenance import stored_texts
 from spilt.artifacts import texts
 from spilt.artifacts.store import Store
 from spilt.cell import FORMS, Cell
@@ -26,20 +26,13 @@ def results(store: Store, cell: Cell) -> dict[float, list[texts.Row]]:
 
     Texts of another vector than the one that lies there now, and files that cannot be read, are left out, with a warning.
     """
-    found = {}
-    there = store.generated(cell)
-    kept, others = of_one_vector(store.base_dir, [path for _, path in there])
+    found, others, broken = stored_texts(store, cell)
     if others:
-        at = ", ".join(f"m={m:g}" for m, path in there if path in others)
+        at = ", ".join(f"m={m:g}" for m in others)
         log.warning("%s: %s left out: of another vector than the one that lies there now; --mode apply makes them again", cell, at)
-    for multiplier, path in there:
-        if path not in kept:
-            continue
-        try:
-            found[multiplier] = texts.read(path)
-        except UserError as error:
-            log.warning("%s: left out: %s", cell, error)
-    return found
+    for error in broken:
+        log.warning("%s: left out: %s", cell, error)
+    return dict(found)
 
 
 def agreement(rows: Sequence[texts.Row]) -> float | None:

@@ -326,7 +326,7 @@ def test_a_poor_fit_a_broken_cell_and_few_points_are_said(tmp_path: Path) -> Non
     page = text_of(report.update(tmp_path, "tiny", DATASET))
     assert re.search(r"Short of it: .*sft vector", page) and "is below 0.95: read the points, not the line" in page
     assert re.search(r"Not fitted: .*caa vector", page) and "the preference curve needs 11 at least" in page
-    assert "Left out" in page and "no column &#x27;pos_steer_loss&#x27;; have: a, b" in page
+    assert "Left out" in page and "no column &#39;pos_steer_loss&#39;; have: a, b" in page
     assert "paper</small>" not in page  # the paper has no numbers for this model
     assert "No random-direction control is stored" in page and "No generations are stored" in page
 
@@ -372,6 +372,15 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert report.main(["--base_dir", str(tmp_path), "--model_name", "tny"]) == 2
     assert "did you mean 'tiny'" in capsys.readouterr().err
     assert report.main(["--base_dir", str(tmp_path), "--budget", "-1"]) == 2
+
+
+def test_a_folder_may_be_called_anything(tmp_path: Path) -> None:
+    cell = write_losses(tmp_path, "sft", "vector", 2.0, {"train": 4}, model="tiny", points=3)
+    odd = "<b>{{ 7 * 7 }}&'\""
+    cell.rename(cell.with_name(f"{odd}_vector"))
+    (root := cell.parents[1]).rename(root.with_name(odd))
+    page = text_of(report.update(tmp_path, "tiny", DATASET))
+    assert "<b>" not in page and page.count("&lt;b&gt;{{ 7 * 7 }}&amp;&#39;&#34; vector") > 5
 
 
 def test_no_model_code_and_no_plotting_is_imported_before_it_is_needed() -> None:

@@ -17,13 +17,13 @@ import pandas as pd
 
 from spilt.analysis.provenance import of_one_request, of_one_vector
 from spilt.artifacts.atomic import atomic_write
+from spilt.artifacts.store import SPLITS as LOSS_FILES
 from spilt.errors import UserError, first_line
 
 Norm = Literal["mean", "sum"]
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
-LOSS_FILES = {"train": "train_losses.csv", "test": "test_losses.csv"}
 SUMMARY_FILE = "preference_utility.csv"
 FOLDER = re.compile(r"^.+_m(?P<multiplier>[-+0-9.e]+)_(?P<kind>winning_only|losing_only)$")
 RELEASED = ["epoch", "step", "pos_steer_loss", "pos_steering_factors", "neg_steering_factors"]
@@ -77,7 +77,7 @@ def collect(cell_folder: str | Path, split: str = "train", norm: Norm = "mean") 
         raise broken[0]
     notes += [f"{split}: left out: {error}" for error in broken]
     if not parts:
-        empty = _empty()
+        empty = _empty(COLUMNS)
         empty.attrs["notes"] = notes
         return empty
     rows = pd.concat(parts, ignore_index=True)
@@ -112,10 +112,8 @@ def collect(cell_folder: str | Path, split: str = "train", norm: Norm = "mean") 
     return frame
 
 
-def _empty() -> pd.DataFrame:
-    frame = pd.DataFrame({name: pd.Series(dtype=object if name == "split" else float) for name in COLUMNS})
-    frame.attrs["notes"] = []
-    return frame
+def _empty(columns: Sequence[str]) -> pd.DataFrame:
+    return pd.DataFrame({name: pd.Series(dtype=object if name == "split" else float) for name in columns})
 
 
 def _read(path: Path, folder_multiplier: float, kind: str, norm: Norm) -> pd.DataFrame:
@@ -213,7 +211,7 @@ def summarise(frame: pd.DataFrame, seed: int = 0, draws: int = 1000) -> pd.DataF
     """
     parts = [_summarise_split(split, part, seed, draws) for split, part in frame.groupby("split", sort=False)]
     if not parts:
-        return pd.DataFrame({name: pd.Series(dtype=object if name == "split" else float) for name in SUMMARY})
+        return _empty(SUMMARY)
     return pd.concat(parts, ignore_index=True)[SUMMARY]
 
 

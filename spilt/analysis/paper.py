@@ -84,9 +84,9 @@ def r2(model: str, dataset: str, method: str, intervention: str) -> tuple[float,
 
 def main_results(model: str, dataset: str) -> list[dict[str, object]]:
     """Rows of the paper's main table for this model and dataset; empty for any other model or dataset."""
-    measures = MEASURES.get(dataset, {})
-    rows = MAIN.get(model_key(model) or "", {}) if measures else {}
+    measures, key = MEASURES.get(dataset, {}), model_key(model) or ""
+    rows = MAIN.get(key, {}) if measures else {}
     return [
-        {"method": method, "intervention": form, **{name: values[at] for name, at in measures.items()}}
+        {"model": MODELS[key], "method": method, "intervention": form, **{name: values[at] for name, at in measures.items()}}
         for (method, form), values in rows.items()
     ]

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from spilt import verbs
-from spilt.artifacts import manifest, store
+from spilt.artifacts import manifest, store, texts
 from spilt.cell import FORMS, Cell
 from spilt.data import readers
+from spilt.errors import UserError
 
 
 class Artifact:
@@ -100,6 +101,20 @@ def of_one_vector(base_dir: Path, paths: Sequence[Path]) -> tuple[list[Path], li
         kept = artifacts
     chosen = {artifact.path for artifact in kept}
     return [path for path in paths if path in chosen], [path for path in paths if path not in chosen]
+
+
+def stored_texts(where: store.Store, cell: Cell) -> tuple[list[tuple[float, list[texts.Row]]], list[float], list[UserError]]:
+    """(multiplier, rows) of the vector that lies there now, the multipliers whose texts are of another, why files cannot be read."""
+    there = where.generated(cell)
+    kept, _ = of_one_vector(where.base_dir, [path for _, path in there])
+    found, broken = [], []
+    for multiplier, path in there:
+        if path in kept:
+            try:
+                found.append((multiplier, texts.read(path)))
+            except UserError as error:
+                broken.append(error)
+    return found, [multiplier for multiplier, path in there if path not in kept], broken
 
 
 OF_A_FILE = ("multiplier", "preference_type")  # what the loss tables of one request differ in

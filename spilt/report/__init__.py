@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from spilt.analysis import paper
 from spilt.analysis.curves import BUDGET, recommendation
+from spilt.analysis.curves.fit import GOOD_R2
 from spilt.analysis.odds import Norm
 from spilt.artifacts.atomic import atomic_write
-from spilt.errors import UserError, printable, unknown
+from spilt.artifacts.store import Store
+from spilt.errors import UserError, unknown
 from spilt.report import cells as stored
 from spilt.report import figures, page, tables, words
 from spilt.terminal import complain, ready, say
@@ -69,11 +72,9 @@ def update(
 
 
 def _concept(place: stored.Place, norm: Norm, budget: float, split: str, seed: int) -> None:
-    """One concept's own files; drawn again only when its losses or a setting changed."""
-    before = stored.stored_source(place)
-    cell = stored.analyse(place, norm, budget, seed)
-    path = place.folder / stored.CURVES_FILE
-    if cell.fit["source"] != before or not path.is_file():
+    """One concept's own files; drawn again only when its losses or a setting changed: that takes the old picture away."""
+    cell, path = stored.analyse(place, norm, budget, seed), place.folder / stored.CURVES_FILE
+    if not path.is_file():
         atomic_write(path, figures.png_of(figures.cell_figure(cell, split)))
 
 
@@ -102,65 +103,56 @@ def recommend(
 
 
 def _report(base: Path, model: str, dataset: str, measured: list[stored.Measured], problems: list[str], split: str) -> Path:
-    folder = stored.losses_root(base, model) / "report" / dataset
-    trade, control = tables.trade_off(measured, split), tables.control(measured, split)
-    claims = tables.claims(measured, split, trade)
-    for name, frame in {
+    folder = Store(base).loss_root(model) / "report" / dataset
+    trade = tables.trade_off(measured, split)
+    frames = {
         "recommendations": tables.recommendations(measured),
         "fits": tables.fits(measured, model, dataset),
         "readings": tables.readings(measured, split),
         "equal_preference": trade,
-        "control": control,
-        "claims": claims,
-    }.items():
+        "control": tables.control(measured, split),
+        "claims": tables.claims(measured, split, trade),
+    }
+    for name, frame in frames.items():
         atomic_write(folder / f"{name}.csv", frame.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
+
     pictures = {}
     for name, draw in {"paper": figures.paper_figure, "trade_off": figures.trade_off_figure, "control": figures.control_figure}.items():
         wide, narrow = draw(measured, split), draw(measured, split, narrow=True)
-        if wide is None or narrow is None:
-            continue
-        atomic_write(folder / f"{name}.png", figures.png_of(wide))
-        pictures[name] = _picture(wide, narrow, *_CAPTIONS[name])
-        atomic_write(folder / f"{name}.svg", pictures[name].wide)
+        if wide is not None and narrow is not None:
+            pictures[name] = _picture(wide, narrow, folder / f"{name}.png", folder / f"{name}.svg")
     for cell in measured:
-        alt = f"Preference and utility log-odds against the multiplier, {words.name_of(cell.name)}."
-        caption = f"{words.name_of(cell.name)}: points measured with 95% intervals, lines fitted, this cell's own regions shaded."
-        wide = figures.cell_figure(cell, split)
-        atomic_write(cell.place.folder / stored.CURVES_FILE, figures.png_of(wide))
-        pictures[cell.name] = _picture(wide, figures.cell_figure(cell, split, narrow=True), alt, caption)
-    findings = words.findings(measured, split, trade, control)
-    samples = {cell.name: stored.samples(cell.place, SAMPLES) for cell in measured}
+        wide, narrow = figures.cell_figure(cell, split), figures.cell_figure(cell, split, narrow=True)
+        pictures[cell.name] = _picture(wide, narrow, cell.place.folder / stored.CURVES_FILE)
+
     for unread in filter(None, (stored.left_out_texts(cell.place) for cell in measured)):
         problems = [*problems, unread]
         log.warning("report: %s", unread)
-    html = page.page(model, dataset, split, measured, pictures, findings, trade, control, claims, samples, problems)
-    atomic_write(folder / "report.html", "\n".join(map(printable, html.split("\n"))))
+    texts = [(cell, samples) for cell in measured if (samples := stored.samples(cell.place, SAMPLES))]
+    rows = {name: tables.records(frame) for name, frame in frames.items() if name != "claims"}
+    own_split = {cell.label: cell.split_for(split) for cell in measured}
+    rows["fits"] = [{**row, "shown": row["split"] == own_split[row["cell"]]} for row in rows["fits"]]
+    remarks = [f"{cell.name}: {note}" for cell in measured for note in cell.fit["notes"]]
+    html = page.render(
+        "report.html",
+        **{"model": model, "dataset": dataset, "split": split, "norm": measured[0].fit["norm"], "good_r2": f"{GOOD_R2:g}"},
+        **{"cells": measured, "pictures": pictures, "texts": texts, "coverage": words.coverage(measured)},
+        **{"rows": rows, "claims": tables.judged(frames["claims"])},
+        **{"main_results": tables.records(pd.DataFrame(paper.main_results(model, dataset)))},
+        **{"findings": words.findings(measured, split, trade, frames["control"]), "shortfalls": tables.shortfalls(measured, split)},
+        **{"problems": problems, "remarks": [remark for remark in remarks if remark not in problems]},
+    )
+    atomic_write(folder / "report.html", html)
     return folder / "report.html"
 
 
-def _picture(wide: Figure, narrow: Figure, alt: str, caption: str) -> page.Picture:
-    return page.Picture(figures.svg_of(wide), figures.svg_of(narrow), alt, caption)
-
-
-_CAPTIONS = {
-    "paper": (
-        "Preference and utility log-odds against the multiplier, a line per method, vector forms above, LoRA and local weight below.",
-        "Points are measured, lines fitted; solid with filled points is preference, dashed with open points utility. Shading: "
-        "median over the "
-        "panel's cells of the linear and the transitional region; unshaded outside, the curve has converged.",
-    ),
-    "trade_off": (
-        "Utility log-odds against preference log-odds along the multiplier, a line per method, a panel per form.",
-        "Each line follows one method from m = 0 (star) outwards. Further right at the same height is more preference for the "
-        "same utility. "
-        "Rings: the recommended multiplier.",
-    ),
-    "control": (
-        "Preference and utility against the multiplier for the stored vector and for random directions of the same norm.",
-        "Coloured points: the stored vector. Dashed: mean over random directions of the same norm; band: the middle 90% of them. Random "
-        "directions should cost utility and leave mean preference without a slope.",
-    ),
-}
+def _picture(wide: Figure, narrow: Figure, png: Path, svg: Path | None = None) -> page.Picture:
+    """A figure for the page; the wide one is stored too."""
+    atomic_write(png, figures.png_of(wide))
+    made = figures.svg_of(wide)
+    if svg is not None:
+        atomic_write(svg, made)
+    return page.picture(made, figures.svg_of(narrow))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
 import logging
 import math
@@ -15,19 +15,44 @@ import pandas as pd
 
 from spilt.analysis import odds
 from spilt.analysis.curves import BUDGET, Fit, fit_curve, recommendation, regions, utility_drops, utility_peak
-from spilt.analysis.provenance import of_one_vector
-from spilt.artifacts import texts
+from spilt.analysis.provenance import of_one_vector, stored_texts
 from spilt.artifacts.atomic import atomic_write
+from spilt.artifacts.manifest import digest, identity
 from spilt.artifacts.store import Store
-from spilt.cell import Cell
+from spilt.artifacts.texts import Row
+from spilt.cell import FORMS, Cell
 from spilt.errors import UserError, printable, unknown
 
 log = logging.getLogger("spilt")
 VERSION = 3  # of fit.json; a change makes `update` fit again
 FIT_FILE, CURVES_FILE, CONTROL_FILE = "fit.json", "curves.png", "control.csv"
 METHODS = ("caa", "sft", "reps", "spilt")  # order of tables and legends; other names follow
-FORMS = ("vector", "lora", "local_weight")
+KINDS = ("preference", "utility")
+FORM_NAMES = {"lora": "LoRA", "local_weight": "local weight"}
 CONCEPT = re.compile(r"_concept_(\d+)$")
+
+
+def label(method: str, form: str) -> str:
+    """A method and form as they are shown; a folder that somebody made may be called anything."""
+    return printable(f"{method} {FORM_NAMES.get(form, form)}").strip()
+
+
+def name_of(cell: str) -> str:
+    """'spilt local_weight' -> 'spilt local weight', as printed."""
+    method, _, form = cell.partition(" ")
+    return label(method, form)
+
+
+def absent(value: object) -> bool:
+    return value is None or value != value  # only nan differs from itself
+
+
+def shown(value: Any, spec: str = ".2f") -> str:
+    """A number as printed: -1 -> '−1.00' (a real minus, never of zero), nothing -> '–'."""
+    if absent(value) or math.isinf(value):
+        return "–"
+    text = format(float(value), spec)
+    return text.removeprefix("-") if not text.strip("-0.%") else text.replace("-", "−")
 
 
 @dataclass(frozen=True)
@@ -44,13 +69,12 @@ class Place:
 
     @property
     def name(self) -> str:
-        """As it is shown; a folder that somebody made may be called anything."""
         return printable(f"{self.method} {self.intervention}")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One cell's stored results: `summary` as in preference_utility.csv, `fit` as in fit.json."""
+    """One cell's stored results: `summary` as in preference_utility.csv, `fit` as in fit.json, `control` as in control.csv."""
 
     place: Place
     summary: pd.DataFrame
@@ -62,6 +86,15 @@ class Measured:
         return self.place.name
 
     @property
+    def label(self) -> str:
+        return label(self.place.method, self.place.intervention)
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """The first columns of its rows in tables."""
+        return {"method": self.place.method, "intervention": self.place.intervention}
+
+    @property
     def best(self) -> dict[str, Any]:
         return dict(self.fit["recommendation"])
 
@@ -70,24 +103,33 @@ class Measured:
         have = list(self.fit["splits"])
         return wanted if wanted in have else have[0]
 
+    def stored(self, split: str) -> dict[str, Any]:
+        """What fit.json holds of one split."""
+        return dict(self.fit["splits"][self.split_for(split)])
+
     def rows(self, split: str) -> pd.DataFrame:
         return self.summary[self.summary["split"] == self.split_for(split)]
 
     def curve(self, split: str, kind: str) -> Fit:
-        return Fit.from_dict(self.fit["splits"][self.split_for(split)][kind])
+        return Fit.from_dict(self.stored(split)[kind])
 
-
-def losses_root(base: Path, model: str) -> Path:
-    return Store(base).loss_root(model)
+    def random(self, split: str) -> pd.DataFrame | None:
+        """The control's rows of one split (all, where it has none of it)."""
+        if self.control is None:
+            return None
+        table = self.control[self.control["split"] == split]
+        return table if len(table) else self.control
 
 
 def models(base: Path) -> list[str]:
+    """Those with stored losses."""
     return [path.parent.name for path in Store(base).loss_roots()]
 
 
 def datasets(base: Path, model: str) -> list[str]:
-    names = {CONCEPT.sub("", path.name) for path in losses_root(base, model).glob("*/*") if path.is_dir() and path.parent.name != "report"}
-    return sorted(names)
+    """Those with stored losses of a model."""
+    folders = (path for path in Store(base).loss_root(model).glob("*/*") if path.is_dir() and path.parent.name != "report")
+    return sorted({CONCEPT.sub("", path.name) for path in folders})
 
 
 def find(base_dir: str | Path, model: str, dataset: str) -> list[Place]:
@@ -99,19 +141,19 @@ def find(base_dir: str | Path, model: str, dataset: str) -> list[Place]:
         raise unknown("model with stored losses", model, models(base))
     if dataset not in datasets(base, model):
         raise unknown("dataset", dataset, datasets(base, model))
-    places = []
-    for parent in sorted(path for path in losses_root(base, model).iterdir() if path.is_dir() and path.name != "report"):
-        method = parent.name
-        forms: dict[str, dict[int, Path]] = {}
-        for leaf in parent.glob(f"{dataset}*/{method}_*"):
-            hit = CONCEPT.search(leaf.parent.name)
-            if leaf.is_dir() and leaf.parent.name == dataset + (hit[0] if hit else "") and _measured(leaf):
-                found = forms.setdefault(leaf.name[len(method) + 1 :], {})
-                if hit:
-                    found[int(hit[1])] = leaf
-        for form, concepts in forms.items():
-            folder = parent / dataset / f"{method}_{form}"
-            places.append(Place(base, model, dataset, method, form, folder, dict(sorted(concepts.items()))))
+    root, found = Store(base).loss_root(model), dict[tuple[str, str], dict[int, Path]]()
+    for leaf in sorted(root.glob("*/*/*")):
+        method, folder = leaf.parts[-3:-1]
+        concept = CONCEPT.search(folder)
+        ours = method != "report" and CONCEPT.sub("", folder) == dataset and leaf.name.startswith(f"{method}_")
+        if ours and leaf.is_dir() and _measured(leaf):
+            concepts = found.setdefault((method, leaf.name[len(method) + 1 :]), {})
+            if concept:
+                concepts[int(concept[1])] = leaf
+    places = [
+        Place(base, model, dataset, method, form, root / method / dataset / f"{method}_{form}", dict(sorted(concepts.items())))
+        for (method, form), concepts in found.items()
+    ]
     return sorted(places, key=lambda place: (_rank(place.intervention, FORMS), _rank(place.method, METHODS)))
 
 
@@ -148,16 +190,14 @@ def analyse(place: Place, norm: odds.Norm = "mean", budget: float = BUDGET, seed
     summary, notes = summary_of(place, norm, seed)
     control, of_others = read_control(place)
     notes += of_others
-    source = hashlib.sha256(f"{VERSION} {norm} {seed} {budget} {notes} {summary.to_csv(float_format='%.10g')}".encode()).hexdigest()
+    source = digest(f"{VERSION} {norm} {seed} {budget} {notes} {summary.to_csv(float_format='%.10g')}".encode())
     fit = _stored(place.folder / FIT_FILE)
     if fit.get("source") != source:
+        names = {name: getattr(place, name) for name in ("model", "dataset", "method", "intervention")}
         fit = {
             "version": VERSION,
             "source": source,
-            "cell": {
-                **{name: getattr(place, name) for name in ("model", "dataset", "method", "intervention")},
-                "concepts": list(place.concepts) or None,
-            },
+            "cell": {**names, "concepts": list(place.concepts) or None},
             "norm": norm,
             "seed": seed,
             "units": "log-odds in nats, multipliers dimensionless, slope in nats per unit of multiplier",
@@ -167,11 +207,10 @@ def analyse(place: Place, norm: odds.Norm = "mean", budget: float = BUDGET, seed
             "notes": notes,
         }
         fit = plain(fit)
-        fit["check"] = _check(fit)
         odds.write_summary(place.folder / odds.SUMMARY_FILE, summary)
         # the picture of the old fit goes first: a run killed between the two files draws it again
         (place.folder / CURVES_FILE).unlink(missing_ok=True)
-        atomic_write(place.folder / FIT_FILE, json.dumps(fit, indent=1, allow_nan=False) + "\n")
+        atomic_write(place.folder / FIT_FILE, json.dumps({**fit, "check": identity(fit)}, indent=1, allow_nan=False) + "\n")
     return Measured(place, summary, fit, control)
 
 
@@ -194,18 +233,13 @@ def _fits(rows: pd.DataFrame, budget: float, seed: int) -> dict[str, Any]:
     }
 
 
-def stored_source(place: Place) -> str | None:
-    """Fingerprint of what the stored fit.json was made from, or None."""
-    return _stored(place.folder / FIT_FILE).get("source")
-
-
 def _stored(path: Path) -> dict[str, Any]:
     """A stored fit.json; {} where there is none, or none of this version that is as it was written: it is made again."""
     if not path.is_file():
         return {}
     try:
         fit = json.loads(path.read_text(encoding="utf-8"))
-        good = isinstance(fit, dict) and fit.get("check") == _check(fit)
+        good = isinstance(fit, dict) and fit.pop("check", None) == identity(fit)  # one digit that changed is found
     except (OSError, ValueError, RecursionError):
         good = False
     if not good:
@@ -213,38 +247,25 @@ def _stored(path: Path) -> dict[str, Any]:
     return fit if good else {}
 
 
-def _check(fit: dict[str, Any]) -> str:
-    """Hash of all but itself: one digit that changed is found."""
-    rest = {name: value for name, value in fit.items() if name != "check"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def plain(value: Any) -> Any:
+def plain(value: dict[str, Any]) -> dict[str, Any]:
     """The same nested value as strict JSON holds it: nan and infinity become None, tuples lists."""
-    if isinstance(value, dict):
-        return {str(key): plain(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return dict(json.loads(json.dumps(value), parse_constant=lambda name: None))
 
 
 def read_control(place: Place) -> tuple[pd.DataFrame | None, list[str]]:
-    """Random directions of the vector's norm: split, draw, multiplier, preference, utility (mean over concepts), n, n_undefined.
+    """Random directions of the vector's norm: split, draw, multiplier, preference, utility (mean over concepts).
 
-    And a sentence for each file that was made for another vector than the one that lies there: it is left out.
+    And a sentence for each file that cannot be read, or was made for another vector than the one that lies there: it is left out.
     """
-    there = [path for folder in (place.concepts.values() or [place.folder]) if (path := folder / CONTROL_FILE).is_file()]
-    others = [path for path in there if of_one_vector(place.base, [path])[1]]
-    notes = [f"control left out: {path.relative_to(place.base)} is of another vector; --mode loss makes it again" for path in others]
-    keys, parts = ["split", "draw", "multiplier"], []
-    for path in there:
-        if path in others:
+    keys, parts, notes = ["split", "draw", "multiplier"], [], []
+    for path in (folder / CONTROL_FILE for folder in place.concepts.values() or [place.folder]):
+        if not path.is_file():
             continue
         try:
-            part = odds.read_table(path, [*keys, "preference", "utility"], "--mode loss --multipliers sweep makes it again")
-            for name in ("draw", "multiplier", "preference", "utility"):
+            if of_one_vector(place.base, [path])[1]:
+                raise UserError(f"{path.relative_to(place.base)} is of another vector; --mode loss makes it again")
+            part = odds.read_table(path, [*keys, *KINDS], "--mode loss --multipliers sweep makes it again")
+            for name in (*keys[1:], *KINDS):
                 if not pd.api.types.is_numeric_dtype(part[name]):
                     raise UserError(f"{path}: column {name!r} holds more than numbers; --mode loss --multipliers sweep makes it again")
             parts.append(part)
@@ -252,8 +273,7 @@ def read_control(place: Place) -> tuple[pd.DataFrame | None, list[str]]:
             notes.append(f"control left out: {error}")
     if not parts:
         return None, notes
-    table = pd.concat(parts, ignore_index=True)
-    return table.groupby(keys, as_index=False, sort=True)[["preference", "utility"]].mean(), notes
+    return pd.concat(parts, ignore_index=True).groupby(keys, as_index=False, sort=True)[list(KINDS)].mean(), notes
 
 
 @dataclass(frozen=True)
@@ -265,41 +285,28 @@ class Sample:
     reference: str | None = None
 
 
+def _texts(place: Place) -> tuple[list[tuple[float, list[Row]]], list[float], list[UserError]]:
+    return stored_texts(Store(place.base), Cell(place.model, place.dataset, place.method, place.intervention, ()))
+
+
 def samples(place: Place, limit: int = 3) -> list[Sample]:
     """The first prompts of a place (of the first concepts for axbench) with every stored multiplier's text; [] when none was generated."""
     found: dict[tuple[int, int, str], Sample] = {}
-    for multiplier, path in _texts(place)[0]:
-        try:
-            rows = texts.read(path)
-        except UserError:  # named by left_out_texts
-            continue
+    for multiplier, rows in _texts(place)[0]:
         for row in rows:
             sample = found.setdefault(row.key, Sample(row.prompt, {}, row.reference))
             if row.texts:
                 sample.texts[multiplier] = row.texts[0]
-            for plain_text in row.plain[:1]:
-                sample.texts.setdefault(0.0, plain_text)
+            if row.plain:
+                sample.texts.setdefault(0.0, row.plain[0])
     # one prompt per concept first, then the second ones
     order = sorted(found, key=lambda key: (key[1], key[0]))
-    return [Sample(found[key].prompt, dict(sorted(found[key].texts.items())), found[key].reference) for key in order[:limit]]
-
-
-def _texts(place: Place) -> tuple[list[tuple[float, Path]], list[float]]:
-    """(multiplier, results file) of the vector that lies there now, and the multipliers whose texts are of another."""
-    found = Store(place.base).generated(Cell(place.model, place.dataset, place.method, place.intervention, ()))
-    kept, _ = of_one_vector(place.base, [path for _, path in found])
-    return [(m, path) for m, path in found if path in kept], [m for m, path in found if path not in kept]
+    return [dataclasses.replace(found[key], texts=dict(sorted(found[key].texts.items()))) for key in order[:limit]]
 
 
 def left_out_texts(place: Place) -> str:
     """A sentence when texts lie there that are of another vector or cannot be read, else ''."""
-    kept, others = _texts(place)
+    _, others, broken = _texts(place)
     at = ", ".join(f"{m:g}" for m in others)
-    why = "of another vector than the one that lies there now; --mode apply makes them again"
-    said = [f"{place.name}: texts at m = {at} left out: {why}"] if at else []
-    for _, path in kept:
-        try:
-            texts.read(path)
-        except UserError as error:
-            said.append(f"{place.name}: texts left out: {error}")
-    return "; ".join(said)
+    said = [f"texts at m = {at} left out: of another vector than the one that lies there now; --mode apply makes them again"] if at else []
+    return "; ".join(f"{place.name}: {why}" for why in [*said, *(f"texts left out: {error}" for error in broken)])

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
-from spilt.report.cells import FORMS, Measured
+from spilt.cell import FORMS
+from spilt.report.cells import KINDS, Measured, label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 INK, MUTED, GRID, GROUND, RANDOM, BAND = "#1b1d21", "#5a6068", "#dfe2e6", "#fffffe", "#757b84", "#cfd3d9"
 NARROW = 4.1  # inches: the width of a figure for small screens
+DASHED, DOTTED = (0, (4, 2)), (0, (1, 1.5))
 TINTS = {"linear": "#e6edf4", "transitional": "#f3f6f9"}
 # method -> colours of (vector and local_weight, lora), markers of the same; Okabe-Ito hues, told apart by lightness too
 SERIES = {
@@ -38,11 +39,16 @@ DARK = {
     **{"#0a4c86": "#62aef5", "#3b82c0": "#a6d1fb", "#c9571c": "#f58a50", "#d97c3c": "#ffc09a", "#1c7f5d": "#45c197"},
     **{"#3a9c78": "#9ce0c6", "#84489e": "#cc95e6", "#a069ba": "#e3c3f2", "#6b6200": "#d6c945", "#a39a3c": "#ece49a"},
 }
-NAMES = {"vector": "vector", "lora": "LoRA", "local_weight": "local weight"}
-
-
-def form_name(form: str) -> str:
-    return NAMES.get(form, form)
+STYLE: dict[Any, Any] = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color", "axes.edgecolor"), MUTED),
+    **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.7),
+    **{"axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlepad": 9.0},
+    **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.unicode_minus": True},
+    **{"axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True},
+    **{"axes.facecolor": "none", "figure.facecolor": "none"},
+}
+UNDEFINED: dict[str, Any] = {"linestyle": "none", "marker": "x", "color": INK}
 
 
 def dark(svg: str) -> str:
@@ -52,23 +58,21 @@ def dark(svg: str) -> str:
 
 
 @contextmanager
-def _drawing(narrow: bool) -> Iterator[None]:
+def _drawing(name: str, narrow: bool, size: tuple[float, float]) -> Iterator[Figure]:
+    """An empty figure of (width, height) inches, and the style while it is drawn."""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    size = 9.0 if narrow else 9.5
-    with matplotlib.rc_context(
-        {
-            **{"font.size": size, "axes.titlesize": size + 1, "axes.labelsize": size, "legend.fontsize": size - 0.5},
-            **{"xtick.labelsize": size - 0.5, "ytick.labelsize": size - 0.5, "axes.titlelocation": "left", "axes.titleweight": "bold"},
-            **{"text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": MUTED, "ytick.color": MUTED},
-            **{"axes.edgecolor": MUTED, "axes.linewidth": 0.7, "axes.spines.top": False, "axes.spines.right": False},
-            **{"axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.facecolor": "none"},
-            **{"figure.facecolor": "none", "legend.frameon": False},
-            **{"axes.unicode_minus": True, "xtick.major.width": 0.7, "ytick.major.width": 0.7, "axes.titlepad": 9.0},
-        }
-    ):
-        yield
+    font = 9.0 if narrow else 9.5
+    sizes: dict[Any, float] = {"font.size": font, "axes.titlesize": font + 1, "axes.labelsize": font}
+    sizes |= dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), font - 0.5)
+    with matplotlib.rc_context({**STYLE, **sizes}):
+        figure = Figure(figsize=size, layout="constrained")
+        figure.set_label(name)
+        engine = figure.get_layout_engine()
+        if engine is not None:
+            engine.set(h_pad=0.1, w_pad=0.06)  # type: ignore[call-arg]
+        yield figure
 
 
 def svg_of(figure: Figure) -> str:
@@ -97,36 +101,31 @@ def look(method: str, form: str) -> dict[str, Any]:
     return {"color": colours[at], "marker": markers[at], "linewidth": 1.3 if form == "lora" else 1.9}
 
 
-def _figure(name: str, width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
+def _key(name: str, **style: Any) -> Any:
+    """One entry of a legend."""
+    from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.set_label(name)
-    engine = figure.get_layout_engine()
-    if engine is not None:
-        engine.set(h_pad=0.1, w_pad=0.06)  # type: ignore[call-arg]
-    return figure
+    return Line2D([], [], label=name, **style)
 
 
-def _curve_pair(axes: Axes, cell: Measured, split: str, unit: float = 1.0, bars: bool = False, label: str = "") -> None:
+def _curve_pair(axes: Axes, cell: Measured, split: str, unit: float = 1.0, bars: bool = False) -> None:
     """One cell's preference (solid, filled) and utility (dashed, open): points measured, lines fitted where there is a fit."""
     style = look(cell.place.method, cell.place.intervention)
-    rows = cell.rows(split)
+    colour, rows = style["color"], cell.rows(split)
     x = rows["multiplier"].to_numpy(float) / unit
-    for kind, line, face in (("preference", "-", style["color"]), ("utility", (0, (4, 2)), GROUND)):
+    for kind, line, face in (("preference", "-", colour), ("utility", DASHED, GROUND)):
         y = rows[kind].to_numpy(float)
-        point = {"color": style["color"], "markerfacecolor": face, "markersize": 4.2, "markeredgewidth": 0.9, "zorder": 3}
         if bars and rows[f"{kind}_low"].notna().any():
             spread = np.abs(np.stack([y - rows[f"{kind}_low"].to_numpy(float), rows[f"{kind}_high"].to_numpy(float) - y]))
-            axes.errorbar(x, y, yerr=spread, fmt="none", ecolor=style["color"], elinewidth=0.8, alpha=0.7, zorder=2)
+            axes.errorbar(x, y, yerr=spread, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.7, zorder=2)
+        point = {"color": colour, "markerfacecolor": face, "markersize": 4.2, "markeredgewidth": 0.9, "zorder": 3}
         axes.plot(x, y, linestyle="none", marker=style["marker"], **point)
         fit = cell.curve(split, kind)
         if fit.parameters is not None:
             fine = np.union1d(np.linspace(*fit.extent, 401), [0.0] if fit.extent[0] <= 0 <= fit.extent[1] else [])
-            axes.plot(fine / unit, fit(fine), linestyle=line, color=style["color"], linewidth=style["linewidth"], zorder=2)
-        if kind == "utility" and (rows["n_undefined"] > 0).any():
-            some = (rows["n_undefined"] > 0).to_numpy()
-            axes.plot(x[some], y[some], linestyle="none", marker="x", color=INK, markersize=3.4, markeredgewidth=0.9, zorder=4)
+            axes.plot(fine / unit, fit(fine), linestyle=line, color=colour, linewidth=style["linewidth"], zorder=2)
+        if kind == "utility" and (some := (rows["n_undefined"] > 0).to_numpy()).any():
+            axes.plot(x[some], y[some], markersize=3.4, markeredgewidth=0.9, zorder=4, **UNDEFINED)
 
 
 def _r2(cell: Measured, split: str, kind: str) -> str:
@@ -134,49 +133,39 @@ def _r2(cell: Measured, split: str, kind: str) -> str:
     return "no fit" if value is None else f"{value:.3f}"
 
 
-def _style_handles(undefined: bool) -> list[Any]:
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], color=MUTED, linestyle="-", marker="o", markersize=4.2, label="preference log-odds"),
-        Line2D([], [], color=MUTED, linestyle=(0, (4, 2)), marker="o", markersize=4.2, markerfacecolor=GROUND, label="utility log-odds"),
-    ]
-    if undefined:
-        handles.append(Line2D([], [], color=INK, linestyle="none", marker="x", markersize=4, label="some utilities undefined"))
-    return handles
+def _style_keys(cells: Sequence[Measured], split: str, names: Sequence[str]) -> list[Any]:
+    keys = [_key(names[0], color=MUTED, linestyle="-", marker="o", markersize=4.2)]
+    keys.append(_key(names[1], color=MUTED, linestyle=DASHED, marker="o", markersize=4.2, markerfacecolor=GROUND))
+    if any((cell.rows(split)["n_undefined"] > 0).any() for cell in cells):
+        keys.append(_key("some utilities undefined", markersize=4, **UNDEFINED))
+    return keys
 
 
-def _shade(axes: Axes, spans: dict[str, list[list[float]]], unit: float = 1.0) -> None:
+def _shade(axes: Axes, spans: dict[str, list[list[float]]]) -> None:
     """The three regions as tints, named along the top edge."""
     low, high = axes.get_xlim()
     for name, intervals in spans.items():
         for a, b in intervals:
             if name in TINTS:
-                axes.axvspan(a / unit, b / unit, color=TINTS[name], linewidth=0, zorder=0)
-            if (b - a) / unit > 0.13 * (high - low):
+                axes.axvspan(a, b, color=TINTS[name], linewidth=0, zorder=0)
+            if b - a > 0.13 * (high - low):
                 place: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
-                axes.text((a + b) / 2 / unit, 1.01, name, color=MUTED, fontsize="x-small", **place)
+                axes.text((a + b) / 2, 1.01, name, color=MUTED, fontsize="x-small", **place)
     axes.set_xlim(low, high)
 
 
 def _panel_regions(cells: Sequence[Measured], split: str, units: Sequence[float]) -> dict[str, list[list[float]]]:
     """Median region borders of the panel's cells, in the panel's x units."""
-    found = [(r, u) for cell, u in zip(cells, units, strict=True) if (r := cell.fit["splits"][cell.split_for(split)]["regions"])]
+    found = [(r, unit) for cell, unit in zip(cells, units, strict=True) if (r := cell.stored(split)["regions"])]
     if not found:
         return {}
-    left, right = (float(np.median([r["linear"][i] / u for r, u in found])) for i in (0, 1))
-    ends = []
+    inner = [float(np.median([r["linear"][side] / unit for r, unit in found])) for side in (0, 1)]
+    outer = []
     for side, pick in ((0, min), (1, max)):
-        borders = []
-        for r, u in found:
-            inner = r["linear"][side]
-            outer = [span[side] for span in r["transitional"] if (span[side] - inner) * (-1, 1)[side] > 0]
-            borders.append(pick([inner, *outer]) / u)
-        ends.append(float(np.median(borders)))
-    return {
-        "linear": [[left, right]],
-        "transitional": [[a, b] for a, b in ((ends[0], left), (right, ends[1])) if b > a],
-    }
+        borders = [pick([r["linear"][side], *(span[side] for span in r["transitional"])]) / unit for r, unit in found]
+        outer.append(float(np.median(borders)))
+    sides = ((outer[0], inner[0]), (inner[1], outer[1]))
+    return {"linear": [inner], "transitional": [[a, b] for a, b in sides if b > a]}
 
 
 def _units(cells: Sequence[Measured], split: str) -> tuple[list[float], str]:
@@ -187,162 +176,125 @@ def _units(cells: Sequence[Measured], split: str) -> tuple[list[float], str]:
     return [1.0] * len(ends), "multiplier m (dimensionless)"
 
 
-def paper_figure(cells: Sequence[Measured], split: str, narrow: bool = False) -> Figure | None:
+def paper_figure(cells: Sequence[Measured], split: str, narrow: bool = False) -> Figure:
     """Picture 1: vector forms above, lora and local_weight below (in a panel each when narrow)."""
-    from matplotlib.lines import Line2D
-
     groups = [["vector"], ["lora"], ["local_weight"]] if narrow else [["vector"], ["lora", "local_weight"]]
-    groups[-1] = groups[-1] + sorted({c.place.intervention for c in cells} - set(FORMS))
-    panels = [(forms, [c for c in cells if c.place.intervention in forms]) for forms in groups]
-    panels = [(forms, some) for forms, some in panels if some]
-    if not panels:
-        return None
-    with _drawing(narrow):
-        figure = _figure("paper", NARROW, 4.3 * len(panels)) if narrow else _figure("paper", 10.2, 4.1 * len(panels))
+    groups[-1] += sorted({cell.place.intervention for cell in cells} - set(FORMS))
+    panels = [(forms, some) for forms in groups if (some := [cell for cell in cells if cell.place.intervention in forms])]
+    size = (NARROW, 4.3 * len(panels)) if narrow else (10.2, 4.1 * len(panels))
+    with _drawing("paper", narrow, size) as figure:
         for axes, (forms, some) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
-            units, label = _units(some, split)
-            relative = set(units) != {1.0}
-            handles: list[Any] = []
+            units, x_label = _units(some, split)
+            keys: list[Any] = []
             for cell, unit in zip(some, units, strict=True):
-                style = look(cell.place.method, cell.place.intervention)
                 _curve_pair(axes, cell, split, unit)
-                name = cell.place.method if len(forms) == 1 else f"{cell.place.method} {form_name(cell.place.intervention)}"
-                name += f" (end m = {unit:g})" if relative else ""
-                name += f"\nR² {_r2(cell, split, 'preference')} | {_r2(cell, split, 'utility')}" if not narrow else ""
-                name += f"  R² {_r2(cell, split, 'preference')} | {_r2(cell, split, 'utility')}" if narrow else ""
-                handles.append(Line2D([], [], label=name, markersize=5, **style))
-            axes.set_title(" and ".join(form_name(form) for form in forms if any(c.place.intervention == form for c in some)), pad=18)
+                name = cell.place.method if len(forms) == 1 else cell.label
+                name += f" (end m = {unit:g})" if set(units) != {1.0} else ""
+                name += "  " if narrow else "\n"
+                name += f"R² {_r2(cell, split, 'preference')} | {_r2(cell, split, 'utility')}"
+                keys.append(_key(name, markersize=5, **look(cell.place.method, cell.place.intervention)))
+            there = {cell.place.intervention for cell in some}
+            axes.set_title(" and ".join(label("", form) for form in forms if form in there), pad=18)
             axes.axhline(0, color=MUTED, linewidth=0.6, zorder=1)
             _shade(axes, _panel_regions(some, split, units))
-            axes.set_xlabel(label.replace(" as a share of each sweep's end", " / end of sweep") if narrow else label)
+            axes.set_xlabel(x_label.replace(" as a share of each sweep's end", " / end of sweep") if narrow else x_label)
             axes.set_ylabel("log-odds (nats)")
-            handles += _style_handles(any(bool((c.rows(split)["n_undefined"] > 0).any()) for c in some))
-            title = "method, R² of preference | utility"
+            where: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "labelspacing": 0.75}
             if narrow:
-                axes.legend(handles=handles, title=title, loc="upper center", bbox_to_anchor=(0.5, -0.2), alignment="left")
-            else:
-                axes.legend(handles=handles, title=title, loc="upper left", bbox_to_anchor=(1.01, 1.0), alignment="left", labelspacing=0.75)
+                where = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
+            keys += _style_keys(some, split, [f"{kind} log-odds" for kind in KINDS])
+            axes.legend(handles=keys, title="method, R² of preference | utility", alignment="left", **where)
         return figure
 
 
-def trade_off_figure(cells: Sequence[Measured], split: str, narrow: bool = False) -> Figure | None:
+def trade_off_figure(cells: Sequence[Measured], split: str, narrow: bool = False) -> Figure:
     """Picture 2: utility against preference along m, a panel per form; further right and higher is better."""
-    from matplotlib.lines import Line2D
-
-    forms = [form for form in dict.fromkeys(cell.place.intervention for cell in cells)]
-    if not forms:
-        return None
-    with _drawing(narrow):
-        figure = (
-            _figure("trade_off", NARROW, 3.5 * len(forms) + 0.6)
-            if narrow
-            else _figure("trade_off", (5.5, 8.0, 10.5)[min(len(forms), 3) - 1], 4.4)
-        )
-        grid = (len(forms), 1) if narrow else (1, len(forms))
-        all_axes = figure.subplots(*grid, squeeze=False, sharex=True, sharey=True).ravel()
+    forms = list(dict.fromkeys(cell.place.intervention for cell in cells))
+    n = len(forms)
+    size = (NARROW, 3.5 * n + 0.6) if narrow else ((5.5, 8.0, 10.5)[min(n, 3) - 1], 4.4)
+    with _drawing("trade_off", narrow, size) as figure:
+        all_axes = figure.subplots(*((n, 1) if narrow else (1, n)), squeeze=False, sharex=True, sharey=True).ravel()
         for axes, form in zip(all_axes, forms, strict=True):
-            for cell in (c for c in cells if c.place.intervention == form):
+            for cell in (cell for cell in cells if cell.place.intervention == form):
                 style = look(cell.place.method, form)
                 rows = cell.rows(split).sort_values("multiplier")
-                x, y, m = (rows[name].to_numpy(float) for name in ("preference", "utility", "multiplier"))
+                x, y, m = (rows[name].to_numpy(float) for name in (*KINDS, "multiplier"))
                 axes.plot(x[m >= 0], y[m >= 0], linestyle="-", markersize=4, markerfacecolor=style["color"], **style)
                 axes.plot(x[m <= 0], y[m <= 0], linestyle=":", markersize=3, markerfacecolor=GROUND, alpha=0.75, **style)
                 if (at := m == cell.best["multiplier"]).any():
-                    axes.plot(
-                        x[at], y[at], linestyle="none", marker="o", markersize=11, markerfacecolor="none", color=INK, markeredgewidth=1.1
-                    )
-            base = next((c.rows(split) for c in cells if (c.rows(split)["multiplier"] == 0).any()), None)
-            if base is not None:
-                zero = base[base["multiplier"] == 0]
+                    ring = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.1}
+                    axes.plot(x[at], y[at], linestyle="none", color=INK, **ring)
+            zeros = (rows[rows["multiplier"] == 0] for rows in (cell.rows(split) for cell in cells))
+            if (zero := next((rows for rows in zeros if len(rows)), None)) is not None:
                 axes.axhline(zero["utility"].iloc[0], color=MUTED, linewidth=0.6, zorder=1)
                 axes.plot(zero["preference"], zero["utility"], marker="*", markersize=12, color=INK, linestyle="none", zorder=5)
-            axes.set_title(form_name(form))
+            axes.set_title(label("", form))
             axes.set_xlabel("preference log-odds (nats)")
             axes.label_outer(remove_inner_ticks=False)
         for axes in all_axes if narrow else all_axes[:1]:
             axes.set_ylabel("utility log-odds (nats)")
-        methods = list(dict.fromkeys(cell.place.method for cell in cells))
-        handles = [Line2D([], [], label=name, markersize=5, **look(name, "vector")) for name in methods]
-        handles += [
-            Line2D([], [], color=MUTED, linestyle="-", label="m ≥ 0"),
-            Line2D([], [], color=MUTED, linestyle=":", label="m ≤ 0"),
-            Line2D([], [], color=INK, linestyle="none", marker="*", markersize=9, label="m = 0 (no steering)"),
-            Line2D([], [], color=INK, linestyle="none", marker="o", markersize=8, markerfacecolor="none", label="recommended m"),
+        keys = [_key(name, markersize=5, **look(name, "vector")) for name in dict.fromkeys(cell.place.method for cell in cells)]
+        keys += [
+            _key("m ≥ 0", color=MUTED, linestyle="-"),
+            _key("m ≤ 0", color=MUTED, linestyle=":"),
+            _key("m = 0 (no steering)", color=INK, linestyle="none", marker="*", markersize=9),
+            _key("recommended m", color=INK, linestyle="none", marker="o", markersize=8, markerfacecolor="none"),
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=2 if narrow else 4)
+        figure.legend(handles=keys, loc="outside lower center", ncols=2 if narrow else 4)
         return figure
 
 
 def control_figure(cells: Sequence[Measured], split: str, narrow: bool = False) -> Figure | None:
     """Picture 3: the trained vector against random directions of the same norm: their mean, and the span of the middle 90%."""
-    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    some = [cell for cell in cells if cell.control is not None]
-    if not some:
+    some = [(cell, table) for cell in cells if (table := cell.random(split)) is not None]
+    n = len(some)
+    if not n:
         return None
-    with _drawing(narrow):
-        n = len(some)
-        figure = _figure("control", NARROW, 2.1 * n + 1.0) if narrow else _figure("control", (5.5, 8.0, 9.0, 11.0)[min(n, 4) - 1], 5.2)
+    size = (NARROW, 2.1 * n + 1.0) if narrow else ((5.5, 8.0, 9.0, 11.0)[min(n, 4) - 1], 5.2)
+    with _drawing("control", narrow, size) as figure:
         axes = figure.subplots(n, 2, squeeze=False, sharey="col").T if narrow else figure.subplots(2, n, squeeze=False, sharey="row")
-        for column, cell in enumerate(some):
+        for column, (cell, table) in enumerate(some):
             style = look(cell.place.method, cell.place.intervention)
             rows = cell.rows(split)
-            for row, kind in enumerate(("preference", "utility")):
-                ax = axes[row][column]
-                spread = control_spread(cell, split, kind)
-                ax.fill_between(spread.index, spread["low"], spread["high"], color=BAND, linewidth=0, zorder=1)
-                ax.plot(spread.index, spread["mean"], color=RANDOM, linestyle=(0, (4, 2)), linewidth=1.6, zorder=2)
+            for kind, ax, face in zip(KINDS, axes[:, column], (style["color"], GROUND), strict=True):
+                draws = table.groupby("multiplier")[kind]
+                mean = draws.mean()
+                ax.fill_between(mean.index, draws.quantile(0.05), draws.quantile(0.95), color=BAND, linewidth=0, zorder=1)
+                ax.plot(mean.index, mean, color=RANDOM, linestyle=DASHED, linewidth=1.6, zorder=2)
                 points = {"color": style["color"], "marker": style["marker"], "linewidth": 1.2, "markersize": 3.2}
-                ax.plot(rows["multiplier"], rows[kind], markerfacecolor=style["color"] if row == 0 else GROUND, zorder=3, **points)
-                ax.set_title(cell.place.method if row == 0 or not narrow else "")
-                if row == 1 and not narrow:
-                    ax.set_title("")
-                if not narrow and row == 1 or narrow and column == n - 1:
+                ax.plot(rows["multiplier"], rows[kind], markerfacecolor=face, zorder=3, **points)
+                ax.set_title(cell.place.method if kind == "preference" else "")
+                if (column == n - 1) if narrow else (kind == "utility"):
                     ax.set_xlabel("m (dimensionless)" if narrow else "multiplier m (dimensionless)")
-                if not narrow and column == 0 or narrow:
+                if narrow or column == 0:
                     ax.set_ylabel(f"{kind} (nats)" if narrow else f"{kind} log-odds (nats)")
-        handles = [
-            Line2D([], [], color=INK, marker="o", markersize=4, label="the stored vector"),
-            Line2D([], [], color=RANDOM, linestyle=(0, (4, 2)), label="random directions, mean"),
+        keys = [
+            _key("the stored vector", color=INK, marker="o", markersize=4),
+            _key("random directions, mean", color=RANDOM, linestyle=DASHED),
             Patch(color=BAND, label="middle 90% of them"),
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=1 if narrow else 3)
+        figure.legend(handles=keys, loc="outside lower center", ncols=1 if narrow else 3)
         return figure
-
-
-def control_spread(cell: Measured, split: str, kind: str) -> pd.DataFrame:
-    """mean, low (5%) and high (95%) over the random directions at each multiplier (index)."""
-    if cell.control is None:
-        raise ValueError(f"no control stored for {cell.name}")
-    table = cell.control[cell.control["split"] == split]
-    table = table if len(table) else cell.control
-    groups = table.groupby("multiplier")[kind]
-    return pd.DataFrame({"mean": groups.mean(), "low": groups.quantile(0.05), "high": groups.quantile(0.95)})
 
 
 def cell_figure(cell: Measured, split: str, narrow: bool = False) -> Figure:
     """curves.png: one cell with 95% intervals, its own regions and the recommended multiplier."""
-    from matplotlib.lines import Line2D
-
-    with _drawing(narrow):
-        figure = _figure(f"cell {cell.name}", NARROW, 4.4) if narrow else _figure(f"cell {cell.name}", 8.2, 4.6)
+    with _drawing(f"cell {cell.name}", narrow, (NARROW, 4.4) if narrow else (8.2, 4.6)) as figure:
         axes = figure.subplots()
         _curve_pair(axes, cell, split, bars=True)
         axes.axhline(0, color=MUTED, linewidth=0.6, zorder=1)
-        stored = cell.fit["splits"][cell.split_for(split)]
-        found = stored["regions"]
-        if found:
+        if found := cell.stored(split)["regions"]:
             _shade(axes, {"linear": [found["linear"]], "transitional": found["transitional"], "convergence": found["convergence"]})
-        handles = _style_handles(bool((cell.rows(split)["n_undefined"] > 0).any()))
-        handles[0].set_label(f"preference, R² {_r2(cell, split, 'preference')}")
-        handles[1].set_label(f"utility, R² {_r2(cell, split, 'utility')}")
+        keys = _style_keys([cell], split, [f"{kind}, R² {_r2(cell, split, kind)}" for kind in KINDS])
         best = cell.best["multiplier"]
         if best is not None:
-            axes.axvline(best, color=INK, linewidth=1.1, linestyle=(0, (1, 1.5)), zorder=1)
-            handles.append(Line2D([], [], color=INK, linewidth=1.1, linestyle=(0, (1, 1.5)), label=f"recommended m = {best:g}"))
-        axes.set_title(f"{cell.place.dataset}: {cell.place.method} {form_name(cell.place.intervention)}", pad=18)
+            line: dict[str, Any] = {"color": INK, "linewidth": 1.1, "linestyle": DOTTED}
+            axes.axvline(best, zorder=1, **line)
+            keys.append(_key(f"recommended m = {best:g}", **line))
+        axes.set_title(f"{cell.place.dataset}: {cell.label}", pad=18)
         axes.set_xlabel("multiplier m (dimensionless)")
         axes.set_ylabel("log-odds (nats)")
-        figure.legend(handles=handles, loc="outside lower center", ncols=1 if narrow else 4)
+        figure.legend(handles=keys, loc="outside lower center", ncols=1 if narrow else 4)
         return figure

@@ -1,4 +1,4 @@
-"""The report's tables and sentences, as data: no HTML here. Log-odds in nats."""
+"""The report's tables, stored as CSV; templates/tables.html has how each is shown. Log-odds in nats."""
 
 from __future__ import annotations
 
@@ -11,15 +11,28 @@ import pandas as pd
 from spilt.analysis import paper
 from spilt.analysis.curves import equal_preference
 from spilt.analysis.curves.fit import GOOD_R2
-from spilt.report.cells import Measured
-from spilt.report.figures import control_spread, form_name
+from spilt.report.cells import KINDS, Measured, label, name_of
 
+Row = dict[str, Any]
 NEAR_ZERO = 0.1  # of the sweep: a utility peak closer to 0 than this counts as near 0
+MIRROR = 0.05  # of the curve's range: mean |P(m) + P(-m) - 2 P(0)| above it is no mirror image
+OF_SPLITS = (
+    *("preference_gain", "gain_low", "gain_high", "utility_drop", "drop_low", "drop_high"),
+    *("preference", "utility", "accuracy_at_0", "accuracy", "n", "n_undefined"),
+)
 CONTROL = [
     *("method", "intervention", "draws", "slope", "slope_low", "slope_high", "slope_spread", "slope_of_the_vector", "no_slope"),
     *("utility_drop_at_ends", "ends"),
 ]
-MIRROR = 0.05  # of the curve's range: mean |P(m) + P(-m) - 2 P(0)| above it is no mirror image
+
+
+def records(frame: pd.DataFrame) -> list[Row]:
+    """A table's rows with their cell, and its form, by the printed names."""
+    out = []
+    for row in frame.to_dict("records"):
+        method, form = (row["method"], row["intervention"]) if "method" in row else row["cell"].split(" ", 1)
+        out.append({**row, "cell": label(method, form), "form": label("", form)})
+    return out
 
 
 def recommendations(cells: Sequence[Measured]) -> pd.DataFrame:
@@ -27,32 +40,10 @@ def recommendations(cells: Sequence[Measured]) -> pd.DataFrame:
     rows = []
     for cell in cells:
         best = cell.best
-        row: dict[str, Any] = {"method": cell.place.method, "intervention": cell.place.intervention, "multiplier": best["multiplier"]}
-        for part, suffix in (("chosen", "train"), ("reported", "test")):
-            numbers = best[part] or {}
-            wanted = (
-                "preference_gain",
-                "gain_low",
-                "gain_high",
-                "utility_drop",
-                "drop_low",
-                "drop_high",
-                "preference",
-                "utility",
-                "accuracy_at_0",
-                "accuracy",
-                "n",
-                "n_undefined",
-            )
-            row |= {f"{name}_{suffix}": numbers.get(name) for name in wanted}
-        row |= {
-            "chosen_on": best["chosen_on"],
-            "reported_on": best["reported_on"],
-            "budget": best["budget"],
-            "within_chance": best["within_chance"],
-            "reason": best["reason"],
-        }
-        rows.append(row)
+        row = cell.names | {"multiplier": best["multiplier"]}
+        for part, split in (("chosen", "train"), ("reported", "test")):
+            row |= {f"{name}_{split}": (best[part] or {}).get(name) for name in OF_SPLITS}
+        rows.append(row | {name: best[name] for name in ("chosen_on", "reported_on", "budget", "within_chance", "reason")})
     return pd.DataFrame(rows)
 
 
@@ -60,47 +51,40 @@ def fits(cells: Sequence[Measured], model: str, dataset: str) -> pd.DataFrame:
     """One row per cell, split and curve: R^2, held-out R^2, the paper's R^2 where it prints one, bound hits, warnings, parameters."""
     rows = []
     for cell in cells:
-        reference = paper.r2(model, dataset, cell.place.method, cell.place.intervention)
+        reference = paper.r2(model, dataset, cell.place.method, cell.place.intervention) or (None, None)
         for split in cell.fit["splits"]:
-            for at, kind in enumerate(("preference", "utility")):
+            for kind, theirs in zip(KINDS, reference, strict=True):
                 fit = cell.curve(split, kind)
-                rows.append(
-                    {
-                        **{"method": cell.place.method, "intervention": cell.place.intervention, "split": split, "curve": kind},
-                        **{"r2": fit.r2, "r2_held_out": fit.r2_held_out, "r2_paper": reference[at] if reference else None},
-                        **{
-                            "n_points": fit.n_points,
-                            "bound_hits": " ".join(fit.bound_hits),
-                            "warnings": " ".join(w.name for w in fit.warnings),
-                        },
-                        **{name.removesuffix("_u"): value for name, value in (fit.parameters or {}).items()},
-                    }
-                )
+                row = {"split": split, "curve": kind, "r2": fit.r2, "r2_held_out": fit.r2_held_out, "r2_paper": theirs}
+                row |= {"n_points": fit.n_points, "bound_hits": " ".join(fit.bound_hits)}
+                row |= {"warnings": " ".join(warned.name for warned in fit.warnings)}
+                rows.append(cell.names | row | {name.removesuffix("_u"): value for name, value in (fit.parameters or {}).items()})
     return pd.DataFrame(rows)
+
+
+def shortfalls(cells: Sequence[Measured], split: str) -> list[str]:
+    """Curves of one split that were not fitted, or fell short, in words."""
+    fitted = [(cell, kind, cell.curve(split, kind)) for cell in cells for kind in KINDS]
+    minor = ("few_points", "no_held_out")
+    return [f"{cell.label}, {kind}: {warned.text}" for cell, kind, fit in fitted for warned in fit.warnings if warned.name not in minor]
 
 
 def readings(cells: Sequence[Measured], split: str) -> pd.DataFrame:
     """One row per cell: what is read off the curves of one split."""
     rows = []
     for cell in cells:
-        stored = cell.fit["splits"][cell.split_for(split)]
-        found, peak, drops = stored["regions"] or {}, stored["utility_peak"] or {}, stored["utility_drops"]
-        transitional = [edge for span in found.get("transitional", []) for edge in span] + found.get("linear", [])
-        linear = found.get("linear", [None, None])
-        rows.append(
-            {
-                **{"method": cell.place.method, "intervention": cell.place.intervention, "split": cell.split_for(split)},
-                **{"linear_from": linear[0], "linear_to": linear[1], "slope": found.get("slope"), "r2_linear": found.get("r2_linear")},
-                **{"converged_below": min(transitional, default=None), "converged_above": max(transitional, default=None)},
-                **{"utility_peak_at": peak.get("multiplier"), "utility_peak": peak.get("utility")},
-                **{"drop": drops["drop"], "drop_at_minus": drops["minus"], "drop_at_plus": drops["plus"], "read_from": drops["source"]},
-                **{"n_undefined": stored["undefined"]["total"], "n_scored": stored["undefined"]["scored"]},
-            }
-        )
-        for side, at in (("converged_below", 0), ("converged_above", 1)):
-            spans = found.get("convergence", [])
-            if not any(span[1 - at] == rows[-1][side] for span in spans):
-                rows[-1][side] = None
+        stored = cell.stored(split)
+        found, peak, drops, undefined = stored["regions"] or {}, stored["utility_peak"] or {}, stored["utility_drops"], stored["undefined"]
+        linear, converged = found.get("linear", [None, None]), found.get("convergence", [])
+        inner = [edge for span in [linear, *found.get("transitional", [])] for edge in span]
+        row = {"split": cell.split_for(split), "linear_from": linear[0], "linear_to": linear[1]}
+        row |= {"slope": found.get("slope"), "r2_linear": found.get("r2_linear")}
+        # converged from where the inner regions end, unless the sweep ends there too
+        row |= {"converged_below": next((b for _, b in converged if b == min(inner)), None)}
+        row |= {"converged_above": next((a for a, _ in converged if a == max(inner)), None)}
+        row |= {"utility_peak_at": peak.get("multiplier"), "utility_peak": peak.get("utility")}
+        row |= {"drop": drops["drop"], "drop_at_minus": drops["minus"], "drop_at_plus": drops["plus"], "read_from": drops["source"]}
+        rows.append(cell.names | row | {"n_undefined": undefined["total"], "n_scored": undefined["scored"]})
     return pd.DataFrame(rows)
 
 
@@ -112,29 +96,22 @@ def control(cells: Sequence[Measured], split: str) -> pd.DataFrame:
     """
     rows = []
     for cell in cells:
-        if cell.control is None:
+        table = cell.random(split)
+        if table is None:
             continue
-        table = cell.control[cell.control["split"] == split]
-        table = table if len(table) else cell.control
-        wide = table.pivot_table(index="multiplier", columns="draw", values="preference")
-        finite = wide.dropna(axis=1)
-        m = finite.index.to_numpy(float)
-        if len(m) < 2 or not finite.shape[1]:
+        finite = table.pivot_table(index="multiplier", columns="draw", values="preference").dropna(axis=1)
+        m, draws = finite.index.to_numpy(float), finite.shape[1]
+        if len(m) < 2 or not draws:
             continue
         slopes = np.polyfit(m, finite.to_numpy(float), 1)[0]
-        mean, half = float(slopes.mean()), float(1.96 * slopes.std(ddof=1) / np.sqrt(len(slopes))) if len(slopes) > 1 else np.nan
-        own_rows = cell.rows(split).dropna(subset=["preference"])
-        own = float(np.polyfit(own_rows["multiplier"], own_rows["preference"], 1)[0]) if len(own_rows) > 1 else np.nan
-        utility = control_spread(cell, split, "utility")["mean"].dropna()
+        mean, half = float(slopes.mean()), float(1.96 * slopes.std(ddof=1) / np.sqrt(draws)) if draws > 1 else np.nan
+        measured = cell.rows(split).dropna(subset=["preference"])
+        own = float(np.polyfit(measured["multiplier"], measured["preference"], 1)[0]) if len(measured) > 1 else np.nan
+        utility = table.groupby("multiplier")["utility"].mean().dropna()
         drop = float(utility.loc[0.0] - utility.iloc[[0, -1]].mean()) if 0.0 in utility.index else np.nan
-        rows.append(
-            {
-                **{"method": cell.place.method, "intervention": cell.place.intervention, "draws": finite.shape[1]},
-                **{"slope": mean, "slope_low": mean - half, "slope_high": mean + half, "slope_spread": float(np.ptp(slopes))},
-                **{"slope_of_the_vector": own, "no_slope": bool(abs(mean) <= half or abs(mean) < 0.05 * abs(own))},
-                **{"utility_drop_at_ends": drop, "ends": float(np.abs(m).max())},
-            }
-        )
+        row = {"draws": draws, "slope": mean, "slope_low": mean - half, "slope_high": mean + half, "slope_spread": float(np.ptp(slopes))}
+        row |= {"slope_of_the_vector": own, "no_slope": bool(abs(mean) <= half or abs(mean) < 0.05 * abs(own))}
+        rows.append(cell.names | row | {"utility_drop_at_ends": drop, "ends": float(np.abs(m).max())})
     return pd.DataFrame(rows, columns=CONTROL)
 
 
@@ -147,24 +124,25 @@ def trade_off(cells: Sequence[Measured], split: str) -> pd.DataFrame:
         groups["all"] = list(cells)
     parts = []
     for among, some in groups.items():
-        table = equal_preference({c.name: c.rows(split) for c in some})
+        table = equal_preference({cell.name: cell.rows(split) for cell in some})
         parts.append(table.assign(among=among)[["among", *table.columns]])
-    return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True) if parts else pd.DataFrame()
+    return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
 
 
 def claims(cells: Sequence[Measured], split: str, trade: pd.DataFrame) -> pd.DataFrame:
     """The paper's claims on these cells: in how many each holds, and where it does not. A cell that cannot be judged is not counted."""
-    verdicts: dict[str, dict[str, bool | None]] = {
-        "preference is monotone around 0 (linear region, beyond the intervals)": {c.name: _monotone(c, split) for c in cells},
-        f"utility peaks near 0 (within {NEAR_ZERO:.0%} of the sweep) and is lower at both ends": {c.name: _peaks(c, split) for c in cells},
-        f"both fits reach R² {GOOD_R2:g}": {c.name: _fits_well(c, split) for c in cells},
-        "+m and −m are not mirror images": {c.name: _lopsided(c, split) for c in cells},
+    judges = {
+        "preference is monotone around 0 (linear region, beyond the intervals)": _monotone,
+        f"utility peaks near 0 (within {NEAR_ZERO:.0%} of the sweep) and is lower at both ends": _peaks,
+        f"both fits reach R² {GOOD_R2:g}": _fits_well,
+        "+m and −m are not mirror images": _lopsided,
     }
+    verdicts = {claim: {cell.name: judge(cell, split) for cell in cells} for claim, judge in judges.items()}
     kept: dict[str, bool | None] = {}
-    for among, part in trade[trade["among"] != "all"].groupby("among", sort=False) if len(trade) else ():
+    for among, part in trade[trade["among"] != "all"].groupby("among", sort=False):
         utility = part.set_index("cell")["utility"]
         if {f"spilt {among}", f"sft {among}"} <= set(utility.index):
-            kept[f"{among}"] = bool(utility[f"spilt {among}"] > utility[f"sft {among}"])
+            kept[str(among)] = bool(utility[f"spilt {among}"] > utility[f"sft {among}"])
     verdicts["at equal preference spilt keeps more utility than sft (per form)"] = kept
     rows = []
     for claim, found in verdicts.items():
@@ -174,8 +152,18 @@ def claims(cells: Sequence[Measured], split: str, trade: pd.DataFrame) -> pd.Dat
     return pd.DataFrame(rows)
 
 
+def judged(frame: pd.DataFrame) -> list[Row]:
+    """The claims with their verdicts, and the cells against them by their printed names."""
+    out = []
+    for row in frame.to_dict("records"):
+        verdict = f"{row['holds']} of {row['judged']}" if row["judged"] else "not judged"
+        against = ", ".join(name_of(name) for name in row["exceptions"].split(", ") if name)
+        out.append({"claim": row["claim"], "verdict": verdict, "exceptions": against})
+    return out
+
+
 def _monotone(cell: Measured, split: str) -> bool | None:
-    found = cell.fit["splits"][cell.split_for(split)]["regions"]
+    found = cell.stored(split)["regions"]
     if not found:
         return None
     rows = cell.rows(split)
@@ -184,12 +172,11 @@ def _monotone(cell: Measured, split: str) -> bool | None:
         return None
     steps = np.diff(rows["preference"].to_numpy(float))
     half = ((rows["preference_high"] - rows["preference_low"]) / 2).fillna(0).to_numpy(float)
-    sign = np.sign(steps.sum())
-    return bool((steps * sign > -np.maximum(half[1:], half[:-1])).all())
+    return bool((steps * np.sign(steps.sum()) > -np.maximum(half[1:], half[:-1])).all())
 
 
 def _peaks(cell: Measured, split: str) -> bool | None:
-    peak = cell.fit["splits"][cell.split_for(split)]["utility_peak"]
+    peak = cell.stored(split)["utility_peak"]
     rows = cell.rows(split)
     rows = rows[np.isfinite(rows["utility"])]
     zero = rows.loc[rows["multiplier"] == 0, "utility"]
@@ -200,7 +187,7 @@ def _peaks(cell: Measured, split: str) -> bool | None:
 
 
 def _fits_well(cell: Measured, split: str) -> bool | None:
-    values = [cell.curve(split, kind).r2 for kind in ("preference", "utility")]
+    values = [cell.curve(split, kind).r2 for kind in KINDS]
     return None if None in values else all(value >= GOOD_R2 for value in values if value is not None)
 
 
@@ -211,24 +198,3 @@ def _lopsided(cell: Measured, split: str) -> bool | None:
         return None
     sums = [preference[m] + preference[-m] - 2 * preference[0.0] for m in both]
     return bool(np.mean(np.abs(sums)) > MIRROR * np.ptp(preference.to_numpy()))
-
-
-def shortfalls(cells: Sequence[Measured], split: str) -> list[str]:
-    """Curves of one split that were not fitted, or fell short, in words."""
-    out = []
-    for cell in cells:
-        for kind in ("preference", "utility"):
-            fit = cell.curve(split, kind)
-            serious = [w for w in fit.warnings if w.name not in ("few_points", "no_held_out")]
-            out += [f"{cell.place.method} {form_name(cell.place.intervention)}, {kind}: {w.text}" for w in serious]
-    return out
-
-
-def undefined(cells: Sequence[Measured], split: str) -> pd.DataFrame:
-    """Cells of one split with questions that have no utility: how many of all scored, and where it is worst."""
-    rows = []
-    for cell in cells:
-        stored = cell.fit["splits"][cell.split_for(split)]["undefined"]
-        if stored["total"]:
-            rows.append({"cell": cell.name, "total": stored["total"], "scored": stored["scored"], **stored["worst"]})
-    return pd.DataFrame(rows, columns=["cell", "total", "scored", "multiplier", "n_undefined", "n"])
