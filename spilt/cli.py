@@ -12,8 +12,10 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from spilt import __version__, plan, verbs
 from spilt.cell import FORMS
@@ -23,42 +25,65 @@ from spilt.methods import METHODS
 from spilt.model.identity import Changed, Seen
 from spilt.run import ALREADY, DONE, FAILED, SKIPPED, Outcome, keeps_what_is_unusable, run_plan
 from spilt.settings import parse_overrides
-from spilt.settings.fields import INTERVENTION_ALIASES, METHOD_ALIASES, intervention_name, method_name
+from spilt.settings.fields import DTYPES, INTERVENTION_ALIASES, METHOD_ALIASES, intervention_name, method_name
 from spilt.team import place
-from spilt.terminal import complain, ready, say
+from spilt.terminal import COMPLETING, complain, say, words_so_far
+from spilt.terminal import program as speak
 from spilt.verbs import measure as measure_verb
 
 log = logging.getLogger("spilt")
 
-# `spilt WORD ...` runs another program of the package
-PROGRAMS = {name: f"spilt.{name}" for name in ("look", "prepare", "recommend", "report", "verify")}
+# `spilt WORD ...`: besides the verbs, another program of the package (spilt/WORD), and its line in --help
+PROGRAMS = {
+    "look": "show the stored texts side by side",
+    "recommend": "print the strength of each measured cell by a utility budget",
+    "report": "draw curves and report.html anew from stored losses",
+    "prepare": "make data/ from the public source files",
+    "verify": "check everything that is stored",
+}
 
 
-def parser(base_dir: Path = Path(".")) -> argparse.ArgumentParser:
-    """All flags; choices are derived from the tables. base_dir: where none is given."""
+def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, verb: str = "") -> argparse.ArgumentParser:
+    """All flags, or those of a verb; choices are derived from the tables. base_dir: where none is given. program: what was called."""
     made = argparse.ArgumentParser(
-        prog="run_spilt.py",
-        description="Fit, apply and measure small interventions on transformer language models.",
-        epilog=f"Other programs: {', '.join(f'python -m {module}' for module in PROGRAMS.values())}. See README.md.",
+        prog=f"spilt {verb}" if verb else program.split()[-1],
+        description=f"{verbs.VERBS[verb].does.capitalize()}." if verb else _overview(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=not verb,  # --mode is no short way to say --model_name
     )
-    add = made.add_argument
+    group: argparse._ActionsContainer = made
+    others = {flag for row in verbs.VERBS.values() for flag in row.flags} - {*verbs.VERBS[verb].flags} if verb else set()
+
+    def add(flag: str, offered: Iterable[str] = (), **given: Any) -> None:
+        """A flag that means something here. offered: words for a shell that completes."""
+        name = flag.removeprefix("--")
+        if name in others:
+            made.set_defaults(**{name: given.get("default")})
+        else:
+            words = tuple(offered)
+            group.add_argument(flag, **given).completer = lambda **_: words  # type: ignore[attr-defined]
+
     add("--dataset", required=True, help="a name in hparams/Steer/dataset_format.yaml, such as psychopathy, powerseeking, axbench")
-    add("--method", required=True, help=f"{', '.join(METHODS)} or all ({_spellings(METHOD_ALIASES)})")
+    add("--method", (*METHODS, plan.ALL), required=True, help=f"{', '.join(METHODS)} or all ({_spellings(METHOD_ALIASES)})")
     add("--model_name", required=True, help="a checkpoint folder under models/")
-    add("--intervention_method", required=True, help=f"{', '.join(FORMS)} or all ({_spellings(INTERVENTION_ALIASES)})")
-    add("--mode", default="both", help=f"{', '.join(verbs.MODES)}: fit / produce text / both / measure (default both)")
+    add("--intervention_method", (*FORMS, plan.ALL), required=True, help=f"{', '.join(FORMS)} or all ({_spellings(INTERVENTION_ALIASES)})")
+    if verb:
+        made.set_defaults(mode=verbs.VERBS[verb].mode)
+    else:
+        add("--mode", verbs.MODES, default="both", help=f"{', '.join(verbs.MODES)}: fit / produce text / both / measure (default both)")
     add("--device", default="cuda:0", help="a torch device, cpu, or auto (accelerate's device map); default cuda:0")
-    add("--multipliers", nargs="+", metavar="M", help="strengths m, signed; loss mode also takes 'sweep'; default: the YAML's, else 1.0")
+    measures = "" if verb == "generate" else ", or 'sweep': over the range that was trained" if verb else "; loss mode also takes 'sweep'"
+    add("--multipliers", nargs="+", metavar="M", help=f"strengths m, signed{measures}; default: the YAML's, else 1.0")
     add("--base_dir", default=base_dir, type=Path, help="every relative path is below it; default: this folder")
     add("--dry_run", action="store_true", help="print the plan; write nothing, load no model")
-    ours = made.add_argument_group("ours")
-    add = ours.add_argument
-    add("--dtype", help="of the model: float32, bfloat16, float16 (over the YAML's)")
+    group = made.add_argument_group("ours")
+    add("--dtype", DTYPES, help="of the model: float32, bfloat16, float16 (over the YAML's)")
     add("--batch_size", type=_positive, help="texts decoded side by side (changes no result beyond rounding)")
     add("--limit", type=_positive, help="rows of each data file, from the first")
     add("--seed", type=int, help="over the YAML's")
     add("--concepts", nargs="+", type=int, metavar="ID", help=f"ids of a dataset with concepts; default: first {plan.FIRST_CONCEPTS}")
-    add("--split", help=f"loss mode: {', '.join(verbs.VERBS['measure'].sections)} or both; default: what dataset_format.yaml has")
+    splits = ", ".join(verbs.VERBS["measure"].sections)
+    add("--split", help=f"{'' if verb else 'loss mode: '}{splits} or both; default: what dataset_format.yaml has")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="any YAML setting, over the file's; repeatable")
     add(
         "--checkpoint_seconds",
@@ -75,12 +100,30 @@ def parser(base_dir: Path = Path(".")) -> argparse.ArgumentParser:
         help="plain: hooks and the library's own forward (slower, the same results)",
     )
     add("--deterministic", action="store_true", help="only algorithms that give the same bits every time (slower on a GPU)")
-    add("--verify", action="store_true", help="check every stored artifact under --base_dir instead, and say what is stale or damaged")
+    if not verb:
+        add("--verify", action="store_true", help="check every stored artifact under --base_dir instead, and say what is stale or damaged")
     add("--quiet", action="store_true", help="no progress bars")
-    add("--version", action="version", version=f"spilt {__version__}")
+    if not verb:
+        add("--version", action="version", version=f"spilt {__version__}")
     # argparse takes -1e-2 for a flag
     made._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|-inf$|-nan$")  # type: ignore[attr-defined]
     return made
+
+
+def _overview() -> str:
+    """What this is, with one line for each word that may come first."""
+    rows = {name: row.does for name, row in verbs.VERBS.items()} | PROGRAMS
+    width = max(map(len, rows))
+    return "\n".join(
+        [
+            "Fit, apply and measure small interventions on transformer language models.",
+            "",
+            *(f"  spilt {name:{width}}  {line}" for name, line in rows.items()),
+            "",
+            "Each has a --help of its own; `python -m spilt` is the same as `spilt`. The released command line,",
+            "`run_spilt.py --dataset ... --mode ...`, works as before, under each of these names:",
+        ]
+    )
 
 
 def _spellings(aliases: Mapping[str, str]) -> str:
@@ -103,7 +146,7 @@ def _seconds(text: str) -> float:
     return value
 
 
-def request_of(args: argparse.Namespace) -> verbs.Request:
+def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -> verbs.Request:
     """Checked words, or a UserError."""
     overrides = parse_overrides(args.overrides)
     flags = [word for item in args.overrides for word in ("--set", item)]
@@ -139,6 +182,7 @@ def request_of(args: argparse.Namespace) -> verbs.Request:
         deterministic=args.deterministic,
         engine=args.engine,
         flags=tuple(flags),
+        program=program,
     )
 
 
@@ -161,52 +205,55 @@ def _multipliers(words: Sequence[str] | None, mode: str) -> tuple[float, ...] | 
     return tuple(dict.fromkeys(values))
 
 
-def main(argv: Sequence[str] | None = None, base_dir: Path = Path(".")) -> int:
-    """Run; returns the exit code. base_dir: where the words name none."""
-    ready()
-    words = list(sys.argv[1:] if argv is None else argv)
-    if "--verify" in words:  # looks at what is stored; needs no dataset or method
+def main(argv: Sequence[str] | None = None, base_dir: Path = Path("."), program: str = verbs.Request.program) -> int:
+    """Run; returns the exit code. base_dir: where the words name none. program: what was called."""
+    asked = words_so_far() if argv is None else None  # by a shell that completes
+    words = list(asked if asked is not None else sys.argv[1:] if argv is None else argv)
+    if words and words[0].startswith("-") and "--verify" in words:  # needs no dataset or method
         words = ["verify", *(word for word in words if word != "--verify")]
-    if words and words[0] in PROGRAMS:
-        import importlib
-
-        return int(importlib.import_module(PROGRAMS[words[0]]).main(words[1:]) or 0)
+    first = words[0] if words and not words[0].startswith("-") else ""
+    known = [*verbs.VERBS, *PROGRAMS]
+    if asked is not None and first in known:
+        os.environ[COMPLETING] = str(int(os.environ[COMPLETING]) + 1)  # it belongs to the command's name
     try:
-        args = parser(base_dir).parse_args(words)
+        if first in PROGRAMS:
+            return int(import_module(f"spilt.{first}").main(words[1:]) or 0)
+        made = parser(base_dir, program, first if first in known else "")
+        if asked is not None:
+            made.add_argument("word", nargs="?", choices=[] if first in known else known)
+        elif first and first not in known:
+            made.error(str(unknown("word", first, known)))
+        return speak(made, words[1:] if first else words, lambda args: _run(args, program))
     except SystemExit as stop:
         return int(stop.code or 0)
+
+
+def console() -> int:
+    """The installed command, `spilt`."""
+    return main(program="spilt")
+
+
+def _run(args: argparse.Namespace, program: str) -> int:
+    """Plan and run, or show the plan."""
+    rank, size = place()
+    if rank > 0:  # process 0 speaks for all
+        log.setLevel(logging.ERROR)
+    request = request_of(args, program)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before torch looks for it
+    made = plan.make(request, dry=args.dry_run)
+    if args.dry_run:
+        print_plan(made, request)
+        return 0
+    for item in made.left_out if rank == 0 else []:
+        say(f"left out: {item.name}: {item.why}")
+    if keys := {note.key for step in made.steps for note in step.notes}:
+        log.warning("%d keys of the settings files have no effect here; --dry_run lists them", len(keys))
     try:
-        rank, size = place()
-        if rank > 0:  # process 0 speaks for all
-            log.setLevel(logging.ERROR)
-        request = request_of(args)
-        if args.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before torch looks for it
-        made = plan.make(request, dry=args.dry_run)
-        if args.dry_run:
-            print_plan(made, request)
-            return 0
-        for item in made.left_out if rank == 0 else []:
-            say(f"left out: {item.name}: {item.why}")
-        if (keys := {note.key for step in made.steps for note in step.notes}):
-            log.warning("%d keys of the settings files have no effect here; --dry_run lists them", len(keys))
         outcomes = run_plan(made, request, complain, quiet=args.quiet or not sys.stderr.isatty())
-    except UserError as error:
-        complain(f"error: {error}")
-        return 2
     except Changed as error:  # the model, while it was loaded
         complain(f"error: {error}")
         return 1
-    except KeyboardInterrupt:
-        complain("")  # the terminal's ^C has a line of its own
-        complain("interrupted; what was finished is kept, the same command goes on from there")
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:  # a name too long for the file system, a file that went away between plan and run
-        complain(f"error: {error.filename or ''}: {error.strerror or error}")
-        return 2
     if rank == 0:
         print_table(outcomes)
     if size > 1:

@@ -225,7 +225,7 @@ def _steps(
 def _command(
     request: Request, verb: Verb, group: tuple[Cell, ...], method: str, form: str, multipliers: tuple[float, ...], sweep: bool
 ) -> str:
-    words = ["python", "run_spilt.py", "--dataset", request.dataset, "--method", method, "--model_name", request.model]
+    words = [*request.program.split(), "--dataset", request.dataset, "--method", method, "--model_name", request.model]
     words += ["--intervention_method", form, "--mode", verb.mode, "--device", request.device, "--base_dir", str(request.base_dir)]
     if not verb.fits:
         words += ["--multipliers", *(["sweep"] if sweep else [str(m) for m in multipliers])]

@@ -38,6 +38,7 @@ class Request:
     deterministic: bool = False
     engine: str = "fast"  # 'plain': hooks and the library's own forward everywhere
     flags: tuple[str, ...] = ()  # our own flags as they were typed, for the copy-paste command lines
+    program: str = "python run_spilt.py"  # what was called, for the same
 
 
 class Step(NamedTuple):
@@ -73,6 +74,8 @@ class Verb:
 
     name: ClassVar[str]
     mode: ClassVar[str]  # the released command line's word for it
+    does: ClassVar[str] = ""  # one line for `spilt --help`
+    flags: ClassVar[tuple[str, ...]] = ()  # of the flags that not every verb takes, those that mean something to it
     sections: ClassVar[Mapping[str, str]]  # what it reads: purpose -> section of dataset_format.yaml
     work: ClassVar[str]  # 'module:function', (step, run) -> 'done' or 'already done'; imported when it is run
     version: ClassVar[int] = 1  # of its code: raised when equal settings would give other results
