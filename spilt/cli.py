@@ -110,9 +110,14 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
     return made
 
 
+def first_words() -> dict[str, str]:
+    """What may come first on the command line, with a line for each."""
+    return {name: row.does for name, row in verbs.VERBS.items()} | PROGRAMS
+
+
 def _overview() -> str:
     """What this is, with one line for each word that may come first."""
-    rows = {name: row.does for name, row in verbs.VERBS.items()} | PROGRAMS
+    rows = first_words()
     width = max(map(len, rows))
     return "\n".join(
         [
@@ -212,7 +217,7 @@ def main(argv: Sequence[str] | None = None, base_dir: Path = Path("."), program:
     if words and words[0].startswith("-") and "--verify" in words:  # needs no dataset or method
         words = ["verify", *(word for word in words if word != "--verify")]
     first = words[0] if words and not words[0].startswith("-") else ""
-    known = [*verbs.VERBS, *PROGRAMS]
+    known = first_words()
     if asked is not None and first in known:
         os.environ[COMPLETING] = str(int(os.environ[COMPLETING]) + 1)  # it belongs to the command's name
     try:
@@ -247,6 +252,8 @@ def _run(args: argparse.Namespace, program: str) -> int:
         return 0
     for item in made.left_out if rank == 0 else []:
         say(f"left out: {item.name}: {item.why}")
+    for origin in dict.fromkeys(step.origin for step in made.steps if step.origin):
+        log.warning("%s", origin)
     if keys := {note.key for step in made.steps for note in step.notes}:
         log.warning("%d keys of the settings files have no effect here; --dry_run lists them", len(keys))
     try:
@@ -293,6 +300,8 @@ def print_plan(made: plan.Plan, request: verbs.Request) -> None:
         say(f"   {step.command}")
         for path in step.files:
             say(f"   hparams  {path}")
+        if step.origin:
+            say(f"   hparams  {step.origin}")
         made_before = {path for earlier in made.steps[: number - 1] for path in earlier.outputs}
         for path in step.inputs:
             lacking = "" if path not in missing else "   made by an earlier step" if path in made_before else "   missing"

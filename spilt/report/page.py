@@ -422,7 +422,7 @@ def page(
 log[(e<sup>−L<sub>p</sub></sup> + e<sup>−L<sub>n</sub></sup>) / (1 − e<sup>−L<sub>p</sub></sup> − e<sup>−L<sub>n</sub></sup>)]: how much
 probability the two valid answers hold together. L: loss in nats of the matching (p) and not-matching (n) answer; all values in nats,
 multipliers dimensionless, intervals 95% bootstrap over questions. A fit counts as good from R² {GOOD_R2:g}.</p>
-<p>Why Steering Works, arXiv 2602.02343. Written by <code>python -m spilt.report</code> from stored results only.</p>
+<p>Why Steering Works, arXiv 2602.02343. Written by <code>spilt report</code> from stored results only.</p>
 </footer>
 <script>{style.JS}</script>
 </body>

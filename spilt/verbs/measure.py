@@ -29,7 +29,8 @@ class Measure(Verb):
     def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:
         if request.multipliers != SWEEP:
             return super().multipliers(request, settings)
-        fitted = resolve_fit(request.base_dir, request.model, request.dataset, settings.method, settings.intervention_method)
+        cell = (request.model, request.dataset, settings.method, settings.intervention_method)
+        fitted = resolve_fit(request.base_dir, *cell, layers=settings.layers)
         return sweep_multipliers(fitted.settings.steering_factors)
 
     def outputs(self, store: Store, cells: tuple[Cell, ...], data: Mapping[str, Path], multipliers: tuple[float, ...]) -> list[Path]:
