@@ -1,3 +1,3 @@
-from spilt.cli import main
+from spilt.cli import main  # PYTHON_ARGCOMPLETE_OK
 
 raise SystemExit(main())

@@ -12,71 +12,78 @@ import math
 import os
 import re
 import sys
-import time
-import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from spilt import __version__, plan, verbs
-from spilt.artifacts.manifest import manifest_path
-from spilt.artifacts.store import Store
 from spilt.cell import FORMS
 from spilt.engine.choice import ENGINES
-from spilt.errors import NotFinite, UserError, first_line, printable, unknown
+from spilt.errors import UserError, printable, unknown
 from spilt.methods import METHODS
 from spilt.model.identity import Changed, Seen
+from spilt.run import ALREADY, DONE, FAILED, SKIPPED, Outcome, keeps_what_is_unusable, run_plan
 from spilt.settings import parse_overrides
-from spilt.settings.fields import INTERVENTION_ALIASES, METHOD_ALIASES, intervention_name, method_name
-from spilt.steering.layer_file import beside
+from spilt.settings.fields import DTYPES, INTERVENTION_ALIASES, METHOD_ALIASES, intervention_name, method_name
 from spilt.team import place
-from spilt.terminal import complain, ready, say
+from spilt.terminal import COMPLETING, complain, say, words_so_far
+from spilt.terminal import program as speak
 from spilt.verbs import measure as measure_verb
 
-DONE, ALREADY, SKIPPED, FAILED = "done", "already done", "skipped", "failed"
 log = logging.getLogger("spilt")
 
-# `spilt WORD ...` runs another program of the package
-PROGRAMS = {name: f"spilt.{name}" for name in ("look", "prepare", "recommend", "report", "verify")}
+# `spilt WORD ...`: besides the verbs, another program of the package (spilt/WORD), and its line in --help
+PROGRAMS = {
+    "look": "show the stored texts side by side",
+    "recommend": "print the strength of each measured cell by a utility budget",
+    "report": "draw curves and report.html anew from stored losses",
+    "prepare": "make data/ from the public source files",
+    "verify": "check everything that is stored",
+}
 
 
-class Outcome(NamedTuple):
-    """One line of the summary table."""
-
-    step: str
-    outcome: str
-    reason: str
-    seconds: float
-    output: str
-    wrong_request: bool = False
-
-
-def parser(base_dir: Path = Path(".")) -> argparse.ArgumentParser:
-    """All flags; choices are derived from the tables. base_dir: where none is given."""
+def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, verb: str = "") -> argparse.ArgumentParser:
+    """All flags, or those of a verb; choices are derived from the tables. base_dir: where none is given. program: what was called."""
     made = argparse.ArgumentParser(
-        prog="run_spilt.py",
-        description="Fit, apply and measure small interventions on transformer language models.",
-        epilog=f"Other programs: {', '.join(f'python -m {module}' for module in PROGRAMS.values())}. See README.md.",
+        prog=f"spilt {verb}" if verb else program.split()[-1],
+        description=f"{verbs.VERBS[verb].does.capitalize()}." if verb else _overview(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=not verb,  # --mode is no short way to say --model_name
     )
-    add = made.add_argument
+    group: argparse._ActionsContainer = made
+    others = {flag for row in verbs.VERBS.values() for flag in row.flags} - {*verbs.VERBS[verb].flags} if verb else set()
+
+    def add(flag: str, offered: Iterable[str] = (), **given: Any) -> None:
+        """A flag that means something here. offered: words for a shell that completes."""
+        name = flag.removeprefix("--")
+        if name in others:
+            made.set_defaults(**{name: given.get("default")})
+        else:
+            words = tuple(offered)
+            group.add_argument(flag, **given).completer = lambda **_: words  # type: ignore[attr-defined]
+
     add("--dataset", required=True, help="a name in hparams/Steer/dataset_format.yaml, such as psychopathy, powerseeking, axbench")
-    add("--method", required=True, help=f"{', '.join(METHODS)} or all ({_spellings(METHOD_ALIASES)})")
+    add("--method", (*METHODS, plan.ALL), required=True, help=f"{', '.join(METHODS)} or all ({_spellings(METHOD_ALIASES)})")
     add("--model_name", required=True, help="a checkpoint folder under models/")
-    add("--intervention_method", required=True, help=f"{', '.join(FORMS)} or all ({_spellings(INTERVENTION_ALIASES)})")
-    add("--mode", default="both", help=f"{', '.join(verbs.MODES)}: fit / produce text / both / measure (default both)")
+    add("--intervention_method", (*FORMS, plan.ALL), required=True, help=f"{', '.join(FORMS)} or all ({_spellings(INTERVENTION_ALIASES)})")
+    if verb:
+        made.set_defaults(mode=verbs.VERBS[verb].mode)
+    else:
+        add("--mode", verbs.MODES, default="both", help=f"{', '.join(verbs.MODES)}: fit / produce text / both / measure (default both)")
     add("--device", default="cuda:0", help="a torch device, cpu, or auto (accelerate's device map); default cuda:0")
-    add("--multipliers", nargs="+", metavar="M", help="strengths m, signed; loss mode also takes 'sweep'; default: the YAML's, else 1.0")
+    measures = "" if verb == "generate" else ", or 'sweep': over the range that was trained" if verb else "; loss mode also takes 'sweep'"
+    add("--multipliers", nargs="+", metavar="M", help=f"strengths m, signed{measures}; default: the YAML's, else 1.0")
     add("--base_dir", default=base_dir, type=Path, help="every relative path is below it; default: this folder")
     add("--dry_run", action="store_true", help="print the plan; write nothing, load no model")
-    ours = made.add_argument_group("ours")
-    add = ours.add_argument
-    add("--dtype", help="of the model: float32, bfloat16, float16 (over the YAML's)")
+    group = made.add_argument_group("ours")
+    add("--dtype", DTYPES, help="of the model: float32, bfloat16, float16 (over the YAML's)")
     add("--batch_size", type=_positive, help="texts decoded side by side (changes no result beyond rounding)")
     add("--limit", type=_positive, help="rows of each data file, from the first")
     add("--seed", type=int, help="over the YAML's")
     add("--concepts", nargs="+", type=int, metavar="ID", help=f"ids of a dataset with concepts; default: first {plan.FIRST_CONCEPTS}")
-    add("--split", help=f"loss mode: {', '.join(verbs.VERBS['measure'].sections)} or both; default: what dataset_format.yaml has")
+    splits = ", ".join(verbs.VERBS["measure"].sections)
+    add("--split", help=f"{'' if verb else 'loss mode: '}{splits} or both; default: what dataset_format.yaml has")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="any YAML setting, over the file's; repeatable")
     add(
         "--checkpoint_seconds",
@@ -93,12 +100,35 @@ def parser(base_dir: Path = Path(".")) -> argparse.ArgumentParser:
         help="plain: hooks and the library's own forward (slower, the same results)",
     )
     add("--deterministic", action="store_true", help="only algorithms that give the same bits every time (slower on a GPU)")
-    add("--verify", action="store_true", help="check every stored artifact under --base_dir instead, and say what is stale or damaged")
+    if not verb:
+        add("--verify", action="store_true", help="check every stored artifact under --base_dir instead, and say what is stale or damaged")
     add("--quiet", action="store_true", help="no progress bars")
-    add("--version", action="version", version=f"spilt {__version__}")
+    if not verb:
+        add("--version", action="version", version=f"spilt {__version__}")
     # argparse takes -1e-2 for a flag
     made._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|-inf$|-nan$")  # type: ignore[attr-defined]
     return made
+
+
+def first_words() -> dict[str, str]:
+    """What may come first on the command line, with a line for each."""
+    return {name: row.does for name, row in verbs.VERBS.items()} | PROGRAMS
+
+
+def _overview() -> str:
+    """What this is, with one line for each word that may come first."""
+    rows = first_words()
+    width = max(map(len, rows))
+    return "\n".join(
+        [
+            "Fit, apply and measure small interventions on transformer language models.",
+            "",
+            *(f"  spilt {name:{width}}  {line}" for name, line in rows.items()),
+            "",
+            "Each has a --help of its own; `python -m spilt` is the same as `spilt`. The released command line,",
+            "`run_spilt.py --dataset ... --mode ...`, works as before, under each of these names:",
+        ]
+    )
 
 
 def _spellings(aliases: Mapping[str, str]) -> str:
@@ -121,7 +151,7 @@ def _seconds(text: str) -> float:
     return value
 
 
-def request_of(args: argparse.Namespace) -> verbs.Request:
+def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -> verbs.Request:
     """Checked words, or a UserError."""
     overrides = parse_overrides(args.overrides)
     flags = [word for item in args.overrides for word in ("--set", item)]
@@ -157,6 +187,7 @@ def request_of(args: argparse.Namespace) -> verbs.Request:
         deterministic=args.deterministic,
         engine=args.engine,
         flags=tuple(flags),
+        program=program,
     )
 
 
@@ -179,50 +210,57 @@ def _multipliers(words: Sequence[str] | None, mode: str) -> tuple[float, ...] | 
     return tuple(dict.fromkeys(values))
 
 
-def main(argv: Sequence[str] | None = None, base_dir: Path = Path(".")) -> int:
-    """Run; returns the exit code. base_dir: where the words name none."""
-    ready()
-    words = list(sys.argv[1:] if argv is None else argv)
-    if "--verify" in words:  # looks at what is stored; needs no dataset or method
+def main(argv: Sequence[str] | None = None, base_dir: Path = Path("."), program: str = verbs.Request.program) -> int:
+    """Run; returns the exit code. base_dir: where the words name none. program: what was called."""
+    asked = words_so_far() if argv is None else None  # by a shell that completes
+    words = list(asked if asked is not None else sys.argv[1:] if argv is None else argv)
+    if words and words[0].startswith("-") and "--verify" in words:  # needs no dataset or method
         words = ["verify", *(word for word in words if word != "--verify")]
-    if words and words[0] in PROGRAMS:
-        import importlib
-
-        return int(importlib.import_module(PROGRAMS[words[0]]).main(words[1:]) or 0)
+    first = words[0] if words and not words[0].startswith("-") else ""
+    known = first_words()
+    if asked is not None and first in known:
+        os.environ[COMPLETING] = str(int(os.environ[COMPLETING]) + 1)  # it belongs to the command's name
     try:
-        args = parser(base_dir).parse_args(words)
+        if first in PROGRAMS:
+            return int(import_module(f"spilt.{first}").main(words[1:]) or 0)
+        made = parser(base_dir, program, first if first in known else "")
+        if asked is not None:
+            made.add_argument("word", nargs="?", choices=[] if first in known else known)
+        elif first and first not in known:
+            made.error(str(unknown("word", first, known)))
+        return speak(made, words[1:] if first else words, lambda args: _run(args, program))
     except SystemExit as stop:
         return int(stop.code or 0)
+
+
+def console() -> int:
+    """The installed command, `spilt`."""
+    return main(program="spilt")
+
+
+def _run(args: argparse.Namespace, program: str) -> int:
+    """Plan and run, or show the plan."""
+    rank, size = place()
+    if rank > 0:  # process 0 speaks for all
+        log.setLevel(logging.ERROR)
+    request = request_of(args, program)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before torch looks for it
+    made = plan.make(request, dry=args.dry_run)
+    if args.dry_run:
+        print_plan(made, request)
+        return 0
+    for item in made.left_out if rank == 0 else []:
+        say(f"left out: {item.name}: {item.why}")
+    for origin in dict.fromkeys(step.origin for step in made.steps if step.origin):
+        log.warning("%s", origin)
+    if keys := {note.key for step in made.steps for note in step.notes}:
+        log.warning("%d keys of the settings files have no effect here; --dry_run lists them", len(keys))
     try:
-        rank, size = place()
-        request = request_of(args)
-        if args.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before torch looks for it
-        made = plan.make(request, dry=args.dry_run)
-        if args.dry_run:
-            print_plan(made, request)
-            return 0
-        for item in made.left_out if rank == 0 else []:
-            say(f"left out: {item.name}: {item.why}")
-        if (keys := {note.key for step in made.steps for note in step.notes}) and rank == 0:
-            log.warning("%d keys of the settings files have no effect here; --dry_run lists them", len(keys))
-        outcomes = run(made, request, quiet=args.quiet or not sys.stderr.isatty())
-    except UserError as error:
-        complain(f"error: {error}")
-        return 2
+        outcomes = run_plan(made, request, complain, quiet=args.quiet or not sys.stderr.isatty())
     except Changed as error:  # the model, while it was loaded
         complain(f"error: {error}")
         return 1
-    except KeyboardInterrupt:
-        complain("")  # the terminal's ^C has a line of its own
-        complain("interrupted; what was finished is kept, the same command goes on from there")
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:  # a name too long for the file system, a file that went away between plan and run
-        complain(f"error: {error.filename or ''}: {error.strerror or error}")
-        return 2
     if rank == 0:
         print_table(outcomes)
     if size > 1:
@@ -262,6 +300,8 @@ def print_plan(made: plan.Plan, request: verbs.Request) -> None:
         say(f"   {step.command}")
         for path in step.files:
             say(f"   hparams  {path}")
+        if step.origin:
+            say(f"   hparams  {step.origin}")
         made_before = {path for earlier in made.steps[: number - 1] for path in earlier.outputs}
         for path in step.inputs:
             lacking = "" if path not in missing else "   made by an earlier step" if path in made_before else "   missing"
@@ -280,7 +320,7 @@ def print_plan(made: plan.Plan, request: verbs.Request) -> None:
         say(f"   engine   {f'plain: {plain}' if plain else 'fast'}")
         guess = cost(step, request)
         say(f"   cost     {guess if guess is not None else 'unknown until model and data are there'}")
-        if reason := _keeps_what_is_unusable(step, request):
+        if reason := keeps_what_is_unusable(step, request):
             say(f"   note     will fail: {reason}")
         for note in _doubts(step, request, seen):
             say(f"   note     {note}")
@@ -301,198 +341,6 @@ def _doubts(step: verbs.Step, request: verbs.Request, seen: Seen) -> list[str]:
             except UserError as error:
                 said.append(f"will be refused: {error}")
     return said
-
-
-# ---------------------------------------------------------------- the run
-
-
-def run(made: plan.Plan, request: verbs.Request, *, quiet: bool) -> list[Outcome]:
-    """Every step, one model load. A failing step is reported and the others go on."""
-    outcomes, waiting, seen = [], [], Seen()
-    coming = {path for step in made.steps if step.verb == "fit" for path in step.outputs}
-    again: set[Path] = set()  # vectors that this run fits: what is made from them is judged afterwards
-    broken: set[Path] = set()
-    for step in made.steps:
-        lacking = [path for path in step.vectors if not path.exists() and path not in coming]
-        if lacking:
-            reason = f"no vector file {lacking[0]}{beside(lacking[0])}; make it with --mode generate"
-            log.warning("%s: skipped: %s", step, reason)
-            outcomes.append(Outcome(str(step), SKIPPED, reason, 0.0, ""))
-        elif not broken.isdisjoint(step.vectors):
-            outcomes.append(Outcome(str(step), SKIPPED, "its vector cannot be used", 0.0, ""))
-        elif reason := _keeps_what_is_unusable(step, request):
-            complain(f"error: {step}: {reason}")
-            broken.update(step.outputs)
-            outcomes.append(Outcome(str(step), FAILED, reason, 0.0, "", wrong_request=True))
-        elif not request.force and not step.sweep and again.isdisjoint(step.vectors) and _all_done(step, request, seen):
-            outcomes.append(Outcome(str(step), ALREADY, "", 0.0, _shown(step, request)))
-            _tidy(step, request, seen)
-        else:
-            waiting.append(step)
-            again.update(step.outputs if step.verb == "fit" else ())
-    if waiting or place()[1] > 1:
-        outcomes = _run_waiting(waiting, outcomes, request, quiet, seen)
-    if request.mode == "loss" and any(outcome.outcome in (DONE, ALREADY) for outcome in outcomes):
-        outcomes.append(_report(made.steps[0], request, quiet))
-    return outcomes
-
-
-def _keeps_what_is_unusable(step: verbs.Step, request: verbs.Request) -> str:
-    """Why a fit can't leave what lies there: a file without manifest is somebody's own and is kept, but no run could read it."""
-    if step.verb != "fit" or request.force:
-        return ""
-    for path in step.outputs:
-        if path.exists() and not manifest_path(path).exists():
-            from spilt import verify
-
-            if why := verify.unusable(request.base_dir, path):
-                return f"{path} has no manifest (made elsewhere) and {why}; put the sound file there, or fit it again with --force"
-    return ""
-
-
-def _tidy(step: verbs.Step, request: verbs.Request, seen: Seen) -> None:
-    """A run that was killed after its last result was stored left what it had kept for it: that goes. Other work under way stays."""
-    if left := Store(request.base_dir).unfinished_work(step.verb, step.cells):
-        from spilt.artifacts.journal import Lines
-
-        known = verbs.VERBS[step.verb].unfinished(step, request.limit, seen)
-        for path in left:
-            if step.verb == "fit" or Lines.identities_in(path) <= known:
-                path.unlink(missing_ok=True)
-
-
-def _run_waiting(waiting: list[verbs.Step], before: list[Outcome], request: verbs.Request, quiet: bool, seen: Seen) -> list[Outcome]:
-    """The steps that are to run: fits dealt out over the processes, the others done together."""
-    from spilt import tasks as stages
-    from spilt.team import Team
-
-    team = Team(request.device)
-    if not team.main:
-        quiet = True
-        log.setLevel(logging.ERROR)
-    waiting, before = team.agree(lambda: (waiting, before))
-    request = replace(request, device=team.device)
-    recordings = stages.Recordings(waiting, request.limit, request.engine)
-    hosts = _Hosts(request, recordings, seen)
-
-    def one(step: verbs.Step) -> Outcome:
-        return _run_step(step, stages.Run(request, hosts.of(step), Store(request.base_dir), recordings, quiet, team, seen))
-
-    fits = team.mine([step for step in waiting if step.verb == "fit"])
-    done = {str(step): one(step) for step in fits}
-    after = {name: outcome for part in team.gather(lambda: done) for name, outcome in part.items()}
-    seen.forget([path for step in waiting if step.verb == "fit" for path in step.outputs])  # those of other processes too
-    failed = {path for step in waiting if step.verb == "fit" and after[str(step)].outcome == FAILED for path in step.outputs}
-    for step in waiting:
-        if step.verb == "fit":
-            continue
-        if failed.isdisjoint(step.vectors):
-            after[str(step)] = one(step)
-        else:  # an older vector may lie there: what it would give is not what was asked for
-            after[str(step)] = Outcome(str(step), SKIPPED, "its fit failed", 0.0, "")
-    team.end()
-    return [*before, *(after[str(step)] for step in waiting)]
-
-
-class _Hosts:
-    """The model, loaded when the first step asks for it, and once for all steps that want the same dtype."""
-
-    def __init__(self, request: verbs.Request, recordings: Any, seen: Seen) -> None:
-        self.request, self.recordings, self.seen = request, recordings, seen
-        self.host: Any = None
-        self.dtype = ""
-
-    def of(self, step: verbs.Step) -> Any:
-        if self.host is None or step.settings.dtype != self.dtype:
-            import torch
-
-            from spilt.model.host import load
-
-            torch.use_deterministic_algorithms(self.request.deterministic)
-            _quiet_libraries()
-            self.host, self.dtype = None, step.settings.dtype
-            self.recordings.clear()
-            self.seen.of(step.model)
-            self.host = load(step.model, self.dtype, self.request.device)
-            self.seen.again([step.model])
-        return self.host
-
-
-def _run_step(step: verbs.Step, here: Any) -> Outcome:
-    """One step. Whatever goes wrong in it is its outcome, not the end of the run."""
-    from spilt import tasks as stages
-    from spilt.memory import OutOfMemory, ran_out
-
-    start = time.monotonic()
-    try:
-        lacking = stages.not_there(step)
-        if lacking:
-            outcome = Outcome(str(step), SKIPPED, f"no vector file {lacking[0]} (its fit failed)", 0.0, "")
-        else:
-            result = stages.run_step(step, here)
-            outcome = Outcome(str(step), result, "", time.monotonic() - start, _shown(step, here.request))
-    except (UserError, OutOfMemory, Changed, NotFinite, OSError) as error:  # what the message says is all there is to know
-        reason = str(error) if not isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        outcome = Outcome(str(step), FAILED, reason, time.monotonic() - start, "", wrong_request=isinstance(error, UserError))
-        if here.team.main:
-            complain(f"error: {step}: {reason}")
-    except Exception as error:  # noqa: BLE001 - reported with its traceback; the other cells go on
-        if ran_out(error):
-            layers = ", ".join(map(str, step.cells[0].layers))
-            reason = f"one piece of work does not fit in memory at layer {layers}: {first_line(error)}"
-            reason += "; fewer tokens (--set output_length=N), --dtype bfloat16 or --device auto"
-            complain(f"error: {step}: {reason}")
-            return Outcome(str(step), FAILED, reason, time.monotonic() - start, "")
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        outcome = Outcome(str(step), FAILED, reason, time.monotonic() - start, "")
-        complain(traceback.format_exc().rstrip("\n"))
-    if not here.quiet:
-        ending = f": {outcome.reason}" if outcome.reason else ""
-        complain(f"{outcome.outcome}: {step}{ending} ({outcome.seconds:.1f} s)")
-    return outcome
-
-
-def _report(step: verbs.Step, request: verbs.Request, quiet: bool) -> Outcome:
-    """Curves, pictures and the page, of everything that is stored by now."""
-    from spilt.report import update
-
-    start = time.monotonic()
-    if place()[0] > 0:
-        return Outcome("report", DONE, "", 0.0, "")
-    try:
-        page = update(
-            request.base_dir,
-            request.model,
-            request.dataset,
-            progress=lambda text: None if quiet else complain(f"report: {text}"),
-        )
-    except (UserError, OSError) as error:
-        complain(f"error: report: {error}")
-        return Outcome("report", FAILED, str(error), time.monotonic() - start, "")
-    except Exception as error:  # noqa: BLE001 - reported with its traceback; what was measured is stored and has its line in the table
-        traceback.print_exc()
-        return Outcome("report", FAILED, f"{type(error).__name__}: {first_line(error)}", time.monotonic() - start, "")
-    return Outcome("report", DONE, "", time.monotonic() - start, Store(request.base_dir).relative(page))
-
-
-def _all_done(step: verbs.Step, request: verbs.Request, seen: Seen) -> bool:
-    return set(verbs.standing(step, request.limit, seen).values()) <= ({"done", "foreign"} if step.verb == "fit" else {"done"})
-
-
-def _quiet_libraries() -> None:
-    """Their bars and notices on loading say nothing a user of this tool needs."""
-    from transformers.utils import logging as theirs
-
-    theirs.disable_progress_bar()
-    theirs.set_verbosity_error()
-
-
-def _shown(step: verbs.Step, request: verbs.Request) -> str:
-    """The output that the table names: the file, of several multipliers the first, of loss mode the cell's folder."""
-    store = Store(request.base_dir)
-    if step.verb == "measure":
-        return store.relative(store.loss_folder(step.cells[0]))
-    return store.relative(step.outputs[0]) + (f" (and {len(step.outputs) - 1} more)" if len(step.outputs) > 1 else "")
 
 
 def print_table(outcomes: Sequence[Outcome]) -> None:

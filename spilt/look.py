@@ -16,7 +16,7 @@ from spilt.artifacts.store import Store
 from spilt.cell import FORMS, Cell
 from spilt.errors import UserError
 from spilt.methods import METHODS
-from spilt.terminal import complain, ready, say
+from spilt.terminal import program, say
 
 log = logging.getLogger("spilt")
 
@@ -49,7 +49,7 @@ def _first(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the texts; 0, or 2 when there are none."""
+    """Print the texts; 0, or 2 when there are none, or for wrong words."""
     parser = argparse.ArgumentParser(prog="spilt look", description=__doc__)
     parser.add_argument("--base_dir", default=".", type=Path)
     parser.add_argument("--model_name", required=True)
@@ -57,23 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--method", default="all", help=f"{', '.join(METHODS)} or all")
     parser.add_argument("--intervention_method", default="all", help=f"{', '.join(FORMS)} or all")
     parser.add_argument("--prompts", type=int, default=2, help="prompts shown per cell")
-    ready()
-    try:
-        args = parser.parse_args(argv)
-        shown = show(args)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    except UserError as error:
-        complain(f"error: {error}")
-        return 2
-    except BrokenPipeError:
-        return 1
-    except OSError as error:
-        complain(f"error: {error.filename or ''}: {error.strerror or error}")
-        return 2
-    if not shown:
-        complain(f"error: no texts of {args.dataset} with {args.model_name} below {args.base_dir}; run --mode apply first")
-        return 2
+    return program(parser, argv, _look)
+
+
+def _look(args: argparse.Namespace) -> int:
+    if not show(args):
+        raise UserError(f"no texts of {args.dataset} with {args.model_name} below {args.base_dir}; run --mode apply first")
     return 0
 
 

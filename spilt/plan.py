@@ -74,8 +74,11 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     store = Store(request.base_dir)
     if not request.base_dir.is_dir():
         raise UserError(f"--base_dir {request.base_dir}: no such folder")
-    if not (tree := request.base_dir / "hparams" / "Steer").is_dir():
-        raise UserError(f"{tree}: no such folder, so nothing is known of any dataset; is --base_dir {request.base_dir} right?")
+    if not (tree := request.base_dir / "hparams" / "Steer").is_dir() and not store.model(request.model).is_dir():
+        raise UserError(
+            f"{tree}: no such folder, so nothing is known of any dataset; is --base_dir {request.base_dir} right? "
+            f"With a checkpoint folder {store.model(request.model)} it does without one"
+        )
     combinations, left_out = pairs_of(request.method, request.intervention)
     if request.mode not in MODES:
         raise unknown("mode", request.mode, MODES)
@@ -218,14 +221,15 @@ def _steps(
         outputs = tuple(verb.outputs(store, group, data, multipliers))
         command = _command(request, verb, group, method, form, multipliers, sweep)
         notes = tuple(found.unused)
-        steps.append(Step(verb.name, group, settings, found.files, model, data, read, outputs, command, multipliers, sweep, notes))
+        step = Step(verb.name, group, settings, found.files, model, data, read, outputs, command, multipliers, sweep, notes)
+        steps.append(step._replace(origin=found.origin))
     return steps
 
 
 def _command(
     request: Request, verb: Verb, group: tuple[Cell, ...], method: str, form: str, multipliers: tuple[float, ...], sweep: bool
 ) -> str:
-    words = ["python", "run_spilt.py", "--dataset", request.dataset, "--method", method, "--model_name", request.model]
+    words = [*request.program.split(), "--dataset", request.dataset, "--method", method, "--model_name", request.model]
     words += ["--intervention_method", form, "--mode", verb.mode, "--device", request.device, "--base_dir", str(request.base_dir)]
     if not verb.fits:
         words += ["--multipliers", *(["sweep"] if sweep else [str(m) for m in multipliers])]
@@ -298,7 +302,7 @@ def doubts(cell: Cell, layer: int, settings: Any, request: Request, seen: identi
     if parts.get("model") != seen.of(store.model(cell.model)):
         said.append(f"was fitted on another model than {store.relative(store.model(cell.model))} holds now")
     try:
-        found_now = resolve_fit(request.base_dir, cell.model, cell.dataset, cell.method, cell.intervention, request.overrides)
+        found_now = resolve_fit(request.base_dir, cell.model, cell.dataset, cell.method, cell.intervention, request.overrides, cell.layers)
         data = readers.dataset_format(request.base_dir, cell.dataset, VERBS["fit"].sections["train"]).path
     except UserError:  # a vector needs no settings of its fit to be used
         return said

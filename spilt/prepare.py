@@ -1,4 +1,4 @@
-"""Public source files -> data/ splits of the paper's sizes: `python -m spilt.prepare --source NAME --input FILE... --base_dir DIR`.
+"""Public source files -> data/ splits of the paper's sizes: `spilt prepare --source NAME --input FILE... --base_dir DIR`.
 
 Files of the same make go the same way under their own name: data/machiavellianism/ from machiavellianism.jsonl.
 
@@ -22,7 +22,7 @@ from spilt.artifacts.atomic import atomic_write_together, half_replaced
 from spilt.artifacts.store import checked_name
 from spilt.data.readers import FORMATS_FILE, Record, file_hash, has_half_pair, read_rows
 from spilt.errors import UserError
-from spilt.terminal import complain, ready, say
+from spilt.terminal import program, say
 
 Row = dict[str, Any]
 
@@ -351,10 +351,9 @@ def _size(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: written. 2: the request or its input is wrong (one message, no traceback)."""
-    ready()
     origins = "\n".join(f"  {name:13} {row.origin}; {row.train} train, {row.test} test" for name, row in SOURCES.items())
     parser = argparse.ArgumentParser(
-        prog="python -m spilt.prepare",
+        prog="spilt prepare",
         description="Make the data/ splits of the paper's sizes from the public source files.",
         epilog=f"sources:\n{origins}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -372,15 +371,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--concepts", type=int, nargs="+", default=list(range(10)), metavar="ID", help="axbench: concept ids (default: 0 to 9)"
     )
     parser.add_argument("--force", action="store_true", help="replace files that are there")
-    args = parser.parse_args(argv)
+    return program(parser, argv, _prepare)
+
+
+def _prepare(args: argparse.Namespace) -> int:
     source = SOURCES[args.source]
     request = Request(args.input, args.train or source.train, args.test or source.test, args.concepts, args.seed)
-    try:
-        lines = prepare(args.source, request, args.base_dir, args.force, args.name)
-    except UserError as error:
-        complain(f"error: {error}")
-        return 2
-    for line in lines:
+    for line in prepare(args.source, request, args.base_dir, args.force, args.name):
         say(line)
     return 0
 

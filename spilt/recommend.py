@@ -7,33 +7,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spilt.errors import UserError
-from spilt.terminal import complain, ready, say
+from spilt.terminal import complain, program, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 0, or 2 when there is nothing to read."""
-    ready()
     parser = argparse.ArgumentParser(prog="spilt recommend", description=__doc__)
     parser.add_argument("--base_dir", default=".", type=Path)
     parser.add_argument("--model_name", required=True)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--budget", type=float, default=0.5, help="utility that may be lost from m = 0, nats (default 0.5)")
     parser.add_argument("--norm", choices=("mean", "sum"), default="mean", help="answer loss per token, or summed")
-    try:
-        args = parser.parse_args(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    return program(parser, argv, _recommend)
+
+
+def _recommend(args: argparse.Namespace) -> int:
     from spilt.report import recommend
 
-    try:
-        table = recommend(args.base_dir, args.model_name, args.dataset, args.budget, norm=args.norm)
-    except UserError as error:
-        complain(f"error: {error}")
-        return 2
-    except OSError as error:
-        complain(f"error: {error.filename or ''}: {error.strerror or error}")
-        return 2
+    table = recommend(args.base_dir, args.model_name, args.dataset, args.budget, norm=args.norm)
     for note in table.attrs["notes"]:
         complain(f"warning: {note}")
     for line in table.to_string(index=False, float_format=lambda x: f"{x:.3f}").split("\n"):

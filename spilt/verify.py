@@ -29,7 +29,7 @@ from spilt.data import readers
 from spilt.errors import UserError
 from spilt.model import identity, template
 from spilt.steering import layer_file
-from spilt.terminal import complain, ready, say
+from spilt.terminal import program, say
 
 OK, STALE, DAMAGED, FOREIGN, LEFTOVER = STATES = ("ok", "stale", "damaged", "foreign", "leftover")
 RELEASED = ("epoch", "step", "pos_steer_loss", "pos_steering_factors", "neg_steering_factors")
@@ -386,30 +386,24 @@ KINDS: dict[str, Callable[[Artifact], str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """0: nothing is damaged. 1: something is. 2: the request is wrong."""
     parser = argparse.ArgumentParser(
-        prog="python -m spilt.verify", description="Check stored vectors, texts and losses against their manifests; writes nothing."
+        prog="spilt verify", description="Check stored vectors, texts and losses against their manifests; writes nothing."
     )
     parser.add_argument("--base_dir", type=Path, default=Path("."), help="folder that holds vectors/ and generation/ (default: here)")
     parser.add_argument("--quiet", action="store_true", help="list only what is not ok")
     parser.add_argument("--verify", action="store_true", help=argparse.SUPPRESS)  # run_spilt.py --verify
-    ready()
-    try:
-        args = parser.parse_args(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    return program(parser, argv, _verify)
+
+
+def _verify(args: argparse.Namespace) -> int:
     base_dir: Path = args.base_dir
     if not any((base_dir / top).is_dir() for top in ("vectors", "generation")):
         fact = "has neither vectors/ nor generation/" if base_dir.is_dir() else "is no folder"
-        complain(f"error: --base_dir {base_dir} {fact}; give the folder that the runs were started with")
-        return 2
+        raise UserError(f"--base_dir {base_dir} {fact}; give the folder that the runs were started with")
     counts: Counter[str] = Counter()
-    try:
-        for found in check(base_dir):
-            counts[found.state] += 1
-            if found.state != OK or not args.quiet:
-                say(f"{found.state:8}  {_short(base_dir, found.path)}{f': {found.reason}' if found.reason else ''}")
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    for found in check(base_dir):
+        counts[found.state] += 1
+        if found.state != OK or not args.quiet:
+            say(f"{found.state:8}  {_short(base_dir, found.path)}{f': {found.reason}' if found.reason else ''}")
     say()
     say("state     files")
     for state in STATES:
@@ -422,3 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     raise SystemExit(main())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

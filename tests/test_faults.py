@@ -25,6 +25,7 @@ import pytest
 import torch
 
 from spilt import cli, plan, verify
+from spilt import run as runner
 from spilt.artifacts import journal as lines
 from spilt.artifacts import manifest, store
 from spilt.engine import decode as generation
@@ -85,8 +86,8 @@ def fresh() -> None:
     identity._hash_model.cache_clear()
 
 
-def no_report(step: Any, *_: Any, **__: Any) -> cli.Outcome:
-    return cli.Outcome("report", cli.DONE, "", 0.0, "")
+def no_report(step: Any, *_: Any, **__: Any) -> runner.Outcome:
+    return runner.Outcome("report", runner.DONE, "", 0.0, "")
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +95,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> families.Base:
     """Vectors, texts and losses of sft in all forms, made once without faults."""
     base = families.make_base(tmp_path_factory.mktemp("prepared") / "base", train=8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "_report", no_report)
+        patch.setattr(runner, "_report", no_report)
         for words in (FIT, APPLY, LOSS):
             assert cli.main([*base.argv("sft", "all", *words), "--quiet"]) == 0
     return base
@@ -104,7 +105,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> families.Base:
 def here(prepared: families.Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Here]:
     """A copy with everything made."""
     shutil.copytree(prepared.path, tmp_path / "base")
-    monkeypatch.setattr(cli, "_report", no_report)
+    monkeypatch.setattr(runner, "_report", no_report)
     monkeypatch.setattr(logging.getLogger("spilt"), "propagate", True)
     yield Here(prepared._replace(path=tmp_path / "base"), capsys)
     fresh()
@@ -558,7 +559,7 @@ class Scored(Here):
 
 @pytest.fixture
 def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Scored]:
-    monkeypatch.setattr(cli, "_report", no_report)
+    monkeypatch.setattr(runner, "_report", no_report)
     base = families.make_base(tmp_path / "base", train=40, test=24)
     assert cli.main([*base.argv("sft", "vector", *FIT), "--quiet"]) == 0
     yield Scored(base, capsys)
@@ -1090,14 +1091,14 @@ def test_caa_and_the_reference_of_reps_with_little_memory(here: Here, method: st
 def test_one_sequence_that_does_not_fit_fails_its_cell_only(here: Here, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
     """The message names length, layer and the way out; the other cells are done; nothing that was stored is lost."""
     before, under_way = here.listing(), [""]
-    real = cli._run_step
+    real = runner._run_step
 
     def run_step(step: Any, run: Any) -> Any:
         under_way[0] = step.cells[0].intervention
         run.recordings.clear()  # each cell records for itself
         return real(step, run)
 
-    monkeypatch.setattr(cli, "_run_step", run_step)
+    monkeypatch.setattr(runner, "_run_step", run_step)
 
     def never(call: Any) -> Any:
         def instead(*args: Any, **kwargs: Any) -> Any:

@@ -598,7 +598,7 @@ def test_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: 
     def reached(*_: Any, **__: Any) -> Any:
         raise Reached
 
-    monkeypatch.setattr(cli, "run", reached)
+    monkeypatch.setattr(cli, "run_plan", reached)
     sound = {
         "--dataset": base.one, "--method": "sft", "--model_name": base.model, "--intervention_method": "vector", "--mode": "loss",
         "--device": "cpu", "--base_dir": str(base.path), "--multipliers": "1", "--limit": "3", "--seed": "4",

@@ -33,7 +33,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine", "verbs"),
     ("plan", "analysis"),
     ("report", "tasks"),
-    ("cli", "api", "prepare", "look", "recommend", "verify"),
+    ("api", "prepare", "look", "recommend", "verify", "run"),
+    ("cli",),
+    ("__main__",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TREES = {path: ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in sorted(PACKAGE.rglob("*.py"))}

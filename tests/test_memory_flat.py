@@ -21,11 +21,12 @@ import gc, json, sys
 from pathlib import Path
 import families, torch
 from spilt import cli
+from spilt import run as runner
 
 torch.set_num_threads(1)
 kind, folder, prompts, cells = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 base = families.make_base(folder / "base", train=20, test=prompts if kind == "prompts" else 4)
-sizes, real = [], cli._run_step
+sizes, real = [], runner._run_step
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -37,8 +38,8 @@ def run_step(step, run):
     sizes.append(resident())
     return outcome
 
-cli._run_step = run_step
-cli._report = lambda step, *a, **k: cli.Outcome("report", "done", "", 0.0, "")
+runner._run_step = run_step
+runner._report = lambda step, *a, **k: runner.Outcome("report", "done", "", 0.0, "")
 if kind == "cells":  # one run of `cells` fits, texts and losses: a dataset with many concepts
     rows = [
         {**row, "input": row["question"], "output_concept": f"c{i}", "concept_id": i, "category": "positive"}

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_faults import FIT, Here, bare, fresh, here, no_report, outcomes, prepared  # noqa: F401 - fixtures
 
 from spilt import cli
+from spilt import run as runner
 from spilt.artifacts import manifest
 from spilt.artifacts.journal import Lines
 from spilt.engine import train as training
@@ -42,7 +43,7 @@ def checkpoint(prepared: families.Base, tmp_path_factory: pytest.TempPathFactory
     path = base.path / "vectors/tiny/sft/mine/sft_vector/layer_2.unfinished.pt"
     seen: list[bytes] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "_report", no_report)
+        patch.setattr(runner, "_report", no_report)
         real = fit_stage.atomic_write
         patch.setattr(fit_stage, "atomic_write", lambda to, data: (seen.append(data) if to == path else None, real(to, data))[1])
         assert cli.main([*base.argv("sft", "vector", *FIT, "--checkpoint_seconds", "0"), "--quiet"]) == 0
@@ -54,7 +55,7 @@ def checkpoint(prepared: families.Base, tmp_path_factory: pytest.TempPathFactory
 def cut_off(tmp_path: Path, checkpoint: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
     """A base folder in which that fit was killed."""
     base = families.make_base(tmp_path / "base", train=24)
-    monkeypatch.setattr(cli, "_report", no_report)
+    monkeypatch.setattr(runner, "_report", no_report)
     here = Here(base, capsys)  # noqa: F811
     here.vector().parent.mkdir(parents=True)
     here.vector().with_name("layer_2.unfinished.pt").write_bytes(checkpoint["state"])
@@ -298,7 +299,7 @@ def test_the_table_has_a_line_for_each(bare: Here, monkeypatch: pytest.MonkeyPat
     from spilt import report
 
     assert bare.run(*FIT)[0] == 0
-    monkeypatch.setattr(cli, "_report", REPORT)
+    monkeypatch.setattr(runner, "_report", REPORT)
 
     def odd(*_: Any, **__: Any) -> None:
         raise TypeError("odd")
@@ -308,4 +309,4 @@ def test_the_table_has_a_line_for_each(bare: Here, monkeypatch: pytest.MonkeyPat
     assert code == 1 and "1 done, 1 failed" in said and "TypeError: odd" in said and outcomes(said)
 
 
-REPORT = cli._report
+REPORT = runner._report

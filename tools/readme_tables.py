@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from spilt.cell import FORMS  # noqa: E402
-from spilt.cli import parser  # noqa: E402
+from spilt.cli import first_words, parser  # noqa: E402
 from spilt.methods import METHODS  # noqa: E402
 from spilt.steering.anatomy import COMPONENTS, FAMILIES  # noqa: E402
 
@@ -25,6 +25,11 @@ def arguments() -> str:
         if action.option_strings and action.dest not in ("help", "version"):
             rows.append(f"| `{action.option_strings[0]}`{' (required)' if action.required else ''} | {action.help} |")
     return "\n".join(rows)
+
+
+def words() -> str:
+    """One row per word that may come first."""
+    return "\n".join(["| word | what it does |", "|---|---|", *(f"| `spilt {name}` | {line} |" for name, line in first_words().items())])
 
 
 def methods() -> str:
@@ -47,7 +52,7 @@ def families() -> str:
     return f"Model families (`model_type` in config.json): {names}. Read points: {', '.join(f'`{c}`' for c in COMPONENTS)}."
 
 
-TABLES = {"arguments": arguments, "methods": methods, "forms": forms, "families": families}
+TABLES = {"arguments": arguments, "words": words, "methods": methods, "forms": forms, "families": families}
 
 
 def rendered(text: str) -> str:

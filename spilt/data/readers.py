@@ -26,6 +26,7 @@ from spilt.errors import UserError, printable, unknown
 LARGEST = 2**30  # bytes of a data file, unpacked: all of its rows are held in memory, several times over
 VALUE = 64  # bytes that Python needs for a value besides its text
 FORMATS_FILE = Path("hparams/Steer/dataset_format.yaml")
+DATA = Path("data")
 ENTRY_KEYS = ("file_path", "field_names", "multi_concept")
 UNUSED_ENTRY_KEYS = ("hf_path", "n_shots")  # of the released file; they say nothing about pairs and prompts
 PAIR_FIELDS = ("question", "matching", "not_matching")
@@ -115,10 +116,13 @@ def dataset_format(base_dir: Path, dataset: str, section: str) -> DatasetFormat:
         return _format(base_dir, section, dataset, raw[section][dataset])
     if section == "generation" and dataset in raw["valid"]:
         return _as_prompts(_format(base_dir, "valid", dataset, raw["valid"][dataset]))
-    file = base_dir / FORMATS_FILE
+    file = _formats_file(base_dir)
     there = sections_of(base_dir, dataset)
     if not there:
-        raise UserError(f"{unknown('dataset', dataset, {name for entries in raw.values() for name in entries})} (in {file})")
+        said = f"{unknown('dataset', dataset, {name for entries in raw.values() for name in entries})} (in {file})"
+        fields = ", ".join(SECTIONS["train"])
+        plain = f"; or put {base_dir / DATA / dataset}/train.csv and test.csv there, with the columns {fields}"
+        raise UserError(said + (plain if file != base_dir / FORMATS_FILE else ""))
     fields = ", ".join(f"{field}: <column>" for field in SECTIONS[section])
     raise UserError(
         f"dataset {dataset!r} has no {section!r} entry in {file} (it has: {', '.join(there)}); "
@@ -136,19 +140,40 @@ def _sections(base_dir: Path) -> dict[str, dict[str, Any]]:
     """section -> dataset -> entry as written; every section is there, empty when the file lacks it."""
     from spilt.settings import load_yaml  # here, since reading data files needs no YAML
 
-    file = base_dir / FORMATS_FILE
+    file = _formats_file(base_dir)
     raw = load_yaml(file)
     for section, entries in raw.items():
         if section not in SECTIONS:
             raise UserError(f"{unknown('section', str(section), SECTIONS)} (in {file})")
         if not isinstance(entries, dict | None):
             raise UserError(f"{file}: section {section!r} is {entries!r}; wanted 'dataset: {{file_path: ...}}' entries")
-    return {section: {str(name): entry for name, entry in (raw.get(section) or {}).items()} for section in SECTIONS}
+    found = {section: {str(name): entry for name, entry in (raw.get(section) or {}).items()} for section in SECTIONS}
+    if file != base_dir / FORMATS_FILE:
+        for (section, name), paths in _plain_files(base_dir).items():  # which of several is meant, nobody has said: refused when asked for
+            found[section].setdefault(name, {"file_path": paths[0]} if len(paths) == 1 else f"one of {', '.join(paths)}")
+    return found
+
+
+def _formats_file(base_dir: Path) -> Path:
+    """The dataset_format.yaml that is read: where there is no hparams/Steer, the one that comes with the package."""
+    from spilt.settings.files import tree_of
+
+    return tree_of(base_dir, FORMATS_FILE.parent) / FORMATS_FILE
+
+
+def _plain_files(base_dir: Path) -> dict[tuple[str, str], list[str]]:
+    """(section, dataset) -> data/{dataset}/train.* or test.*: known without an entry where no dataset_format.yaml is."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in sorted((base_dir / DATA).glob("*/*")):
+        section = {"train": "train", "test": "valid"}.get(path.stem)
+        if section is not None and path.suffix.lower() in READERS:
+            found.setdefault((section, path.parent.name), []).append(str(path.relative_to(base_dir)))
+    return found
 
 
 def _format(base_dir: Path, section: str, dataset: str, entry: Any) -> DatasetFormat:
     """Check one entry of dataset_format.yaml."""
-    here = f"{base_dir / FORMATS_FILE}: {section}: {dataset}"
+    here = f"{_formats_file(base_dir)}: {section}: {dataset}"
     # the name becomes a folder of vectors/ and generation/: it must stay in there
     if not re.fullmatch(r"[^\x00-\x1f/\\:]+", dataset) or dataset in (".", ".."):
         raise UserError(
@@ -397,7 +422,7 @@ def _records(fmt: DatasetFormat) -> Iterator[Record]:
     if not fmt.path.exists():
         raise UserError(
             f"data file {fmt.path} of dataset {fmt.dataset!r} ({fmt.section}) does not exist; "
-            f"put it there ('python -m spilt.prepare --help' makes the paper's splits) or change file_path in {FORMATS_FILE}"
+            f"put it there ('python -m spilt prepare --help' makes the paper's splits) or change file_path in {FORMATS_FILE}"
         )
     return _read(fmt.path)
 

@@ -1,6 +1,6 @@
 """Pictures, tables and report.html of everything measured so far, rebuilt from stored results only: no model is needed.
 
-Face: `update` (rebuild one dataset and model), `recommend` (the table of `spilt recommend`), `main` (python -m spilt.report).
+Face: `update` (rebuild one dataset and model), `recommend` (the table of `spilt recommend`), `main` (spilt report).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from spilt.artifacts.store import Store
 from spilt.errors import UserError, unknown
 from spilt.report import cells as stored
 from spilt.report import figures, page, tables, words
-from spilt.terminal import complain, ready, say
+from spilt.terminal import complain, program, say
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -157,7 +157,7 @@ def _picture(wide: Figure, narrow: Figure, png: Path, svg: Path | None = None) -
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m spilt.report", description="rebuild pictures and report.html from stored losses; no model needed"
+        prog="spilt report", description="rebuild pictures and report.html from stored losses; no model needed"
     )
     parser.add_argument("--base_dir", default=".", help="folder that holds vectors/ and generation/ (default: here)")
     parser.add_argument("--model_name", help="one model (default: every model with stored losses)")
@@ -168,29 +168,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--split", choices=("train", "test"), default="train", help="questions shown in figures (default: train)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and of the fits' starts")
-    options = parser.parse_args(argv)
+    return program(parser, argv, _rebuild)
+
+
+def _rebuild(options: argparse.Namespace) -> int:
     base = Path(options.base_dir)
-    ready()
-    try:
-        if not options.budget >= 0:
-            raise UserError(f"--budget {options.budget:g}: nats of utility to spend, 0 or more")
-        if options.model_name and options.model_name not in stored.models(base):
-            raise unknown("model", options.model_name, stored.models(base))
-        names = [options.model_name] if options.model_name else stored.models(base)
-        jobs = [(m, d) for m in names for d in ([options.dataset] if options.dataset else stored.datasets(base, m))]
-        if not options.model_name and options.dataset:
-            jobs = [(m, d) for m, d in jobs if d in stored.datasets(base, m)]
-        if not jobs:
-            raise UserError(f"no stored losses below {base}; run --mode loss first, or check --base_dir")
-        for model, dataset in jobs:
-            settings = {"norm": options.norm, "budget": options.budget, "split": options.split, "seed": options.seed}
-            say(str(update(base, model, dataset, **settings, progress=_say)))
-    except UserError as error:
-        complain(f"error: {error}")
-        return 2
-    except OSError as error:
-        complain(f"error: {error.filename or ''}: {error.strerror or error}")
-        return 2
+    if not options.budget >= 0:
+        raise UserError(f"--budget {options.budget:g}: nats of utility to spend, 0 or more")
+    if options.model_name and options.model_name not in stored.models(base):
+        raise unknown("model", options.model_name, stored.models(base))
+    names = [options.model_name] if options.model_name else stored.models(base)
+    jobs = [(m, d) for m in names for d in ([options.dataset] if options.dataset else stored.datasets(base, m))]
+    if not options.model_name and options.dataset:
+        jobs = [(m, d) for m, d in jobs if d in stored.datasets(base, m)]
+    if not jobs:
+        raise UserError(f"no stored losses below {base}; run --mode loss first, or check --base_dir")
+    for model, dataset in jobs:
+        settings = {"norm": options.norm, "budget": options.budget, "split": options.split, "seed": options.seed}
+        say(str(update(base, model, dataset, **settings, progress=_say)))
     return 0
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,10 +155,10 @@ def find(base_dir: str | Path, model: str, dataset: str) -> list[Place]:
         Place(base, model, dataset, method, form, root / method / dataset / f"{method}_{form}", dict(sorted(concepts.items())))
         for (method, form), concepts in found.items()
     ]
-    return sorted(places, key=lambda place: (_rank(place.intervention, FORMS), _rank(place.method, METHODS)))
+    return sorted(places, key=lambda place: (_rank(place.intervention, list(FORMS)), _rank(place.method, list(METHODS))))
 
 
-def _rank(name: str, order: tuple[str, ...]) -> tuple[int, str]:
+def _rank(name: str, order: Sequence[str]) -> tuple[int, str]:
     return (order.index(name) if name in order else len(order), name)
 
 

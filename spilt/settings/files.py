@@ -54,6 +54,15 @@ def load_yaml(path: Path | str) -> dict[str, Any]:
     return _copy(_mapping(str(path), data))  # a private copy: the cached one must not change under the next reader
 
 
+def tree_of(base_dir: Path, part: Path) -> Path:
+    """The folder below which `part` of hparams/ is read: base_dir or, where that has none, what comes with the package.
+
+    An installed package has it inside (setup.py puts it there), a checkout beside it.
+    """
+    package = Path(__file__).resolve().parents[1]
+    return next((base for base in (base_dir, package, package.parent) if (base / part).is_dir()), base_dir)
+
+
 @lru_cache(maxsize=512)  # config.yaml serves every cell of a sweep; the cache also makes its warnings come once
 def _mapping(name: str, data: bytes) -> dict[str, Any]:
     try:

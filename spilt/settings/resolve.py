@@ -6,14 +6,14 @@ A key with no value (`lr:`) counts as not given, unless nothing is one of its me
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from spilt.cell import FORMS
 from spilt.errors import Mistakes, UserError, unknown
 from spilt.settings.fields import GenerationParams, intervention_name, method_name, read_field
-from spilt.settings.files import kind, load_yaml, parse_yaml
+from spilt.settings.files import kind, load_yaml, parse_yaml, tree_of
 from spilt.settings.keys import FIELDS, IGNORED_KEYS, IGNORED_PARAMS, KEY_ALIASES, KNOWN, PARAM_ALIASES, PARAMS, SECTIONS, SETTINGS
 from spilt.settings.readers import Bad, text
 
@@ -33,11 +33,15 @@ class Unused(NamedTuple):
 
 
 class Resolved(NamedTuple):
-    """`settings`: those of the verb; `files`: read, in order; `unused`: the keys without effect."""
+    """`settings`: those of the verb; `files`: read, in order; `unused`: the keys without effect.
+
+    `origin`: where they come from instead, for a base folder without settings files; else ''.
+    """
 
     settings: Any
     files: tuple[Path, ...]
     unused: tuple[Unused, ...]
+    origin: str = ""
 
 
 def expected_hparam_files(base_dir: Path | str, dataset: str, model: str, method: str, intervention: str, verb: str) -> list[Path]:
@@ -64,18 +68,30 @@ def hparam_file(base_dir: Path | str, dataset: str, model: str, method: str, int
 
 
 def resolve_fit(
-    base_dir: Path | str, model: str, dataset: str, method: str, intervention: str, overrides: Mapping[str, Any] | None = None
+    base_dir: Path | str,
+    model: str,
+    dataset: str,
+    method: str,
+    intervention: str,
+    overrides: Mapping[str, Any] | None = None,
+    layers: Sequence[int] = (),
 ) -> Resolved:
     """FitSettings of a cell: config.yaml < generate_{method}_{intervention}.yaml < overrides."""
     stack = _Stack("fit", base_dir, model, dataset, method, intervention)
     stack.add_globals("config.yaml")
     stack.add_cell(must_agree=True)
     stack.add_overrides(overrides)
-    return stack.resolve()
+    return stack.resolve(layers)
 
 
 def resolve_generate(
-    base_dir: Path | str, model: str, dataset: str, method: str, intervention: str, overrides: Mapping[str, Any] | None = None
+    base_dir: Path | str,
+    model: str,
+    dataset: str,
+    method: str,
+    intervention: str,
+    overrides: Mapping[str, Any] | None = None,
+    layers: Sequence[int] = (),
 ) -> Resolved:
     """GenerateSettings of a cell: apply_config.yaml < apply_{method}.yaml < overrides. Layers left out there are those of the fit."""
     stack = _Stack("generate", base_dir, model, dataset, method, intervention)
@@ -84,11 +100,17 @@ def resolve_generate(
     stack.add_overrides(overrides)
     if "layers" not in stack.values:
         stack.add_fitted_layers()
-    return stack.resolve()
+    return stack.resolve(layers)
 
 
 def resolve_measure(
-    base_dir: Path | str, model: str, dataset: str, method: str, intervention: str, overrides: Mapping[str, Any] | None = None
+    base_dir: Path | str,
+    model: str,
+    dataset: str,
+    method: str,
+    intervention: str,
+    overrides: Mapping[str, Any] | None = None,
+    layers: Sequence[int] = (),
 ) -> Resolved:
     """MeasureSettings of a cell: config.yaml < sft/generate_sft_loss.yaml < layers of the fit < overrides."""
     stack = _Stack("measure", base_dir, model, dataset, method, intervention)
@@ -96,15 +118,22 @@ def resolve_measure(
     stack.add_cell()
     stack.add_fitted_layers()
     stack.add_overrides(overrides)
-    return stack.resolve()
+    return stack.resolve(layers)
 
 
 def resolve(
-    verb: str, base_dir: Path | str, model: str, dataset: str, method: str, intervention: str, overrides: Mapping[str, Any] | None = None
+    verb: str,
+    base_dir: Path | str,
+    model: str,
+    dataset: str,
+    method: str,
+    intervention: str,
+    overrides: Mapping[str, Any] | None = None,
+    layers: Sequence[int] = (),
 ) -> Resolved:
-    """The settings of a cell and verb."""
+    """The settings of a cell and verb. layers: those of a cell for which there are no files at all, nor a word of the command line."""
     how = {"fit": resolve_fit, "generate": resolve_generate, "measure": resolve_measure}[verb]
-    return how(base_dir, model, dataset, method, intervention, overrides)
+    return how(base_dir, model, dataset, method, intervention, overrides, layers)
 
 
 def parse_overrides(items: list[str]) -> dict[str, Any]:
@@ -144,7 +173,8 @@ class _Stack:
     """The layers of one resolution, laid one over the other: `values` holds what has been read and checked so far."""
 
     def __init__(self, verb: str, base_dir: Path | str, model: str, dataset: str, method: str, intervention: str) -> None:
-        self.verb, self.base_dir, self.model, self.dataset = verb, Path(base_dir), model, dataset
+        self.verb, self.asked, self.model, self.dataset = verb, Path(base_dir), model, dataset
+        self.base_dir = tree_of(self.asked, ROOT)
         self.method, self.intervention = method_name(method), intervention_name(intervention)
         self.values: dict[str, Any] = {}
         self.files: list[Path] = []
@@ -165,6 +195,8 @@ class _Stack:
     def add_cell(self, must_agree: bool = False) -> None:
         """The cell's own file. A fit file that names another method or form is refused; elsewhere the path decides, and it is said."""
         path = hparam_file(self.base_dir, self.dataset, self.model, self.method, self.intervention, self.verb)
+        if path is None and self.base_dir != self.asked:
+            return  # the defaults of fields.py, which are those of the released code
         if path is None:
             raise self._missing()
         given = self._read(path)
@@ -195,8 +227,11 @@ class _Stack:
             self.overridden = " with the settings of the command line"
         self._lay({key: _from_text(key, value) if isinstance(value, str) else value for key, value in given.items()}, COMMAND_LINE)
 
-    def resolve(self) -> Resolved:
+    def resolve(self, layers: Sequence[int] = ()) -> Resolved:
+        """layers: where no file is and the command line gives none."""
         self.mistakes.tell()
+        if layers and self.base_dir != self.asked:
+            self.values.setdefault("layers", tuple(layers))
         where = f"{self.files[-1]}{self.overridden}"
         if "layers" not in self.values:
             raise UserError(f"{where}: layers is missing; add the 0-based decoder blocks, such as `layers: [20]`")
@@ -204,10 +239,17 @@ class _Stack:
         try:
             if "generation_params" in values:
                 values["generation_params"] = GenerationParams(**values["generation_params"])
-            settings = SETTINGS[self.verb](**values)
+            settings: Any = SETTINGS[self.verb](**values)
         except UserError as error:  # two values that do not go together
             raise UserError(f"{where}: {error}") from None
-        return Resolved(settings, tuple(self.files), tuple(dict.fromkeys(self.unused)))
+        return Resolved(settings, tuple(self.files), tuple(dict.fromkeys(self.unused)), self._origin(settings.layers))
+
+    def _origin(self, layers: Sequence[int]) -> str:
+        if self.base_dir == self.asked:
+            return ""
+        there = (self.base_dir / ROOT / self.dataset / self.model).is_dir()
+        what = "the settings that come with spilt" if there else "the released defaults; --set KEY=VALUE changes them"
+        return f"{self.asked / ROOT} does not exist, so {what} (layer {', '.join(map(str, layers))})"
 
     def _read(self, path: Path, verb: str = "") -> dict[str, Any]:
         """The file's keys for a verb: the shared ones, with those of the verb's section over them."""

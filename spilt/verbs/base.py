@@ -11,7 +11,7 @@ from spilt.artifacts import manifest
 from spilt.artifacts.store import Store
 from spilt.cell import Cell
 from spilt.data import readers
-from spilt.model import identity, template
+from spilt.model import checkpoint, identity, template
 from spilt.settings.resolve import Resolved, Unused, resolve
 from spilt.verbs.estimate import Cost, Shape, shape_of
 
@@ -38,6 +38,7 @@ class Request:
     deterministic: bool = False
     engine: str = "fast"  # 'plain': hooks and the library's own forward everywhere
     flags: tuple[str, ...] = ()  # our own flags as they were typed, for the copy-paste command lines
+    program: str = "python run_spilt.py"  # what was called, for the same
 
 
 class Step(NamedTuple):
@@ -56,6 +57,7 @@ class Step(NamedTuple):
     sweep: bool = False
     notes: tuple[Unused, ...] = ()  # keys of the settings without effect
     columns: Mapping[str, Mapping[str, Any]] = {}  # by what it is for, as `data`: how dataset_format.yaml reads the file
+    origin: str = ""  # of the settings, for a base folder without settings files
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -73,6 +75,8 @@ class Verb:
 
     name: ClassVar[str]
     mode: ClassVar[str]  # the released command line's word for it
+    does: ClassVar[str] = ""  # one line for `spilt --help`
+    flags: ClassVar[tuple[str, ...]] = ()  # of the flags that not every verb takes, those that mean something to it
     sections: ClassVar[Mapping[str, str]]  # what it reads: purpose -> section of dataset_format.yaml
     work: ClassVar[str]  # 'module:function', (step, run) -> 'done' or 'already done'; imported when it is run
     version: ClassVar[int] = 1  # of its code: raised when equal settings would give other results
@@ -82,7 +86,10 @@ class Verb:
 
     def settings(self, request: Request, method: str, form: str) -> Resolved:
         """The settings of a cell, from files and command line. Raises UserError for wrong ones."""
-        return resolve(self.name, request.base_dir, request.model, request.dataset, method, form, request.overrides)
+        config = Store(request.base_dir).model(request.model) / checkpoint.CONFIG
+        blocks = checkpoint.blocks(checkpoint.read_json(config)) if config.is_file() else None
+        middle = () if blocks is None else (blocks // 2,)
+        return resolve(self.name, request.base_dir, request.model, request.dataset, method, form, request.overrides, middle)
 
     def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:
         """Those of the command line, else of the settings, else 1."""

@@ -19,6 +19,8 @@ from spilt.verbs.estimate import Cost, Shape, recording
 
 class Fit(Verb):
     name, mode = "fit", "generate"
+    does = "find the parameters of interventions from pairs of answers"
+    flags = ("checkpoint_seconds",)
     sections = {"train": "train"}
     work = "spilt.tasks.fit:fit"
     fits = True

@@ -16,6 +16,8 @@ from spilt.verbs.estimate import TEMPLATE, Cost, Shape, tokens
 
 class Generate(Verb):
     name, mode = "generate", "apply"
+    does = "produce text with them, at any strength"
+    flags = ("multipliers", "batch_size")
     sections = {"prompts": "generation"}
     work = "spilt.tasks.generate:generate"
     together = True

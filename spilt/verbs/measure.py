@@ -20,6 +20,8 @@ SWEEP_POINTS, SWEEP_MOST = 21, 31
 
 class Measure(Verb):
     name, mode = "measure", "loss"
+    does = "measure preference and utility at every strength, and draw the curves"
+    flags = ("multipliers", "split", "checkpoint_seconds")
     sections = {"train": "train", "test": "valid"}
     work = "spilt.tasks.measure:measure"
     version = 2  # one multiplier per batch; tables that are not finite are not stored
@@ -27,7 +29,8 @@ class Measure(Verb):
     def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:
         if request.multipliers != SWEEP:
             return super().multipliers(request, settings)
-        fitted = resolve_fit(request.base_dir, request.model, request.dataset, settings.method, settings.intervention_method)
+        cell = (request.model, request.dataset, settings.method, settings.intervention_method)
+        fitted = resolve_fit(request.base_dir, *cell, layers=settings.layers)
         return sweep_multipliers(fitted.settings.steering_factors)
 
     def outputs(self, store: Store, cells: tuple[Cell, ...], data: Mapping[str, Path], multipliers: tuple[float, ...]) -> list[Path]:
