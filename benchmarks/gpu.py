@@ -104,7 +104,7 @@ class Bench:
             for text, strength in ((right, m), (wrong, -m)):
                 s = chat.encode(question, text)
                 ids = torch.tensor([s.input_ids], device=self.session.device)
-                with hooks.attach(self.model, [hooks.Site(self.layer, made, strength)]):
+                with hooks.attach(self.model, [hooks.Applied(self.layer, made, strength)]):
                     logits = self.model(input_ids=ids, use_cache=False).logits[0, s.prompt_length - 1 : -1].float()
                 picked = logits.log_softmax(-1).gather(-1, ids[0, s.prompt_length :, None])
                 out.append(-picked.mean().item())

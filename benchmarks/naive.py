@@ -32,7 +32,7 @@ from spilt import methods
 from spilt import settings as hparams  # noqa: E402
 from spilt.data import readers  # noqa: E402
 from spilt.data.batches import Batch, pad, position_mask  # noqa: E402
-from spilt.data.chat import Chat, Sequence  # noqa: E402
+from spilt.data.chat import Chat, Encoded  # noqa: E402
 from spilt.engine.train import chunks, entries, epoch_order  # noqa: E402
 from spilt.methods.scoring import AnswerLogProbs  # noqa: E402
 from spilt.steering import anatomy
@@ -125,13 +125,13 @@ class Job:
             raise SystemExit("fit: only local_weight, whose start is 0 and needs no random numbers")
         return {"weight": torch.zeros(f, d), "bias": torch.zeros(d)}
 
-    def sequences(self) -> list[Sequence]:
+    def sequences(self) -> list[Encoded]:
         """matching and not_matching of row 0, of row 1, ..."""
         pairs = readers.read_pairs(readers.dataset_format(self.args.base_dir, "psychopathy", "train"), None, self.args.limit)
         length = self.settings.output_length
         return [self.chat.encode(p.question, text, length) for p in pairs for text in (p.matching, p.not_matching)]
 
-    def four_forwards(self, sequences: list[Sequence], pairs: list[tuple[int, int]], factors: list[float]) -> methods.Scored:
+    def four_forwards(self, sequences: list[Encoded], pairs: list[tuple[int, int]], factors: list[float]) -> methods.Scored:
         """Winning and losing answers steered, then both again without: the reference, which weight 0 makes useless."""
         n = len(pairs)
         scored = []

@@ -18,8 +18,7 @@ from torch import nn
 
 from spilt import plan
 from spilt.analysis import odds
-from spilt.data.chat import Chat
-from spilt.data.chat import Sequence as Tokens
+from spilt.data.chat import Chat, Encoded
 from spilt.data.readers import PAIR_FIELDS, Pair
 from spilt.engine import activations, choice, score, whole
 from spilt.engine import decode as generation
@@ -143,7 +142,7 @@ def _train(
     model: nn.Module,
     tokenizer: Any,
     chat: Chat,
-    tokens: list[Tokens],
+    tokens: list[Encoded],
     steering: Steering,
     s: FitSettings,
     engine: str,

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 from spilt.artifacts.atomic import atomic_write_together, half_replaced
 from spilt.artifacts.store import checked_name
-from spilt.data.readers import FORMATS_FILE, Record, file_hash, has_half_pair, read_rows
+from spilt.data.readers import FORMATS_FILE, has_half_pair
+from spilt.data.sources import Record, file_hash, read_rows
 from spilt.errors import UserError
 from spilt.terminal import program, say
 
@@ -35,7 +36,7 @@ class Splits(NamedTuple):
     notes: list[str]
 
 
-class Request(NamedTuple):
+class Wanted(NamedTuple):
     """The command line, checked."""
 
     inputs: list[Path]
@@ -45,9 +46,9 @@ class Request(NamedTuple):
     seed: int
 
 
-def psychopathy(request: Request) -> Splits:
+def psychopathy(wanted: Wanted) -> Splits:
     """Yes/No statements, both splits half 'Yes' and half 'No' as the matching answer, alternating (so is any even first part)."""
-    path = _one(request)
+    path = _one(wanted)
     answer = "answer_matching_behavior"
     records = _rows(path, ("question", answer, "answer_not_matching_behavior"))
     kinds: dict[str, list[Record]] = {"Yes": [], "No": []}
@@ -61,28 +62,28 @@ def psychopathy(request: Request) -> Splits:
         raise UserError(
             f"{path}: {len(both)} question(s) have Yes in one row and No in another, such as {min(both)!r}; keep one of the rows"
         )
-    for flag, size in (("--train", request.train), ("--test", request.test)):
+    for flag, size in (("--train", wanted.train), ("--test", wanted.test)):
         if size % 2:
             raise UserError(f"{flag} {size}: psychopathy splits are half Yes and half No; give an even number")
-    rng = random.Random(request.seed)
+    rng = random.Random(wanted.seed)
     halves = [
-        _split(rows, "question", request.train // 2, request.test // 2, rng, f"rows of {path} whose {answer} is {kind}")
+        _split(rows, "question", wanted.train // 2, wanted.test // 2, rng, f"rows of {path} whose {answer} is {kind}")
         for kind, rows in kinds.items()
     ]
     train, test = ([row for two in zip(yes, no, strict=True) for row in two] for yes, no in zip(*halves, strict=True))
     return Splits(
-        train, test, [f"{request.train // 2} Yes + {request.train // 2} No in train, {request.test // 2} + {request.test // 2} in test"]
+        train, test, [f"{wanted.train // 2} Yes + {wanted.train // 2} No in train, {wanted.test // 2} + {wanted.test // 2} in test"]
     )
 
 
-def powerseeking(request: Request) -> Splits:
+def powerseeking(wanted: Wanted) -> Splits:
     """Open questions: the source's own train and test files (in this order), or one file to cut in two."""
-    if len(request.inputs) > 2:
-        raise UserError(f"--input has {len(request.inputs)} files for powerseeking; give train.csv and test.csv, in this order")
+    if len(wanted.inputs) > 2:
+        raise UserError(f"--input has {len(wanted.inputs)} files for powerseeking; give train.csv and test.csv, in this order")
     columns = ("question", "matching", "not_matching")
-    rng = random.Random(request.seed)
+    rng = random.Random(wanted.seed)
     pools, notes = [], []
-    for path in request.inputs:
+    for path in wanted.inputs:
         records = _rows(path, columns)
         asked = [record for record in records if record.values["question"].strip()]
         if len(asked) < len(records):
@@ -90,19 +91,19 @@ def powerseeking(request: Request) -> Splits:
         pools.append((path, asked))
     if len(pools) == 1:
         path, records = pools[0]
-        return Splits(*_split(records, "question", request.train, request.test, rng, f"rows of {path}"), notes)
+        return Splits(*_split(records, "question", wanted.train, wanted.test, rng, f"rows of {path}"), notes)
     (train_path, train), (test_path, test) = pools
-    test_rows = _draw(test, request.test, rng, f"rows of {test_path}", "--test")
+    test_rows = _draw(test, wanted.test, rng, f"rows of {test_path}", "--test")
     in_test = {row["question"] for row in test_rows}
     apart = [record for record in train if record.values["question"] not in in_test]
     if len(apart) < len(train):
         notes.append(f"left out {len(train) - len(apart)} row(s) of {train_path.name} whose question is in the test split")
-    return Splits(_draw(apart, request.train, rng, f"rows of {train_path}", "--train"), test_rows, notes)
+    return Splits(_draw(apart, wanted.train, rng, f"rows of {train_path}", "--train"), test_rows, notes)
 
 
-def axbench(request: Request) -> Splits:
+def axbench(wanted: Wanted) -> Splits:
     """Pairs of several concepts; --train and --test count per concept."""
-    path = _one(request)
+    path = _one(wanted)
     columns = ("input", "winning_output", "losing_output", "output_concept", "concept_id")
     records = read_rows(path)
     found = set(records[0].values) if records else set()
@@ -120,24 +121,24 @@ def axbench(request: Request) -> Splits:
             by_concept[int(record.values["concept_id"])].append(record)
         except (TypeError, ValueError) as error:
             raise UserError(f"{path} {record.where}: concept_id is {record.values['concept_id']!r}; wanted a whole number") from error
-    if missing := [concept for concept in request.concepts if concept not in by_concept]:
+    if missing := [concept for concept in wanted.concepts if concept not in by_concept]:
         have = ", ".join(str(concept) for concept in sorted(by_concept) if concept >= 0)
         raise UserError(f"{path} has no rows of concept_id {', '.join(map(str, missing))}; choose with --concepts from: {have or 'none'}")
     train: list[Row] = []
     test: list[Row] = []
-    for concept in sorted(set(request.concepts)):
+    for concept in sorted(set(wanted.concepts)):
         # a generator per concept: one concept's rows don't depend on which others are asked for
-        rng = random.Random(f"{request.seed} {concept}")
-        parts = _split(by_concept[concept], "input", request.train, request.test, rng, f"rows of {path} with concept_id {concept}")
+        rng = random.Random(f"{wanted.seed} {concept}")
+        parts = _split(by_concept[concept], "input", wanted.train, wanted.test, rng, f"rows of {path} with concept_id {concept}")
         for rows, part in zip((train, test), parts, strict=True):
             rows += [{**row, "concept_id": concept} for row in part]  # csv gave text; the column is a number
-    return Splits(train, test, [f"{len(set(request.concepts))} concepts, {request.train} + {request.test} pairs each"])
+    return Splits(train, test, [f"{len(set(wanted.concepts))} concepts, {wanted.train} + {wanted.test} pairs each"])
 
 
 class Source(NamedTuple):
     """One public source: how it is split, the paper's sizes, the ending of the two files, and what its own files are known by."""
 
-    split: Callable[[Request], Splits]
+    split: Callable[[Wanted], Splits]
     train: int
     test: int
     ending: str
@@ -215,10 +216,10 @@ def format_lines(source: str, name: str) -> str:
 # ---- reading and drawing ----
 
 
-def _one(request: Request) -> Path:
-    if len(request.inputs) != 1:
-        raise UserError(f"--input has {len(request.inputs)} files; this source is one file")
-    return request.inputs[0]
+def _one(wanted: Wanted) -> Path:
+    if len(wanted.inputs) != 1:
+        raise UserError(f"--input has {len(wanted.inputs)} files; this source is one file")
+    return wanted.inputs[0]
 
 
 def _rows(path: Path, columns: Sequence[str], text: Sequence[str] | None = None, given: list[Record] | None = None) -> list[Record]:
@@ -305,20 +306,20 @@ def _encoded(rows: list[Row], ending: str) -> bytes:
     return sink.getvalue()
 
 
-def prepare(source: str, request: Request, base_dir: Path, force: bool = False, name: str | None = None) -> list[str]:
+def prepare(source: str, wanted: Wanted, base_dir: Path, force: bool = False, name: str | None = None) -> list[str]:
     """Write data/{name}/train and test, both or none; the lines to print. `name`: see dataset_name.
 
     Raises UserError: a file is there and `force` is off, or the input is not what the source looks like.
     """
     row = SOURCES[source]
-    name = dataset_name(source, request.inputs, name)
+    name = dataset_name(source, wanted.inputs, name)
     targets = [base_dir / "data" / name / f"{part}{row.ending}" for part in ("train", "test")]
     # a pair whose replacement was cut off was to be replaced, and is good for nothing else
     if not force and not any(map(half_replaced, targets)):
         for target in targets:
             if target.exists():
                 raise UserError(f"{target} is there already; --force replaces it, --name NAME writes another dataset")
-    splits = row.split(request)
+    splits = row.split(wanted)
     # before the first write, so that rows which can't be encoded leave the old pair of files as it is
     encoded = [_encoded(rows, row.ending) for rows in splits[:2]]
     try:
@@ -335,7 +336,7 @@ def prepare(source: str, request: Request, base_dir: Path, force: bool = False, 
         concepts = Counter(row["concept_id"] for row in rows if "concept_id" in row)
         of = f" of {len(concepts)} concepts" if concepts else ""
         lines.append(f"wrote {target}: {len(rows)} pairs{of}")
-    lines += [*splits.notes, f"seed {request.seed}; which rows the paper drew is not published"]
+    lines += [*splits.notes, f"seed {wanted.seed}; which rows the paper drew is not published"]
     if name != source:
         lines.append(f"this is dataset {name!r}, not {source!r}; `--dataset {name}` reads it once {FORMATS_FILE} has in its sections:")
         lines += format_lines(source, name).splitlines()
@@ -350,7 +351,7 @@ def _size(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: written. 2: the request or its input is wrong (one message, no traceback)."""
+    """0: written. 2: the command line or its input is wrong (one message, no traceback)."""
     origins = "\n".join(f"  {name:13} {row.origin}; {row.train} train, {row.test} test" for name, row in SOURCES.items())
     parser = argparse.ArgumentParser(
         prog="spilt prepare",
@@ -376,8 +377,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prepare(args: argparse.Namespace) -> int:
     source = SOURCES[args.source]
-    request = Request(args.input, args.train or source.train, args.test or source.test, args.concepts, args.seed)
-    for line in prepare(args.source, request, args.base_dir, args.force, args.name):
+    wanted = Wanted(args.input, args.train or source.train, args.test or source.test, args.concepts, args.seed)
+    for line in prepare(args.source, wanted, args.base_dir, args.force, args.name):
         say(line)
     return 0
 

@@ -85,11 +85,11 @@ def keeps_what_is_unusable(step: verbs.Step, request: verbs.Request) -> str:
 def _tidy(step: verbs.Step, request: verbs.Request, seen: Seen) -> None:
     """A run that was killed after its last result was stored left what it had kept for it: that goes. Other work under way stays."""
     if left := Store(request.base_dir).unfinished_work(step.verb, step.cells):
-        from spilt.artifacts.journal import Lines
+        from spilt.artifacts.journal import Journal
 
         known = verbs.VERBS[step.verb].unfinished(step, request.limit, seen)
         for path in left:
-            if step.verb == "fit" or Lines.identities_in(path) <= known:
+            if step.verb == "fit" or Journal.identities_in(path) <= known:
                 path.unlink(missing_ok=True)
 
 
@@ -102,7 +102,7 @@ def _run_waiting(
 
     team = Team(request.device)
     quiet = quiet or not team.main
-    waiting, before = team.agree(lambda: (waiting, before))
+    waiting, before = team.on_main(lambda: (waiting, before))
     request = replace(request, device=team.device)
     recordings = stages.Recordings(waiting, request.limit, request.engine)
     hosts = _Hosts(request, recordings, seen)
@@ -115,7 +115,7 @@ def _run_waiting(
             tell(f"{outcome.outcome}: {step}{outcome.reason and ': '}{outcome.reason} ({outcome.seconds:.1f} s)")
         return outcome
 
-    fits = team.mine([step for step in waiting if step.verb == "fit"])
+    fits = team.shard([step for step in waiting if step.verb == "fit"])
     done = {str(step): one(step) for step in fits}
     after = {name: outcome for part in team.gather(lambda: done) for name, outcome in part.items()}
     seen.forget([path for step in waiting if step.verb == "fit" for path in step.outputs])  # those of other processes too

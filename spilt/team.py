@@ -75,11 +75,11 @@ class Team:
     def main(self) -> bool:
         return self.rank == 0
 
-    def mine(self, items: Sequence[Value]) -> list[Value]:
+    def shard(self, items: Sequence[Value]) -> list[Value]:
         """The items dealt to this process, in order."""
         return list(items[self.rank :: self.size])
 
-    def agree(self, decide: Callable[[], Value]) -> Value:
+    def on_main(self, decide: Callable[[], Value]) -> Value:
         """Process 0's decision (or deed), everywhere: what is on disk may change while the others look. Its error is an error of all."""
         if self.size == 1:
             return decide()
@@ -99,7 +99,7 @@ class Team:
             raise TeamError(value)
         return value
 
-    def together(self, work: Callable[[], Value]) -> Value:
+    def each(self, work: Callable[[], Value]) -> Value:
         """work() in every process, each keeping its own; an error of any (a shared folder that fails on one machine) is one of all."""
         own: list[Value] = []
         self.gather(lambda: own.append(work()))

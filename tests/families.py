@@ -75,14 +75,14 @@ def model(model_type: str, attention: str | None = None) -> nn.Module:
 FAMILY_NAMES = tuple(FAMILIES)
 # form x read point; a form that reads nothing has one entry
 READS: tuple[tuple[str, str | None], ...] = tuple(
-    (form, component) for form in FORMS for component in (COMPONENTS if INTERVENTIONS[form].reads else (None,))
+    (form, read_point) for form in FORMS for read_point in (COMPONENTS if INTERVENTIONS[form].reads else (None,))
 )
 PLACES = {"first": 0, "middle": LAYERS // 2, "last": LAYERS - 1}
 
 
 def intervention(
     form: str,
-    component: str | None = None,
+    read_point: str | None = None,
     hidden: int = HIDDEN,
     width: int | None = None,
     *,
@@ -91,10 +91,10 @@ def intervention(
     **more: Any,
 ) -> Intervention:
     """A form with every parameter random and not small, as a fitted one has. width: F, by default that of the read point."""
-    if component is None and INTERVENTIONS[form].reads:
-        component = COMPONENTS[0]
-    width = width or (MIDDLE if component == "mlp_mid" else hidden)
-    made = INTERVENTIONS[form](hidden, width, component=component, **more)
+    if read_point is None and INTERVENTIONS[form].reads:
+        read_point = COMPONENTS[0]
+    width = width or (MIDDLE if read_point == "mlp_mid" else hidden)
+    made = INTERVENTIONS[form](hidden, width, read_point=read_point, **more)
     generator = torch.Generator().manual_seed(1000 + seed)
     with torch.no_grad():
         for parameter in made.parameters():

@@ -29,9 +29,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> type[Intervention]:
         linear = ("scale", "shift")
 
         def __init__(
-            self, hidden: int, read: int, *, component: str = "block", site: str = "block", dropout: float = 0.0, **_: Any
+            self, hidden: int, read: int, *, read_point: str = "block", write_point: str = "block", dropout: float = 0.0, **_: Any
         ) -> None:
-            super().__init__(component, site, dropout)
+            super().__init__(read_point, write_point, dropout)
             self.scale, self.shift = nn.Parameter(torch.full((read,), 0.01)), nn.Parameter(torch.zeros(hidden))
 
         def delta(self, h: Tensor, x: Tensor | None, multiplier: Multiplier) -> Tensor:
@@ -43,7 +43,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> type[Intervention]:
 
         def state(self) -> State:
             kept = {name: value.detach().float().cpu().clone() for name, value in self.named_parameters()}
-            return {**kept, "intervention_components": self.component}
+            return {**kept, "intervention_components": self.read_point}
 
         @classmethod
         def from_state(cls, state: State, **kwargs: Any) -> Gate:

@@ -20,7 +20,7 @@ from spilt.analysis.curves import (
     utility_peak,
     validity_decay,
 )
-from spilt.analysis.curves.fit import DECAY, Fit, _Problem
+from spilt.analysis.curves.fitting import DECAY, CurveFit, _Problem
 
 M = np.linspace(-20, 20, 21)
 
@@ -92,7 +92,7 @@ def test_gradients_match_finite_differences(sloped: bool) -> None:
         np.testing.assert_allclose(gradient, numeric, rtol=1e-4, atol=1e-7)
 
 
-def names(fit: Fit) -> list[str]:
+def names(fit: CurveFit) -> list[str]:
     return [w.name for w in fit.warnings]
 
 
@@ -137,7 +137,7 @@ def test_one_sided_noise_and_other_shapes_never_crash() -> None:
 def test_fit_survives_json() -> None:
     kind, truth = CURVES["utility"]
     fit = fit_curve(M, evaluate(kind, M, truth), kind)
-    assert Fit.from_dict(fit.as_dict()) == fit
+    assert CurveFit.from_dict(fit.as_dict()) == fit
 
 
 def test_decay_is_one_at_its_centre() -> None:

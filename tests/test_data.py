@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from spilt.data import Chat, DatasetFormat, Sequence, concepts, dataset_format, file_hash, load_formats, read_pairs, read_prompts
+from spilt.data import Chat, DatasetFormat, Encoded, concepts, dataset_format, file_hash, load_formats, read_pairs, read_prompts
 from spilt.data.batches import by_length, pad, position_mask
-from spilt.data.readers import FORMATS_FILE, read_rows
+from spilt.data.readers import FORMATS_FILE
+from spilt.data.sources import read_rows
 from spilt.errors import UserError
 
 REPO = Path(__file__).parents[1]
@@ -596,28 +597,28 @@ def test_golden_prompts_of_generation():
 
 
 @st.composite
-def sequence_lists(draw) -> tuple[list[Sequence], int]:
+def sequence_lists(draw) -> tuple[list[Encoded], int]:
     prefix = draw(st.integers(0, 3))
     sequences = []
     for _ in range(draw(st.integers(1, 4))):
         prompt, text, suffix = prefix + draw(st.integers(1, 6)), draw(st.integers(1, 4)), draw(st.integers(0, 2))
-        sequences.append(Sequence(tuple(range(10, 10 + prompt + text + suffix)), prompt, suffix))
+        sequences.append(Encoded(tuple(range(10, 10 + prompt + text + suffix)), prompt, suffix))
     return sequences, prefix
 
 
 def test_pad_is_the_docstrings_example():
-    batch = pad([Sequence((5, 6, 7, 8), 2, 1), Sequence((5, 6), 1, 0)], pad_id=0)
+    batch = pad([Encoded((5, 6, 7, 8), 2, 1), Encoded((5, 6), 1, 0)], pad_id=0)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 6, 0, 0]]
     assert batch.attention_mask.int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.answer_mask.int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]
     assert batch.text_mask.int().tolist() == [[0, 0, 1, 0], [0, 1, 0, 0]]
     assert batch.input_ids.dtype == torch.long and batch.answer_mask.dtype == torch.bool
-    left = pad([Sequence((5, 6, 7, 8), 2, 1), Sequence((5, 6), 1, 0)], pad_id=0, side="left")
+    left = pad([Encoded((5, 6, 7, 8), 2, 1), Encoded((5, 6), 1, 0)], pad_id=0, side="left")
     assert left.input_ids.tolist()[1] == [0, 0, 5, 6] and left.answer_mask.int().tolist()[1] == [0, 0, 0, 1]
     with pytest.raises(ValueError):
         pad([], 0)
     with pytest.raises(ValueError):
-        pad([Sequence((1,), 0, 0)], 0, "up")
+        pad([Encoded((1,), 0, 0)], 0, "up")
 
 
 @given(sequence_lists(), st.sampled_from(["right", "left"]))
@@ -657,7 +658,7 @@ def test_position_masks_are_what_their_names_say(made, n, k):
     "positions", ["", "+", "f", "f0", "l-1", "f1+", "+l1", "f1l1", "l1+f1", "All", "f1+l1 ", "prompt", "f9999999999999999999"]
 )
 def test_unknown_positions_list_the_forms(positions):
-    said = message(position_mask, [Sequence((1, 2), 1, 0)], positions, 0)
+    said = message(position_mask, [Encoded((1, 2), 1, 0)], positions, 0)
     assert f"unknown intervention_positions {positions!r}" in said and "all, all_prompt, all_generation, f{n}" in said
 
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from spilt import cli, terminal, verify
 from spilt import run as runner
-from spilt.data import readers
+from spilt.data import readers, sources
 from spilt.data.readers import FORMATS_FILE
 from spilt.errors import UserError, printable
 
@@ -129,7 +129,7 @@ def bound(*words, timeout=60, memory=6 * 2**30):
 def test_a_data_file_that_is_no_plain_file_is_refused_at_once(tmp_path, kind, made, ending):
     path = tmp_path / f"rows{ending}"
     made(path)
-    code = f"from pathlib import Path; from spilt.data.readers import read_rows; read_rows(Path({str(path)!r}))"
+    code = f"from pathlib import Path; from spilt.data.sources import read_rows; read_rows(Path({str(path)!r}))"
     done = bound("-c", code)
     assert f"UserError: data file {path} can't be read: it is {kind}; wanted a plain file" in done.stderr
 
@@ -169,15 +169,15 @@ def test_settings_and_formats_that_are_pipes_are_refused_at_once(tmp_path):
 def test_a_file_of_proc_is_refused(tmp_path):
     (tmp_path / "rows.csv").symlink_to("/proc/self/environ")
     with pytest.raises(UserError, match="0 bytes by its size and others on reading"):
-        readers.read_rows(tmp_path / "rows.csv")
+        sources.read_rows(tmp_path / "rows.csv")
 
 
 def test_a_file_above_the_limit_is_not_read(tmp_path):
     path = tmp_path / "rows.jsonl"
     with path.open("wb") as file:
-        file.truncate(readers.LARGEST + 1)  # a hole: takes no room
+        file.truncate(sources.LARGEST + 1)  # a hole: takes no room
     with pytest.raises(UserError, match="has 1,073,741,825 bytes; at most 1,073,741,824 are read"):
-        readers.read_rows(path)
+        sources.read_rows(path)
 
 
 # ---------------------------------------------------------------- parquet that unpacks to more than it seems
@@ -200,13 +200,13 @@ def repeated(text, rows):
 BOMB = """
 import resource, sys, time
 from pathlib import Path
-from spilt.data import readers
+from spilt.data import readers, sources
 import pyarrow.parquet
-readers.LARGEST = 2**26
+sources.LARGEST = 2**26
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
 try:
-    readers.read_rows(Path(sys.argv[1]))
-except readers.UserError as error:
+    sources.read_rows(Path(sys.argv[1]))
+except sources.UserError as error:
     print(error)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10, time.monotonic() - start)
 """
@@ -244,7 +244,7 @@ def test_ordinary_parquet_is_read_as_before_in_any_row_groups(tmp_path):
     frame["kind"] = frame["kind"].astype("category")
     frame["level"] = pandas.Categorical([i % 3 for i in range(5000)])
     frame.to_parquet(tmp_path / "a.parquet", row_group_size=700)
-    found = readers.read_rows(tmp_path / "a.parquet")
+    found = sources.read_rows(tmp_path / "a.parquet")
     assert [record.values for record in found] == [{**row, "level": i % 3} for i, row in enumerate(rows)]
     assert [record.row for record in found] == list(range(5000))
 
@@ -259,7 +259,7 @@ def test_a_column_named_twice_is_refused(tmp_path):
         (tmp_path / name).write_text(text)
     for name in ("a.parquet", "a.jsonl", "a.json", "a.csv"):
         with pytest.raises(UserError, match="twice"):
-            readers.read_rows(tmp_path / name)
+            sources.read_rows(tmp_path / name)
 
 
 # ---------------------------------------------------------------- odd values
@@ -316,4 +316,4 @@ def test_other_encodings_and_endings_of_lines(tmp_path, ending):
             readers.read_pairs(readers.DatasetFormat("mine", "train", path, {"question": "q", "matching": "q", "not_matching": "q"}, False))
     for newline in ("\r\n", "\r") if ending == ".csv" else ("\r\n",):
         path.write_text(rows, newline=newline)
-        assert [record.values for record in readers.read_rows(path)] == [{"q": "a"}, {"q": "b"}]
+        assert [record.values for record in sources.read_rows(path)] == [{"q": "a"}, {"q": "b"}]

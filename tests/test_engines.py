@@ -26,8 +26,8 @@ def settings(method: str, form: str, **changes: Any) -> FitSettings:
     return FitSettings(method=method, intervention_method=form, layers=(LAYER,), **given)
 
 
-def steering(form: str, component: str | None = None, layer: int = LAYER, **more: Any) -> Steering:
-    return Steering.of({layer: intervention(form, component, **more)})
+def steering(form: str, read_point: str | None = None, layer: int = LAYER, **more: Any) -> Steering:
+    return Steering.of({layer: intervention(form, read_point, **more)})
 
 
 def fast_losses(tiny: Any, value: Steering, positions: str = "all") -> Any:
@@ -40,8 +40,8 @@ def fast_losses(tiny: Any, value: Steering, positions: str = "all") -> Any:
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_losses(family: str, write_point: str) -> None:
     tiny = model(family)
-    for form, component in READS:
-        value = steering(form, component, site=write_point, scale=0.2)
+    for form, read_point in READS:
+        value = steering(form, read_point, write_point=write_point, scale=0.2)
         plain = whole.losses(tiny, value, STRENGTHS, answer_pairs(), PAD, "all", PREFIX)
         torch.testing.assert_close(fast_losses(tiny, value), plain, atol=1e-4, rtol=1e-5)
         assert (plain[0] - plain[1]).abs().max() > 0.01  # it does something
@@ -58,28 +58,28 @@ def test_losses_where_a_vector_acts(positions: str) -> None:
 def test_losses_in_bfloat16(family: str) -> None:
     """Equal up to that dtype's rounding: as far from each other as either is from float32."""
     tiny = build(family).to(torch.bfloat16)
-    for form, component in READS:
-        value = steering(form, component, scale=0.2)
+    for form, read_point in READS:
+        value = steering(form, read_point, scale=0.2)
         plain = whole.losses(tiny, value, STRENGTHS, answer_pairs(), PAD, "all", PREFIX)
         exact = whole.losses(model(family), value, STRENGTHS, answer_pairs(), PAD, "all", PREFIX)
         fast, rounding = fast_losses(tiny, value), (plain - exact).abs().max()
-        assert (fast - plain).abs().max() < 2 * rounding + 0.05, (form, component)
+        assert (fast - plain).abs().max() < 2 * rounding + 0.05, (form, read_point)
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_gradients_of_a_minibatch(family: str) -> None:
     tiny, sequences = model(family), answer_pairs()
     cache = activations.record(tiny, LAYER, sequences, ["mlp_mid", "mlp", "attn", "block"], PAD, together=2)
-    for form, component in READS:
-        for method in ("sft", "spilt", "reps") if component in (None, "mlp_mid") else ("sft",):
-            s = settings(method, form, **({"intervention_components": component} if component else {}))
-            made = intervention(form, component, scale=0.2)
+    for form, read_point in READS:
+        for method in ("sft", "spilt", "reps") if read_point in (None, "mlp_mid") else ("sft",):
+            s = settings(method, form, **({"intervention_components": read_point} if read_point else {}))
+            made = intervention(form, read_point, scale=0.2)
             made.requires_grad_(True)
             fast = training.Fit(tiny, Steering.of({LAYER: made}), cache, s, METHODS[method], PREFIX)
             plain = whole.Fit(tiny, Steering.of({LAYER: made}), sequences, s, METHODS[method], PREFIX, PAD)
             minibatch = [entry for row in range(len(sequences) // 2) for entry in training.entries(row, s)]
             ours, theirs = fast.gradients(minibatch, 2), plain.gradients(minibatch, 2)
-            assert ours[0] == pytest.approx(theirs[0], rel=1e-4, abs=1e-5), (form, component, method)
+            assert ours[0] == pytest.approx(theirs[0], rel=1e-4, abs=1e-5), (form, read_point, method)
             for a, b in zip(ours[1], theirs[1], strict=True):
                 assert b.abs().max() > 1e-6
                 torch.testing.assert_close(a, b, atol=2e-4 * max(1.0, float(b.abs().max())), rtol=1e-3)
@@ -90,13 +90,13 @@ def test_gradients_of_a_minibatch(family: str) -> None:
 def test_greedy_texts(family: str, cache: bool) -> None:
     """The library's own `generate` under hooks, with and without its cache: the same tokens."""
     tiny, wanted = model(family), rows()
-    for form, component in READS:
-        value = steering(form, component)
+    for form, read_point in READS:
+        value = steering(form, read_point)
         fast = dict(generation.generate(tiny, value, wanted, how(), 4))
         prompts, strengths = [row.prompt for row in wanted], [row.multiplier for row in wanted]
         greedy = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": EOS, "use_cache": cache}
         plain = whole.generate(tiny, value, strengths, prompts, PAD, **greedy)
-        assert [fast[i] for i in range(len(wanted))] == plain, (form, component)
+        assert [fast[i] for i in range(len(wanted))] == plain, (form, read_point)
 
 
 def test_a_joint_steering_with_one_silent_half_is_the_other_half() -> None:
@@ -145,8 +145,8 @@ def test_which_engine_and_why() -> None:
     assert choice.why_plain(one.places, "fit") == choice.why_plain(one.places, "measure") == ""
     assert "twice" in choice.why_plain((one + one).places, "generate")
     assert "jointly" in choice.why_plain((one + steering("vector", layer=0)).places, "fit", joint=True)
-    assert "block 0" in choice.why_plain(steering("vector", layer=0, site="down_proj").places, "measure")
-    assert choice.why_plain(steering("vector", layer=0, site="down_proj").places, "generate") == ""
+    assert "block 0" in choice.why_plain(steering("vector", layer=0, write_point="down_proj").places, "measure")
+    assert choice.why_plain(steering("vector", layer=0, write_point="down_proj").places, "generate") == ""
     assert choice.why_plain(one.places, "generate", engine="plain") == choice.ASKED
     assert "positions" in choice.why_plain((one + steering("lora", layer=0)).places, "measure", positional=2)
 
@@ -155,7 +155,7 @@ def test_which_engine_and_why() -> None:
 def test_the_inside_of_block_0_by_the_plain_engine(family: str) -> None:
     """What the fast path refuses runs; where no norm follows the MLP, it is steering the block's output."""
     tiny = model(family)
-    inside, outside = steering("vector", layer=0, site="down_proj"), steering("vector", layer=0)
+    inside, outside = steering("vector", layer=0, write_point="down_proj"), steering("vector", layer=0)
     found = whole.losses(tiny, inside, STRENGTHS, answer_pairs(), PAD, "all", PREFIX)
     at_block = whole.losses(tiny, outside, STRENGTHS, answer_pairs(), PAD, "all", PREFIX)
     assert torch.equal(found[0], at_block[0])

@@ -665,7 +665,7 @@ def test_losses_under_way_on_a_full_disk(scored: Scored) -> None:
 
 def test_a_short_measurement_keeps_nothing(scored: Scored, monkeypatch: pytest.MonkeyPatch) -> None:
     """Saved after --checkpoint_seconds, not before."""
-    monkeypatch.setattr(lines.Lines, "append", lambda *_: pytest.fail("wrote within the first minute"))
+    monkeypatch.setattr(lines.Journal, "append", lambda *_: pytest.fail("wrote within the first minute"))
     assert scored.score() > 0
 
 

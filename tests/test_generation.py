@@ -49,7 +49,7 @@ def slowly(tiny: nn.Module, made: Intervention, row: Row, decoding: Decoding) ->
     """The row alone, no cache, no padding, a whole forward for each token; at m = 0 no intervention at all."""
     ids, new = list(row.prompt), []
     while len(new) < decoding.max_new_tokens:
-        with hooks.attach(tiny, [hooks.Site(LAYER, made, row.multiplier)] if row.multiplier else []):
+        with hooks.attach(tiny, [hooks.Applied(LAYER, made, row.multiplier)] if row.multiplier else []):
             scores = tiny(input_ids=torch.tensor([ids]), use_cache=False).logits[:, -1].float()
         for process in decoding.processors:
             scores = process(torch.tensor([ids]), scores)
@@ -85,9 +85,9 @@ def test_a_batch_equals_the_rows_alone(family: str, form: str) -> None:
     assert [a == b for a, b, row in zip(alone, steered, wanted, strict=True) if row.multiplier == 0] == [True, True]
 
 
-@pytest.mark.parametrize(("form", "component"), READS)
-def test_every_read_point_in_a_refilled_batch(form: str, component: str | None) -> None:
-    tiny, wanted, made = model("gemma2"), rows(1), intervention(form, component, scale=0.5)
+@pytest.mark.parametrize(("form", "read_point"), READS)
+def test_every_read_point_in_a_refilled_batch(form: str, read_point: str | None) -> None:
+    tiny, wanted, made = model("gemma2"), rows(1), intervention(form, read_point, scale=0.5)
     decoding = how(eos=(common_end(tiny, made, wanted),))
     assert texts(tiny, made, wanted, decoding, 3) == [slowly(tiny, made, row, decoding) for row in wanted]
 
@@ -196,7 +196,7 @@ def test_sampling_follows_the_distribution() -> None:
     prompt, count = rows()[0].prompt, 4000
     decoding = how(sample=True, eos=(), new=1, top_k=5, temperature=1.5)
     found = Counter(text[0] for text in texts(tiny, made, [Row(prompt, 1.0, str(k)) for k in range(count)], decoding, 500))
-    with torch.no_grad(), hooks.attach(tiny, [hooks.Site(LAYER, made, 1.0)]):
+    with torch.no_grad(), hooks.attach(tiny, [hooks.Applied(LAYER, made, 1.0)]):
         scores = tiny(input_ids=torch.tensor([prompt])).logits[0, -1] / 1.5
     top = scores.topk(5)
     expected = dict(zip(top.indices.tolist(), (count * top.values.softmax(-1)).tolist(), strict=True))

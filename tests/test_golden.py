@@ -17,7 +17,7 @@ import torch
 from families import write_jsonl, write_yaml
 from golden import DATASETS, LAYER
 
-from spilt.data.chat import Chat, Sequence
+from spilt.data.chat import Chat, Encoded
 from spilt.engine import activations, score
 from spilt.engine import decode as generation
 from spilt.engine import train as training
@@ -42,8 +42,8 @@ def released(state: str, dataset: str = "") -> Intervention:
     if state.startswith("caa"):
         return Vector.from_state(golden.tensors(f"caa/{dataset}/layer_{LAYER}.pt")).eval()
     stored = golden.tensors(f"states/{state}/layer_{LAYER}.pt")
-    component = stored["intervention_components"] if isinstance(stored, dict) else None
-    return INTERVENTIONS[form_of(state)].from_state(stored, component=component).eval()
+    read_point = stored["intervention_components"] if isinstance(stored, dict) else None
+    return INTERVENTIONS[form_of(state)].from_state(stored, read_point=read_point).eval()
 
 
 @cache
@@ -51,7 +51,7 @@ def chat() -> Chat:
     return Chat.of(golden.host()[1])
 
 
-def sequences(rows: list[dict[str, str]]) -> list[Sequence]:
+def sequences(rows: list[dict[str, str]]) -> list[Encoded]:
     """Matching and not-matching of each row, as the stages order them."""
     return [chat().encode(row["question"], row[which]) for row in rows for which in ("matching", "not_matching")]
 
@@ -111,7 +111,7 @@ def test_losses_under_generation_hooks(dataset: str, state: str) -> None:
         for i, sequence in enumerate(rows[place::2]):
             ids = torch.tensor([sequence.input_ids]).expand(len(strengths), -1)
             factors = torch.tensor([float(m) for m in strengths])[:, None, None]
-            with torch.no_grad(), hooks.attach(model, [hooks.Site(LAYER, made, factors)]):
+            with torch.no_grad(), hooks.attach(model, [hooks.Applied(LAYER, made, factors)]):
                 logits = model(input_ids=ids, use_cache=False).logits
             answer = slice(sequence.prompt_length, None)
             token = -logits[:, sequence.prompt_length - 1 : -1].log_softmax(-1).gather(-1, ids[:, answer, None])[..., 0]
@@ -248,7 +248,7 @@ def test_training_end_to_end(dataset: str, job: str) -> None:
     given = {key: value for key, value in want["hparams"].items() if key in KNOWN and key not in ("method", "intervention_method")}
     settings = FitSettings(method=job.split("/")[0], intervention_method="local_weight", **given)
     assert (settings.batch_size, settings.n_epochs, settings.lr, settings.dropout) == (24, 5, 0.01, 0.0)
-    made = INTERVENTIONS["local_weight"](64, 128, component="mlp_mid")
+    made = INTERVENTIONS["local_weight"](64, 128, read_point="mlp_mid")
     job_ = training.Fit(
         golden.host()[0], Steering.of({LAYER: made}), recorded(dataset, "train"), settings, METHODS[settings.method], chat().prefix_length
     )

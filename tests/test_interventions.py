@@ -119,7 +119,7 @@ def test_the_stream_keeps_its_dtype_and_the_parameters_are_float32(form: str, dt
 def test_parameters_stay_float32_when_made_under_another_default(form: str) -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
-        made = INTERVENTIONS[form](HIDDEN, WIDTH, component="mlp_mid")
+        made = INTERVENTIONS[form](HIDDEN, WIDTH, read_point="mlp_mid")
     finally:
         torch.set_default_dtype(torch.float32)
     assert {p.dtype for p in made.parameters()} == {torch.float32}
@@ -129,9 +129,9 @@ def test_parameters_stay_float32_when_made_under_another_default(form: str) -> N
 def test_state_and_back_is_exact(form: str) -> None:
     made = example(form)
     state = made.state()
-    kwargs = {"component": made.component}
+    kwargs = {"read_point": made.read_point}
     again = INTERVENTIONS[form].from_state(state, **kwargs)
-    assert again.component == made.component
+    assert again.read_point == made.read_point
     h, x = streams()
     assert torch.equal(again.eval()(h, x, 1.7), made(h, x, 1.7))
     first, second = made.state(), again.state()
@@ -150,7 +150,7 @@ def test_a_state_shares_no_memory_with_the_parameters(form: str) -> None:
     tensors = [state] if isinstance(state, Tensor) else [v for v in state.values() if isinstance(v, Tensor)]
     assert len(tensors) == len(list(made.parameters()))
     kept = [t.clone() for t in tensors]
-    again = INTERVENTIONS[form].from_state(state, component=made.component)
+    again = INTERVENTIONS[form].from_state(state, read_point=made.read_point)
     with torch.no_grad():
         for parameter in (*made.parameters(), *again.parameters()):
             parameter.zero_()
@@ -177,7 +177,7 @@ def test_what_is_trained_is_what_is_stored(form: str) -> None:
 def test_the_start_changes_the_stream_only_for_a_vector(form: str) -> None:
     """lora (B = 0) and local_weight (0) start at the base model; v starts uniform within 1/sqrt(D)."""
     torch.manual_seed(3)
-    made = INTERVENTIONS[form](400, WIDTH, component="mlp_mid")
+    made = INTERVENTIONS[form](400, WIDTH, read_point="mlp_mid")
     h, x = streams(hidden=400)
     if form == "vector":
         v = made.v.detach()
@@ -189,7 +189,7 @@ def test_the_start_changes_the_stream_only_for_a_vector(form: str) -> None:
 def test_lora_starts_as_the_released_layer_does() -> None:
     """A ~ kaiming_uniform(a = sqrt 5) on [F, r] with fan_in = r: bound 1/sqrt(r); alpha scales nothing."""
     torch.manual_seed(3)
-    made = INTERVENTIONS["lora"](HIDDEN, 500, component="mlp_mid", rank=4, alpha=32.0)
+    made = INTERVENTIONS["lora"](HIDDEN, 500, read_point="mlp_mid", rank=4, alpha=32.0)
     a = made.lora_A.detach()
     assert a.shape == (500, 4) and made.lora_B.shape == (4, HIDDEN) and not made.lora_B.any()
     assert 0.45 < a.abs().max() <= 0.5 and abs(a.mean()) < 0.05
@@ -216,16 +216,16 @@ def test_dropout_acts_only_while_fitting_and_where_the_method_says(form: str) ->
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-@pytest.mark.parametrize(("form", "component"), READS)
-def test_in_every_family_the_stream_moves_by_the_equation(family: str, form: str, component: str | None) -> None:
+@pytest.mark.parametrize(("form", "read_point"), READS)
+def test_in_every_family_the_stream_moves_by_the_equation(family: str, form: str, read_point: str | None) -> None:
     """Attached to a real block: the delta has the read point's own input in it; gradients reach the intervention alone."""
     tiny, layer = model(family), LAYERS // 2
     ids, _ = token_rows([6, 6, 6], seed=1)
-    width = anatomy.read_width(tiny, layer, component) if component else None
-    made = intervention(form, component, anatomy.hidden_size(tiny), width)
-    wanted = (component,) if component else ()
+    width = anatomy.read_width(tiny, layer, read_point) if read_point else None
+    made = intervention(form, read_point, anatomy.hidden_size(tiny), width)
+    wanted = (read_point,) if read_point else ()
     base = suffix.record(tiny, layer, ids, wanted)
-    assert component is None or base.x[component].shape == (3, 6, width)
+    assert read_point is None or base.x[read_point].shape == (3, 6, width)
     factors = torch.tensor([1.5, -1.5, 0.0])[:, None, None]
     seen: list[Tensor] = []
 
@@ -234,12 +234,12 @@ def test_in_every_family_the_stream_moves_by_the_equation(family: str, form: str
 
     after = anatomy.block(tiny, layer + 1).register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        with hooks.attach(tiny, [hooks.Site(layer, made, factors)]):
+        with hooks.attach(tiny, [hooks.Applied(layer, made, factors)]):
             loss = tiny(input_ids=ids, use_cache=False).logits.pow(2).sum()
     finally:
         after.remove()
     delta = seen[0].double() - base.h.double()
-    expected = expected_delta(made, base.x.get(component or ""), factors).expand_as(delta)
+    expected = expected_delta(made, base.x.get(read_point or ""), factors).expand_as(delta)
     assert expected[:2].abs().max() > 0.05
     torch.testing.assert_close(delta, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(bits(seen[0][2]), bits(base.h[2]))  # m = 0
@@ -310,6 +310,6 @@ def test_every_form_is_a_module_that_says_what_it_is() -> None:
     assert tuple(INTERVENTIONS) == tuple(FORMS)
     for form, kind in INTERVENTIONS.items():
         made = intervention(form)
-        assert isinstance(made, nn.Module) and kind.__doc__ and (made.component is None) == (not kind.reads)
+        assert isinstance(made, nn.Module) and kind.__doc__ and (made.read_point is None) == (not kind.reads)
         assert set(made.describe()) == {"intervention_components", "rank", "alpha"}
         assert len(kind.factors) == 10 and min(kind.factors) > 0

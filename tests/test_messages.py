@@ -20,7 +20,7 @@ from test_faults import FIT, Here, bare, fresh, here, no_report, outcomes, prepa
 from spilt import cli
 from spilt import run as runner
 from spilt.artifacts import manifest
-from spilt.artifacts.journal import Lines
+from spilt.artifacts.journal import Journal
 from spilt.engine import train as training
 from spilt.steering.interventions import INTERVENTIONS
 from spilt.tasks import fit as _fit  # noqa: F401 - loads the module
@@ -253,7 +253,7 @@ def test_unfinished_lines_are_not_followed(tmp_path: Path, caplog: pytest.LogCap
     link = tmp_path / "here" / "unfinished_0.jsonl"
     link.parent.mkdir()
     link.symlink_to(outside)
-    lines = Lines(link)
+    lines = Journal(link)
     assert list(lines.whole()) == [] and "its lines are not used" in caplog.text
     lines.append([["ours"]])
     lines.close()

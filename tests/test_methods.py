@@ -13,7 +13,7 @@ from families import FORMS, LAYERS, PAIRS, intervention, model, token_rows
 from torch import Tensor
 
 from spilt.data.batches import pad, position_mask
-from spilt.data.chat import Sequence
+from spilt.data.chat import Encoded
 from spilt.engine import activations, suffix
 from spilt.engine import train as training
 from spilt.engine.passes import recompute_activations
@@ -200,18 +200,18 @@ def test_epoch_order_depends_on_seed_and_epoch_alone() -> None:
     assert len({tuple(order) for order in orders}) == 4 and list(range(50)) not in orders
 
 
-def cache(rows: int, layer: int = LAYER, component: str | None = None) -> activations.Activations:
+def cache(rows: int, layer: int = LAYER, read_point: str | None = None) -> activations.Activations:
     """Random pairs of differing lengths on a tiny model."""
     lengths = [6 + (5 * i) % 7 for i in range(2 * rows)]
     ids, _ = token_rows(lengths, seed=rows)
-    sequences = [Sequence(tuple(ids[i, :n].tolist()), 3 + i % 2, 1) for i, n in enumerate(lengths)]
-    return activations.record(model("qwen2"), layer, sequences, (component,) if component else (), 0, together=2)
+    sequences = [Encoded(tuple(ids[i, :n].tolist()), 3 + i % 2, 1) for i, n in enumerate(lengths)]
+    return activations.record(model("qwen2"), layer, sequences, (read_point,) if read_point else (), 0, together=2)
 
 
 def job(s: FitSettings, rows: int, seed: int = 1) -> training.Fit:
-    component = s.intervention_components if INTERVENTIONS[s.intervention_method].reads else None
-    made = intervention(s.intervention_method, component, dropout=s.dropout, seed=seed)
-    return training.Fit(model("qwen2"), Steering.of({LAYER: made}), cache(rows, component=component), s, METHODS[s.method], 1)
+    read_point = s.intervention_components if INTERVENTIONS[s.intervention_method].reads else None
+    made = intervention(s.intervention_method, read_point, dropout=s.dropout, seed=seed)
+    return training.Fit(model("qwen2"), Steering.of({LAYER: made}), cache(rows, read_point=read_point), s, METHODS[s.method], 1)
 
 
 def watch(fit: training.Fit) -> list[tuple[list[training.Entry], float]]:
@@ -328,7 +328,7 @@ def test_gradients_do_not_depend_on_how_many_rows_are_scored_together(method: st
     sequences = [fit.cache.sequences[i] for i in drawn.indices]
     tokens, positions = pad(sequences, 0), position_mask(sequences, "all", 1) if form == "vector" else None
     shown = training.Mixed(fit.intervention, drawn.removed)
-    with hooks.attach(tiny, [hooks.Site(LAYER, shown, drawn.multiplier[:, None, None], positions)]):
+    with hooks.attach(tiny, [hooks.Applied(LAYER, shown, drawn.multiplier[:, None, None], positions)]):
         logits = tiny(input_ids=tokens.input_ids, use_cache=False).logits[scoring.scored_positions(tokens.answer_mask)]
     length = torch.tensor([len(s.input_ids) for s in sequences])
     loss = fit.loss(minibatch, scoring.answer_logprobs(logits, tokens.input_ids, tokens.answer_mask, length)) / 2
@@ -344,7 +344,7 @@ def test_gradients_do_not_depend_on_how_many_rows_are_scored_together(method: st
 def test_the_graph_is_lean(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the MLP's activation returned is not kept; the gradient is the same, bit for bit."""
     tiny, hooks_of = model(family), torch.autograd.graph.saved_tensors_hooks
-    sequences = [Sequence(tuple(range(3, 13)), 5, 0), Sequence(tuple(range(3, 15)), 5, 0)]
+    sequences = [Encoded(tuple(range(3, 13)), 5, 0), Encoded(tuple(range(3, 15)), 5, 0)]
     kept = activations.record(tiny, LAYER, sequences, (), 0)
     tokens, seen = kept.batch([0, 1], None, torch.device("cpu"))
 

@@ -19,9 +19,9 @@ from spilt.steering.steering import Site, Steering
 
 def every() -> Steering:
     """Every form and read point, at a layer each, one of them at the down projection."""
-    made = [intervention(form, component, seed=i) for i, (form, component) in enumerate(READS)]
-    entries = [(Site(i % LAYERS, one.component, one.site), one) for i, one in enumerate(made)]
-    inner = intervention("vector", site="down_proj")
+    made = [intervention(form, read_point, seed=i) for i, (form, read_point) in enumerate(READS)]
+    entries = [(Site(i % LAYERS, one.read_point, one.write_point), one) for i, one in enumerate(made)]
+    inner = intervention("vector", write_point="down_proj")
     return Steering([*entries, (Site(1, None, "down_proj"), inner)], {"method": "spilt", "recommended_multiplier": 3.5})
 
 

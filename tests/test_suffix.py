@@ -12,7 +12,7 @@ from families import FAMILY_NAMES, HIDDEN, LAYERS, PLACES, READS, build, interve
 from torch import Tensor, nn
 
 from spilt.data.batches import pad, position_mask
-from spilt.data.chat import Sequence
+from spilt.data.chat import Encoded
 from spilt.engine import activations, passes, score, suffix
 from spilt.engine import train as training
 from spilt.methods import METHODS
@@ -36,11 +36,11 @@ def masks() -> Masks:
     return ids, real, real & (torch.arange(ids.shape[1]) >= torch.tensor(PROMPTS)[:, None])
 
 
-def sequences_of(ids: Tensor) -> list[Sequence]:
-    return [Sequence(tuple(row[:n].tolist()), p, 0) for row, n, p in zip(ids, LENGTHS, PROMPTS, strict=True)]
+def sequences_of(ids: Tensor) -> list[Encoded]:
+    return [Encoded(tuple(row[:n].tolist()), p, 0) for row, n, p in zip(ids, LENGTHS, PROMPTS, strict=True)]
 
 
-def answer_pairs() -> list[Sequence]:
+def answer_pairs() -> list[Encoded]:
     """Two answers each of three questions behind a common prefix, as the stages record them; some wider than the window."""
     generator = torch.Generator().manual_seed(4)
 
@@ -50,16 +50,16 @@ def answer_pairs() -> list[Sequence]:
     prefix = some(4)
     questions = [prefix + some(n) for n in (3, 25, 9)]
     sizes = [(2, 5), (4, 1), (7, 7)]
-    return [Sequence(q + some(n), len(q), 1 if n > 1 else 0) for q, pair in zip(questions, sizes, strict=True) for n in pair]
+    return [Encoded(q + some(n), len(q), 1 if n > 1 else 0) for q, pair in zip(questions, sizes, strict=True) for n in pair]
 
 
-def masks_of(sequences: list[Sequence]) -> Masks:
+def masks_of(sequences: list[Encoded]) -> Masks:
     batch = pad(sequences, 0)
     return batch.input_ids, batch.attention_mask, batch.answer_mask
 
 
 # what is recorded: sequences that share nothing, and answers of common questions, which share prefix and prompt
-LAYOUTS: dict[str, tuple[Callable[[], list[Sequence]], int]] = {"alone": (lambda: sequences_of(masks()[0]), 1), "pairs": (answer_pairs, 2)}
+LAYOUTS: dict[str, tuple[Callable[[], list[Encoded]], int]] = {"alone": (lambda: sequences_of(masks()[0]), 1), "pairs": (answer_pairs, 2)}
 
 
 Result = tuple[Tensor, Tensor, list[Tensor]]
@@ -70,7 +70,7 @@ def by_hooks(
 ) -> Result:
     """Logits at the scored positions, losses [B] and gradients of their sum, from whole forwards with hooks."""
     ids, real, answer = given or masks()
-    with hooks.attach(tiny, [hooks.Site(layer, made, multiplier, positions)]):
+    with hooks.attach(tiny, [hooks.Applied(layer, made, multiplier, positions)]):
         logits = tiny(input_ids=ids, attention_mask=real.long(), use_cache=False).logits[scored_positions(answer)]
     return finish(made, logits, ids, answer, real)
 
@@ -78,8 +78,8 @@ def by_hooks(
 def by_suffix(tiny: nn.Module, layer: int, made: Intervention, multiplier: Any, positions: Tensor | None) -> Result:
     """The same through `record`, `steer` and `logits`."""
     ids, real, answer = masks()
-    seen = suffix.record(tiny, layer, ids, (made.component,) if made.component else ())
-    stream = hooks.steer(hooks.Site(layer, made, multiplier, positions), seen.h, seen.x.get(made.component or ""))
+    seen = suffix.record(tiny, layer, ids, (made.read_point,) if made.read_point else ())
+    stream = hooks.steer(hooks.Applied(layer, made, multiplier, positions), seen.h, seen.x.get(made.read_point or ""))
     return finish(made, suffix.logits(tiny, layer, stream, scored_positions(answer)), ids, answer, real)
 
 
@@ -110,9 +110,9 @@ def test_suffix_equals_hooks(family: str, place: str, attention: str) -> None:
     tiny, layer = model(family, attention), PLACES[place]
     assert tiny.config._attn_implementation == attention
     factors = torch.tensor([1.5, -0.7, 0.4])[:, None, None]
-    for number, (form, component) in enumerate(READS):
-        made = intervention(form, component, seed=number)
-        positions = position_mask([Sequence(tuple(range(n)), p, 0) for n, p in zip(LENGTHS, PROMPTS, strict=True)], "all", 2)
+    for number, (form, read_point) in enumerate(READS):
+        made = intervention(form, read_point, seed=number)
+        positions = position_mask([Encoded(tuple(range(n)), p, 0) for n, p in zip(LENGTHS, PROMPTS, strict=True)], "all", 2)
         for where in (None, positions) if form == "vector" else (None,):
             whole = by_hooks(tiny, layer, made, factors, where)
             assert_same(by_suffix(tiny, layer, made, factors, where), whole)
@@ -123,15 +123,15 @@ def test_suffix_equals_hooks(family: str, place: str, attention: str) -> None:
 def test_down_proj_site_adds_to_the_down_projection(family: str) -> None:
     """Hooks: adding to the output of the MLP's last projection. Equal to the block's output but where a norm follows."""
     tiny, layer = model(family), PLACES["middle"]
-    for form, component in READS:
-        at_block, at_down = (intervention(form, component, site=site, scale=0.2) for site in ("block", "down_proj"))
+    for form, read_point in READS:
+        at_block, at_down = (intervention(form, read_point, write_point=site, scale=0.2) for site in ("block", "down_proj"))
         whole, inner = by_hooks(tiny, layer, at_block, 1.0, None), by_hooks(tiny, layer, at_down, 1.0, None)
         difference = (whole[0] - inner[0]).abs().max()
-        assert difference > 0.01 if anatomy.FAMILIES[family].norm_after_mlp else difference < 2e-5, (form, component)
+        assert difference > 0.01 if anatomy.FAMILIES[family].norm_after_mlp else difference < 2e-5, (form, read_point)
 
 
-def fit_settings(form: str, component: str | None, **more: Any) -> FitSettings:
-    read = {"intervention_components": component} if component else {}
+def fit_settings(form: str, read_point: str | None, **more: Any) -> FitSettings:
+    read = {"intervention_components": read_point} if read_point else {}
     given = {"layers": (2,), "dropout": 0.0, "batch_size": 3, "steering_factors": (1.0,), **read, **more}
     return FitSettings(method="sft", intervention_method=form, **given)
 
@@ -144,8 +144,8 @@ def test_measuring_equals_hooks_at_either_site(family: str, site: str, layout: s
     tiny, layer = model(family), PLACES["middle"]
     sequences, together = LAYOUTS[layout][0](), LAYOUTS[layout][1]
     caches: dict[int, activations.Activations] = {}
-    for form, component in READS:
-        made = intervention(form, component, site=site, scale=0.2)
+    for form, read_point in READS:
+        made = intervention(form, read_point, write_point=site, scale=0.2)
         below = hooks.base(layer, made)
         if below not in caches:
             caches[below] = activations.record(tiny, below, sequences, anatomy.COMPONENTS, 0, together)
@@ -156,10 +156,10 @@ def test_measuring_equals_hooks_at_either_site(family: str, site: str, layout: s
             for k, m in enumerate([1.0, 0.0, -0.5]):
                 wanted = by_hooks(tiny, layer, made, m, where, masks_of(sequences))[1] if m else plain_losses(tiny, sequences)
                 losses = torch.tensor(found.total[k] / found.tokens).float()
-                torch.testing.assert_close(losses, wanted, atol=1e-5, rtol=0, msg=f"{form} {component} {positions} {prefix} {m}")
+                torch.testing.assert_close(losses, wanted, atol=1e-5, rtol=0, msg=f"{form} {read_point} {positions} {prefix} {m}")
 
 
-def plain_losses(tiny: nn.Module, sequences: list[Sequence]) -> Tensor:
+def plain_losses(tiny: nn.Module, sequences: list[Encoded]) -> Tensor:
     """Without any intervention."""
     ids, real, answer = masks_of(sequences)
     with torch.no_grad():
@@ -175,13 +175,13 @@ def test_fitting_equals_hooks_at_either_site(family: str, site: str, layout: str
     tiny, layer = model(family), PLACES["middle"]
     sequences, together = LAYOUTS[layout][0](), LAYOUTS[layout][1]
     caches: dict[int, activations.Activations] = {}
-    for form, component in READS:
-        made = intervention(form, component, site=site, scale=0.2)
+    for form, read_point in READS:
+        made = intervention(form, read_point, write_point=site, scale=0.2)
         below = hooks.base(layer, made)
         if below not in caches:
             caches[below] = activations.record(tiny, below, sequences, anatomy.COMPONENTS, 0, together)
         for prefix in (0, 4, 6) if form == "vector" else (0,):
-            settings = fit_settings(form, component, site=site)
+            settings = fit_settings(form, read_point, site=site)
             job = training.Fit(tiny, Steering.of({layer: made}), caches[below], settings, METHODS["sft"], prefix)
             numbers = list(range(len(sequences)))[::-1]
             factors = torch.linspace(-1, 1.5, len(numbers))
@@ -194,7 +194,7 @@ def test_fitting_equals_hooks_at_either_site(family: str, site: str, layout: str
             shown = [sequences[i] for i in numbers]
             where = position_mask(shown, "all", prefix) if form == "vector" else None
             whole = by_hooks(tiny, layer, made, factors[:, None, None], where, masks_of(shown))
-            name = f"{form} {component} {prefix}"
+            name = f"{form} {read_point} {prefix}"
             torch.testing.assert_close(scored.losses().detach(), whole[1], atol=1e-5, rtol=0, msg=name)
             assert len(grads) == len(whole[2]) > 0
             for a, b in zip(grads, whole[2], strict=True):
@@ -354,7 +354,7 @@ def uses(tiny: nn.Module) -> dict[str, Callable[[], Any]]:
     fresh = Steering.of({layer: intervention("lora", "attn")})
 
     def attached() -> None:
-        with hooks.attach(tiny, [hooks.Site(layer, made, 1.0), hooks.Site(layer + 1, made, 1.0)]):
+        with hooks.attach(tiny, [hooks.Applied(layer, made, 1.0), hooks.Applied(layer + 1, made, 1.0)]):
             tiny(input_ids=ids)
 
     return {
@@ -383,10 +383,10 @@ def test_the_model_is_given_back_after_an_exception(family: str) -> None:
     ids, _, answer = masks()
     h = suffix.record(tiny, 2, ids).h
     with untouched(tiny), pytest.raises(Broken):
-        with hooks.attach(tiny, [hooks.Site(2, made, 1.0)]):
+        with hooks.attach(tiny, [hooks.Applied(2, made, 1.0)]):
             raise Broken
     with untouched(tiny), pytest.raises(Broken):
-        with hooks.attach(tiny, [hooks.Site(1, made, 1.0), hooks.Site(2, Fails(HIDDEN), 1.0)]):
+        with hooks.attach(tiny, [hooks.Applied(1, made, 1.0), hooks.Applied(2, Fails(HIDDEN), 1.0)]):
             tiny(input_ids=ids)
     with untouched(tiny), pytest.raises(Broken):
         with suffix.replay(tiny, 2, h), suffix.head_rows(tiny, answer):
@@ -404,7 +404,7 @@ def test_the_model_is_given_back_after_an_exception(family: str) -> None:
             handle.remove()
     # a later site that cannot be attached (no such layer) takes the earlier ones with it
     with untouched(tiny), pytest.raises(Exception, match="does not exist"):
-        with hooks.attach(tiny, [hooks.Site(2, made, 1.0), hooks.Site(LAYERS, made, 1.0)]):
+        with hooks.attach(tiny, [hooks.Applied(2, made, 1.0), hooks.Applied(LAYERS, made, 1.0)]):
             pass
     # and it still works
     whole, again = by_hooks(tiny, 2, made, 1.0, None), by_suffix(tiny, 2, made, 1.0, None)
@@ -433,12 +433,12 @@ def test_several_sites_act_together() -> None:
     ids, _ = token_rows([7, 7])
     first, second = intervention("vector", seed=1), intervention("lora", "block", seed=2)
     with torch.no_grad():
-        with hooks.attach(tiny, [hooks.Site(1, first, 1.0), hooks.Site(2, second, -0.5)]):
+        with hooks.attach(tiny, [hooks.Applied(1, first, 1.0), hooks.Applied(2, second, -0.5)]):
             both = tiny(input_ids=ids).logits
-        with hooks.attach(tiny, [hooks.Site(1, first, 1.0)]), hooks.attach(tiny, [hooks.Site(2, second, -0.5)]):
+        with hooks.attach(tiny, [hooks.Applied(1, first, 1.0)]), hooks.attach(tiny, [hooks.Applied(2, second, -0.5)]):
             nested = tiny(input_ids=ids).logits
         alone = []
-        for site in (hooks.Site(1, first, 1.0), hooks.Site(2, second, -0.5)):
+        for site in (hooks.Applied(1, first, 1.0), hooks.Applied(2, second, -0.5)):
             with hooks.attach(tiny, [site]):
                 alone.append(tiny(input_ids=ids).logits)
     assert torch.equal(both, nested)

@@ -18,7 +18,7 @@ def _plain(path: Path) -> bool:
     return stat.S_ISREG(os.lstat(path).st_mode)
 
 
-class Lines:
+class Journal:
     """One file per process, `unfinished_{process}.jsonl`; it is there only while it is needed."""
 
     def __init__(self, path: Path) -> None:

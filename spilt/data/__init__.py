@@ -1,18 +1,19 @@
 """Data: dataset_format.yaml -> pairs and prompts -> token sequences -> padded batches.
 
-`readers` (files) and `chat` (tokenizer) load no torch and no transformers, so that a dry run starts at once;
+`sources` (files), `readers` (pairs and prompts) and `chat` (tokenizer) load no torch and no transformers, so that a dry run starts at once;
 `spilt.data.batches` needs torch and is imported by its own name.
 """
 
-from spilt.data.chat import Chat, Sequence
-from spilt.data.readers import DatasetFormat, Pair, Prompt, concepts, dataset_format, file_hash, load_formats, read_pairs, read_prompts
+from spilt.data.chat import Chat, Encoded
+from spilt.data.readers import DatasetFormat, Pair, Prompt, concepts, dataset_format, load_formats, read_pairs, read_prompts
+from spilt.data.sources import file_hash
 
 __all__ = [
     "Chat",
     "DatasetFormat",
     "Pair",
     "Prompt",
-    "Sequence",
+    "Encoded",
     "concepts",
     "dataset_format",
     "file_hash",

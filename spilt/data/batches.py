@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spilt.data.chat import Sequence
+from spilt.data.chat import Encoded
 from spilt.errors import UserError
-from spilt.settings.readers import Bad, ends
+from spilt.settings.values import Bad, ends
 
 
 class Batch(NamedTuple):
@@ -21,10 +21,10 @@ class Batch(NamedTuple):
     text_mask: Tensor  # [B, T] bool, True = answer token without the template suffix
 
 
-def pad(sequences: list[Sequence], pad_id: int, side: str = "right") -> Batch:
+def pad(sequences: list[Encoded], pad_id: int, side: str = "right") -> Batch:
     """Pad to the longest sequence: on the right for fitting and scoring, on the left for generation.
 
-    pad([Sequence((5, 6, 7, 8), 2, 1), Sequence((5, 6), 1, 0)], pad_id=0)
+    pad([Encoded((5, 6, 7, 8), 2, 1), Encoded((5, 6), 1, 0)], pad_id=0)
     input_ids    5 6 7 8    attention_mask 1 1 1 1    answer_mask 0 0 1 1    text_mask 0 0 1 0
                  5 6 0 0                   1 1 0 0                0 1 0 0              0 1 0 0
     """
@@ -43,7 +43,7 @@ def pad(sequences: list[Sequence], pad_id: int, side: str = "right") -> Batch:
     return Batch(input_ids, real, answer, answer & (index < (lengths - suffix)[:, None]))
 
 
-def position_mask(sequences: list[Sequence], positions: str, prefix_length: int) -> Tensor:
+def position_mask(sequences: list[Encoded], positions: str, prefix_length: int) -> Tensor:
     """[B, T] bool, right-padded: where a vector acts while it is fitted and scored. False on padding.
 
     all: from the template prefix to the end. all_prompt: the prompt's part of that. all_generation: from the answer on.
@@ -89,7 +89,7 @@ def by_length(lengths: list[int], max_tokens: int, max_rows: int | None = None) 
     return batches
 
 
-def _width(sequences: list[Sequence]) -> int:
+def _width(sequences: list[Encoded]) -> int:
     if not sequences:
         raise ValueError("no sequences to pad")
     return max(len(sequence.input_ids) for sequence in sequences)

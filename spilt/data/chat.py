@@ -11,7 +11,7 @@ those after the prompt's own token count. No torch and no transformers here: a t
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from spilt.errors import UserError, first_line
 
 
-class Sequence(NamedTuple):
+class Encoded(NamedTuple):
     """Prompt and answer as tokens, unpadded."""
 
     input_ids: tuple[int, ...]
@@ -77,7 +77,7 @@ class Chat:
             raise UserError(f"question {question!r} gives no token without a chat template; write a question or use the chat template")
         return ids
 
-    def encode(self, question: str, answer: str, max_length: int = 512, row: int | None = None) -> Sequence:
+    def encode(self, question: str, answer: str, max_length: int = 512, row: int | None = None) -> Encoded:
         """prompt + answer + template suffix, cut to the first `max_length` tokens. `row` only serves the message.
 
         Raises UserError when no answer token is left.
@@ -90,12 +90,12 @@ class Chat:
                 f"{_name(question, row)}: its prompt of {prompt_length} tokens leaves no room for the answer in "
                 f"output_length {max_length}; raise output_length above {prompt_length} or shorten the question"
             )
-        return Sequence(tuple(ids[:max_length]), prompt_length, max(0, suffix_length - cut))
+        return Encoded(tuple(ids[:max_length]), prompt_length, max(0, suffix_length - cut))
 
-    def encode_caa(self, question: str, answer: str, row: int | None = None) -> Sequence:
+    def encode_caa(self, question: str, answer: str, row: int | None = None) -> Encoded:
         """prompt + one space + answer, no suffix, not cut: the released tokenisation of caa (an answer with a leading space gets two)."""
         ids, prompt_length = self._joined(question, " " + answer, row)
-        return Sequence(tuple(ids), prompt_length, 0)
+        return Encoded(tuple(ids), prompt_length, 0)
 
     def _joined(self, question: str, answer: str, row: int | None) -> tuple[list[int], int]:
         """(tokens of prompt + answer tokenised as one string, the prompt's own token count)."""
@@ -170,7 +170,7 @@ def _bos_ids(tokenizer: Any) -> tuple[int, ...]:
     return tuple(special[:start])
 
 
-def _shared(lists: Many[Many[int]]) -> tuple[int, ...]:
+def _shared(lists: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The longest common beginning."""
     shared = []
     for items in zip(*lists, strict=False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import tempfile
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from spilt import memory
 from spilt.data.batches import Batch, by_length, pad
-from spilt.data.chat import Sequence
+from spilt.data.chat import Encoded
 from spilt.engine import packing, suffix
 from spilt.engine.packing import Pack, Rows
 
@@ -30,7 +30,7 @@ class Activations:
     """
 
     layer: int
-    sequences: list[Sequence]
+    sequences: list[Encoded]
     pad_id: int
     packs: list[Pack]
     prefix: int  # leading tokens shared by all
@@ -39,14 +39,18 @@ class Activations:
     h: list[Tensor]  # per pack [n, D]
     x: dict[str, list[Tensor]]  # per pack [n, F]
 
-    def batch(self, indices: Seq[int], component: str | None, device: torch.device, start: int = 0) -> tuple[Batch, suffix.Recorded]:
+    def batch(self, indices: Sequence[int], read_point: str | None, device: torch.device, start: int = 0) -> tuple[Batch, suffix.Recorded]:
         """Sequences as they are, right-padded, from token `start` (at most `prefix`) on: ids and masks [B, T], streams [B, T, D]."""
         tokens = Batch(*(t[:, start:].to(device) for t in pad([self.sequences[i] for i in indices], self.pad_id)))
         h = self._sequences(self.prefix_h, self.h, indices, start, device)
-        x = {} if component is None else {component: self._sequences(self.prefix_x[component], self.x[component], indices, start, device)}
+        x = (
+            {}
+            if read_point is None
+            else {read_point: self._sequences(self.prefix_x[read_point], self.x[read_point], indices, start, device)}
+        )
         return tokens, suffix.Recorded(h, x)
 
-    def _sequences(self, prefix: Tensor, rows: list[Tensor], indices: Seq[int], start: int, device: torch.device) -> Tensor:
+    def _sequences(self, prefix: Tensor, rows: list[Tensor], indices: Sequence[int], start: int, device: torch.device) -> Tensor:
         whole = []
         for i in indices:
             row, place = self.place[i]
@@ -55,18 +59,18 @@ class Activations:
 
     @property
     def place(self) -> dict[int, tuple[int, int]]:
-        """Sequence number -> its pack, and which member it is there."""
+        """Encoded number -> its pack, and which member it is there."""
         found = self.__dict__.get("_place")
         if found is None:
             found = {i: (row, k) for row, pack in enumerate(self.packs) for k, i in enumerate(pack.members)}
             object.__setattr__(self, "_place", found)
         return found
 
-    def rows(self, numbers: Seq[int], component: str | None, device: torch.device) -> tuple[Rows, suffix.Recorded]:
+    def rows(self, numbers: Sequence[int], read_point: str | None, device: torch.device) -> tuple[Rows, suffix.Recorded]:
         """Packs as they lie, right-padded: [B, T], streams [B, T, D]; the prefix comes in a cache."""
         tokens = Rows(*(t.to(device) for t in packing.pad_packs([self.packs[i] for i in numbers], self.pad_id)))
         h = pad_sequence([self.h[i].to(device, non_blocking=True) for i in numbers], batch_first=True)
-        x = {} if component is None else {component: pad_sequence([self.x[component][i].to(device) for i in numbers], batch_first=True)}
+        x = {} if read_point is None else {read_point: pad_sequence([self.x[read_point][i].to(device) for i in numbers], batch_first=True)}
         return tokens, suffix.Recorded(h, x)
 
     def first(self, sequences: int) -> Activations:
@@ -94,7 +98,7 @@ SHARE_OF_DEVICE, SHARE_OF_HOST = 0.25, 0.5  # of the memory that is free now
 
 
 def storage(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for [rows, width] in the smallest safe place: the device, pinned host memory, a memory-mapped temporary file."""
+    """PreallocatedKV for [rows, width] in the smallest safe place: the device, pinned host memory, a memory-mapped temporary file."""
     size = rows * width * dtype.itemsize
     if device.type == "cuda":
         if size < SHARE_OF_DEVICE * torch.cuda.mem_get_info(device)[0]:
@@ -117,8 +121,8 @@ def max_tokens(device: torch.device, backward: bool = False) -> int:
 def record(
     model: nn.Module,
     layer: int,
-    sequences: list[Sequence],
-    components: Seq[str],
+    sequences: list[Encoded],
+    read_points: Sequence[str],
     pad_id: int,
     together: int = 1,
     budget: int | None = None,
@@ -130,7 +134,7 @@ def record(
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     prefix = packing.prefix_length(sequences)
     packs = [packing.pack(sequences, range(i, i + together), prefix) for i in range(0, len(sequences), together)]
-    names = tuple(components)
+    names = tuple(read_points)
     cache = packing.cache_of({})
     first = torch.tensor([sequences[0].input_ids[:prefix]], device=device)
     nothing = suffix.Recorded(torch.empty(1, 0, _width(model)), {name: torch.empty(1, 0, 0) for name in names})
@@ -140,7 +144,7 @@ def record(
     offsets = [0, *itertools.accumulate(lengths)]
     room: dict[str, Tensor] = {}  # stream or read point -> all rows [sum of lengths, width]
 
-    def some(numbers: Seq[int]) -> None:
+    def some(numbers: Sequence[int]) -> None:
         rows = Rows(*(t.to(device) for t in packing.pad_packs([packs[i] for i in numbers], pad_id)))
         inputs = packing.attention_inputs(model, rows, prefix)
         shared = packing.cache_of(pairs, torch.zeros(len(numbers), dtype=torch.long, device=device))
@@ -180,7 +184,7 @@ def prefix_pairs(model: nn.Module, layer: int, stream: Tensor, pad_id: int) -> p
     return packing.pairs_of(cache)
 
 
-def answer_means(model: nn.Module, layer: int, sequences: list[Sequence], multiple_choice: bool, pad_id: int) -> Tensor:
+def answer_means(model: nn.Module, layer: int, sequences: list[Encoded], multiple_choice: bool, pad_id: int) -> Tensor:
     """The stream at block `layer` averaged over each sequence's answer tokens (or its second-to-last token), float32 [S, D].
 
     sequences: two answers of each question, one after the other.

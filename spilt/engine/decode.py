@@ -21,17 +21,17 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.generation import logits_process as lp
 
 from spilt import memory
-from spilt.data.chat import Sequence as DataSequence
+from spilt.data.chat import Encoded
 from spilt.engine import packing, suffix
 from spilt.engine.activations import prefix_pairs
-from spilt.engine.kv import Room
+from spilt.engine.kv import PreallocatedKV
 from spilt.errors import NotFinite
 from spilt.steering import hooks
 from spilt.steering.steering import Steering
 
 log = logging.getLogger("spilt")
 
-MakeSites = Callable[[Tensor], list[hooks.Site]]  # multipliers [B, 1, 1] -> the sites that are attached for those rows
+MakeSites = Callable[[Tensor], list[hooks.Applied]]  # multipliers [B, 1, 1] -> the sites that are attached for those rows
 
 
 class Row(NamedTuple):
@@ -99,9 +99,9 @@ class _Active:
 
     def __init__(self, started: _Started, capacity: int) -> None:
         self.rows, self.multiplier, self.mask, self.scores = started.rows, started.multiplier, started.mask, started.scores
-        self.rooms: list[Room] = []
+        self.rooms: list[PreallocatedKV] = []
         for keys, values in started.pairs:
-            room = Room(capacity)
+            room = PreallocatedKV(capacity)
             room.join(keys, values, keys.shape[2])
             self.rooms.append(room)
         self.cache = DynamicCache()
@@ -136,7 +136,7 @@ class _Active:
         self.rows = self.rows + started.rows
 
 
-def _forward(model: nn.Module, sites: list[hooks.Site], ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+def _forward(model: nn.Module, sites: list[hooks.Applied], ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
     """Scores [B, V] of the token after ids [B, t]; the cache grows by t."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     with hooks.attach(model, sites):
@@ -154,32 +154,32 @@ class _Prompts:
         self.model, self.make_sites, self.pad, self.device = model, make_sites, pad, device
         sites = make_sites(torch.zeros(1, 1, 1, device=device))
         self.base = min(hooks.base(site.layer, site.intervention) for site in sites)
-        self.components = tuple({site.intervention.component for site in sites if self._on_stream(site) and site.intervention.component})
+        self.read_points = tuple({site.intervention.read_point for site in sites if self._on_stream(site) and site.intervention.read_point})
         self.left = Counter(row.prompt for row in rows)  # rows that still want the prompt
         self.kept: dict[tuple[int, ...], tuple[suffix.Recorded, packing.KeysValues]] = {}
         self.heads: dict[float, packing.KeysValues] = {}
-        sequences = [DataSequence(prompt, len(prompt), 0) for prompt in self.left]
+        sequences = [Encoded(prompt, len(prompt), 0) for prompt in self.left]
         self.prefix = packing.prefix_length(sequences) if sequences and self.base >= 0 else 0
         self.head: suffix.Recorded | None = None
         self.below: packing.KeysValues = {}
         if self.prefix:
             ids = torch.tensor([sequences[0].input_ids[: self.prefix]], device=device)
             cache = packing.cache_of({})
-            self.head = suffix.record(model, self.base, ids, self.components, past_key_values=cache, use_cache=True)
+            self.head = suffix.record(model, self.base, ids, self.read_points, past_key_values=cache, use_cache=True)
             self.below = packing.pairs_of(cache)
 
-    def _on_stream(self, site: hooks.Site) -> bool:
-        return site.layer == self.base and site.intervention.site == "block"
+    def _on_stream(self, site: hooks.Applied) -> bool:
+        return site.layer == self.base and site.intervention.write_point == "block"
 
     def _rows(self, prompts: Sequence[tuple[int, ...]]) -> packing.Rows:
-        packs = [packing.pack([DataSequence(prompt, len(prompt) + 1, 0)], (0,), self.prefix) for prompt in prompts]
+        packs = [packing.pack([Encoded(prompt, len(prompt) + 1, 0)], (0,), self.prefix) for prompt in prompts]
         return packing.Rows(*(t.to(self.device) for t in packing.pad_packs(packs, self.pad)))
 
-    def _steered(self, seen: suffix.Recorded, multiplier: Tensor) -> tuple[Tensor, list[hooks.Site]]:
+    def _steered(self, seen: suffix.Recorded, multiplier: Tensor) -> tuple[Tensor, list[hooks.Applied]]:
         h, above = seen.h, []
         for site in self.make_sites(multiplier):
             if self._on_stream(site):
-                h = hooks.steer(site, h, seen.x.get(site.intervention.component or ""))
+                h = hooks.steer(site, h, seen.x.get(site.intervention.read_point or ""))
             else:
                 above.append(site)
         return h, above
@@ -189,7 +189,7 @@ class _Prompts:
         rows = self._rows(prompts)
         cache = packing.cache_of(self.below, torch.zeros(len(prompts), dtype=torch.long, device=self.device))
         inputs = packing.attention_inputs(self.model, rows, self.prefix)
-        seen = suffix.record(self.model, self.base, rows.input_ids, self.components, past_key_values=cache, **inputs)
+        seen = suffix.record(self.model, self.base, rows.input_ids, self.read_points, past_key_values=cache, **inputs)
         pairs = packing.pairs_of(cache)
         for b, prompt in enumerate(prompts):
             n = len(prompt) - self.prefix
@@ -214,7 +214,7 @@ class _Prompts:
         if new:
             self._record(new)
         kept = [self.kept[prompt] for prompt in prompts]
-        names = self.components
+        names = self.read_points
         seen = suffix.Recorded(
             pad_sequence([k[0].h for k in kept], batch_first=True),
             {n: pad_sequence([k[0].x[n] for k in kept], batch_first=True) for n in names},
@@ -264,7 +264,7 @@ class _Prompts:
 
 def _prefill(
     model: nn.Module,
-    sites: list[hooks.Site],
+    sites: list[hooks.Applied],
     prompts: list[tuple[int, ...]],
     numbers: list[int],
     multiplier: Tensor,
@@ -398,8 +398,8 @@ def generate(model: nn.Module, steering: Steering, rows: Sequence[Row], how: Dec
     Out of memory: the rows under way begin again in batches half as large.
     """
 
-    def sites(multiplier: Tensor) -> list[hooks.Site]:
-        return [hooks.Site(site.layer, made, multiplier) for site, made in steering]
+    def sites(multiplier: Tensor) -> list[hooks.Applied]:
+        return [hooks.Applied(site.layer, made, multiplier) for site, made in steering]
 
     stream = _Stream(model, sites, rows, how, batch_size)
     while stream.new:

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 FREE = 16  # columns that a layer is given beyond what it holds: so many tokens until it is copied
 
 
-class Room(DynamicLayer):  # type: ignore[misc]
+class PreallocatedKV(DynamicLayer):  # type: ignore[misc]
     """One layer: keys and values [rows, H, end - first, d] are views into stores [capacity, H, columns, d].
 
     What lies left of a row's own tokens is masked, so it need only be finite: stores begin as zeros.

@@ -11,7 +11,7 @@ The last prompt token belongs to the branches: its logits score the first answer
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from spilt.data.chat import Sequence
+from spilt.data.chat import Encoded
 
 SHARED, PADDING = -1, -2  # of `branch`
 KeysValues = dict[int, tuple[Tensor, Tensor]]  # layer -> keys, values [B, H, T, d]
@@ -35,7 +35,7 @@ class Pack(NamedTuple):
     places: tuple[tuple[int, ...], ...]  # per member: where its tokens after the prefix are in the row, in order
 
 
-def _common(rows: Seq[Seq[int]]) -> int:
+def _common(rows: Sequence[Sequence[int]]) -> int:
     """Length of the longest common beginning."""
     first, last = min(map(tuple, rows)), max(map(tuple, rows))  # the lexicographic extremes differ first
     for i, (a, b) in enumerate(zip(first, last, strict=False)):
@@ -44,12 +44,12 @@ def _common(rows: Seq[Seq[int]]) -> int:
     return min(len(first), len(last))
 
 
-def prefix_length(sequences: Seq[Sequence]) -> int:
+def prefix_length(sequences: Sequence[Encoded]) -> int:
     """Leading tokens that all sequences share, the last prompt token of the shortest prompt excluded."""
     return min(_common([s.input_ids for s in sequences]), min(s.prompt_length for s in sequences) - 1)
 
 
-def pack(sequences: Seq[Sequence], members: Seq[int], prefix: int) -> Pack:
+def pack(sequences: Sequence[Encoded], members: Sequence[int], prefix: int) -> Pack:
     """The members as one row; a single member is its own row without branches."""
     rows = [sequences[i].input_ids for i in members]
     shared = max(prefix, min(_common(rows), *(sequences[i].prompt_length - 1 for i in members)))
@@ -73,10 +73,10 @@ class Rows(NamedTuple):
     branch: Tensor  # [B, T] long
 
 
-def pad_packs(packs: Seq[Pack], pad_id: int) -> Rows:
+def pad_packs(packs: Sequence[Pack], pad_id: int) -> Rows:
     width = max(len(p.ids) for p in packs)
 
-    def filled(values: Seq[Seq[int]], padding: int) -> Tensor:
+    def filled(values: Sequence[Sequence[int]], padding: int) -> Tensor:
         return torch.tensor([[*row, *[padding] * (width - len(row))] for row in values])
 
     return Rows(filled([p.ids for p in packs], pad_id), filled([p.positions for p in packs], 0), filled([p.branch for p in packs], PADDING))
@@ -127,7 +127,7 @@ def cache_of(pairs: KeysValues, index: Tensor | None = None) -> DynamicCache:
     return cache
 
 
-class Given(DynamicLayer):  # type: ignore[misc]
+class ReadOnlyKV(DynamicLayer):  # type: ignore[misc]
     """Keys and values that are read and never grow: a block that runs twice (checkpointed) finds the same ones."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -143,7 +143,7 @@ def given(pairs: KeysValues, index: Tensor) -> DynamicCache:
     """`cache_of` with rows picked by `index`, read only."""
     cache = DynamicCache()
     picked = {layer: [t[index.to(t.device)] for t in pair] for layer, pair in pairs.items()}
-    cache.layers = [Given(*picked[i]) if i in picked else DynamicLayer() for i in range(max(picked, default=-1) + 1)]
+    cache.layers = [ReadOnlyKV(*picked[i]) if i in picked else DynamicLayer() for i in range(max(picked, default=-1) + 1)]
     return cache
 
 

@@ -25,7 +25,7 @@ class ForwardInput(NamedTuple):
     tokens: Batch
     length: Tensor  # [B] real tokens of the whole sequence
     stream: Tensor  # [B, T, D] that leaves block `layer`; steered, with its graph, unless `inside`
-    inside: hooks.Site | None  # steered inside a later block: its intervention is a Cut
+    inside: hooks.Applied | None  # steered inside a later block: its intervention is a Cut
     start: int  # place of the first column in its sequence
     prefix_kv: packing.KeysValues  # of the `start` tokens before
     checkpointed: bool = False  # each block runs again in the backward pass, since memory is short
@@ -43,7 +43,7 @@ class Cut(Intervention):
     """An intervention whose graph ends behind it: the model goes on with `leaf`, which holds the values of `steered`."""
 
     def __init__(self, inner: Intervention) -> None:
-        super().__init__(inner.component, inner.site, 0.0)
+        super().__init__(inner.read_point, inner.write_point, 0.0)
         self.inner = inner
         self.steered = self.leaf = torch.empty(0)
 

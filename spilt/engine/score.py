@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spilt import memory
 from spilt.data.batches import by_length, position_mask
-from spilt.data.chat import Sequence as Tokens
+from spilt.data.chat import Encoded
 from spilt.engine import packing, suffix
 from spilt.engine.activations import Activations, max_tokens, prefix_pairs
 from spilt.methods.scoring import token_logprobs
@@ -31,7 +31,7 @@ class Losses(NamedTuple):
 class Scorer:
     """How the losses of sequences at one multiplier are found: from recorded activations (`Recorded`) or plainly (whole.Scorer)."""
 
-    sequences: Sequence[Tokens]
+    sequences: Sequence[Encoded]
     batches: Sequence[Sequence[int]]  # numbers of what is scored together, decided by the data alone, and so is its rounding
 
     def members(self, numbers: Sequence[int]) -> list[int]:
@@ -95,7 +95,7 @@ class Recorded(Scorer):
     ) -> None:
         self.model, self.steering = model, steering
         self.device = anatomy.device_of(model, steering.layers[0])
-        self.base, self.component = recorded_at(steering)
+        self.base, self.read_point = recorded_at(steering)
         self.acts = _where_it_acts(steering, cache, positions, prefix)
         if (
             self.acts is not None
@@ -124,20 +124,20 @@ class Recorded(Scorer):
             self.heads[multiplier] = self._head(multiplier)
         return self._scores(multiplier, numbers)
 
-    def _sites(self, strength: float, rows: int, acts: Tensor | None) -> list[hooks.Site]:
+    def _sites(self, strength: float, rows: int, acts: Tensor | None) -> list[hooks.Applied]:
         """The sites for `rows` rows at this strength; none at 0. acts [rows, T]."""
         if not strength:
             return []
         factor = torch.full((rows, 1, 1), strength, dtype=torch.float32, device=self.device)
         where = None if acts is None else acts.to(self.device)
-        return [hooks.Site(site.layer, made, factor, where) for site, made in self.steering]
+        return [hooks.Applied(site.layer, made, factor, where) for site, made in self.steering]
 
-    def _stream(self, sites: Sequence[hooks.Site], seen: suffix.Recorded) -> tuple[Tensor, list[hooks.Site]]:
+    def _stream(self, sites: Sequence[hooks.Applied], seen: suffix.Recorded) -> tuple[Tensor, list[hooks.Applied]]:
         """The recorded rows, steered where the recorded block is; and the sites further up, still to be attached."""
         h, above = seen.h, []
         for site in sites:
-            if site.layer == self.base and site.intervention.site == "block":
-                h = hooks.steer(site, h, seen.x[site.intervention.component] if site.intervention.component else None)
+            if site.layer == self.base and site.intervention.write_point == "block":
+                h = hooks.steer(site, h, seen.x[site.intervention.read_point] if site.intervention.read_point else None)
             else:
                 above.append(site)
         return h, above
@@ -145,7 +145,7 @@ class Recorded(Scorer):
     @torch.no_grad()
     def _head(self, strength: float) -> packing.KeysValues:
         """Keys and values of the shared prefix after the recorded block, one row."""
-        cache, name = self.cache, self.component
+        cache, name = self.cache, self.read_point
         if not cache.prefix:
             return {}
         read = {name: cache.prefix_x[name][None].to(self.device)} if name is not None else {}
@@ -157,7 +157,7 @@ class Recorded(Scorer):
     @torch.no_grad()
     def _scores(self, strength: float, numbers: Sequence[int]) -> np.ndarray:
         cache, packs = self.cache, [self.cache.packs[i] for i in numbers]
-        rows, seen = cache.rows(numbers, self.component, self.device)
+        rows, seen = cache.rows(numbers, self.read_point, self.device)
         width = rows.input_ids.shape[1]
         sites = self._sites(strength, len(packs), None if self.acts is None else _in_rows(self.acts, packs, cache.prefix, width))
         stream, above = self._stream(sites, seen)
@@ -178,7 +178,7 @@ def recorded_at(steering: Steering) -> tuple[int, str | None]:
     """The block whose output is recorded (the lowest steered one, or the one below it when its inside is steered), and the read point
     that an intervention on that very stream needs."""
     base = min(hooks.base(site.layer, made) for site, made in steering)
-    return base, next((made.component for site, made in steering if site.layer == base and made.site == "block"), None)
+    return base, next((made.read_point for site, made in steering if site.layer == base and made.write_point == "block"), None)
 
 
 def _where_it_acts(steering: Steering, cache: Activations, positions: str, prefix: int) -> list[Tensor] | None:

@@ -33,19 +33,19 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def record(model: nn.Module, layer: int, input_ids: Tensor, components: tuple[str, ...] = (), **inputs: Any) -> Recorded:
+def record(model: nn.Module, layer: int, input_ids: Tensor, read_points: tuple[str, ...] = (), **inputs: Any) -> Recorded:
     """The output of block `layer` (and the read points asked for); the forward stops there.
 
     input_ids [B, T], right-padded: causal attention keeps the padding away from real tokens, so no mask is needed.
     """
     seen: dict[str, Tensor] = {}
     with ExitStack() as handles:
-        for component in components:
+        for read_point in read_points:
 
-            def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = component) -> None:
+            def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = read_point) -> None:
                 seen[name] = hooks.input_of(args, kwargs)
 
-            at = anatomy.read_point(model, layer, component)
+            at = anatomy.read_point(model, layer, read_point)
             handles.callback(at.register_forward_pre_hook(read, with_kwargs=True).remove)
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:

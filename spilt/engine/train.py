@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spilt import memory
 from spilt.data.batches import position_mask
-from spilt.data.chat import Sequence as Tokens
+from spilt.data.chat import Encoded
 from spilt.engine import activations, score
 from spilt.engine.activations import Activations, max_tokens, prefix_pairs
 from spilt.engine.passes import Cut, ForwardInput, forward_backward
@@ -62,7 +62,7 @@ class Mixed(Intervention):
     """The intervention as a minibatch meets it: rows `removed` [B] lose what points along the vector instead of being steered."""
 
     def __init__(self, intervention: Intervention, removed: Tensor) -> None:
-        super().__init__(intervention.component, intervention.site, 0.0)
+        super().__init__(intervention.read_point, intervention.write_point, 0.0)
         self.intervention, self.removed, self.positional = intervention, removed, intervention.positional
 
     def forward(self, h: Tensor, x: Tensor | None, multiplier: Multiplier) -> Tensor:
@@ -72,28 +72,28 @@ class Mixed(Intervention):
         return self.intervention.steered_or_removed(h, multiplier, self.removed)
 
 
-def estimate(model: nn.Module, layer: int, sequences: list[Tokens], settings: FitSettings, method: Method, pad_id: int) -> Intervention:
+def estimate(model: nn.Module, layer: int, sequences: list[Encoded], settings: FitSettings, method: Method, pad_id: int) -> Intervention:
     """A closed form's vector, from the streams [n, D] after block `layer`, each averaged over an answer's tokens.
 
     sequences: both answers of each pair, matching first. Only the blocks up to `layer` are run.
     """
     assert method.estimate is not None
     means = activations.answer_means(model, layer, sequences, settings.multiple_choice, pad_id)
-    return Vector.from_state(method.estimate(means[0::2], means[1::2]), site=settings.site).eval()
+    return Vector.from_state(method.estimate(means[0::2], means[1::2]), write_point=settings.site).eval()
 
 
 def new_intervention(model: nn.Module, layer: int, settings: FitSettings) -> Intervention:
     """A fresh intervention of the settings' form on the block's device; the same seed gives the same start."""
     kind: Any = INTERVENTIONS[settings.intervention_method]
-    component = settings.intervention_components if kind.reads else None
-    width = anatomy.read_width(model, layer, component) if component else 0
+    read_point = settings.intervention_components if kind.reads else None
+    width = anatomy.read_width(model, layer, read_point) if read_point else 0
     with torch.random.fork_rng([]):
         torch.manual_seed(settings.seed)
         made = kind(
             anatomy.hidden_size(model),
             width,
-            component=component,
-            site=settings.site,
+            read_point=read_point,
+            write_point=settings.site,
             dropout=settings.dropout,
             rank=settings.rank,
             alpha=settings.lora_alpha,
@@ -108,7 +108,7 @@ class Job:
     """
 
     intervention: nn.Module  # whose parameters are found
-    sequences: Sequence[Tokens]  # 2 i: matching answer of row i, 2 i + 1: not-matching
+    sequences: Sequence[Encoded]  # 2 i: matching answer of row i, 2 i + 1: not-matching
     device: torch.device
 
     def __init__(self, settings: FitSettings, method: Method) -> None:
@@ -182,14 +182,14 @@ class Fit(Job):
     def forward_input(self, rows: Rows) -> ForwardInput:
         """The sequences [B], steered with their multipliers, ready for the suffix."""
         start = self.frozen_prefix
-        on_stream = self.intervention.component if self.on_stream else None
+        on_stream = self.intervention.read_point if self.on_stream else None
         tokens, seen = self.cache.batch(rows.indices, on_stream, self.device, start)
         sequences = [self.cache.sequences[i] for i in rows.indices]
         positions = None
         if self.intervention.positional:
             positions = position_mask(sequences, self.settings.intervention_positions, self.prefix)[:, start:].to(self.device)
         mixed = Mixed(self.intervention, rows.removed)
-        site = hooks.Site(self.layer, mixed if self.on_stream else Cut(mixed), rows.multiplier[:, None, None], positions)
+        site = hooks.Applied(self.layer, mixed if self.on_stream else Cut(mixed), rows.multiplier[:, None, None], positions)
         stream = hooks.steer(site, seen.h, seen.x.get(on_stream or "")) if self.on_stream else seen.h
         length = torch.tensor([len(s.input_ids) for s in sequences], device=self.device)
         inside = None if self.on_stream else site

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spilt.data.batches import pad, position_mask
-from spilt.data.chat import Sequence as Tokens
+from spilt.data.chat import Encoded
 from spilt.engine import decode
 from spilt.engine import score as scoring
 from spilt.engine import train as training
@@ -42,11 +42,11 @@ def steer(model: nn.Module, steering: Steering, multiplier: Multiplier, where: W
     multiplier: a number, or a tensor [B] with one for each row of the batch. Yields the model.
     """
     strength = per_row(multiplier)
-    with hooks.attach(model, [hooks.Site(site.layer, made, strength, where(made)) for site, made in steering]):
+    with hooks.attach(model, [hooks.Applied(site.layer, made, strength, where(made)) for site, made in steering]):
         yield model
 
 
-def acts(sequences: Sequence[Tokens], positions: str, prefix: int) -> Where:
+def acts(sequences: Sequence[Encoded], positions: str, prefix: int) -> Where:
     """Fit and loss: a vector acts at `positions` from the template prefix on, the other forms everywhere (methods.md, section 2)."""
     mask = position_mask(list(sequences), positions, prefix)
     return lambda made: mask if made.positional else None
@@ -56,7 +56,7 @@ def score(
     model: nn.Module,
     steering: Steering | None,
     multiplier: Multiplier,
-    sequences: Sequence[Tokens],
+    sequences: Sequence[Encoded],
     pad_id: int,
     where: Where = everywhere,
     suffix: bool = True,
@@ -82,7 +82,7 @@ class Scorer(scoring.Scorer):
         self,
         model: nn.Module,
         steering: Steering,
-        sequences: Sequence[Tokens],
+        sequences: Sequence[Encoded],
         pad_id: int,
         positions: str = "all",
         prefix: int = 0,
@@ -108,7 +108,7 @@ class Scorer(scoring.Scorer):
 
 
 def losses(
-    model: nn.Module, steering: Steering, multipliers: Sequence[float], sequences: Sequence[Tokens], pad_id: int, *where: Any
+    model: nn.Module, steering: Steering, multipliers: Sequence[float], sequences: Sequence[Encoded], pad_id: int, *where: Any
 ) -> Tensor:
     """-log p of each sequence's label tokens, summed, nats [K, S], float64. where: positions, prefix, rows as in Scorer."""
     scorer = Scorer(model, steering, sequences, pad_id, *where)
@@ -166,7 +166,14 @@ class Fit(training.Job):
     """A fit by ordinary autograd through the whole model: any steering, several sites jointly. The loop is `training.fit`."""
 
     def __init__(
-        self, model: nn.Module, steering: Steering, sequences: list[Tokens], settings: FitSettings, method: Method, prefix: int, pad_id: int
+        self,
+        model: nn.Module,
+        steering: Steering,
+        sequences: list[Encoded],
+        settings: FitSettings,
+        method: Method,
+        prefix: int,
+        pad_id: int,
     ) -> None:
         super().__init__(settings, method)
         self.model, self.steering, self.sequences, self.prefix, self.pad_id = model, steering, sequences, prefix, pad_id

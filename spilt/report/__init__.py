@@ -17,7 +17,7 @@ import pandas as pd
 
 from spilt.analysis import paper
 from spilt.analysis.curves import BUDGET, recommendation
-from spilt.analysis.curves.fit import GOOD_R2
+from spilt.analysis.curves.fitting import GOOD_R2
 from spilt.analysis.odds import Norm
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.store import Store

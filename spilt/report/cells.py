@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from spilt.analysis import odds
-from spilt.analysis.curves import BUDGET, Fit, fit_curve, recommendation, regions, utility_drops, utility_peak
+from spilt.analysis.curves import BUDGET, CurveFit, fit_curve, recommendation, regions, utility_drops, utility_peak
 from spilt.analysis.provenance import of_one_vector, stored_texts
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.manifest import digest, identity
@@ -111,8 +111,8 @@ class Measured:
     def rows(self, split: str) -> pd.DataFrame:
         return self.summary[self.summary["split"] == self.split_for(split)]
 
-    def curve(self, split: str, kind: str) -> Fit:
-        return Fit.from_dict(self.stored(split)[kind])
+    def curve(self, split: str, kind: str) -> CurveFit:
+        return CurveFit.from_dict(self.stored(split)[kind])
 
     def random(self, split: str) -> pd.DataFrame | None:
         """The control's rows of one split (all, where it has none of it)."""

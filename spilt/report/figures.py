@@ -177,9 +177,10 @@ def _units(cells: Sequence[Measured], split: str) -> tuple[list[float], str]:
 
 
 def paper_figure(cells: Sequence[Measured], split: str, narrow: bool = False) -> Figure:
-    """Picture 1: vector forms above, lora and local_weight below (in a panel each when narrow)."""
-    groups = [["vector"], ["lora"], ["local_weight"]] if narrow else [["vector"], ["lora", "local_weight"]]
-    groups[-1] += sorted({cell.place.intervention for cell in cells} - set(FORMS))
+    """Picture 1: forms that read nothing (vector) above, those that do below; in a panel each when narrow."""
+    there = list(dict.fromkeys(cell.place.intervention for cell in cells))  # in the order of FORMS
+    bare = [form for form in there if form in FORMS and not FORMS[form].reads]
+    groups = [[form] for form in there] if narrow else [bare, [form for form in there if form not in bare]]
     panels = [(forms, some) for forms in groups if (some := [cell for cell in cells if cell.place.intervention in forms])]
     size = (NARROW, 4.3 * len(panels)) if narrow else (10.2, 4.1 * len(panels))
     with _drawing("paper", narrow, size) as figure:
@@ -193,8 +194,7 @@ def paper_figure(cells: Sequence[Measured], split: str, narrow: bool = False) ->
                 name += "  " if narrow else "\n"
                 name += f"R² {_r2(cell, split, 'preference')} | {_r2(cell, split, 'utility')}"
                 keys.append(_key(name, markersize=5, **look(cell.place.method, cell.place.intervention)))
-            there = {cell.place.intervention for cell in some}
-            axes.set_title(" and ".join(label("", form) for form in forms if form in there), pad=18)
+            axes.set_title(" and ".join(label("", form) for form in forms), pad=18)
             axes.axhline(0, color=MUTED, linewidth=0.6, zorder=1)
             _shade(axes, _panel_regions(some, split, units))
             axes.set_xlabel(x_label.replace(" as a share of each sweep's end", " / end of sweep") if narrow else x_label)

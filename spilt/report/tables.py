@@ -10,7 +10,7 @@ import pandas as pd
 
 from spilt.analysis import paper
 from spilt.analysis.curves import equal_preference
-from spilt.analysis.curves.fit import GOOD_R2
+from spilt.analysis.curves.fitting import GOOD_R2
 from spilt.report.cells import KINDS, Measured, label, name_of
 
 Row = dict[str, Any]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from spilt.analysis.curves.fit import GOOD_R2
+from spilt.analysis.curves.fitting import GOOD_R2
 from spilt.report.cells import KINDS, Measured, label, name_of, shown
 from spilt.report.tables import recommendations
 

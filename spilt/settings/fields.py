@@ -15,7 +15,7 @@ from typing import Any
 
 from spilt.cell import FORMS
 from spilt.errors import UserError
-from spilt.settings.readers import Bad, Reader, choice, flag, many, number, optional, positions, text, whole, whole_or_all
+from spilt.settings.values import Bad, Reader, choice, flag, many, number, optional, positions, text, whole, whole_or_all
 
 POINTS = ("mlp_mid", "mlp", "attn", "block")
 PAIRS = ("orig_add", "orig_sub")
@@ -137,7 +137,7 @@ def _released_substraction(method: str, intervention: str) -> str:
 
 
 @dataclass(frozen=True)
-class Scored(Common):
+class ScoringSettings(Common):
     """What fit and measure share: the two answers of a question, as token sequences."""
 
     batch_size: int = setting(whole(1), 4)  # sequence pairs per minibatch
@@ -150,7 +150,7 @@ class Scored(Common):
 
 
 @dataclass(frozen=True)
-class FitSettings(Scored):
+class FitSettings(ScoringSettings):
     """How a method finds the parameters of an intervention (`--mode generate`)."""
 
     # the intervention
@@ -196,7 +196,7 @@ class FitSettings(Scored):
 
 
 @dataclass(frozen=True)
-class MeasureSettings(Scored):
+class MeasureSettings(ScoringSettings):
     """How the losses of both answers are measured (`--mode loss`). Read point, rank and form come from the stored intervention."""
 
     batch_size: int = setting(whole(1), 1)  # sequence pairs per pass; released 1

@@ -15,7 +15,7 @@ from spilt.errors import Mistakes, UserError, unknown
 from spilt.settings.fields import GenerationParams, intervention_name, method_name, read_field
 from spilt.settings.files import kind, load_yaml, parse_yaml, tree_of
 from spilt.settings.keys import FIELDS, IGNORED_KEYS, IGNORED_PARAMS, KEY_ALIASES, KNOWN, PARAM_ALIASES, PARAMS, SECTIONS, SETTINGS
-from spilt.settings.readers import Bad, text
+from spilt.settings.values import Bad, text
 
 ROOT = Path("hparams/Steer/experiment_hparams/spilt_experiment")
 COMMAND_LINE = "command line"

@@ -1,4 +1,4 @@
-"""attach(model, sites): the only place that registers hooks on a model. Borrowed with `with`, given back unchanged."""
+"""attach(model, applied): the only place that registers hooks on a model. Borrowed with `with`, given back unchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spilt.steering import anatomy
 from spilt.steering.interventions import Intervention, Multiplier
 
 
-class Site(NamedTuple):
+class Applied(NamedTuple):
     """One intervention at one layer. positions [B, T] bool: where it acts, None = everywhere (generation)."""
 
     layer: int
@@ -24,7 +24,7 @@ class Site(NamedTuple):
 
 def base(layer: int, intervention: Intervention) -> int:
     """The block whose output can be recorded: block `layer`, or the one below it when the inside of `layer` is steered."""
-    return layer if intervention.site == "block" else layer - 1
+    return layer if intervention.write_point == "block" else layer - 1
 
 
 def first(output: Any) -> Tensor:
@@ -42,30 +42,30 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def steer(site: Site, h: Tensor, x: Tensor | None) -> Tensor:
+def steer(one: Applied, h: Tensor, x: Tensor | None) -> Tensor:
     """The intervention at the positions where it acts, h elsewhere."""
-    multiplier = site.multiplier.to(h.device) if isinstance(site.multiplier, Tensor) else site.multiplier
-    steered = site.intervention(h, x, multiplier)
-    return steered if site.positions is None else torch.where(site.positions.to(h.device)[..., None], steered, h)
+    multiplier = one.multiplier.to(h.device) if isinstance(one.multiplier, Tensor) else one.multiplier
+    steered = one.intervention(h, x, multiplier)
+    return steered if one.positions is None else torch.where(one.positions.to(h.device)[..., None], steered, h)
 
 
 @contextmanager
-def attach(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
+def attach(model: nn.Module, applied: Sequence[Applied]) -> Iterator[None]:
     """Steer every forward inside the `with`; all hooks are gone after it, also when it is left by an exception."""
     with ExitStack() as handles:
-        for site in sites:
+        for one in applied:
             seen: list[Tensor] = []  # the read point of the forward under way; at most one
-            if site.intervention.component is not None:
+            if one.intervention.read_point is not None:
 
                 def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seen: list[Tensor] = seen) -> None:
                     seen[:] = [input_of(args, kwargs)]
 
-                at = anatomy.read_point(model, site.layer, site.intervention.component)
+                at = anatomy.read_point(model, one.layer, one.intervention.read_point)
                 handles.callback(at.register_forward_pre_hook(read, with_kwargs=True).remove)
 
-            def write(_: nn.Module, args: tuple[Any, ...], output: Any, site: Site = site, seen: list[Tensor] = seen) -> Any:
-                return like(output, steer(site, first(output), seen.pop() if seen else None))
+            def write(_: nn.Module, args: tuple[Any, ...], output: Any, one: Applied = one, seen: list[Tensor] = seen) -> Any:
+                return like(output, steer(one, first(output), seen.pop() if seen else None))
 
-            here = anatomy.down_proj(model, site.layer) if site.intervention.site == "down_proj" else anatomy.block(model, site.layer)
+            here = anatomy.down_proj(model, one.layer) if one.intervention.write_point == "down_proj" else anatomy.block(model, one.layer)
             handles.callback(here.register_forward_hook(write).remove)
         yield

@@ -25,10 +25,10 @@ State = Tensor | dict[str, Any]  # what layer_{id}.pt holds for one concept
 
 
 class Intervention(nn.Module):
-    """What the forms share: where they read (`component`) and write (`site`), and dropout while fitting.
+    """What the forms share: where they read (`read_point`) and write (`write_point`), and dropout while fitting.
 
-    component: 'mlp_mid' | 'mlp' | 'attn' | 'block' (anatomy.read_point), None for a form that reads nothing.
-    site: 'block' (the block's output, after every norm inside it) or 'down_proj' (the MLP's down projection).
+    read_point: 'mlp_mid' | 'mlp' | 'attn' | 'block' (anatomy.read_point), None for a form that reads nothing.
+    write_point: 'block' (the block's output, after every norm inside it) or 'down_proj' (the MLP's down projection).
     """
 
     form: ClassVar[str]  # its name: key of FORMS and INTERVENTIONS, word of YAML and command line
@@ -41,10 +41,10 @@ class Intervention(nn.Module):
         if "form" in cls.__dict__:
             cls.reads, cls.factors = FORMS[cls.form].reads, FORMS[cls.form].factors
 
-    def __init__(self, component: str | None, site: str, dropout: float) -> None:
+    def __init__(self, read_point: str | None, write_point: str, dropout: float) -> None:
         super().__init__()
-        self.component = component
-        self.site = site
+        self.read_point = read_point
+        self.write_point = write_point
         self.dropout = nn.Dropout(dropout)
 
     def delta(self, h: Tensor, x: Tensor | None, multiplier: Multiplier) -> Tensor:
@@ -70,12 +70,12 @@ class Intervention(nn.Module):
 
     @classmethod
     def of_parameters(cls, parameters: Mapping[str, Tensor], **kwargs: Any) -> Intervention:
-        """The form with copies of these parameters. kwargs: component, site, dropout."""
+        """The form with copies of these parameters. kwargs: read_point, write_point, dropout."""
         return cls.from_state(next(iter(parameters.values())) if FORMS[cls.form].bare else dict(parameters), **kwargs)
 
     @classmethod
     def from_state(cls, state: State, **kwargs: Any) -> Intervention:
-        """The form from what `state` gave. kwargs: component, site, dropout."""
+        """The form from what `state` gave. kwargs: read_point, write_point, dropout."""
         raise NotImplementedError(f"{cls.__name__} does not say how it is made of what is stored")
 
     def scaled(self, factor: float) -> Intervention:
@@ -87,7 +87,7 @@ class Intervention(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """The fields of metadata_layer_{id}.jsonl that belong to the form."""
-        return {"intervention_components": self.component, "rank": None, "alpha": None}
+        return {"intervention_components": self.read_point, "rank": None, "alpha": None}
 
 
 class Vector(Intervention):
@@ -98,9 +98,16 @@ class Vector(Intervention):
     linear = ("v",)
 
     def __init__(
-        self, hidden: int, read: int | None = None, *, component: str | None = None, site: str = "block", dropout: float = 0.0, **_: Any
+        self,
+        hidden: int,
+        read: int | None = None,
+        *,
+        read_point: str | None = None,
+        write_point: str = "block",
+        dropout: float = 0.0,
+        **_: Any,
     ) -> None:
-        super().__init__(None, site, dropout)
+        super().__init__(None, write_point, dropout)
         bound = 1 / math.sqrt(hidden)
         self.v = nn.Parameter(torch.empty(hidden, dtype=torch.float32).uniform_(-bound, bound))
 
@@ -146,14 +153,14 @@ class LoRA(Intervention):
         hidden: int,
         read: int,
         *,
-        component: str | None = "mlp_mid",
-        site: str = "block",
+        read_point: str | None = "mlp_mid",
+        write_point: str = "block",
         dropout: float = 0.0,
         rank: int = 4,
         alpha: float = 32.0,
         **_: Any,
     ) -> None:
-        super().__init__(component, site, dropout)
+        super().__init__(read_point, write_point, dropout)
         self.rank, self.alpha = rank, alpha
         # the released layer draws A as [F, r] with fan_in counted on its last axis
         self.lora_A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(read, rank, dtype=torch.float32), a=math.sqrt(5)))
@@ -173,11 +180,11 @@ class LoRA(Intervention):
             "lora_B": self.lora_B.detach().float().cpu().clone(),
             "r": self.rank,
             "alpha": self.alpha,
-            "intervention_components": self.component,
+            "intervention_components": self.read_point,
         }
 
     def describe(self) -> dict[str, Any]:
-        return {"intervention_components": self.component, "rank": self.rank, "alpha": self.alpha}
+        return {"intervention_components": self.read_point, "rank": self.rank, "alpha": self.alpha}
 
     @classmethod
     def from_state(cls, state: State, **kwargs: Any) -> LoRA:
@@ -195,9 +202,9 @@ class LocalWeight(Intervention):
     linear = ("weight", "bias")
 
     def __init__(
-        self, hidden: int, read: int, *, component: str | None = "mlp_mid", site: str = "block", dropout: float = 0.0, **_: Any
+        self, hidden: int, read: int, *, read_point: str | None = "mlp_mid", write_point: str = "block", dropout: float = 0.0, **_: Any
     ) -> None:
-        super().__init__(component, site, dropout)
+        super().__init__(read_point, write_point, dropout)
         self.weight = nn.Parameter(torch.zeros(read, hidden, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(hidden, dtype=torch.float32))
 
@@ -212,7 +219,7 @@ class LocalWeight(Intervention):
         return {
             "weight": self.weight.detach().float().cpu().clone(),
             "bias": self.bias.detach().float().cpu().clone(),
-            "intervention_components": self.component,
+            "intervention_components": self.read_point,
         }
 
     @classmethod

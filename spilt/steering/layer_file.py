@@ -44,13 +44,13 @@ def load(
     from spilt.steering.interventions import INTERVENTIONS
 
     state = one_concept(read(path), path, form, concept)
-    component = None
+    read_point = None
     if FORMS[form].reads:
-        component = str((not FORMS[form].bare and state.get("intervention_components")) or default_component)
-        if component not in widths:
-            raise UserError(f"{path}: intervention_components {component!r} is not one of {', '.join(widths)}")
-    check_shapes(state, path, form, hidden, widths.get(component, hidden) if component else hidden, component)
-    made = INTERVENTIONS[form].from_state(state, component=component, site=site)
+        read_point = str((not FORMS[form].bare and state.get("intervention_components")) or default_component)
+        if read_point not in widths:
+            raise UserError(f"{path}: intervention_components {read_point!r} is not one of {', '.join(widths)}")
+    check_shapes(state, path, form, hidden, widths.get(read_point, hidden) if read_point else hidden, read_point)
+    made = INTERVENTIONS[form].from_state(state, read_point=read_point, write_point=site)
     return made.eval().requires_grad_(False)
 
 
@@ -209,7 +209,7 @@ def _which_concept(path: Path, concept: int | None, have: list[Any]) -> UserErro
     return UserError(f"{path}: has {len(have)} concepts ({shown}), {asked}; choose one: --set concept_id=N, or in the YAML file")
 
 
-def check_shapes(state: Any, path: Path, form: str, hidden: int, width: int, component: str | None) -> None:
+def check_shapes(state: Any, path: Path, form: str, hidden: int, width: int, read_point: str | None) -> None:
     """Every tensor there, of the model's shape, floating and finite."""
     import torch
 
@@ -234,7 +234,7 @@ def check_shapes(state: Any, path: Path, form: str, hidden: int, width: int, com
         if not isinstance(value, torch.Tensor):
             raise UserError(f"{path}: {label} is missing; wanted a tensor of shape {list(size)}; found: {', '.join(map(str, found))}")
         if tuple(value.shape) != size:
-            at = f" (read at {component!r})" if component else ""
+            at = f" (read at {read_point!r})" if read_point else ""
             raise UserError(f"{path}: {label} has shape {list(value.shape)}; this model wants {list(size)}{at}")
         if not value.is_floating_point():
             raise UserError(f"{path}: {label} has dtype {value.dtype}; wanted floating point")

@@ -45,13 +45,13 @@ class Steering:
         if not self.entries:
             raise UserError("a Steering has at least one (Site, intervention)")
         for site, intervention in self.entries:
-            if (site.read_point, site.write_point) != (intervention.component, intervention.site):
-                raise UserError(f"{site}: the intervention reads at {intervention.component!r} and writes at {intervention.site!r}")
+            if (site.read_point, site.write_point) != (intervention.read_point, intervention.write_point):
+                raise UserError(f"{site}: the intervention reads at {intervention.read_point!r} and writes at {intervention.write_point!r}")
 
     @classmethod
     def of(cls, interventions: Mapping[int, Intervention], about: Mapping[str, Any] | None = None) -> Steering:
         """layer -> intervention, in the order of the layers."""
-        return cls(((Site(n, made.component, made.site), made) for n, made in sorted(interventions.items())), about)
+        return cls(((Site(n, made.read_point, made.write_point), made) for n, made in sorted(interventions.items())), about)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -213,7 +213,7 @@ def _entry(path: Path, number: int, row: dict[str, Any], tensors: dict[str, Tens
     for name, value in own.items():
         if not value.is_floating_point() or not torch.isfinite(value).all():
             raise UserError(f"{path}: tensor {number}.{name} holds values that are not finite numbers")
-    made: Any = kind.of_parameters(own, component=site.read_point, site=site.write_point)
+    made: Any = kind.of_parameters(own, read_point=site.read_point, write_point=site.write_point)
     if row.get("alpha") is not None:
         made.alpha = float(row["alpha"])
     return site, made.eval().requires_grad_(False)
@@ -227,12 +227,12 @@ def _released(path: Path, layer: int) -> Steering:
     parts = (manifest.read(path) or {}).get("parts")
     known = parts.get("settings") if isinstance(parts, dict) else None
     settings: dict[str, Any] = known if isinstance(known, dict) else {}
-    component, write_point = None, str(settings.get("site", "block"))
+    read_point, write_point = None, str(settings.get("site", "block"))
     if INTERVENTIONS[form].reads:
-        component = str(state.get("intervention_components") or settings.get("intervention_components", "mlp_mid"))
-    made = INTERVENTIONS[form].from_state(state, component=component, site=write_point)
+        read_point = str(state.get("intervention_components") or settings.get("intervention_components", "mlp_mid"))
+    made = INTERVENTIONS[form].from_state(state, read_point=read_point, write_point=write_point)
     about = {name: settings[name] for name in ("method",) if name in settings}
-    return Steering([(Site(layer, component, write_point), made.eval().requires_grad_(False))], about)
+    return Steering([(Site(layer, read_point, write_point), made.eval().requires_grad_(False))], about)
 
 
 def per_row(multiplier: Multiplier) -> Multiplier:

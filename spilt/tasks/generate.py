@@ -11,7 +11,7 @@ from tqdm import tqdm
 from spilt import plan, verbs
 from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write
-from spilt.artifacts.journal import Lines
+from spilt.artifacts.journal import Journal
 from spilt.cell import Cell
 from spilt.data import readers
 from spilt.engine import decode as generation
@@ -31,7 +31,7 @@ class Text(NamedTuple):
     response: int
 
 
-class Unfinished(Lines):
+class Unfinished(Journal):
     """Texts that are made but not yet in a results file: a line each, so a killed run loses at most the last.
 
     A line counts only with the identity of the result that it belongs to. Lines of other settings are ignored.
@@ -65,14 +65,14 @@ def generate(step: Step, run: Run) -> str:
     def decide() -> list[float]:
         return [m for m, (path, parts) in outputs.items() if run.request.force or manifest.standing(path, parts) != "done"]
 
-    wanted = run.team.agree(decide)
+    wanted = run.team.on_main(decide)
     if not wanted:
         return "already done"
     tell_replaced(str(step), dict(outputs[m] for m in wanted), run)
     identities = text_identities({m: outputs[m][1] for m in wanted})
     unfinished = Unfinished(run.store.unfinished(step.cells[0], run.team.rank), identities)
     if run.request.force:
-        run.team.agree(unfinished.remove)
+        run.team.on_main(unfinished.remove)
     made: dict[float, list[dict[str, Any]]] = {m: [] for m in wanted}
     try:
         for cell in step.cells:
@@ -89,7 +89,7 @@ def generate(step: Step, run: Run) -> str:
             run.store_result(step, outputs[m][0], json.dumps(content, indent=2, ensure_ascii=False) + "\n", outputs[m][1])
         unfinished.remove()
 
-    run.team.agree(write)
+    run.team.on_main(write)
     return "done"
 
 
@@ -99,7 +99,7 @@ def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinishe
     fmt = readers.dataset_format(run.request.base_dir, cell.dataset, verbs.VERBS["generate"].sections["prompts"])
     given = [n for n in (run.request.limit, s.generation_data_size) if n is not None]
     prompts = readers.read_prompts(fmt, cell.concept, min(given) if given else None)
-    steering = run.team.together(lambda: stored(cell, s, run))
+    steering = run.team.each(lambda: stored(cell, s, run))
     chat = run.host.chat(s.use_chat_template, s.system_prompt)
     ids = [tuple(chat.prompt_ids(prompt.input)) for prompt in prompts]
 
@@ -111,7 +111,7 @@ def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinishe
     check_context(run.host.model, f"apply {cell}, prompts", lengths, way_out, how.max_new_tokens)
 
     def work() -> dict[Text, list[int]]:
-        mine = run.team.mine(every)
+        mine = run.team.shard(every)
         known = unfinished.read()
         texts = {text: known[text] for text in mine if text in known}
         todo = [text for text in mine if text not in texts]

@@ -20,7 +20,7 @@ from spilt import verbs
 from spilt.analysis import odds
 from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write
-from spilt.artifacts.journal import Lines
+from spilt.artifacts.journal import Journal
 from spilt.artifacts.store import PREFERENCE_TYPES
 from spilt.cell import FORMS
 from spilt.data import readers
@@ -39,7 +39,7 @@ CONTROL_PAIRS = 64  # questions that they are scored on, at most
 CONTROL_EVERY = 3  # every third multiplier of the sweep
 
 
-class Unfinished(Lines):
+class Unfinished(Journal):
     """Losses that are scored but not yet in a table: a line for each batch, written after every so many seconds.
 
     A line counts only with the identity of what was asked: [identity, sequences, their losses, the answers' part of them].
@@ -81,13 +81,13 @@ def measure(step: Step, run: Run) -> str:
     path = run.store.unfinished_losses(cell, run.team.rank)
     with closing(Unfinished(path, run.request.checkpoint_seconds)) as unfinished:
         if run.request.force:
-            run.team.agree(unfinished.remove)
+            run.team.on_main(unfinished.remove)
         return _measure_step(step, run, unfinished)
 
 
 def _measure_step(step: Step, run: Run, unfinished: Unfinished) -> str:
     (cell,) = step.cells
-    steering = run.team.together(lambda: stored(cell, step.settings, run))
+    steering = run.team.each(lambda: stored(cell, step.settings, run))
     if step.sweep:
         step = measure_verb.with_multipliers(step, run.store, _sweep(step, steering, run))
     new = _measure(step, steering, run, unfinished)
@@ -99,7 +99,7 @@ def _measure_step(step: Step, run: Run, unfinished: Unfinished) -> str:
             frames = [odds.collect(run.store.loss_folder(cell), split) for split in step.data]
             return not curves.flattened(odds.summarise(pd.concat(frames)))
 
-        if run.team.agree(still_moves):
+        if run.team.on_main(still_moves):
             wider = measure_verb.widened(step.multipliers)
             new = _measure(measure_verb.with_multipliers(step, run.store, wider), steering, run, unfinished) or new
             step = measure_verb.with_multipliers(step, run.store, wider)
@@ -162,7 +162,7 @@ def _measure(step: Step, steering: Steering, run: Run, unfinished: Unfinished) -
     def decide() -> set[Path]:
         return {path for path, parts in outputs.items() if run.request.force or manifest.standing(path, parts) != "done"}
 
-    todo = run.team.agree(decide)
+    todo = run.team.on_main(decide)
     tell_replaced(str(step), {path: outputs[path] for path in step.outputs if path in todo}, run)
     bad: set[float] = set()
     for split in step.data:
@@ -250,7 +250,7 @@ def _store(run: Run, unfinished: Unfinished, write: Callable[[], Any]) -> None:
         write()
         unfinished.remove()
 
-    run.team.agree(write_and_remove)
+    run.team.on_main(write_and_remove)
 
 
 def _csv(table: pd.DataFrame) -> str:
@@ -298,7 +298,7 @@ def _control(step: Step, steering: Steering, run: Run, unfinished: Unfinished) -
     path = run.store.control(cell)
     drawn = {"multipliers": multipliers, "draws": CONTROL_DRAWS, "pairs": CONTROL_PAIRS}
     parts = {"control": drawn, **verbs.parts_of(step, split, measure_verb.own(step, 0.0, "control", split), run.request.limit, run.seen)}
-    if run.team.agree(lambda: not run.request.force and manifest.standing(path, parts) == "done"):
+    if run.team.on_main(lambda: not run.request.force and manifest.standing(path, parts) == "done"):
         return False
     generator = torch.Generator().manual_seed(s.seed)
     tables = []
@@ -306,7 +306,7 @@ def _control(step: Step, steering: Steering, run: Run, unfinished: Unfinished) -
         random_ones: dict[int, Intervention] = {}
         for site, intervention in steering:
             direction = torch.randn(anatomy.hidden_size(run.host.model), generator=generator)
-            made = Vector.from_state(direction / direction.norm() * intervention.norm(), site=s.site)
+            made = Vector.from_state(direction / direction.norm() * intervention.norm(), write_point=s.site)
             random_ones[site.layer] = made.eval().to(run.host.device(site.layer))
         each = [manifest.identity({**parts, "draw": draw, "multiplier": m}) for m in multipliers]
         scorer = _scorer(step, split, Steering.of(random_ones), run, CONTROL_PAIRS)

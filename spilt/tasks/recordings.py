@@ -13,7 +13,7 @@ from spilt.artifacts import manifest
 from spilt.artifacts.store import Store
 from spilt.cell import FORMS, Cell
 from spilt.data import readers
-from spilt.data.chat import Sequence as Tokens
+from spilt.data.chat import Encoded
 from spilt.engine import activations
 from spilt.errors import UserError
 from spilt.methods import METHODS
@@ -40,7 +40,7 @@ class Key(NamedTuple):
     limit: int | None
 
 
-def encoded(key: Key, host: Host, fmt: readers.DatasetFormat) -> list[Tokens]:
+def encoded(key: Key, host: Host, fmt: readers.DatasetFormat) -> list[Encoded]:
     """Sequence 2 i is row i's matching answer, 2 i + 1 its not-matching one."""
     chat = host.chat(key.use_chat_template, key.system_prompt)
     pairs = readers.read_pairs(fmt, key.concept, key.limit)
@@ -59,11 +59,11 @@ class Recordings:
         self.limit, self.engine = limit, engine
         self.kept: dict[Key, activations.Activations] = {}
         self.uses: Counter[Key] = Counter()
-        self.components: dict[Key, set[str]] = {}
+        self.read_points: dict[Key, set[str]] = {}
         for step in steps:
             for key in self.keys(step):
                 self.uses[key] += 1
-                parts = self.components.setdefault(key, set())
+                parts = self.read_points.setdefault(key, set())
                 if FORMS[step.cells[0].intervention].reads and step.settings.site == "block":
                     parts.add(step.settings.intervention_components)
 
@@ -90,18 +90,18 @@ class Recordings:
         given = [n for n in (self.limit, settings.max_num_of_examples) if n is not None]
         return min(given) if given else None
 
-    def sequences(self, step: Step, path: Path, host: Host, fmt: readers.DatasetFormat) -> list[Tokens]:
+    def sequences(self, step: Step, path: Path, host: Host, fmt: readers.DatasetFormat) -> list[Encoded]:
         """Both answers of a step's pairs, for the plain engine."""
         s: Any = step.settings
         key = Key(path, step.cells[0].concept, -1, s.use_chat_template, s.system_prompt, s.output_length, self.rows(s))
         return encoded(key, host, fmt)
 
-    def get(self, key: Key, host: Host, fmt: readers.DatasetFormat, component: str | None) -> activations.Activations:
+    def get(self, key: Key, host: Host, fmt: readers.DatasetFormat, read_point: str | None) -> activations.Activations:
         """Sequence 2 i is row i's matching answer, 2 i + 1 its not-matching one."""
-        known = self.components.setdefault(key, set())
-        if key not in self.kept or (component is not None and component not in self.kept[key].x):
-            if component is not None:
-                known.add(component)
+        known = self.read_points.setdefault(key, set())
+        if key not in self.kept or (read_point is not None and read_point not in self.kept[key].x):
+            if read_point is not None:
+                known.add(read_point)
             sequences = encoded(key, host, fmt)
             self.kept[key] = activations.record(host.model, key.layer, sequences, sorted(known), host.pad_id, together=2)
         return self.kept[key]

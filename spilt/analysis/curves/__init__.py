@@ -1,11 +1,11 @@
 """Log-odds against multiplier: fits of the paper's curve models (fit.py) and what is read from them (readings.py)."""
 
-from spilt.analysis.curves.fit import Fit, Warned, evaluate, fit_curve, r_squared, validity_decay
+from spilt.analysis.curves.fitting import CurveFit, Warned, evaluate, fit_curve, r_squared, validity_decay
 from spilt.analysis.curves.readings import BUDGET, equal_preference, flattened, recommendation, regions, utility_drops, utility_peak
 
 __all__ = [
     "BUDGET",
-    "Fit",
+    "CurveFit",
     "Warned",
     "equal_preference",
     "evaluate",

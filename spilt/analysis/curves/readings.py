@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from spilt.analysis.curves.fit import Fit, warned_of
+from spilt.analysis.curves.fitting import CurveFit, warned_of
 
 Array = npt.NDArray[np.float64]
 
@@ -23,7 +23,7 @@ CONVERGED_SLOPE = 0.1  # of the linear region's slope: below it, out to the end,
 TAIL, FLAT = 0.2, 0.05  # a tail is the outer 20% of a side; it is flat when it moves less than 5% of the curve's range
 
 
-def regions(fit: Fit, multiplier: npt.ArrayLike, value: npt.ArrayLike) -> dict[str, Any] | None:
+def regions(fit: CurveFit, multiplier: npt.ArrayLike, value: npt.ArrayLike) -> dict[str, Any] | None:
     """The three regions of the preference curve, as intervals of m; None without a fit to read them from.
 
     linear: the widest interval around 0 whose fitted curve stays within 5% of its range of one straight line;
@@ -81,7 +81,7 @@ def _off_line(x: Array, y: Array) -> float:
     return float(np.abs(y - y.mean() - slope * x).max())
 
 
-def utility_peak(fit: Fit, multiplier: npt.ArrayLike, utility: npt.ArrayLike) -> dict[str, Any] | None:
+def utility_peak(fit: CurveFit, multiplier: npt.ArrayLike, utility: npt.ArrayLike) -> dict[str, Any] | None:
     """argmax of utility: on the fitted curve, or on the measured points where the fit is not good enough (`source` says which)."""
     m, y = np.asarray(multiplier, dtype=float), np.asarray(utility, dtype=float)
     m, y = m[np.isfinite(y)], y[np.isfinite(y)]
@@ -96,7 +96,7 @@ def utility_peak(fit: Fit, multiplier: npt.ArrayLike, utility: npt.ArrayLike) ->
     return {"multiplier": float(m[at]), "utility": float(y[at]), "source": source}
 
 
-def utility_drops(fit: Fit, multiplier: npt.ArrayLike, utility: npt.ArrayLike, drop: float = BUDGET) -> dict[str, Any]:
+def utility_drops(fit: CurveFit, multiplier: npt.ArrayLike, utility: npt.ArrayLike, drop: float = BUDGET) -> dict[str, Any]:
     """Where utility has first fallen `drop` nats below its value at m = 0, going outwards on each side; None where it does not."""
     m, y = np.asarray(multiplier, dtype=float), np.asarray(utility, dtype=float)
     m, y = m[np.isfinite(y)], y[np.isfinite(y)]
@@ -120,7 +120,7 @@ def utility_drops(fit: Fit, multiplier: npt.ArrayLike, utility: npt.ArrayLike, d
     return out
 
 
-def _trusted(fit: Fit) -> bool:
+def _trusted(fit: CurveFit) -> bool:
     return fit.parameters is not None and not any(warned_of(fit, name) for name in ("low_r2", "low_held_out_r2", "spike"))
 
 

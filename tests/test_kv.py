@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from spilt.engine.kv import FREE, Room
+from spilt.engine.kv import FREE, PreallocatedKV
 
 HEADS, WIDTH = 2, 3  # of keys and values
 
@@ -28,7 +28,7 @@ def padded(tokens: list[int], width: int, sign: int) -> torch.Tensor:
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_come_and_go(seed: int) -> None:
     """Against a list of token lists: rows join with prompts of any length, get tokens, end, and leave their place."""
-    draw, room, fresh = random.Random(seed), Room(5), iter(range(10**6))
+    draw, room, fresh = random.Random(seed), PreallocatedKV(5), iter(range(10**6))
     rows: list[list[int]] = []
     for _ in range(3 * FREE):
         free = room.capacity - len(rows)
@@ -58,7 +58,7 @@ def test_rows_come_and_go(seed: int) -> None:
 
 def test_a_token_does_not_move_the_others() -> None:
     """Columns are copied once in FREE tokens, not at each."""
-    room, places = Room(2), set()
+    room, places = PreallocatedKV(2), set()
     room.join(torch.zeros(2, HEADS, 7, WIDTH), torch.zeros(2, HEADS, 7, WIDTH), 7)
     for _ in range(2 * FREE):
         keys, _ = room.update(torch.zeros(2, HEADS, 1, WIDTH), torch.zeros(2, HEADS, 1, WIDTH))

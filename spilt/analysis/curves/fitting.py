@@ -37,7 +37,7 @@ class Warned:
 
 
 @dataclass(frozen=True)
-class Fit:
+class CurveFit:
     """One fitted curve. `parameters` is None when no fit was made; the warnings then say why.
 
     r2 = 1 - SSres/SStot on the fitted points; r2_held_out: fitted on every second multiplier, scored on the others.
@@ -66,10 +66,10 @@ class Fit:
         return {**out, "bound_hits": list(self.bound_hits), "extent": list(self.extent), "warnings": [asdict(w) for w in self.warnings]}
 
     @staticmethod
-    def from_dict(stored: Mapping[str, Any]) -> Fit:
+    def from_dict(stored: Mapping[str, Any]) -> CurveFit:
         warned = tuple(Warned(**w) for w in stored["warnings"])
-        rest = {key: stored[key] for key in Fit.__dataclass_fields__ if key in stored}
-        return Fit(**{**rest, "warnings": warned, "bound_hits": tuple(stored["bound_hits"]), "extent": tuple(stored["extent"])})
+        rest = {key: stored[key] for key in CurveFit.__dataclass_fields__ if key in stored}
+        return CurveFit(**{**rest, "warnings": warned, "bound_hits": tuple(stored["bound_hits"]), "extent": tuple(stored["extent"])})
 
 
 def validity_decay(multiplier: npt.ArrayLike, parameters: Mapping[str, float]) -> Array:
@@ -94,12 +94,12 @@ def r_squared(measured: npt.ArrayLike, predicted: npt.ArrayLike) -> float | None
     return float(1 - ((y - f) ** 2).sum() / total) if total > 0 else None
 
 
-def warned_of(fit: Fit, name: str) -> bool:
+def warned_of(fit: CurveFit, name: str) -> bool:
     return any(w.name == name for w in fit.warnings)
 
 
-def fit_curve(multiplier: npt.ArrayLike, value: npt.ArrayLike, kind: Kind, seed: int = 0, starts: int = STARTS) -> Fit:
-    """Fit one averaged curve: multiplier [n], value [n] in nats. Same seed, same result. Never raises on bad points: it warns."""
+def fit_curve(multiplier: npt.ArrayLike, value: npt.ArrayLike, kind: Kind, seed: int = 0, starts: int = STARTS) -> CurveFit:
+    """CurveFit one averaged curve: multiplier [n], value [n] in nats. Same seed, same result. Never raises on bad points: it warns."""
     m, y = np.asarray(multiplier, dtype=float), np.asarray(value, dtype=float)
     warned: list[Warned] = []
     good = np.isfinite(m) & np.isfinite(y)
@@ -111,8 +111,8 @@ def fit_curve(multiplier: npt.ArrayLike, value: npt.ArrayLike, kind: Kind, seed:
     n, wanted = len(m), len(LINEAR[kind]) + len(DECAY) + 2
     extent = (float(m[0]), float(m[-1])) if n else (0.0, 0.0)
 
-    def without(name: str, text: str) -> Fit:
-        return Fit(kind, None, None, None, n, warnings=(*warned, Warned(name, text)), extent=extent)
+    def without(name: str, text: str) -> CurveFit:
+        return CurveFit(kind, None, None, None, n, warnings=(*warned, Warned(name, text)), extent=extent)
 
     if len(np.unique(m)) < wanted:
         return without(
@@ -143,7 +143,7 @@ def fit_curve(multiplier: npt.ArrayLike, value: npt.ArrayLike, kind: Kind, seed:
         warned.append(
             Warned("low_held_out_r2", f"held-out R^2 {held_out:.3f} is below {GOOD_R2}: the line between the points is not supported")
         )
-    return Fit(kind, best.parameters, r2, held_out, n, best.gap, best.hits, tuple(warned), best.evaluations, best.agreeing, extent)
+    return CurveFit(kind, best.parameters, r2, held_out, n, best.gap, best.hits, tuple(warned), best.evaluations, best.agreeing, extent)
 
 
 def _between(m: Array) -> Array:
