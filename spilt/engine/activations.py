@@ -59,7 +59,7 @@ class Activations:
 
     @property
     def place(self) -> dict[int, tuple[int, int]]:
-        """Encoded number -> its pack, and which member it is there."""
+        """Sequence number -> its pack, and which member it is there."""
         found = self.__dict__.get("_place")
         if found is None:
             found = {i: (row, k) for row, pack in enumerate(self.packs) for k, i in enumerate(pack.members)}
@@ -98,7 +98,7 @@ SHARE_OF_DEVICE, SHARE_OF_HOST = 0.25, 0.5  # of the memory that is free now
 
 
 def storage(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """PreallocatedKV for [rows, width] in the smallest safe place: the device, pinned host memory, a memory-mapped temporary file."""
+    """Room for [rows, width] in the smallest safe place: the device, pinned host memory, a memory-mapped temporary file."""
     size = rows * width * dtype.itemsize
     if device.type == "cuda":
         if size < SHARE_OF_DEVICE * torch.cuda.mem_get_info(device)[0]:

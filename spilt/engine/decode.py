@@ -9,37 +9,23 @@ from __future__ import annotations
 
 import logging
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation import logits_process as lp
 
 from spilt import memory
-from spilt.data.chat import Encoded
-from spilt.engine import packing, suffix
-from spilt.engine.activations import prefix_pairs
 from spilt.engine.kv import PreallocatedKV
+from spilt.engine.prompts import MakeSites, Prompts, Row, Started, forward
 from spilt.errors import NotFinite
 from spilt.steering import hooks
 from spilt.steering.steering import Steering
 
 log = logging.getLogger("spilt")
-
-MakeSites = Callable[[Tensor], list[hooks.Applied]]  # multipliers [B, 1, 1] -> the sites that are attached for those rows
-
-
-class Row(NamedTuple):
-    """One text to make. multiplier 0: unsteered. seed: decides its random numbers, whatever the batch."""
-
-    prompt: tuple[int, ...]
-    multiplier: float
-    seed: str
 
 
 class Decoding(NamedTuple):
@@ -84,20 +70,10 @@ def decoding(params: dict[str, Any], model: nn.Module, tokenizer: Any) -> Decodi
     return Decoding(int(value("max_new_tokens", 128)), sample, ends, int(pad), processors, warpers)
 
 
-class _Started(NamedTuple):
-    """Rows whose prompts have been read: left-padded to one length T."""
-
-    rows: list[int]  # numbers in the request
-    multiplier: Tensor  # [B, 1, 1]
-    mask: Tensor  # [B, T] long, 1 = real token
-    pairs: Iterable[tuple[Tensor, Tensor]]  # keys and values [B, H, T, d] of each layer, read once
-    scores: Tensor  # [B, V] of the next token
-
-
 class _Active:
     """The rows that are being decoded: their tokens, cache and masks."""
 
-    def __init__(self, started: _Started, capacity: int) -> None:
+    def __init__(self, started: Started, capacity: int) -> None:
         self.rows, self.multiplier, self.mask, self.scores = started.rows, started.multiplier, started.mask, started.scores
         self.rooms: list[PreallocatedKV] = []
         for keys, values in started.pairs:
@@ -126,7 +102,7 @@ class _Active:
             room.keep(torch.tensor(holes, device=index.device), torch.tensor(movers, device=index.device), len(keep), dropped)
         return index
 
-    def join(self, started: _Started) -> None:
+    def join(self, started: Started) -> None:
         """Others come in; whose mask is shorter is padded on the left."""
         width = max(self.mask.shape[1], started.mask.shape[1])
         for room, (keys, values) in zip(self.rooms, started.pairs, strict=True):
@@ -134,150 +110,6 @@ class _Active:
         self.mask = torch.cat([functional.pad(mask, (width - mask.shape[1], 0)) for mask in (self.mask, started.mask)])
         self.multiplier, self.scores = torch.cat([self.multiplier, started.multiplier]), torch.cat([self.scores, started.scores])
         self.rows = self.rows + started.rows
-
-
-def _forward(model: nn.Module, sites: list[hooks.Applied], ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-    """Scores [B, V] of the token after ids [B, t]; the cache grows by t."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    with hooks.attach(model, sites):
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return out.logits[:, -1].float().to(ids.device)
-
-
-class _Prompts:
-    """Prompts up to the lowest steered block, run once whatever the number of multipliers and responses.
-
-    What all prompts share (the template's beginning) is run once: below that block for all, above it once per multiplier.
-    """
-
-    def __init__(self, model: nn.Module, make_sites: MakeSites, rows: Sequence[Row], pad: int, device: torch.device) -> None:
-        self.model, self.make_sites, self.pad, self.device = model, make_sites, pad, device
-        sites = make_sites(torch.zeros(1, 1, 1, device=device))
-        self.base = min(hooks.base(site.layer, site.intervention) for site in sites)
-        self.read_points = tuple({site.intervention.read_point for site in sites if self._on_stream(site) and site.intervention.read_point})
-        self.left = Counter(row.prompt for row in rows)  # rows that still want the prompt
-        self.kept: dict[tuple[int, ...], tuple[suffix.Recorded, packing.KeysValues]] = {}
-        self.heads: dict[float, packing.KeysValues] = {}
-        sequences = [Encoded(prompt, len(prompt), 0) for prompt in self.left]
-        self.prefix = packing.prefix_length(sequences) if sequences and self.base >= 0 else 0
-        self.head: suffix.Recorded | None = None
-        self.below: packing.KeysValues = {}
-        if self.prefix:
-            ids = torch.tensor([sequences[0].input_ids[: self.prefix]], device=device)
-            cache = packing.cache_of({})
-            self.head = suffix.record(model, self.base, ids, self.read_points, past_key_values=cache, use_cache=True)
-            self.below = packing.pairs_of(cache)
-
-    def _on_stream(self, site: hooks.Applied) -> bool:
-        return site.layer == self.base and site.intervention.write_point == "block"
-
-    def _rows(self, prompts: Sequence[tuple[int, ...]]) -> packing.Rows:
-        packs = [packing.pack([Encoded(prompt, len(prompt) + 1, 0)], (0,), self.prefix) for prompt in prompts]
-        return packing.Rows(*(t.to(self.device) for t in packing.pad_packs(packs, self.pad)))
-
-    def _steered(self, seen: suffix.Recorded, multiplier: Tensor) -> tuple[Tensor, list[hooks.Applied]]:
-        h, above = seen.h, []
-        for site in self.make_sites(multiplier):
-            if self._on_stream(site):
-                h = hooks.steer(site, h, seen.x.get(site.intervention.read_point or ""))
-            else:
-                above.append(site)
-        return h, above
-
-    def _record(self, prompts: list[tuple[int, ...]]) -> None:
-        """Blocks 0..base of prompts that are not there yet."""
-        rows = self._rows(prompts)
-        cache = packing.cache_of(self.below, torch.zeros(len(prompts), dtype=torch.long, device=self.device))
-        inputs = packing.attention_inputs(self.model, rows, self.prefix)
-        seen = suffix.record(self.model, self.base, rows.input_ids, self.read_points, past_key_values=cache, **inputs)
-        pairs = packing.pairs_of(cache)
-        for b, prompt in enumerate(prompts):
-            n = len(prompt) - self.prefix
-            own = {layer: (k[b, :, self.prefix :][:, :n], v[b, :, self.prefix :][:, :n]) for layer, (k, v) in pairs.items()}
-            self.kept[prompt] = suffix.Recorded(seen.h[b, :n], {name: x[b, :n] for name, x in seen.x.items()}), own
-
-    def _head(self, multiplier: float) -> packing.KeysValues:
-        """Keys and values of the shared beginning above the base, at one multiplier."""
-        if multiplier not in self.heads and self.head is not None:
-            stream, above = self._steered(self.head, torch.full((1, 1, 1), multiplier, device=self.device))
-            with hooks.attach(self.model, above):
-                self.heads[multiplier] = prefix_pairs(self.model, self.base, stream, self.pad)
-        return self.heads.get(multiplier, {})
-
-    def start(self, rows: Sequence[Row], numbers: list[int]) -> _Started:
-        """These rows with their prompts read: cache and the next token's scores."""
-        multiplier = torch.tensor([rows[i].multiplier for i in numbers], dtype=torch.float32, device=self.device)[:, None, None]
-        prompts = [rows[i].prompt for i in numbers]
-        if self.base < 0:  # the first block's inside is steered: nothing can be shared
-            return _prefill(self.model, self.make_sites(multiplier), prompts, list(numbers), multiplier, self.pad, self.device)
-        new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.kept))
-        if new:
-            self._record(new)
-        kept = [self.kept[prompt] for prompt in prompts]
-        names = self.read_points
-        seen = suffix.Recorded(
-            pad_sequence([k[0].h for k in kept], batch_first=True),
-            {n: pad_sequence([k[0].x[n] for k in kept], batch_first=True) for n in names},
-        )
-        stream, above = self._steered(seen, multiplier)
-        own = self._rows(prompts)
-        real = own.branch != packing.PADDING
-        lengths = real.sum(1)
-        last = torch.arange(real.shape[1], device=self.device) == (lengths - 1)[:, None]
-        heads = [self._head(rows[i].multiplier) for i in numbers]
-        upper = {layer: tuple(torch.cat([head[layer][kv] for head in heads]) for kv in (0, 1)) for layer in heads[0]}
-        cache = packing.cache_of(upper)  # type: ignore[arg-type]
-        inputs = packing.attention_inputs(self.model, own, self.prefix)
-        with hooks.attach(self.model, above):
-            scores = suffix.logits(self.model, self.base, stream, last, past_key_values=cache, **inputs).float().to(self.device)
-        pairs = packing.pairs_of(cache)
-
-        def of_prompts(layer: int, kv: int) -> Tensor:
-            """Keys or values of a layer up to the base, [B, H, width, d]."""
-            rest = pad_sequence([k[1][layer][kv].transpose(0, 1) for k in kept], batch_first=True).transpose(1, 2)
-            begun = self.below.get(layer)
-            return rest if begun is None else torch.cat([begun[kv].expand(len(kept), -1, -1, -1), rest], 2)
-
-        # from right to left padding: row b moves right by what it is shorter
-        width = self.prefix + real.shape[1]
-        place = torch.arange(width, device=self.device) - (real.shape[1] - lengths)[:, None]
-        mask = (place >= 0).long()
-
-        def moved(t: Tensor) -> Tensor:
-            return t.gather(2, place.clamp(min=0).to(t.device)[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))
-
-        for prompt in prompts:
-            self.left[prompt] -= 1
-            if not self.left[prompt]:
-                self.kept.pop(prompt, None)
-
-        def in_order() -> Iterator[tuple[Tensor, Tensor]]:
-            """One layer at a time, so that no second copy of the whole cache is ever there."""
-            for layer in kept[0][1]:
-                yield moved(of_prompts(layer, 0)), moved(of_prompts(layer, 1))
-            for layer in sorted(pairs):
-                keys, values = pairs.pop(layer)
-                yield moved(keys), moved(values)
-
-        return _Started(list(numbers), multiplier, mask, in_order(), scores)
-
-
-def _prefill(
-    model: nn.Module,
-    sites: list[hooks.Applied],
-    prompts: list[tuple[int, ...]],
-    numbers: list[int],
-    multiplier: Tensor,
-    pad: int,
-    device: torch.device,
-) -> _Started:
-    """The plain way: whole prompts through the whole model."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    cache = DynamicCache()
-    scores = _forward(model, sites, ids, mask, cache)
-    return _Started(numbers, multiplier, mask, packing.pairs_of(cache).values(), scores)
 
 
 def choose(scores: Tensor, how: Decoding, uniform: Tensor | None, ids: list[list[int]]) -> Tensor:
@@ -323,7 +155,7 @@ class _Stream:
         self.active: _Active | None = None
         self.finished: list[tuple[int, list[int]]] = []
         self.wait(range(len(rows)))
-        self.prompts = _Prompts(model, make_sites, rows, how.pad, self.device)
+        self.prompts = Prompts(model, make_sites, rows, how.pad, self.device)
 
     def wait(self, numbers: Iterable[int]) -> None:
         """Taken from the end: longest prompts first, all rows of a prompt beside each other."""
@@ -352,7 +184,7 @@ class _Stream:
         if len(keep) < len(active.rows):
             tokens = tokens[active.select(keep)]
         active.mask = torch.cat([active.mask, active.mask.new_ones(len(keep), 1)], 1)
-        active.scores = _forward(self.model, self.make_sites(active.multiplier), tokens[:, None], active.mask, active.cache)
+        active.scores = forward(self.model, self.make_sites(active.multiplier), tokens[:, None], active.mask, active.cache)
 
     def _fill(self) -> None:
         free = self.batch_size - (len(self.active.rows) if self.active else 0)
@@ -388,7 +220,7 @@ class _Stream:
         self.active = None
         self.new = {i: [] for i in self.new}
         self.wait(self.new)
-        self.prompts = _Prompts(self.model, self.make_sites, [self.rows[i] for i in self.new], self.how.pad, self.device)
+        self.prompts = Prompts(self.model, self.make_sites, [self.rows[i] for i in self.new], self.how.pad, self.device)
 
 
 @torch.no_grad()

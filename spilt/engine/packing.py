@@ -6,7 +6,26 @@
 Attention is causal, so the keys and values of the prefix are the same for all sequences at one multiplier: they are
 computed once and handed over in a cache. The rest of a question is one row, a pack: the shared tokens, then each
 answer's own. A mask lets an own token see the prefix, the shared tokens and its own branch; positions restart at each branch.
-The last prompt token belongs to the branches: its logits score the first answer token, which differs.
+
+For the template `<u> .. <a>`, the question `why ?` and the answers `yes .` and `no`:
+
+    in the cache   <u>         the prefix, at position 0
+    the pack       why  ?   <a>  yes  .    <a>  no    padding
+    position       1    2   3    4    5    3    4     0
+    branch         S    S   0    0    0    1    1     P         S: SHARED, P: PADDING
+    scores                  yes  .         no                   the label of its logits: the next token of its branch, if an answer's
+
+    sees           <u>  why  ?   <a>  yes  .    <a>  no    P
+    why            x    x
+    ?              x    x    x
+    <a>  (0)       x    x    x   x
+    yes            x    x    x   x    x
+    .              x    x    x   x    x    x
+    <a>  (1)       x    x    x                  x
+    no             x    x    x                  x    x
+    P              x                                       x    itself, so that no row of attention scores is empty
+
+The last prompt token <a> belongs to the branches: its logits score the first answer token, which differs.
 """
 
 from __future__ import annotations

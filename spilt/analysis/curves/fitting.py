@@ -24,7 +24,6 @@ UPPER = np.array([1.0, np.log(1e3), np.log(20.0), 0.0, np.log(1e3), np.log(20.0)
 STARTS = 24
 FEW_POINTS = 12
 GOOD_R2 = 0.95
-CONTINUITY = 1e-6
 RIDGE = 1e-9  # keeps alpha, beta and b finite where D is so flat that they trade off against each other
 
 

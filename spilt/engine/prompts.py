@@ -1,0 +1,202 @@
+"""Prompts read at the start of decoding: up to the lowest steered block once, whatever the number of multipliers and responses.
+
+block      prefix (the template)   rest of a prompt
+> base     once per multiplier     once per row            steered
+<= base    once                    once per prompt         not steered: recorded, the rows that want it take it from there
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+
+from spilt.data.chat import Encoded
+from spilt.engine import packing, suffix
+from spilt.engine.activations import prefix_pairs
+from spilt.steering import hooks
+
+MakeSites = Callable[[Tensor], list[hooks.Applied]]  # multipliers [B, 1, 1] -> the sites that are attached for those rows
+
+
+class Row(NamedTuple):
+    """One text to make. multiplier 0: unsteered. seed: decides its random numbers, whatever the batch."""
+
+    prompt: tuple[int, ...]
+    multiplier: float
+    seed: str
+
+
+class Started(NamedTuple):
+    """Rows whose prompts have been read: left-padded to one length T."""
+
+    rows: list[int]  # numbers in the request
+    multiplier: Tensor  # [B, 1, 1]
+    mask: Tensor  # [B, T] long, 1 = real token
+    pairs: Iterable[tuple[Tensor, Tensor]]  # keys and values [B, H, T, d] of each layer, read once
+    scores: Tensor  # [B, V] of the next token
+
+
+def forward(model: nn.Module, sites: list[hooks.Applied], ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+    """Scores [B, V] of the token after ids [B, t]; the cache grows by t."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    with hooks.attach(model, sites):
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return out.logits[:, -1].float().to(ids.device)
+
+
+class Prompts:
+    """Prompts up to the lowest steered block, run once whatever the number of multipliers and responses.
+
+    What all prompts share (the template's beginning) is run once: below that block for all, above it once per multiplier.
+    """
+
+    def __init__(self, model: nn.Module, make_sites: MakeSites, rows: Sequence[Row], pad: int, device: torch.device) -> None:
+        self.model, self.make_sites, self.pad, self.device = model, make_sites, pad, device
+        sites = make_sites(torch.zeros(1, 1, 1, device=device))
+        self.base = min(hooks.base(site.layer, site.intervention) for site in sites)
+        self.read_points = tuple({site.intervention.read_point for site in sites if self._on_stream(site) and site.intervention.read_point})
+        self.left = Counter(row.prompt for row in rows)  # rows that still want the prompt
+        self.kept: dict[tuple[int, ...], tuple[suffix.Recorded, packing.KeysValues]] = {}
+        self.heads: dict[float, packing.KeysValues] = {}
+        sequences = [Encoded(prompt, len(prompt), 0) for prompt in self.left]
+        self.prefix = packing.prefix_length(sequences) if sequences and self.base >= 0 else 0
+        self.head: suffix.Recorded | None = None
+        self.below: packing.KeysValues = {}
+        if self.prefix:
+            ids = torch.tensor([sequences[0].input_ids[: self.prefix]], device=device)
+            cache = packing.cache_of({})
+            self.head = suffix.record(model, self.base, ids, self.read_points, past_key_values=cache, use_cache=True)
+            self.below = packing.pairs_of(cache)
+
+    def _on_stream(self, site: hooks.Applied) -> bool:
+        return site.layer == self.base and site.intervention.write_point == "block"
+
+    def _rows(self, prompts: Sequence[tuple[int, ...]]) -> packing.Rows:
+        packs = [packing.pack([Encoded(prompt, len(prompt) + 1, 0)], (0,), self.prefix) for prompt in prompts]
+        return packing.Rows(*(t.to(self.device) for t in packing.pad_packs(packs, self.pad)))
+
+    def _steered(self, seen: suffix.Recorded, multiplier: Tensor) -> tuple[Tensor, list[hooks.Applied]]:
+        h, above = seen.h, []
+        for site in self.make_sites(multiplier):
+            if self._on_stream(site):
+                h = hooks.steer(site, h, seen.x.get(site.intervention.read_point or ""))
+            else:
+                above.append(site)
+        return h, above
+
+    def _record(self, prompts: list[tuple[int, ...]]) -> None:
+        """Blocks 0..base of prompts that are not there yet."""
+        rows = self._rows(prompts)
+        cache = packing.cache_of(self.below, torch.zeros(len(prompts), dtype=torch.long, device=self.device))
+        inputs = packing.attention_inputs(self.model, rows, self.prefix)
+        seen = suffix.record(self.model, self.base, rows.input_ids, self.read_points, past_key_values=cache, **inputs)
+        pairs = packing.pairs_of(cache)
+        for b, prompt in enumerate(prompts):
+            n = len(prompt) - self.prefix
+            own = {layer: (k[b, :, self.prefix :][:, :n], v[b, :, self.prefix :][:, :n]) for layer, (k, v) in pairs.items()}
+            self.kept[prompt] = suffix.Recorded(seen.h[b, :n], {name: x[b, :n] for name, x in seen.x.items()}), own
+
+    def _head(self, multiplier: float) -> packing.KeysValues:
+        """Keys and values of the shared beginning above the base, at one multiplier."""
+        if multiplier not in self.heads and self.head is not None:
+            stream, above = self._steered(self.head, torch.full((1, 1, 1), multiplier, device=self.device))
+            with hooks.attach(self.model, above):
+                self.heads[multiplier] = prefix_pairs(self.model, self.base, stream, self.pad)
+        return self.heads.get(multiplier, {})
+
+    def start(self, rows: Sequence[Row], numbers: list[int]) -> Started:
+        """These rows with their prompts read: cache and the next token's scores."""
+        multiplier = torch.tensor([rows[i].multiplier for i in numbers], dtype=torch.float32, device=self.device)[:, None, None]
+        prompts = [rows[i].prompt for i in numbers]
+        if self.base < 0:  # the first block's inside is steered: nothing can be shared
+            return _prefill(self.model, self.make_sites(multiplier), prompts, list(numbers), multiplier, self.pad, self.device)
+        if new := list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.kept)):
+            self._record(new)
+        seen, below = zip(*(self.kept[prompt] for prompt in prompts), strict=True)
+        self._forget(prompts)
+        scores, above = self._above(prompts, seen, multiplier)
+        to_left = _ToLeft([len(prompt) for prompt in prompts], self.device)
+
+        def in_order() -> Iterator[tuple[Tensor, Tensor]]:
+            """One layer at a time, so that no second copy of the whole cache is ever there."""
+            for layer in below[0]:
+                yield to_left(self._joined(layer, 0, below)), to_left(self._joined(layer, 1, below))
+            for layer in sorted(above):
+                keys, values = above.pop(layer)
+                yield to_left(keys), to_left(values)
+
+        return Started(list(numbers), multiplier, to_left.mask, in_order(), scores)
+
+    def _above(
+        self, prompts: Sequence[tuple[int, ...]], recorded: Sequence[suffix.Recorded], multiplier: Tensor
+    ) -> tuple[Tensor, packing.KeysValues]:
+        """Scores [B, V] of the token after each prompt, and the keys and values of the blocks above the base."""
+        seen = suffix.Recorded(
+            pad_sequence([one.h for one in recorded], batch_first=True),
+            {name: pad_sequence([one.x[name] for one in recorded], batch_first=True) for name in self.read_points},
+        )
+        stream, above = self._steered(seen, multiplier)
+        rows = self._rows(prompts)
+        lengths = (rows.branch != packing.PADDING).sum(1)
+        last = torch.arange(rows.branch.shape[1], device=self.device) == (lengths - 1)[:, None]
+        heads = [self._head(m) for m in multiplier.flatten().tolist()]
+        begun = {layer: tuple(torch.cat([head[layer][kv] for head in heads]) for kv in (0, 1)) for layer in heads[0]}
+        cache = packing.cache_of(begun)  # type: ignore[arg-type]
+        inputs = packing.attention_inputs(self.model, rows, self.prefix)
+        with hooks.attach(self.model, above):
+            scores = suffix.logits(self.model, self.base, stream, last, past_key_values=cache, **inputs).float().to(self.device)
+        return scores, packing.pairs_of(cache)
+
+    def _joined(self, layer: int, kv: int, below: Sequence[packing.KeysValues]) -> Tensor:
+        """Keys (kv = 0) or values (1) of a layer up to the base, prefix and prompts, right-padded [B, H, T, d]."""
+        rest = pad_sequence([pairs[layer][kv].transpose(0, 1) for pairs in below], batch_first=True).transpose(1, 2)
+        begun = self.below.get(layer)
+        return rest if begun is None else torch.cat([begun[kv].expand(len(below), -1, -1, -1), rest], 2)
+
+    def _forget(self, prompts: Sequence[tuple[int, ...]]) -> None:
+        """What no later row wants goes."""
+        for prompt in prompts:
+            self.left[prompt] -= 1
+            if not self.left[prompt]:
+                self.kept.pop(prompt, None)
+
+
+class _ToLeft:
+    """From right to left padding: row b moves right by what it is shorter.
+
+    a b c . .        . . a b c
+    d e f g h   ->   d e f g h
+    """
+
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        width = max(lengths)
+        place = torch.arange(width, device=device) - (width - torch.tensor(lengths, device=device))[:, None]
+        self.place, self.mask = place.clamp(min=0), (place >= 0).long()  # [B, T]; mask: 1 = real token
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """t [B, H, T, d]; what comes to lie in the padding is masked."""
+        return t.gather(2, self.place.to(t.device)[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))
+
+
+def _prefill(
+    model: nn.Module,
+    sites: list[hooks.Applied],
+    prompts: list[tuple[int, ...]],
+    numbers: list[int],
+    multiplier: Tensor,
+    pad: int,
+    device: torch.device,
+) -> Started:
+    """The plain way: whole prompts through the whole model."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    cache = DynamicCache()
+    scores = forward(model, sites, ids, mask, cache)
+    return Started(numbers, multiplier, mask, packing.pairs_of(cache).values(), scores)
