@@ -54,7 +54,7 @@ def test_losses_where_a_vector_acts(positions: str) -> None:
     torch.testing.assert_close(fast_losses(tiny, value, positions), plain, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_losses_in_bfloat16(family: str) -> None:
     """Equal up to that dtype's rounding: as far from each other as either is from float32."""
     tiny = build(family).to(torch.bfloat16)
@@ -97,6 +97,26 @@ def test_greedy_texts(family: str, cache: bool) -> None:
         greedy = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": EOS, "use_cache": cache}
         plain = whole.generate(tiny, value, strengths, prompts, PAD, **greedy)
         assert [fast[i] for i in range(len(wanted))] == plain, (form, read_point)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_greedy_texts_in_bfloat16(family: str) -> None:
+    """Each token is the likeliest of a plain uncached forward over what came before it, up to what that dtype rounds."""
+    tiny, wanted = build(family).to(torch.bfloat16), rows()
+    for form, read_point in READS:
+        value = steering(form, read_point)
+        for i, new in generation.generate(tiny, value, wanted, how(), 4):
+            row = wanted[i]
+            ids, scored = torch.tensor([[*row.prompt, *new]]), slice(len(row.prompt) - 1, -1)
+            plain, exact = (_logits(one, value, row.multiplier, ids)[scored] for one in (tiny, model(family)))
+            short = plain.amax(-1) - plain[range(len(new)), new]
+            assert (short <= 2 * (plain - exact).abs().max() + 0.05).all(), (form, read_point, short)
+
+
+@torch.no_grad()
+def _logits(one: Any, value: Steering, multiplier: float, ids: torch.Tensor) -> torch.Tensor:
+    with whole.steer(one, value, multiplier):
+        return one(input_ids=ids, use_cache=False).logits[0].float()
 
 
 def test_a_joint_steering_with_one_silent_half_is_the_other_half() -> None:
