@@ -391,7 +391,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--base_dir", type=Path, default=Path("."), help="folder that holds vectors/ and generation/ (default: here)")
     parser.add_argument("--quiet", action="store_true", help="list only what is not ok")
     parser.add_argument("--verify", action="store_true", help=argparse.SUPPRESS)  # run_spilt.py --verify
-    return program(parser, argv, _verify)
+    try:
+        return program(parser, argv, _verify)
+    except SystemExit as stop:
+        return int(stop.code or 0)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -412,10 +415,6 @@ def _verify(args: argparse.Namespace) -> int:
         say()
         say(f"{counts[DAMAGED]} damaged: the command that made a file makes it again (damaged files are never taken for done)")
     return 1 if counts[DAMAGED] else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
 
 
 if __name__ == "__main__":

@@ -60,9 +60,8 @@ def test_shapes_count_the_parameters_of_the_library() -> None:
 @pytest.mark.parametrize("name", ["qwen2-12x128", "tiny-gemma-2"])
 def test_what_a_backward_pass_keeps(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Linear in rows and blocks; without what the activation returned; and the estimate of a dry run is near it."""
-    from spilt.estimate import Shape
-
     from benchmarks import kept
+    from spilt.verbs.estimate import Shape
 
     shape, length = world.SHAPES[name], 64
     config = shape.config

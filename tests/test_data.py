@@ -268,7 +268,7 @@ def test_no_rows_is_an_error(tmp_path, content):
 
 def test_missing_file_folder_unknown_ending_and_limit(tmp_path):
     said = message(read_pairs, fmt(tmp_path / "a.jsonl"))
-    assert f"data file {tmp_path / 'a.jsonl'} of dataset 'mine' (train) does not exist" in said and "spilt.prepare" in said
+    assert f"data file {tmp_path / 'a.jsonl'} of dataset 'mine' (train) does not exist" in said and "spilt prepare" in said
     (tmp_path / "b.jsonl").mkdir()
     (tmp_path / "b.parquet").mkdir()
     assert "can't be read" in message(read_pairs, fmt(tmp_path / "b.jsonl"))

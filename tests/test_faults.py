@@ -504,14 +504,14 @@ KILLED = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from spilt.engine import score
-real, count = score._scores, 0
+real, count = score.Recorded._scores, 0
 def scores(*args):
     global count
     count += 1
     if count > int(os.environ["BATCHES"]):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
-score._scores = scores
+score.Recorded._scores = scores
 from spilt.cli import main
 raise SystemExit(main())
 """
@@ -540,7 +540,7 @@ class Scored(Here):
         return count
 
     def _run(self, most: int, *words: str) -> tuple[int, str, int]:
-        real, count = score._scores, 0
+        real, count = score.Recorded._scores, 0
 
         def scores(*args: Any) -> Any:
             nonlocal count
@@ -550,7 +550,7 @@ class Scored(Here):
             return real(*args)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(score, "_scores", scores)
+            patch.setattr(score.Recorded, "_scores", scores)
             return *self.run(*words), count
 
     def unfinished(self) -> list[str]:

@@ -160,7 +160,7 @@ def test_a_model_that_changes_while_it_loads(base: Base, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("mode", ["apply", "loss"])
 def test_a_vector_exchanged_in_a_sweep(base: Base, mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(base, "--mode", "generate", "--quiet") == 0
-    at_call(monkeypatch, recordings, "load", 1, lambda: exchange_vector(base))
+    at_call(monkeypatch, recordings.layer_file, "load", 1, lambda: exchange_vector(base))
     assert run(base, "--mode", mode, "--multipliers", "1", "2", "--quiet") == 1
     assert "was exchanged while the run was using it" in capsys.readouterr().err
     assert not texts(base).exists() and not losses(base).exists()

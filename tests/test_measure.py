@@ -12,8 +12,8 @@ import torch
 from spilt import cli
 from spilt.artifacts.store import PREFERENCE_TYPES, Store
 from spilt.cell import FORMS, Cell
-from spilt.plan import SWEEP_MOST, SWEEP_POINTS
 from spilt.tasks.measure import CONTROL_DRAWS
+from spilt.verbs.measure import SWEEP_MOST, SWEEP_POINTS
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from spilt import run as runner
 from spilt.artifacts import manifest
 from spilt.artifacts.journal import Journal
 from spilt.engine import train as training
+from spilt.methods import METHODS
 from spilt.steering.interventions import INTERVENTIONS
 from spilt.tasks import fit as _fit  # noqa: F401 - loads the module
 
@@ -184,7 +185,8 @@ def test_a_vector_of_nan_is_never_used(here: Here) -> None:  # noqa: F811
 
 
 def test_a_fit_that_gives_nan_stores_nothing(bare: Here, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setattr(fit_stage, "caa", lambda a, b: torch.full_like(a[0], float("inf")))
+    infinite = METHODS["caa"]._replace(estimate=lambda a, b: torch.full_like(a[0], float("inf")))
+    monkeypatch.setitem(METHODS, "caa", infinite)
     code, said = bare.run(*FIT, method="caa")
     assert code == 1 and "NaN or infinite values; use another --dtype" in error_lines(said)[0]
     assert not list(bare.base.path.rglob("layer_2.pt"))

@@ -176,7 +176,7 @@ setattr(m, name, later)
 COUNTED = """
 import signal
 from spilt.engine import score
-real, count, rank = score._scores, 0, os.environ.get('RANK', '0')
+real, count, rank = score.Recorded._scores, 0, os.environ.get('RANK', '0')
 def scores(*a):
     global count
     if rank == str(RANK) and count == MOST:
@@ -185,7 +185,7 @@ def scores(*a):
     with open(DOTS, 'a') as file:
         file.write('.')
     return real(*a)
-score._scores = scores
+score.Recorded._scores = scores
 """
 
 
@@ -252,7 +252,7 @@ def test_a_vector_that_only_one_process_cannot_read(base: families.Base, alone: 
     """A shared folder that fails on one machine: the cell fails on both, the others are done."""
     shutil.copytree(alone.path / "vectors/tiny/sft", base.path / "vectors/tiny/sft")
     fault = """
-from spilt.artifacts import store
+from spilt.steering import layer_file
 real = layer_file.read
 def lost(path, *a, **k):
     if os.environ.get('RANK') == '1' and 'sft_lora' in str(path):

@@ -55,10 +55,12 @@ def load_yaml(path: Path | str) -> dict[str, Any]:
 
 
 def tree_of(base_dir: Path, part: Path) -> Path:
-    """The folder below which `part` of hparams/ is read: base_dir or, where that has none, what comes with the package.
+    """The folder below which `part` of hparams/ is read: base_dir or, where that has models but no hparams, what comes with the package.
 
-    An installed package has it inside (setup.py puts it there), a checkout beside it.
+    An installed package has it inside (setup.py puts it there), a checkout beside it. A folder without models is no base folder.
     """
+    if not (base_dir / "models").is_dir():
+        return base_dir
     package = Path(__file__).resolve().parents[1]
     return next((base for base in (base_dir, package, package.parent) if (base / part).is_dir()), base_dir)
 
