@@ -29,7 +29,7 @@ from spilt import run as runner
 from spilt.artifacts import journal as lines
 from spilt.artifacts import manifest, store
 from spilt.engine import decode as generation
-from spilt.engine import score, suffix
+from spilt.engine import prompts, score, suffix
 from spilt.engine import train as training
 from spilt.methods import METHODS
 from spilt.model import identity
@@ -940,7 +940,7 @@ ERRORS = {"cuda": CUDA, "cpu": CPU, "host": MemoryError()}
 @contextmanager
 def little_memory(error: Exception, most: int, *, only: str = "") -> Iterator[list[int]]:
     """More than `most` rows at once raise `error`, in recording, in the suffix and in decoding; yields the sizes that were refused."""
-    record, logits, forward = suffix.record, suffix.logits, generation._forward
+    record, logits, forward = suffix.record, suffix.logits, prompts.forward
     refused: list[int] = []
 
     def check(rows: int) -> None:
@@ -963,7 +963,8 @@ def little_memory(error: Exception, most: int, *, only: str = "") -> Iterator[li
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suffix, "record", small_record)
         patch.setattr(suffix, "logits", small_logits)
-        patch.setattr(generation, "_forward", small_forward)
+        for module in (prompts, generation):
+            patch.setattr(module, "forward", small_forward)
         yield refused
 
 
