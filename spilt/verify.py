@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 
 from spilt import verbs
 from spilt.analysis.provenance import Artifact
-from spilt.artifacts import manifest, store
+from spilt.artifacts import losses, manifest, store
 from spilt.artifacts.atomic import TEMPORARY
+from spilt.artifacts.texts import CONCEPT_KEYS, ROW_KEYS
 from spilt.cell import FORMS
 from spilt.data import readers
 from spilt.errors import UserError
@@ -32,13 +33,8 @@ from spilt.steering import layer_file
 from spilt.terminal import program, say
 
 OK, STALE, DAMAGED, FOREIGN, LEFTOVER = STATES = ("ok", "stale", "damaged", "foreign", "leftover")
-RELEASED = ("epoch", "step", "pos_steer_loss", "pos_steering_factors", "neg_steering_factors")
-OURS = (*RELEASED, "example", "pair", "target", "n_tokens", "loss_sum", "answer_tokens", "answer_loss_sum")
-CONTROL = ("split", "draw", "multiplier", "preference", "utility", "n", "n_undefined")
-ROW_KEYS = ("input", "orig_pred", "pred", "reference_response", "complete_output")
-CONCEPT_KEYS = ("concept_id", "concept_name", "generated_results", "eval_data", "multiplier")
 MANIFEST = ".manifest.json"
-LOSSES = {name: split for split, name in store.SPLITS.items()}
+LOSSES = {name: split for split, name in losses.SPLITS.items()}
 
 
 class Found(NamedTuple):
@@ -273,18 +269,18 @@ def _losses(artifact: Artifact) -> str:
     """Columns, one row per (example, pair), every number finite. A file of the released code only has to be readable."""
     header, rows = _csv(artifact.path)
     if artifact.record is None:
-        if missing := [name for name in RELEASED[2:4] if name not in header]:
+        if missing := [name for name in (losses.LOSS, losses.APPLIED) if name not in header]:
             raise Damaged(f"no column {missing[0]!r}; columns found: {', '.join(header)}")
         if not rows:
             raise Damaged("no rows")
         return ""
-    _columns(header, OURS)
+    _columns(header, losses.COLUMNS)
     pairs = artifact.settings.get("preference_pairs") or ["orig_add", "orig_sub"]
     order = [(str(example), pair) for example in range(len(rows) // len(pairs)) for pair in pairs]
     at = {name: place for place, name in enumerate(header)}
     if [(row[at["example"]], row[at["pair"]]) for row in rows] != order:
         raise Damaged(f"its {len(rows)} rows are not one per example and pair ({', '.join(pairs)}) in order")
-    _finite(rows, [at[name] for name in OURS if name not in ("pair", "target")])
+    _finite(rows, [at[name] for name in losses.COLUMNS if name not in ("pair", "target")])
     wanted = _wanted_rows(artifact, artifact.parts.get("concept"))
     if wanted is not None and len(rows) != wanted * len(pairs):
         raise Damaged(f"{len(rows)} rows; wanted {wanted * len(pairs)}, one per example and pair")
@@ -295,8 +291,8 @@ def _control(artifact: Artifact) -> str:
     header, rows = _csv(artifact.path)
     if artifact.record is None:
         return ""
-    _columns(header, CONTROL)
-    _finite(rows, [place for place, name in enumerate(CONTROL) if name not in ("split", "utility")])
+    _columns(header, losses.CONTROL)
+    _finite(rows, [place for place, name in enumerate(losses.CONTROL) if name not in ("split", "utility")])
     drawn = artifact.parts.get("control")
     if isinstance(drawn, dict):
         wanted = drawn.get("draws", 0) * len(drawn.get("multipliers", []))

@@ -22,7 +22,7 @@ from families import CONCEPTS, FORMS, HIDDEN, MIDDLE, PAIRS, Base, intervention,
 
 from spilt import cli, verbs
 from spilt.artifacts import manifest
-from spilt.artifacts.store import PREFERENCE_TYPES
+from spilt.artifacts.losses import PREFERENCE_TYPES
 from spilt.methods import METHODS
 from spilt.settings.fields import METHOD_ALIASES as ALIASES
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from spilt import cli
-from spilt.artifacts.store import PREFERENCE_TYPES, Store
+from spilt.artifacts.losses import PREFERENCE_TYPES
+from spilt.artifacts.store import Store
 from spilt.cell import FORMS, Cell
 from spilt.tasks.measure import CONTROL_DRAWS
 from spilt.verbs.measure import SWEEP_MOST, SWEEP_POINTS

@@ -14,6 +14,7 @@ from test_identity import edit, losses, run, texts, vector
 from spilt import recommend
 from spilt.analysis import odds
 from spilt.artifacts import manifest
+from spilt.artifacts.losses import SPLITS, SUMMARY_FILE
 from spilt.report import cells
 
 SWEEP = ("-3", "-2", "-1", "0", "1", "2", "3")
@@ -38,13 +39,13 @@ def test_losses_of_two_vectors_are_not_one_curve(base: Base, capsys: pytest.Capt
     assert run(base, "--mode", "loss", "--multipliers", *SWEEP, "--quiet") == 0
     refit(base)
     assert run(base, "--mode", "loss", "--multipliers", "2", "--quiet") == 0
-    for split in odds.LOSS_FILES:
+    for split in SPLITS:
         frame = odds.collect(folder(base), split)
         assert sorted(frame["multiplier"].unique()) == [-2, 2]
         (note,) = frame.attrs["notes"]
         # the folders of 2 hold the new losses, of +2 and of -2; the others are of the old vector
         assert "m = -3, -2, -1, 0, 1, 3 left out: measured with another vector" in note
-    summary = pd.read_csv(folder(base) / odds.SUMMARY_FILE)
+    summary = pd.read_csv(folder(base) / SUMMARY_FILE)
     assert sorted(summary["multiplier"].unique()) == [-2, 2]
     assert any("another vector" in note for note in json.loads((folder(base) / "fit.json").read_text())["notes"])
     page = (folder(base).parents[2] / "report" / base.one / "report.html").read_text()

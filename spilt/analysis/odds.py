@@ -17,23 +17,16 @@ import pandas as pd
 
 from spilt.analysis.provenance import of_one_request, of_one_vector
 from spilt.artifacts.atomic import atomic_write
-from spilt.artifacts.store import SPLITS as LOSS_FILES
+from spilt.artifacts.losses import APPLIED, LOSS, PREFERENCE_TYPES, SPLITS, SUMMARY
 from spilt.errors import UserError, first_line
 
 Norm = Literal["mean", "sum"]
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
-SUMMARY_FILE = "preference_utility.csv"
-FOLDER = re.compile(r"^.+_m(?P<multiplier>[-+0-9.e]+)_(?P<kind>winning_only|losing_only)$")
-RELEASED = ["epoch", "step", "pos_steer_loss", "pos_steering_factors", "neg_steering_factors"]
+FOLDER = re.compile(r"^.+_m(?P<multiplier>[-+0-9.e]+)_(?P<kind>" + "|".join(PREFERENCE_TYPES) + ")$")
 OURS = ["example", "target", "answer_tokens", "answer_loss_sum"]
 COLUMNS = ["split", "example", "multiplier", "loss_matching", "loss_not_matching", "preference", "utility"]
-SUMMARY = [
-    *("split", "multiplier", "preference", "preference_low", "preference_high", "utility", "utility_low", "utility_high"),
-    *("n", "n_undefined", "loss_matching", "loss_not_matching", "accuracy"),
-    *("gain_low", "gain_high", "drop_low", "drop_high"),
-]
 
 
 def preference_log_odds(loss_matching: npt.ArrayLike, loss_not_matching: npt.ArrayLike) -> Array:
@@ -66,7 +59,7 @@ def collect(cell_folder: str | Path, split: str = "train", norm: Norm = "mean") 
         raise UserError(f"no folder {folder}; run --mode loss first, or check --base_dir")
     found = sorted((float(hit["multiplier"]), hit["kind"], sub) for sub in folder.iterdir() if (hit := FOLDER.match(sub.name)))
     usable, notes = _belong_together(folder, [sub for *_, sub in found], split)
-    files = [(m, kind, sub / LOSS_FILES[split]) for m, kind, sub in found if sub / LOSS_FILES[split] in usable]
+    files = [(m, kind, sub / SPLITS[split]) for m, kind, sub in found if sub / SPLITS[split] in usable]
     parts, broken = [], []
     for m, kind, path in files:
         try:
@@ -118,16 +111,16 @@ def _empty(columns: Sequence[str]) -> pd.DataFrame:
 
 def _read(path: Path, folder_multiplier: float, kind: str, norm: Norm) -> pd.DataFrame:
     """One loss file as rows (example, multiplier, target, loss); a loss that is not finite becomes inf."""
-    table = read_table(path, RELEASED[2:4], "measure this multiplier again with --force")
+    table = read_table(path, (LOSS, APPLIED), "measure this multiplier again with --force")
     # a file that the released code appended to holds the earlier run's rows first, with a header or a restart of the steps between
-    again = table.index[table["pos_steer_loss"].astype(str) == "pos_steer_loss"]
+    again = table.index[table[LOSS].astype(str) == LOSS]
     if len(again):
         table = table.loc[again[-1] + 1 :].reset_index(drop=True)
     if {"epoch", "step"} <= set(table) and not set(OURS) <= set(table):
         order = table[["epoch", "step"]].apply(pd.to_numeric, errors="coerce").to_numpy(float)
         restart = np.flatnonzero((np.diff(order[:, 1]) < 0) & (np.diff(order[:, 0]) <= 0))
         table = table.iloc[restart[-1] + 1 :] if len(restart) else table
-    applied = _numbers(table, "pos_steering_factors", path)
+    applied = _numbers(table, APPLIED, path)
     if set(OURS) <= set(table):
         loss = pd.to_numeric(table["answer_loss_sum"], errors="coerce").to_numpy(float)
         loss = loss / _numbers(table, "answer_tokens", path, least=1) if norm == "mean" else loss
@@ -137,7 +130,7 @@ def _read(path: Path, folder_multiplier: float, kind: str, norm: Norm) -> pd.Dat
     elif norm == "sum":
         raise UserError(f"{path}: only mean losses are stored (released format); use --norm mean")
     else:
-        loss = pd.to_numeric(table["pos_steer_loss"], errors="coerce").to_numpy(float)
+        loss = pd.to_numeric(table[LOSS], errors="coerce").to_numpy(float)
         example, target = _released_rows(applied, folder_multiplier, kind)
     loss = np.where(np.isfinite(loss), loss, np.inf)
     return pd.DataFrame({"example": example, "multiplier": applied, "target": target, "loss": loss})
@@ -171,7 +164,7 @@ def _numbers(table: pd.DataFrame, name: str, path: Path, least: float = -np.inf)
 
 def _belong_together(cell_folder: Path, folders: Sequence[Path], split: str) -> tuple[set[Path], list[str]]:
     """The tables of a split that are of one vector and one request, and a sentence for each reason why others are left out."""
-    tables = {name: [sub / file for sub in folders if (sub / file).is_file()] for name, file in LOSS_FILES.items()}
+    tables = {name: [sub / file for sub in folders if (sub / file).is_file()] for name, file in SPLITS.items()}
     if cell_folder.parent.parent.parent.name != "get_sft_loss":  # not in a base_dir: nothing is known of vectors
         return set(tables[split]), []
     base_dir = cell_folder.parents[5]
@@ -212,7 +205,7 @@ def summarise(frame: pd.DataFrame, seed: int = 0, draws: int = 1000) -> pd.DataF
     parts = [_summarise_split(split, part, seed, draws) for split, part in frame.groupby("split", sort=False)]
     if not parts:
         return _empty(SUMMARY)
-    return pd.concat(parts, ignore_index=True)[SUMMARY]
+    return pd.concat(parts, ignore_index=True)[[*SUMMARY]]
 
 
 def _summarise_split(split: object, frame: pd.DataFrame, seed: int, draws: int) -> pd.DataFrame:
@@ -289,7 +282,7 @@ def _no_number(column: pd.Series) -> str:
 
 def read_summary(path: str | Path) -> pd.DataFrame:
     """A stored preference_utility.csv, ours or another tool's with at least split, multiplier, preference and utility."""
-    table = read_table(Path(path), SUMMARY[1:3] + ["utility"], "run --mode loss again")
+    table = read_table(Path(path), [*SUMMARY[1:3], "utility"], "run --mode loss again")
     for name in SUMMARY[1:]:  # an empty field is an undefined value
         if name in table and not pd.api.types.is_numeric_dtype(table[name]):
             raise UserError(f"{path}: column {name!r} has {_no_number(table[name])!r} where a number was wanted; run --mode loss again")

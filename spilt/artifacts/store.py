@@ -8,16 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from spilt.artifacts.losses import SPLITS
 from spilt.cell import Cell
 from spilt.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-
-PREFERENCE_TYPES = ("winning_only", "losing_only")
-SPLITS = {"train": "train_losses.csv", "test": "test_losses.csv"}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
 
 

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 from spilt.errors import UserError, first_line
 
+ROW_KEYS = ("input", "orig_pred", "pred", "reference_response", "complete_output")  # of a prompt
+CONCEPT_KEYS = ("concept_id", "concept_name", "generated_results", "eval_data", "multiplier")  # of a concept, with its rows in it
+
 
 class Row(NamedTuple):
     """One prompt of a results file: which it is, what was answered (first response first), and the unsteered answers."""

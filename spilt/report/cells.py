@@ -17,6 +17,7 @@ import pandas as pd
 from spilt.analysis import odds
 from spilt.analysis.curves import BUDGET, CurveFit, fit_curve, recommendation, regions, utility_drops, utility_peak
 from spilt.analysis.provenance import of_one_vector, stored_texts
+from spilt.artifacts import losses
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.manifest import digest, identity
 from spilt.artifacts.store import Store
@@ -163,7 +164,7 @@ def _rank(name: str, order: Sequence[str]) -> tuple[int, str]:
 
 
 def _measured(leaf: Path) -> bool:
-    return (leaf / odds.SUMMARY_FILE).is_file() or any(odds.FOLDER.match(sub.name) for sub in leaf.iterdir())
+    return (leaf / losses.SUMMARY_FILE).is_file() or any(odds.FOLDER.match(sub.name) for sub in leaf.iterdir())
 
 
 def summary_of(place: Place, norm: odds.Norm = "mean", seed: int = 0) -> tuple[pd.DataFrame, list[str]]:
@@ -171,7 +172,7 @@ def summary_of(place: Place, norm: odds.Norm = "mean", seed: int = 0) -> tuple[p
     frames, notes = [], []
     folders: list[tuple[int | None, Path]] = [*place.concepts.items()] or [(None, place.folder)]
     for concept, folder in folders:
-        for split in odds.LOSS_FILES:
+        for split in losses.SPLITS:
             frame = odds.collect(folder, split, norm)
             where = "" if concept is None else f"concept {concept}, "
             notes += [where + note for note in frame.attrs["notes"]]
@@ -179,7 +180,7 @@ def summary_of(place: Place, norm: odds.Norm = "mean", seed: int = 0) -> tuple[p
                 frames.append(frame if concept is None else frame.assign(concept=concept))
     if frames:
         return odds.summarise(pd.concat(frames, ignore_index=True), seed), notes
-    stored = place.folder / odds.SUMMARY_FILE
+    stored = place.folder / losses.SUMMARY_FILE
     if notes or not stored.is_file():  # a summary of rows that were left out is as old as they are
         why = f" ({'; '.join(notes)})" if notes else ""
         raise UserError(f"{place.folder}: no losses of both answers at any multiplier{why}; run --mode loss again")
@@ -208,7 +209,7 @@ def analyse(place: Place, norm: odds.Norm = "mean", budget: float = BUDGET, seed
             "notes": notes,
         }
         fit = plain(fit)
-        odds.write_summary(place.folder / odds.SUMMARY_FILE, summary)
+        odds.write_summary(place.folder / losses.SUMMARY_FILE, summary)
         # the picture of the old fit goes first: a run killed between the two files draws it again
         (place.folder / CURVES_FILE).unlink(missing_ok=True)
         atomic_write(place.folder / FIT_FILE, json.dumps({**fit, "check": identity(fit)}, indent=1, allow_nan=False) + "\n")

@@ -12,6 +12,7 @@ from spilt import plan, verbs
 from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.journal import Journal
+from spilt.artifacts.texts import CONCEPT_KEYS, ROW_KEYS
 from spilt.cell import Cell
 from spilt.data import readers
 from spilt.engine import decode as generation
@@ -139,18 +140,24 @@ def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinishe
     out = {}
     for m in multipliers:
         results = [
-            {
-                "input": prompt.input,
-                "orig_pred": [decode(new, True) for new in answers(None, i)] if s.generate_orig_output else [],
-                "pred": [decode(new, True) for new in answers(m, i)],
-                "reference_response": prompt.reference_response,
-                "complete_output": [decode([*ids[i], *new], False) for new in answers(m, i)],
-            }
+            dict(
+                zip(
+                    ROW_KEYS,
+                    (
+                        prompt.input,
+                        [decode(new, True) for new in answers(None, i)] if s.generate_orig_output else [],
+                        [decode(new, True) for new in answers(m, i)],
+                        prompt.reference_response,
+                        [decode([*ids[i], *new], False) for new in answers(m, i)],
+                    ),
+                    strict=True,
+                )
+            )
             for i, prompt in enumerate(prompts)
         ]
         name = next((prompt.concept for prompt in prompts if prompt.concept), None)
         extra = [prompt.extra for prompt in prompts]
-        out[m] = {"concept_id": cell.concept, "concept_name": name, "generated_results": results, "eval_data": extra, "multiplier": m}
+        out[m] = dict(zip(CONCEPT_KEYS, (cell.concept, name, results, extra, m), strict=True))
     return out
 
 

@@ -21,7 +21,7 @@ from spilt.analysis import odds
 from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.journal import Journal
-from spilt.artifacts.store import PREFERENCE_TYPES
+from spilt.artifacts.losses import APPLIED, COLUMNS, CONTROL, LOSS, PREFERENCE_TYPES
 from spilt.cell import FORMS
 from spilt.data import readers
 from spilt.engine import activations, score, whole
@@ -211,7 +211,7 @@ def _write(
         for kind in PREFERENCE_TYPES:
             path = run.store.losses(cell, m, kind, split)
             table = loss_table(found, place, m, kind, s.preference_pairs)
-            mean = table["pos_steer_loss"].mean()
+            mean = table[LOSS].mean()
             run.seen.again(step.inputs)
             atomic_write(path.with_name("train.log"), f"{cell} m={m} {kind}: {len(table)} rows, mean {mean:.6f}\n")
             run.store_result(step, path, _csv(table), outputs[path])
@@ -272,8 +272,8 @@ def loss_table(found: score.Losses, place: dict[float, int], m: float, kind: str
         sequence, k = 2 * np.arange(examples) + (0 if matching else 1), place[applied]
         columns.append(
             {
-                "pos_steer_loss": found.total[k, sequence] / found.tokens[sequence],
-                "pos_steering_factors": np.full(examples, applied),
+                LOSS: found.total[k, sequence] / found.tokens[sequence],
+                APPLIED: np.full(examples, applied),
                 "neg_steering_factors": np.full(examples, applied),
                 "example": np.arange(examples),
                 "pair": np.full(examples, pair),
@@ -286,7 +286,7 @@ def loss_table(found: score.Losses, place: dict[float, int], m: float, kind: str
         )
     # one row of each pair after the other, example by example
     rows = {name: np.stack([part[name] for part in columns], 1).reshape(-1) for name in columns[0]}
-    return pd.DataFrame({"epoch": 0, "step": np.repeat(np.arange(examples), len(pairs)), **rows})
+    return pd.DataFrame({"epoch": 0, "step": np.repeat(np.arange(examples), len(pairs)), **rows})[[*COLUMNS]]
 
 
 def _control(step: Step, steering: Steering, run: Run, unfinished: Unfinished) -> bool:
@@ -320,6 +320,6 @@ def _control(step: Step, steering: Steering, run: Run, unfinished: Unfinished) -
         table["preference"] = odds.preference_log_odds(mean[:, 0::2], mean[:, 1::2]).mean(1)
         table["utility"] = np.where(defined > 0, np.nansum(utility, 1) / np.maximum(defined, 1), np.nan)
         table["n"], table["n_undefined"] = utility.shape[1], utility.shape[1] - defined
-        tables.append(table)
+        tables.append(table[[*CONTROL]])
     _store(run, unfinished, lambda: run.store_result(step, path, _csv(pd.concat(tables)), parts))
     return True

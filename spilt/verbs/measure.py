@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from spilt.artifacts import manifest
-from spilt.artifacts.store import PREFERENCE_TYPES, Store
+from spilt.artifacts.losses import PREFERENCE_TYPES
+from spilt.artifacts.store import Store
 from spilt.cell import Cell
 from spilt.model import identity
 from spilt.settings import resolve_fit
