@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import stat
 import sys
 import time
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 
 from spilt import __version__
 from spilt.artifacts.atomic import atomic_write_all
+from spilt.errors import UserError
 
 KNOWN_BY = ("torch", "transformers", "numpy")
 UNSETTLED_NS = 100_000_000  # after a write, for this long a file's times cannot tell whether it was written again
@@ -46,8 +48,11 @@ class Signature(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> Signature:
-        stat = path.stat()
-        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+        """Raises UserError for what is neither file nor folder: a FIFO would be waited for, a device read without end."""
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+            raise UserError(f"{path}: is no plain file (a FIFO, a socket or a device); put a file there")
+        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
     @property
     def settled(self) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from spilt.errors import unknown
+
 FAST, PLAIN = ENGINES = ("fast", "plain")
 ASKED = "asked for with --engine plain"
 
@@ -14,6 +16,8 @@ def why_plain(sites: Iterable[tuple[int, str]], verb: str, *, engine: str = FAST
 
     sites: (layer, write point). verb: fit, generate, measure. positional: how many kinds of positions its forms act at.
     """
+    if engine not in ENGINES:
+        raise unknown("engine", engine, ENGINES)
     places = list(sites)
     if engine == PLAIN:
         return ASKED

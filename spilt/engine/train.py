@@ -17,7 +17,7 @@ from spilt.data.chat import Encoded
 from spilt.engine import activations, score
 from spilt.engine.activations import Activations, max_tokens, prefix_pairs
 from spilt.engine.passes import Cut, ForwardInput, forward_backward
-from spilt.errors import NotFinite
+from spilt.errors import NotFinite, UserError
 from spilt.methods import Method, Scored
 from spilt.methods.scoring import AnswerLogProbs
 from spilt.settings.fields import FitSettings
@@ -80,6 +80,23 @@ def estimate(model: nn.Module, layer: int, sequences: list[Encoded], settings: F
     assert method.estimate is not None
     means = activations.answer_means(model, layer, sequences, settings.multiple_choice, pad_id)
     return Vector.from_state(method.estimate(means[0::2], means[1::2]), write_point=settings.site).eval()
+
+
+NO_EFFECT = 1e-6  # norm of an update: the stream's is 1 and more, so this is below what its own rounding changes
+
+
+def check_usable(intervention: Intervention, what: str) -> None:
+    """Nothing useless is stored or handed over: NotFinite for NaN and infinity, UserError for an update of norm 0."""
+    norm = intervention.norm()
+    if not math.isfinite(norm) or not all(torch.isfinite(value).all() for value in intervention.state_dict().values()):
+        raise NotFinite(
+            f"{what}: the fitted {intervention.form} came out with NaN or infinite values; use another --dtype (bfloat16, float32), or a smaller lr"
+        )
+    if norm < NO_EFFECT:
+        raise UserError(
+            f"{what}: the fitted {intervention.form} is zero (norm {norm:.3g}), so it changes nothing at any multiplier; "
+            "do the two answers of the pairs differ, and is lr large enough?"
+        )
 
 
 def new_intervention(model: nn.Module, layer: int, settings: FitSettings) -> Intervention:

@@ -24,7 +24,6 @@ from spilt.cell import Cell
 from spilt.data import readers
 from spilt.engine import choice, score, whole
 from spilt.engine import train as training
-from spilt.errors import NotFinite, UserError
 from spilt.methods import METHODS
 from spilt.steering.interventions import Intervention
 from spilt.steering.layer_file import dump, metadata_line
@@ -34,7 +33,6 @@ from spilt.tasks.recordings import Run, tell_replaced
 from spilt.verbs import Step
 
 log = logging.getLogger("spilt")
-NO_EFFECT = 1e-6  # norm of an update: the stream's is 1 and more, so this is below what its own rounding changes
 DIGEST = 32  # bytes of a sha256
 
 
@@ -64,8 +62,7 @@ def _fit(step: Step, outputs: dict[int, tuple[Path, dict[str, Any]]], run: Run) 
     else:
         steering, rows = _train(step, tuple(outputs), run, fmt, manifest.identity(next(iter(outputs.values()))[1]))
     for site, intervention in steering:
-        _check_finite(intervention, site.layer)
-        check_effect(cell, site.layer, intervention)
+        training.check_usable(intervention, f"{cell} layer {site.layer}")
     text = readers.concepts(fmt).get(cell.concept) if cell.concept is not None else None
     for site, intervention in steering:
         path, parts = outputs[site.layer]
@@ -76,16 +73,6 @@ def _fit(step: Step, outputs: dict[int, tuple[Path, dict[str, Any]]], run: Run) 
         run.store_result(step, path, dump(intervention, cell.concept), parts, notes)
     run.store.checkpoint(cell, min(outputs)).unlink(missing_ok=True)
     return True
-
-
-def check_effect(cell: Cell, layer: int, intervention: Intervention) -> None:
-    """Raises UserError for an update so small that no multiplier gives it an effect: nothing was learnt, and nothing is to be stored."""
-    norm = intervention.norm()
-    if norm < NO_EFFECT:
-        raise UserError(
-            f"{cell} layer {layer}: the fitted {cell.intervention} is zero (norm {norm:.3g}), so it changes nothing at any multiplier; "
-            "do the two answers of the pairs differ, and is lr large enough?"
-        )
 
 
 def _train(
@@ -122,13 +109,6 @@ def _train(
             bar.update(0)
 
         return steering, training.fit(job, resume=resume, checkpoint=checkpoint, progress=progress)
-
-
-def _check_finite(intervention: Intervention, layer: int) -> None:
-    state = intervention.state()
-    for name, value in state.items() if isinstance(state, dict) else [("the vector", state)]:
-        if isinstance(value, torch.Tensor) and not torch.isfinite(value).all():
-            raise NotFinite(f"{name} of layer {layer} came out with NaN or infinite values; use another --dtype (bfloat16, float32)")
 
 
 def sealed(state: dict[str, Any]) -> bytes:
