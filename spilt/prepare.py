@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 from spilt.artifacts.atomic import atomic_write_together, half_replaced
 from spilt.artifacts.store import checked_name
-from spilt.data.readers import FORMATS_FILE, has_half_pair
+from spilt.data.readers import FORMATS_FILE
 from spilt.data.sources import Record, file_hash, read_rows
-from spilt.errors import UserError
+from spilt.errors import UserError, half_pair
 from spilt.terminal import program, say
 
 Row = dict[str, Any]
@@ -238,7 +238,7 @@ def _rows(path: Path, columns: Sequence[str], text: Sequence[str] | None = None,
             if not isinstance(value, str) or (column != "question" and not value.strip()):
                 raise UserError(f"{path} {record.where}: {column} is {value!r}; wanted text that is not empty ({found})")
         for column, value in record.values.items():
-            if isinstance(value, str) and has_half_pair(value):
+            if isinstance(value, str) and half_pair(value):
                 raise UserError(
                     f"{path} {record.where}: {column} has half of a surrogate pair, which no file can store: {ascii(value)[:80]}"
                 )
