@@ -263,7 +263,8 @@ def _split(records: list[Record], question: str, train: int, test: int, rng: ran
                 left.append(group)
         if len(part) < size:  # only a group too large for the last place is left: in the training split it may be cut
             if name == "test" or not left:
-                raise UserError(_too_few(what, len(records), train, test, len(groups)))
+                have = f"{len(records)} {what} ({len(groups)} different questions)"
+                raise UserError(f"{have} don't give {train} for train and {test} for test; lower --train or --test")
             part += left.pop(0)[: size - len(part)]
         parts.append(part)
         drawn = left
@@ -275,10 +276,6 @@ def _draw(records: list[Record], size: int, rng: random.Random, what: str, flag:
     if size > len(records):
         raise UserError(f"{len(records)} {what} can be used, {size} wanted; lower {flag}")
     return [records[i].values for i in sorted(rng.sample(range(len(records)), size))]
-
-
-def _too_few(what: str, have: int, train: int, test: int, questions: int) -> str:
-    return f"{have} {what} ({questions} different questions) don't give {train} for train and {test} for test; lower --train or --test"
 
 
 # ---- writing ----

@@ -187,8 +187,8 @@ def test_all_is_every_row_that_fits() -> None:
         assert plan.pairs_of("Split", alias.title()) == plan.pairs_of("spilt", name)
 
 
-def test_lists_that_are_written_twice_agree() -> None:
-    """hparams is below the tables and cannot import them."""
+def test_the_tables_agree_with_the_settings() -> None:
+    """Settings are below the tables: lists that both need stand there."""
     assert settings.LOSSES == LOSS_TYPES
     assert settings.POINTS == anatomy.COMPONENTS
     assert tuple(INTERVENTIONS) == tuple(FORMS) and set(settings.INTERVENTION_ALIASES.values()) <= set(FORMS)
