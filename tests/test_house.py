@@ -1,4 +1,4 @@
-"""The house as architecture.md draws it, read from the imports and the syntax of the package, and kept clean by ruff and mypy."""
+"""The house as architecture.md draws it, read from the imports and the syntax of the package, and kept clean by ruff, vulture and mypy."""
 
 from __future__ import annotations
 
@@ -215,6 +215,11 @@ def tool(*argv: str) -> None:
 @pytest.mark.parametrize("folder", ["spilt", "tests"])
 def test_ruff_is_clean(folder: str) -> None:
     tool("ruff", "check", folder)
+
+
+def test_no_code_is_unused() -> None:
+    """What only a library calls is listed in pyproject.toml."""
+    tool("vulture")
 
 
 @pytest.mark.slow
