@@ -95,7 +95,7 @@ def resolve(
     return stack.resolve(layers)
 
 
-resolve_fit, resolve_generate, resolve_measure = (partial(resolve, verb) for verb in SETTINGS)
+resolve_fit, resolve_generate, resolve_measure = partial(resolve, "fit"), partial(resolve, "generate"), partial(resolve, "measure")
 
 
 def parse_overrides(items: list[str]) -> dict[str, Any]:
