@@ -42,6 +42,7 @@ test-oldest: .venv-oldest/.tested
 check: .venv/.tested
 	$(PY) -m ruff check .
 	$(PY) -m mypy spilt
+	$(PY) -m vulture
 
 # rebuild the demo's model and data from nothing (up to an hour)
 demo-model: .venv/.installed

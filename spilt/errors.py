@@ -11,6 +11,9 @@ from contextlib import contextmanager
 # separators; halves of surrogate pairs, which no stream can encode
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+# half of a surrogate pair, as JSON's \ud83d alone gives: neither UTF-8 nor a tokenizer can take it
+half_pair = re.compile("[\ud800-\udfff]").search
+
 
 class UserError(Exception):
     """The request or its input is wrong. The command line prints the message and exits 2, without a traceback."""

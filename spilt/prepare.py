@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 from spilt.artifacts.atomic import atomic_write_together, half_replaced
 from spilt.artifacts.store import checked_name
-from spilt.data.readers import FORMATS_FILE, has_half_pair
+from spilt.data.readers import FORMATS_FILE
 from spilt.data.sources import Record, file_hash, read_rows
-from spilt.errors import UserError
+from spilt.errors import UserError, half_pair
 from spilt.terminal import program, say
 
 Row = dict[str, Any]
@@ -238,7 +238,7 @@ def _rows(path: Path, columns: Sequence[str], text: Sequence[str] | None = None,
             if not isinstance(value, str) or (column != "question" and not value.strip()):
                 raise UserError(f"{path} {record.where}: {column} is {value!r}; wanted text that is not empty ({found})")
         for column, value in record.values.items():
-            if isinstance(value, str) and has_half_pair(value):
+            if isinstance(value, str) and half_pair(value):
                 raise UserError(
                     f"{path} {record.where}: {column} has half of a surrogate pair, which no file can store: {ascii(value)[:80]}"
                 )
@@ -263,7 +263,8 @@ def _split(records: list[Record], question: str, train: int, test: int, rng: ran
                 left.append(group)
         if len(part) < size:  # only a group too large for the last place is left: in the training split it may be cut
             if name == "test" or not left:
-                raise UserError(_too_few(what, len(records), train, test, len(groups)))
+                have = f"{len(records)} {what} ({len(groups)} different questions)"
+                raise UserError(f"{have} don't give {train} for train and {test} for test; lower --train or --test")
             part += left.pop(0)[: size - len(part)]
         parts.append(part)
         drawn = left
@@ -275,10 +276,6 @@ def _draw(records: list[Record], size: int, rng: random.Random, what: str, flag:
     if size > len(records):
         raise UserError(f"{len(records)} {what} can be used, {size} wanted; lower {flag}")
     return [records[i].values for i in sorted(rng.sample(range(len(records)), size))]
-
-
-def _too_few(what: str, have: int, train: int, test: int, questions: int) -> str:
-    return f"{have} {what} ({questions} different questions) don't give {train} for train and {test} for test; lower --train or --test"
 
 
 # ---- writing ----

@@ -9,7 +9,6 @@ leftover: what a killed run left behind; a rerun of the same command uses it or 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -26,9 +25,9 @@ from spilt.artifacts import losses, manifest, store
 from spilt.artifacts.atomic import TEMPORARY
 from spilt.artifacts.texts import CONCEPT_KEYS, ROW_KEYS
 from spilt.cell import FORMS
-from spilt.data import readers
+from spilt.data import readers, sources
 from spilt.errors import UserError
-from spilt.model import identity, template
+from spilt.model import checkpoint, identity, template
 from spilt.steering import layer_file
 from spilt.terminal import program, say
 
@@ -112,7 +111,7 @@ def _judge(artifact: Artifact, contents: Any) -> Found:
             _as_recorded(artifact)
         note = contents(artifact)
     except (Damaged, UserError) as error:
-        return Found(DAMAGED, path, str(error).removeprefix(f"{path}: "))
+        return Found(DAMAGED, path, str(error).removeprefix("data file ").removeprefix(str(path)).lstrip(": "))
     except OSError as error:
         return Found(DAMAGED, path, f"cannot be read: {error.strerror or error}")
     except (TypeError, ValueError, KeyError, AttributeError, LookupError) as error:  # a manifest with our keys and another's values
@@ -218,19 +217,17 @@ def _sizes(state: Any, form: str, artifact: Artifact) -> tuple[int, int]:
     for name, axes in FORMS[form].tensors.items():
         shape = tuple(getattr(state if FORMS[form].bare else state.get(name), "shape", ()))
         found.update(zip(axes, shape, strict=False))
-    hidden = found.get("D", 0)
-    try:
-        config = json.loads((artifact.base_dir / "models" / artifact.model / "config.json").read_text(encoding="utf-8"))
-        said = config.get("text_config", config).get("hidden_size", config.get("n_embd", hidden))
-        hidden = said if isinstance(said, int) else hidden
-    except (OSError, ValueError, AttributeError):
-        pass
-    return hidden, found.get("F", 0)
+    config = checkpoint.text_config(checkpoint.optional_json(artifact.base_dir / "models" / artifact.model / checkpoint.CONFIG))
+    said = config.get("hidden_size", config.get("n_embd"))
+    return said if isinstance(said, int) else found.get("D", 0), found.get("F", 0)
 
 
 def _results(artifact: Artifact) -> str:
     """Rows of the contract's keys and types; with a manifest as many as were asked for."""
-    rows = _json(artifact.path)
+    try:
+        rows = json.loads(artifact.path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"not readable as JSON: {error}") from None
     if not isinstance(rows, list) or not rows:
         raise Damaged(f"holds a {type(rows).__name__}{'' if rows else ' that is empty'}; wanted a list of rows")
     if artifact.path.name.startswith("all_generation_results_m"):
@@ -267,20 +264,18 @@ def _rows(artifact: Artifact, rows: list[Any], where: str, concept: int | None) 
 
 def _losses(artifact: Artifact) -> str:
     """Columns, one row per (example, pair), every number finite. A file of the released code only has to be readable."""
-    header, rows = _csv(artifact.path)
+    rows = sources.read_rows(artifact.path)
+    if not rows:
+        raise Damaged("no rows")
     if artifact.record is None:
-        if missing := [name for name in (losses.LOSS, losses.APPLIED) if name not in header]:
-            raise Damaged(f"no column {missing[0]!r}; columns found: {', '.join(header)}")
-        if not rows:
-            raise Damaged("no rows")
+        if missing := [name for name in (losses.LOSS, losses.APPLIED) if name not in rows[0].values]:
+            raise Damaged(f"no column {missing[0]!r}; {sources.columns_of(rows[0].values)}")
         return ""
-    _columns(header, losses.COLUMNS)
+    _numbers(rows, losses.COLUMNS, ("pair", "target"))
     pairs = artifact.settings.get("preference_pairs") or ["orig_add", "orig_sub"]
     order = [(str(example), pair) for example in range(len(rows) // len(pairs)) for pair in pairs]
-    at = {name: place for place, name in enumerate(header)}
-    if [(row[at["example"]], row[at["pair"]]) for row in rows] != order:
+    if [(row.values["example"], row.values["pair"]) for row in rows] != order:
         raise Damaged(f"its {len(rows)} rows are not one per example and pair ({', '.join(pairs)}) in order")
-    _finite(rows, [at[name] for name in losses.COLUMNS if name not in ("pair", "target")])
     wanted = _wanted_rows(artifact, artifact.parts.get("concept"))
     if wanted is not None and len(rows) != wanted * len(pairs):
         raise Damaged(f"{len(rows)} rows; wanted {wanted * len(pairs)}, one per example and pair")
@@ -288,11 +283,10 @@ def _losses(artifact: Artifact) -> str:
 
 
 def _control(artifact: Artifact) -> str:
-    header, rows = _csv(artifact.path)
+    rows = sources.read_rows(artifact.path)
     if artifact.record is None:
         return ""
-    _columns(header, losses.CONTROL)
-    _finite(rows, [place for place, name in enumerate(losses.CONTROL) if name not in ("split", "utility")])
+    _numbers(rows, losses.CONTROL, ("split", "utility"))
     drawn = artifact.parts.get("control")
     if isinstance(drawn, dict):
         wanted = drawn.get("draws", 0) * len(drawn.get("multipliers", []))
@@ -318,26 +312,6 @@ def _wanted_rows(artifact: Artifact, concept: int | None) -> int | None:
 # ---------------------------------------------------------------- small helpers
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"not readable as JSON: {error}") from None
-
-
-def _csv(path: Path) -> tuple[list[str], list[list[str]]]:
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            header, *rows = [row for row in csv.reader(file, strict=True) if row]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise Damaged(f"not readable as CSV: {error}") from None
-    except ValueError:
-        raise Damaged("is empty") from None
-    if short := [number for number, row in enumerate(rows, 2) if len(row) != len(header)]:
-        raise Damaged(f"line {short[0]}: {len(rows[short[0] - 2])} fields where the header has {len(header)}")
-    return header, rows
-
-
 def _keys(value: Any, wanted: Sequence[str], where: str, exactly: bool) -> None:
     if not isinstance(value, dict):
         raise Damaged(f"{where}: a {type(value).__name__} where an object was wanted")
@@ -347,20 +321,18 @@ def _keys(value: Any, wanted: Sequence[str], where: str, exactly: bool) -> None:
         raise Damaged(f"{where}: {extra[0]!r} does not belong there")
 
 
-def _columns(header: list[str], wanted: Sequence[str]) -> None:
-    if tuple(header) != tuple(wanted):
-        raise Damaged(f"columns {', '.join(header)}; wanted {', '.join(wanted)}")
-
-
-def _finite(rows: list[list[str]], places: list[int]) -> None:
-    for number, row in enumerate(rows, 2):
-        for place in places:
+def _numbers(rows: Sequence[sources.Record], columns: Sequence[str], but: Sequence[str]) -> None:
+    """A table has just these columns, and a finite number in all of them but some."""
+    if rows and tuple(rows[0].values) != tuple(columns):
+        raise Damaged(f"columns {', '.join(rows[0].values)}; wanted {', '.join(columns)}")
+    for row in rows:
+        for value in (row.values[name] for name in columns if name not in but):
             try:
-                finite = math.isfinite(float(row[place]))
+                finite = math.isfinite(float(value))
             except ValueError:
-                raise Damaged(f"line {number}: {row[place]!r} is not a number") from None
+                raise Damaged(f"{row.where}: {value!r} is not a number") from None
             if not finite:
-                raise Damaged(f"line {number}: {row[place]} is not finite; measure at a smaller multiplier or with --dtype float32")
+                raise Damaged(f"{row.where}: {value} is not finite; measure at a smaller multiplier or with --dtype float32")
 
 
 def _short(base_dir: Path, path: Path) -> str:

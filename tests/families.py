@@ -23,7 +23,7 @@ from spilt.steering.interventions import INTERVENTIONS, Intervention
 
 HIDDEN, MIDDLE, LAYERS, WINDOW = 32, 48, 5, 24  # D, F of 'mlp_mid', blocks, sliding window of the families that have one
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<turn>", "<end>")
-PAD, BOS, EOS, TURN, END = range(len(SPECIAL))
+PAD, BOS, EOS, _TURN, END = range(len(SPECIAL))
 VOCAB = 300
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"

@@ -35,7 +35,7 @@ from spilt.methods import METHODS
 from spilt.model import identity
 
 ROOT = Path(__file__).resolve().parents[1]
-fit_stage, generate_stage = (importlib.import_module(f"spilt.tasks.{name}") for name in ("fit", "generate"))
+fit_stage = importlib.import_module("spilt.tasks.fit")
 FIT, APPLY, LOSS = ("--mode", "generate"), ("--mode", "apply", "--multipliers", "-1", "1"), ("--mode", "loss", "--multipliers", "-1", "1")
 
 

@@ -29,7 +29,7 @@ from counts import count as times
 
 from spilt import cli
 from spilt.data import readers
-from spilt.errors import UserError
+from spilt.errors import UserError, half_pair
 from spilt.settings import resolve_fit, resolve_generate, resolve_measure
 from spilt.steering import layer_file
 
@@ -311,7 +311,7 @@ def check_pairs(path: Path) -> None:
     fmt = readers.DatasetFormat("mine", "train", path, {name: name for name in PAIR}, False)
     prompts = fmt._replace(section="generation", field_names={"input": "question", "reference_response": "matching"})
     for pair in readers.read_pairs(fmt):
-        assert all(isinstance(getattr(pair, name), str) and not readers.has_half_pair(getattr(pair, name)) for name in PAIR)
+        assert all(isinstance(getattr(pair, name), str) and not half_pair(getattr(pair, name)) for name in PAIR)
         assert pair.matching.strip() and pair.not_matching.strip()
     for prompt in readers.read_prompts(prompts):
         json.dumps(prompt.extra, allow_nan=False).encode()

@@ -1,4 +1,4 @@
-"""The house as architecture.md draws it, read from the imports and the syntax of the package, and kept clean by ruff and mypy."""
+"""The house as architecture.md draws it, read from the imports and the syntax of the package, and kept clean by ruff, vulture and mypy."""
 
 from __future__ import annotations
 
@@ -187,8 +187,8 @@ def test_all_is_every_row_that_fits() -> None:
         assert plan.pairs_of("Split", alias.title()) == plan.pairs_of("spilt", name)
 
 
-def test_lists_that_are_written_twice_agree() -> None:
-    """hparams is below the tables and cannot import them."""
+def test_the_tables_agree_with_the_settings() -> None:
+    """Settings are below the tables: lists that both need stand there."""
     assert settings.LOSSES == LOSS_TYPES
     assert settings.POINTS == anatomy.COMPONENTS
     assert tuple(INTERVENTIONS) == tuple(FORMS) and set(settings.INTERVENTION_ALIASES.values()) <= set(FORMS)
@@ -215,6 +215,11 @@ def tool(*argv: str) -> None:
 @pytest.mark.parametrize("folder", ["spilt", "tests"])
 def test_ruff_is_clean(folder: str) -> None:
     tool("ruff", "check", folder)
+
+
+def test_no_code_is_unused() -> None:
+    """What only a library calls is listed in pyproject.toml."""
+    tool("vulture")
 
 
 @pytest.mark.slow

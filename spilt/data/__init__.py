@@ -7,17 +7,3 @@
 from spilt.data.chat import Chat, Encoded
 from spilt.data.readers import DatasetFormat, Pair, Prompt, concepts, dataset_format, load_formats, read_pairs, read_prompts
 from spilt.data.sources import file_hash
-
-__all__ = [
-    "Chat",
-    "DatasetFormat",
-    "Pair",
-    "Prompt",
-    "Encoded",
-    "concepts",
-    "dataset_format",
-    "file_hash",
-    "load_formats",
-    "read_pairs",
-    "read_prompts",
-]

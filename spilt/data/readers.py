@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from spilt.data.sources import READERS, Record, columns_of, read, seen
-from spilt.errors import UserError, unknown
+from spilt.errors import UserError, half_pair, unknown
 
 FORMATS_FILE = Path("hparams/Steer/dataset_format.yaml")
 DATA = Path("data")
@@ -194,25 +195,73 @@ def _as_prompts(valid: DatasetFormat) -> DatasetFormat:
 # ---- pairs, prompts, concepts ----
 
 
+class Row:
+    """One row of a data file, read as its entry of dataset_format.yaml says; `values` by the file's columns, `row` its number."""
+
+    def __init__(self, fmt: DatasetFormat, record: Record) -> None:
+        self.fmt, self.row, self.where, self.values = fmt, record.row, record.where, record.values
+
+    def wrong(self, fact: str) -> UserError:
+        fmt = self.fmt
+        return UserError(f"{fmt.path} {self.where}: {fact} (dataset {fmt.dataset!r}, {fmt.section}; {columns_of(self.values)})")
+
+    def value(self, field: str) -> Any:
+        """What the file has for a standard name. Raises UserError without such a column."""
+        column = self.fmt.column(field)
+        if column not in self.values:
+            raise self.wrong(f"no column {column!r} for {field!r}; map '{field}: <column>' in field_names of {FORMATS_FILE}")
+        return self.values[column]
+
+    def text(self, field: str) -> str:
+        """The same as text that can be tokenised."""
+        value, at = self.value(field), f"in column {self.fmt.column(field)!r}"
+        if not isinstance(value, str):
+            raise self.wrong(f"{field} is {seen(value)} ({type(value).__name__}) {at}; wanted text")
+        if "\0" in value:
+            raise self.wrong(f"{field} has a NUL character {at}: {seen(value)}; is the file damaged?")
+        if half_pair(value):
+            raise self.wrong(f"{field} has half of a surrogate pair {at}: {ascii(value)[:80]}; write the whole character")
+        return value
+
+    def answer(self, field: str) -> str:
+        """The same as text that is not empty."""
+        if not (text := self.text(field)).strip():
+            column = self.fmt.column(field)
+            raise self.wrong(f"empty answer {seen(text)} in column {column!r} ({field}); write an answer or remove the row")
+        return text
+
+    @cached_property
+    def concept_id(self) -> int | None:
+        """None where the file has none; multi_concept needs it."""
+        if not self.fmt.multi_concept and self.fmt.column("concept_id") not in self.values:
+            return None
+        value = self.value("concept_id")
+        if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", value):  # CSV knows only text
+            return int(value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, float) and value.is_integer():  # pandas stores whole numbers with gaps as floats
+            return int(value)
+        if self.fmt.multi_concept:
+            raise self.wrong(f"concept_id is {seen(value)} in column {self.fmt.column('concept_id')!r}; wanted a whole number")
+        return None
+
+    @property
+    def concept(self) -> str | None:
+        """The concept's text, None where the file has none."""
+        return None if self.values.get(self.fmt.column("output_concept")) is None else self.text("output_concept")
+
+
 def read_pairs(fmt: DatasetFormat, concept: int | None = None, limit: int | None = None) -> list[Pair]:
     """The pairs of a `train` or `valid` entry in file order, at most `limit`, of one concept or of all with id >= 0.
 
     A question may be empty (two of the released power-seeking rows are), an answer may not.
     Raises UserError: see the module; also when no row is left.
     """
-    pairs = []
-    for record, concept_id, text in _wanted(fmt, concept, limit):
-        question = _text(fmt, record, "question")
-        answers = [_text(fmt, record, field) for field in ("matching", "not_matching")]
-        for field, answer in zip(("matching", "not_matching"), answers, strict=True):
-            if not answer.strip():
-                raise _bad(
-                    fmt,
-                    record,
-                    f"empty answer {seen(answer)} in column {fmt.column(field)!r} ({field}); write an answer or remove the row",
-                )
-        pairs.append(Pair(question, answers[0], answers[1], concept_id, text, record.row))
-    return pairs
+    return [
+        Pair(row.text("question"), row.answer("matching"), row.answer("not_matching"), row.concept_id, row.concept, row.row)
+        for row in _wanted(fmt, concept, limit)
+    ]
 
 
 def read_prompts(fmt: DatasetFormat, concept: int | None = None, limit: int | None = None) -> list[Prompt]:
@@ -223,31 +272,27 @@ def read_prompts(fmt: DatasetFormat, concept: int | None = None, limit: int | No
     """
     used = {fmt.column(field) for field in (*PROMPT_FIELDS, "concept_id", "output_concept")}
     prompts = []
-    concept = concept if fmt.multi_concept else None
-    for record, concept_id, text in _wanted(fmt, concept, limit):
+    for row in _wanted(fmt, concept if fmt.multi_concept else None, limit):
         reference = None
         # asked for in field_names: the column must be there; otherwise it is taken if it is there
-        if "reference_response" in fmt.field_names or "reference_response" in record.values:
-            if _value(fmt, record, "reference_response") is not None:
-                reference = _text(fmt, record, "reference_response")
+        if "reference_response" in fmt.field_names or "reference_response" in row.values:
+            if row.value("reference_response") is not None:
+                reference = row.text("reference_response")
         try:
-            extra = {column: _json_value(value) for column, value in record.values.items() if column not in used}
+            extra = {column: _json_value(value) for column, value in row.values.items() if column not in used}
             if fmt.multi_concept:
-                extra = _released_row(fmt, record, concept_id) | extra
+                extra = _released_row(row) | extra
         except RecursionError:
-            raise _bad(fmt, record, "a value is nested too deeply; flatten or remove it") from None
-        prompts.append(Prompt(_text(fmt, record, "input"), reference, concept_id, text, record.row, extra))
+            raise row.wrong("a value is nested too deeply; flatten or remove it") from None
+        prompts.append(Prompt(row.text("input"), reference, row.concept_id, row.concept, row.row, extra))
     return prompts
 
 
-def _released_row(fmt: DatasetFormat, record: Record, concept_id: int | None) -> dict[str, Any]:
+def _released_row(row: Row) -> dict[str, Any]:
     """The keys of a row as the released results hold it (`eval_data`); `concept` is another name of `output_concept`."""
-    found = {field: record.values.get(fmt.column(field)) for field in EVAL_FIELDS}
-    own = "concept" in fmt.field_names or "concept" in record.values
-    return {name: _json_value(value) for name, value in found.items()} | {
-        "concept_id": concept_id,
-        "concept": _json_value(found["concept"] if own else found["output_concept"]),
-    }
+    found = {field: _json_value(row.values.get(row.fmt.column(field))) for field in EVAL_FIELDS}
+    own = "concept" in row.fmt.field_names or "concept" in row.values
+    return found | {"concept_id": row.concept_id, "concept": found["concept" if own else "output_concept"]}
 
 
 def concepts(fmt: DatasetFormat) -> dict[int, str]:
@@ -255,101 +300,49 @@ def concepts(fmt: DatasetFormat) -> dict[int, str]:
 
     Raises UserError when one id has two texts, or no id is >= 0.
     """
-    if not fmt.multi_concept:
-        return {}
     found: dict[int, str] = {}
-    for record, concept_id, text in _wanted(fmt, None, None):
-        assert concept_id is not None  # multi_concept
-        name = text if text is not None else f"concept {concept_id}"
-        if found.setdefault(concept_id, name) != name:
-            raise _bad(
-                fmt, record, f"concept_id {concept_id} is {seen(name)} here and {seen(found[concept_id])} above; one id, one concept"
-            )
+    for row in _wanted(fmt) if fmt.multi_concept else ():
+        here = row.concept_id
+        assert here is not None  # multi_concept
+        name = f"concept {here}" if row.concept is None else row.concept
+        if found.setdefault(here, name) != name:
+            raise row.wrong(f"concept_id {here} is {seen(name)} here and {seen(found[here])} above; one id, one concept")
     return dict(sorted(found.items()))
 
 
-def _wanted(fmt: DatasetFormat, concept: int | None, limit: int | None) -> Iterator[tuple[Record, int | None, str | None]]:
-    """(record, concept id, concept text) of the rows asked for. Reads no further than `limit` needs."""
+def _wanted(fmt: DatasetFormat, concept: int | None = None, limit: int | None = None) -> Iterator[Row]:
+    """The rows asked for. Reads no further than `limit` needs."""
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit}: at least one row is needed; leave the limit out to read all of {fmt.path}")
     if concept is not None and not fmt.multi_concept:
         raise UserError(
             f"concept {concept} asked of dataset {fmt.dataset!r}, which has none; set multi_concept: true in {FORMATS_FILE} if it has"
         )
-    given, rows, ids = 0, 0, set()
-    for record in _records(fmt):
+    if not fmt.path.exists():
+        raise UserError(
+            f"data file {fmt.path} of dataset {fmt.dataset!r} ({fmt.section}) does not exist; "
+            f"put it there ('python -m spilt prepare --help' makes the paper's splits) or change file_path in {FORMATS_FILE}"
+        )
+    given = rows = 0
+    ids, here = set[int](), f"(dataset {fmt.dataset!r}, {fmt.section})"
+    for record in read(fmt.path):
         rows += 1
-        concept_id, text = _concept(fmt, record)
-        if concept_id is not None:
-            ids.add(concept_id)
-        if fmt.multi_concept and (concept_id != concept if concept is not None else concept_id is not None and concept_id < 0):
-            continue
-        yield record, concept_id, text
+        row = Row(fmt, record)
+        found, _ = row.concept_id, row.concept  # of rows that are left out too: a mistake there is told
+        if fmt.multi_concept and found is not None:
+            ids.add(found)
+            other = found < 0 if concept is None else found != concept
+            if other:
+                continue
+        yield row
         given += 1
         if given == limit:
             return
     if not rows:
-        raise UserError(
-            f"{fmt.path}: no rows (dataset {fmt.dataset!r}, {fmt.section}); put data in it or change file_path in {FORMATS_FILE}"
-        )
+        raise UserError(f"{fmt.path}: no rows {here}; put data in it or change file_path in {FORMATS_FILE}")
     if not given:
         what = f"no row of concept {concept}" if concept is not None else "only negative examples (concept_id < 0)"
-        raise UserError(
-            f"{fmt.path}: {what} (dataset {fmt.dataset!r}, {fmt.section}); concept ids found: {', '.join(map(str, sorted(ids)))}"
-        )
-
-
-def _concept(fmt: DatasetFormat, record: Record) -> tuple[int | None, str | None]:
-    """Concept id and text of a row, None where the file has none; multi_concept needs the id."""
-    concept_id = text = None
-    if fmt.multi_concept or fmt.column("concept_id") in record.values:
-        value = _value(fmt, record, "concept_id")
-        if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", value):  # CSV knows only text
-            concept_id = int(value)
-        elif isinstance(value, int) and not isinstance(value, bool):
-            concept_id = value
-        elif isinstance(value, float) and value.is_integer():  # pandas stores whole numbers with gaps as floats
-            concept_id = int(value)
-        elif fmt.multi_concept:
-            raise _bad(fmt, record, f"concept_id is {seen(value)} in column {fmt.column('concept_id')!r}; wanted a whole number")
-    if record.values.get(fmt.column("output_concept")) is not None:
-        text = _text(fmt, record, "output_concept")
-    return concept_id, text
-
-
-def _value(fmt: DatasetFormat, record: Record, field: str) -> Any:
-    column = fmt.column(field)
-    if column not in record.values:
-        raise _bad(fmt, record, f"no column {column!r} for {field!r}; map '{field}: <column>' in field_names of {FORMATS_FILE}")
-    return record.values[column]
-
-
-def _text(fmt: DatasetFormat, record: Record, field: str) -> str:
-    value = _value(fmt, record, field)
-    if not isinstance(value, str):
-        raise _bad(fmt, record, f"{field} is {seen(value)} ({type(value).__name__}) in column {fmt.column(field)!r}; wanted text")
-    if "\0" in value:
-        raise _bad(fmt, record, f"{field} has a NUL character in column {fmt.column(field)!r}: {seen(value)}; is the file damaged?")
-    if has_half_pair(value):
-        raise _bad(
-            fmt,
-            record,
-            f"{field} has half of a surrogate pair in column {fmt.column(field)!r}: {ascii(value)[:80]}; write the whole character",
-        )
-    return value
-
-
-def has_half_pair(text: str) -> bool:
-    """Whether half of a surrogate pair is in it, as JSON's \\ud83d alone gives: neither UTF-8 nor a tokenizer can take it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _bad(fmt: DatasetFormat, record: Record, fact: str) -> UserError:
-    return UserError(f"{fmt.path} {record.where}: {fact} (dataset {fmt.dataset!r}, {fmt.section}; {columns_of(record.values)})")
+        raise UserError(f"{fmt.path}: {what} {here}; concept ids found: {', '.join(map(str, sorted(ids)))}")
 
 
 def _json_value(value: Any) -> Any:
@@ -363,12 +356,3 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_json_value(item) for item in value]
     return str(value)
-
-
-def _records(fmt: DatasetFormat) -> Iterator[Record]:
-    if not fmt.path.exists():
-        raise UserError(
-            f"data file {fmt.path} of dataset {fmt.dataset!r} ({fmt.section}) does not exist; "
-            f"put it there ('python -m spilt prepare --help' makes the paper's splits) or change file_path in {FORMATS_FILE}"
-        )
-    return read(fmt.path)

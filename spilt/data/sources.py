@@ -8,7 +8,6 @@ pyarrow is loaded only when a parquet file is opened: a dry run starts at once.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spilt.artifacts import manifest
 from spilt.artifacts.atomic import half_replaced
 from spilt.errors import UserError, printable
 
@@ -57,14 +57,10 @@ def read_rows(path: Path) -> list[Record]:
 
 def file_hash(path: Path) -> str:
     """sha256 of the file's bytes, hex."""
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        return manifest.file_hash(path)
     except OSError as error:
         raise _unreadable(path, error) from error
-    return digest.hexdigest()
 
 
 def read(path: Path) -> Iterator[Record]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from spilt.errors import unknown
+from spilt.settings.fields import LOSSES as LOSS_TYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from spilt.methods.base import Scored
     from spilt.settings import FitSettings
-
-
-LOSS_TYPES: tuple[str, ...] = ("scaled_simpo", "simpo", "dpo", "ipo", "apo_zero")
 
 
 def reps(scored: Scored, s: FitSettings) -> Tensor:

@@ -1,6 +1,6 @@
 """Settings: YAML files and command-line overrides -> frozen, checked dataclasses. Imports no torch, so a dry run is instant.
 
-`resolve_fit`, `resolve_generate` and `resolve_measure` give the settings of one cell; settings.py says what each key means;
+`resolve_fit`, `resolve_generate` and `resolve_measure` give the settings of one cell; fields.py says what each key means;
 keys.py lists the other spellings and the released keys that have no effect.
 """
 
@@ -17,23 +17,3 @@ from spilt.settings.resolve import (
     resolve_generate,
     resolve_measure,
 )
-
-__all__ = [
-    "IGNORED_KEYS",
-    "KEY_ALIASES",
-    "ROOT",
-    "SETTINGS",
-    "FitSettings",
-    "GenerateSettings",
-    "GenerationParams",
-    "MeasureSettings",
-    "Resolved",
-    "expected_hparam_files",
-    "hparam_file",
-    "load_yaml",
-    "parse_overrides",
-    "resolve_fit",
-    "resolve_generate",
-    "resolve_measure",
-    "verbs_of",
-]

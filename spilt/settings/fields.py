@@ -17,7 +17,8 @@ from spilt.cell import FORMS
 from spilt.errors import UserError
 from spilt.settings.values import Bad, Reader, choice, flag, many, number, optional, positions, text, whole, whole_or_all
 
-POINTS = ("mlp_mid", "mlp", "attn", "block")
+POINTS = ("mlp_mid", "mlp", "attn", "block")  # read points of lora and local_weight
+WRITE_POINTS = ("block", "down_proj")
 PAIRS = ("orig_add", "orig_sub")
 SUBSTRACTIONS = ("normal", "null_it_out")
 LOSSES = ("scaled_simpo", "simpo", "dpo", "ipo", "apo_zero")
@@ -120,7 +121,7 @@ class Common(Checked):
     # Read point of lora and local_weight: input of the MLP down projection, of the MLP, of attention, of the block.
     intervention_components: str = setting(choice("read point", POINTS), "mlp_mid")
     # Write point: the block's output, or (ours) the output of its down projection, where Gemma-2's norm still follows.
-    site: str = setting(choice("write point", ("block", "down_proj")), "block")
+    site: str = setting(choice("write point", WRITE_POINTS), "block")
     concept_id: int | None = setting(optional(whole(0)), None)  # row of a file with several concepts; None = the only or first one
     seed: int = setting(whole(0), 42)  # of initialisation, order, factors, dropout, sampling; released 42
     dtype: str = setting(choice("dtype", DTYPES, DTYPE_ALIASES), "bfloat16")  # of the model (YAML `torch_dtype`); parameters are float32

@@ -7,28 +7,22 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
-from spilt.errors import UserError
+from spilt.errors import UserError, half_pair
 
 MAX_BYTES = 1_000_000  # a settings file has some 30 lines
 MAX_DEPTH = 20  # nested lists and mappings; the deepest released file has 4
 MAX_ALIASES = 8  # `*name` nodes; each can double what was read before ("YAML bomb")
 MAX_INT = 10**15  # larger than any count or seed
+TAG = "tag:yaml.org,2002:"  # of YAML's own kinds
 
 log = logging.getLogger("spilt.settings")
-
-
-class Document(NamedTuple):
-    """One file as read: `values` is its content, `twice` one sentence per key that it gives twice."""
-
-    values: Any
-    twice: tuple[str, ...]
 
 
 def load_yaml(path: Path | str) -> dict[str, Any]:
@@ -51,7 +45,7 @@ def load_yaml(path: Path | str) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if len(data) > MAX_BYTES:
         raise UserError(f"{path}: more than {MAX_BYTES:,} bytes; a settings file has some thousand")
-    return _copy(_mapping(str(path), data))  # a private copy: the cached one must not change under the next reader
+    return deepcopy(_mapping(str(path), data))  # a private copy: the cached one must not change under the next reader
 
 
 def tree_of(base_dir: Path, part: Path) -> Path:
@@ -71,24 +65,21 @@ def _mapping(name: str, data: bytes) -> dict[str, Any]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    values, twice = parse_yaml(text, name)
+    values = parse_yaml(text, name)
     if values is None:
         raise UserError(f"{name}: is empty; wanted a mapping of `key: value` lines (`{{}}` if nothing is to be set)")
     if not isinstance(values, dict):
         raise UserError(f"{name}: holds a {kind(values)}; wanted a mapping of `key: value` lines")
-    for sentence in twice:
-        log.warning(sentence)
     return values
 
 
-def parse_yaml(text: str, name: str) -> Document:
+def parse_yaml(text: str, name: str) -> Any:
     """Any YAML text as plain values (also a single scalar, for `--set key=value`); `name` stands for the file in messages."""
-    twice: list[str] = []
     try:
         _refuse_bombs(text, name)
-        loader = _Loader(text, name, twice.append)
+        loader = _Loader(text, name)
         try:
-            values = loader.get_single_data()
+            return loader.get_single_data()
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
@@ -102,7 +93,6 @@ def parse_yaml(text: str, name: str) -> Document:
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         # PyYAML lets these through for a value that contradicts its explicit tag, such as `!!bool perhaps` or `0x_`
         raise UserError(f"{name}: broken YAML: a value cannot be read ({type(error).__name__}: {error})") from None
-    return Document(values, tuple(twice))
 
 
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times faster, and not in every build
@@ -111,59 +101,58 @@ _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten tim
 class _Loader(_Base):  # type: ignore[misc]
     """SafeLoader that knows its file's name, reports keys given twice and refuses numbers that no setting can mean."""
 
-    def __init__(self, text: str, name: str, tell: Callable[[str], None]) -> None:
+    def __init__(self, text: str, name: str) -> None:
         super().__init__(text)
-        self.file, self.tell = name, tell
+        self.file = name
+
+    def wrong(self, node: yaml.Node, fact: str) -> UserError:
+        return UserError(f"{_where(self.file, node.start_mark)}: {fact}")
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         seen: set[str] = set()
         if isinstance(node, yaml.MappingNode):
             for key, _ in node.value:
-                if key.tag == "tag:yaml.org,2002:merge":
+                if key.tag == f"{TAG}merge":
                     continue
-                if key.tag != "tag:yaml.org,2002:str":
+                if key.tag != f"{TAG}str":
                     shown = repr(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
-                    raise UserError(f"{_where(self.file, key.start_mark)}: the key {shown} is not a word; put it in quotes if it is a name")
+                    raise self.wrong(key, f"the key {shown} is not a word; put it in quotes if it is a name")
                 if key.value in seen:
-                    self.tell(f"{_where(self.file, key.start_mark)}: the key {key.value!r} is given twice; the last value is used")
+                    log.warning(str(self.wrong(key, f"the key {key.value!r} is given twice; the last value is used")))
                 seen.add(key.value)
         mapping = super().construct_mapping(node, deep)
         if odd := [key for key in mapping if not isinstance(key, str)]:  # brought in by a merge, `<<: {1: 2}`
-            raise UserError(f"{_where(self.file, node.start_mark)}: the key {odd[0]!r} is not a word; put it in quotes if it is a name")
+            raise self.wrong(node, f"the key {odd[0]!r} is not a word; put it in quotes if it is a name")
         return mapping
 
     def construct_text(self, node: yaml.ScalarNode) -> str:
         value = self.construct_scalar(node)
-        if any("\ud800" <= c <= "\udfff" for c in value):
-            raise UserError(f"{_where(self.file, node.start_mark)}: the text holds half of a surrogate pair, which no file can store")
+        if half_pair(value):
+            raise self.wrong(node, "the text holds half of a surrogate pair, which no file can store")
         return value
 
     def construct_int(self, node: yaml.ScalarNode) -> int:
         if len(self.construct_scalar(node)) > 70 or abs(value := self.construct_yaml_int(node)) > MAX_INT:  # 70: binary digits
-            raise UserError(f"{_where(self.file, node.start_mark)}: the number {node.value[:30]} is beyond {MAX_INT:,}")
+            raise self.wrong(node, f"the number {node.value[:30]} is beyond {MAX_INT:,}")
         return value
 
     def construct_float(self, node: yaml.ScalarNode) -> float:
         value = self.construct_yaml_float(node)
         if not math.isfinite(value):
-            raise UserError(f"{_where(self.file, node.start_mark)}: {node.value[:30]} is not a finite number")
+            raise self.wrong(node, f"{node.value[:30]} is not a finite number")
         return value
 
     def refuse_tag(self, node: yaml.Node) -> Any:
-        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-        raise UserError(f"{_where(self.file, node.start_mark)}: the tag {tag} is not allowed; wanted plain text, numbers and lists")
+        raise self.wrong(node, f"the tag {node.tag.replace(TAG, '!!')} is not allowed; wanted plain text, numbers and lists")
 
 
 # Dates are of no use in settings: left as the text they are, so that `2024-13-45` cannot fail and everything stays JSON-able.
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:timestamp"]
-    for first, rules in _Base.yaml_implicit_resolvers.items()
+    first: [(tag, pattern) for tag, pattern in rules if tag != f"{TAG}timestamp"] for first, rules in _Base.yaml_implicit_resolvers.items()
 }
-_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_float)
-for _tag in ("timestamp", "binary", "omap", "pairs", "set"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.refuse_tag)
+_made_by = {"str": _Loader.construct_text, "int": _Loader.construct_int, "float": _Loader.construct_float}
+for _tag, _made in {**_made_by, **dict.fromkeys(("timestamp", "binary", "omap", "pairs", "set"), _Loader.refuse_tag)}.items():
+    _Loader.add_constructor(f"{TAG}{_tag}", _made)
 _Loader.add_constructor(None, _Loader.refuse_tag)
 
 
@@ -194,9 +183,3 @@ def kind(value: Any) -> str:
     """The word for a value's type in messages."""
     names = {bool: "true/false", int: "whole number", float: "number", str: "text", list: "list", dict: "mapping", type(None): "nothing"}
     return names.get(type(value), type(value).__name__)
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, list) else value

@@ -7,6 +7,7 @@ A key with no value (`lr:`) counts as not given, unless nothing is one of its me
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,60 +68,6 @@ def hparam_file(base_dir: Path | str, dataset: str, model: str, method: str, int
     return next((path for path in expected_hparam_files(base_dir, dataset, model, method, intervention, verb) if _is_file(path)), None)
 
 
-def resolve_fit(
-    base_dir: Path | str,
-    model: str,
-    dataset: str,
-    method: str,
-    intervention: str,
-    overrides: Mapping[str, Any] | None = None,
-    layers: Sequence[int] = (),
-) -> Resolved:
-    """FitSettings of a cell: config.yaml < generate_{method}_{intervention}.yaml < overrides."""
-    stack = _Stack("fit", base_dir, model, dataset, method, intervention)
-    stack.add_globals("config.yaml")
-    stack.add_cell(must_agree=True)
-    stack.add_overrides(overrides)
-    return stack.resolve(layers)
-
-
-def resolve_generate(
-    base_dir: Path | str,
-    model: str,
-    dataset: str,
-    method: str,
-    intervention: str,
-    overrides: Mapping[str, Any] | None = None,
-    layers: Sequence[int] = (),
-) -> Resolved:
-    """GenerateSettings of a cell: apply_config.yaml < apply_{method}.yaml < overrides. Layers left out there are those of the fit."""
-    stack = _Stack("generate", base_dir, model, dataset, method, intervention)
-    stack.add_globals("apply_config.yaml")
-    stack.add_cell()
-    stack.add_overrides(overrides)
-    if "layers" not in stack.values:
-        stack.add_fitted_layers()
-    return stack.resolve(layers)
-
-
-def resolve_measure(
-    base_dir: Path | str,
-    model: str,
-    dataset: str,
-    method: str,
-    intervention: str,
-    overrides: Mapping[str, Any] | None = None,
-    layers: Sequence[int] = (),
-) -> Resolved:
-    """MeasureSettings of a cell: config.yaml < sft/generate_sft_loss.yaml < layers of the fit < overrides."""
-    stack = _Stack("measure", base_dir, model, dataset, method, intervention)
-    stack.add_globals("config.yaml")
-    stack.add_cell()
-    stack.add_fitted_layers()
-    stack.add_overrides(overrides)
-    return stack.resolve(layers)
-
-
 def resolve(
     verb: str,
     base_dir: Path | str,
@@ -131,9 +78,24 @@ def resolve(
     overrides: Mapping[str, Any] | None = None,
     layers: Sequence[int] = (),
 ) -> Resolved:
-    """The settings of a cell and verb. layers: those of a cell for which there are no files at all, nor a word of the command line."""
-    how = {"fit": resolve_fit, "generate": resolve_generate, "measure": resolve_measure}[verb]
-    return how(base_dir, model, dataset, method, intervention, overrides, layers)
+    """The settings of a cell and verb: global file < the cell's file < overrides.
+
+    fit: config.yaml < generate_{method}_{intervention}.yaml. measure: config.yaml < sft/generate_sft_loss.yaml < layers of the fit.
+    generate: apply_config.yaml < apply_{method}.yaml; layers left out there are those of the fit.
+    layers: those of a cell for which there are no files at all, nor a word of the command line.
+    """
+    stack = _Stack(verb, base_dir, model, dataset, method, intervention)
+    stack.add_globals("apply_config.yaml" if verb == "generate" else "config.yaml")
+    stack.add_cell()
+    if verb == "measure":
+        stack.add_fitted_layers()
+    stack.add_overrides(overrides)
+    if verb == "generate" and "layers" not in stack.values:
+        stack.add_fitted_layers()
+    return stack.resolve(layers)
+
+
+resolve_fit, resolve_generate, resolve_measure = partial(resolve, "fit"), partial(resolve, "generate"), partial(resolve, "measure")
 
 
 def parse_overrides(items: list[str]) -> dict[str, Any]:
@@ -163,7 +125,7 @@ def _override(item: str, out: dict[str, Any]) -> None:
         out[key] = _from_text(key, value)
         return
     merged = out.get(key)
-    out[key] = {**(merged if isinstance(merged, dict) else {}), entry: parse_yaml(value, f"--set {item}").values}
+    out[key] = {**(merged if isinstance(merged, dict) else {}), entry: parse_yaml(value, f"--set {item}")}
     wrong = Mistakes()
     _params(out[key], COMMAND_LINE, [], wrong)
     wrong.tell()
@@ -192,7 +154,7 @@ class _Stack:
                     given.pop(key, None)  # of one cell; means nothing for all
                 self._lay(given, str(path))
 
-    def add_cell(self, must_agree: bool = False) -> None:
+    def add_cell(self) -> None:
         """The cell's own file. A fit file that names another method or form is refused; elsewhere the path decides, and it is said."""
         path = hparam_file(self.base_dir, self.dataset, self.model, self.method, self.intervention, self.verb)
         if path is None and self.base_dir != self.asked:
@@ -207,7 +169,7 @@ class _Stack:
             found = read_field(KNOWN[key], found, str(path))
             if found == asked or self.verb == "measure":  # one loss file serves every method
                 continue
-            if must_agree:
+            if self.verb == "fit":
                 raise UserError(f"{path}: is for {key} {found!r}, but its place is that of {asked!r}; move the file, or correct the key")
             if key == "method":  # one apply file serves every form, so its form says nothing
                 self.unused.append(Unused(str(path), f"alg_name = {found}", f"the file lies where {asked} is looked for"))
@@ -379,7 +341,7 @@ def _from_text(key: str, value: str) -> Any:
         return value
     if "tuple" in str(KNOWN[key].type) and not value.lstrip().startswith("["):
         value = f"[{value}]"
-    return parse_yaml(value, f"{COMMAND_LINE}: {key}").values
+    return parse_yaml(value, f"{COMMAND_LINE}: {key}")
 
 
 def _is_file(path: Path) -> bool:

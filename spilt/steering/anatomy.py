@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from spilt.errors import UserError, unknown
+from spilt.settings.fields import POINTS
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 # read points of lora and local_weight (the input of the module), by their YAML names
-COMPONENTS: tuple[str, ...] = ("mlp_mid", "mlp", "attn", "block")
+COMPONENTS = POINTS
 
 
 def family(model: nn.Module) -> Family:

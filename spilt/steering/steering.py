@@ -15,13 +15,13 @@ from spilt import __version__
 from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write
 from spilt.errors import UserError, first_line
+from spilt.settings.fields import WRITE_POINTS
 from spilt.steering import anatomy, layer_file
 from spilt.steering.interventions import INTERVENTIONS, Intervention, Multiplier
 
 SUFFIX = ".safetensors"
 FORMAT = 1  # of the stored file
 LAYER_FILE = re.compile(r"layer_(\d{1,9})\.pt")
-WRITE_POINTS = ("block", "down_proj")
 
 
 class Site(NamedTuple):

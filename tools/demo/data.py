@@ -14,7 +14,6 @@ from tools.demo import corpus
 
 SEED = 2602
 N_TRAIN, N_TEST = 192, 64  # Yes/No and power; the concepts have 64 + 8 pairs each, as in the paper
-OPPOSITE = {"cold": "kind", "kind": "cold"}
 
 
 def distinct(rng: Random, n: int, draw: Callable[[Random], str], taken: set[str]) -> list[str]:
