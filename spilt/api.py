@@ -8,17 +8,19 @@ with spilt.steer(model, steering, 2.0):
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import nn
 
 from spilt import plan
 from spilt.analysis import odds
-from spilt.data.chat import Chat, Encoded
+from spilt.data.chat import Chat
 from spilt.data.readers import PAIR_FIELDS, Pair
 from spilt.engine import activations, choice, score, whole
 from spilt.engine import decode as generation
@@ -26,10 +28,12 @@ from spilt.engine import train as training
 from spilt.errors import UserError, unknown
 from spilt.methods import METHODS
 from spilt.model import host
+from spilt.model.identity import model_hash
 from spilt.settings import FitSettings
-from spilt.settings.fields import GenerationParams, intervention_name, method_name
+from spilt.settings.fields import DTYPE_ALIASES, DTYPES, STRONGEST, GenerationParams, intervention_name, method_name
+from spilt.settings.keys import KEY_ALIASES
 from spilt.steering.interventions import INTERVENTIONS, Intervention, Multiplier
-from spilt.steering.steering import Steering
+from spilt.steering.steering import Steering, base_model
 from spilt.verbs import measure as measure_verb
 
 if TYPE_CHECKING:
@@ -45,9 +49,12 @@ class Loaded(NamedTuple):
     tokenizer: Any
 
 
-def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> Loaded:
+def load(path: str | Path, *, dtype: str | torch.dtype = "float32", device: str = "cpu") -> Loaded:
     """A checkpoint folder of the Hugging Face layout, from local files only; no code from it is run. Raises UserError."""
-    found = host.load(Path(path), dtype, device)
+    name = DTYPE_ALIASES.get(str(dtype), str(dtype))  # also torch.bfloat16
+    if name not in DTYPES:
+        raise unknown("dtype", name, DTYPES)
+    found = host.load(Path(path), name, device)
     return Loaded(found.model, found.tokenizer)
 
 
@@ -57,7 +64,11 @@ def steer(model: nn.Module, steering: Steering, multiplier: Multiplier = 1.0) ->
 
     multiplier: strength m, a number or a tensor [B] with one for each row of the batch. Works with `model.generate` and pipelines.
     """
-    with whole.steer(model, steering.to(model), multiplier):
+    if not isinstance(steering, Steering):
+        raise UserError(f"steering is a {type(steering).__name__}; wanted a Steering (spilt.fit gives one, spilt.Steering.load reads one)")
+    strengths = _strengths(multiplier)
+    one = isinstance(multiplier, int | float) or not getattr(multiplier, "ndim", len(strengths))
+    with whole.steer(model, steering.to(model), strengths[0] if one else torch.tensor(strengths, dtype=torch.float32)):
         yield model
 
 
@@ -80,22 +91,52 @@ def fit(
     settings: keys of the YAML files, such as lr, n_epochs, batch_size, rank; left out: the released defaults.
     Raises UserError for names and values that do not exist.
     """
-    layers = (layer,) if isinstance(layer, int) else tuple(layer)
+    layers = tuple(_whole("layer", n, 0) for n in (layer if isinstance(layer, Sequence) and not isinstance(layer, str) else [layer]))
     s = _settings(method, intervention, layers, settings)
     rows = _pairs(pairs)
     chat = Chat.of(tokenizer, s.use_chat_template, s.system_prompt)
-    about = {"method": s.method, "model": str(getattr(model.config, "name_or_path", "")), "settings": s.as_dict()}  # type: ignore[union-attr]
-    with _frozen(model):
-        if METHODS[s.method].estimate is not None:
-            return Steering.of({n: _estimate(model, tokenizer, chat, rows, n, s) for n in layers}, about)
-        tokens = [chat.encode(p.question, text, s.output_length, p.row) for p in rows for text in (p.matching, p.not_matching)]
-        fresh = {n: training.new_intervention(model, n, s) for n in layers}
-        if joint:
-            _train(model, tokenizer, chat, tokens, Steering.of(fresh), s, engine, True, progress)
-        else:
-            for n, made in fresh.items():
-                _train(model, tokenizer, chat, tokens, Steering.of({n: made}), s, engine, False, progress)
-    return Steering.of({n: made.eval().requires_grad_(False) for n, made in fresh.items()}, about)
+    with _frozen(model), torch.random.fork_rng(devices=[]):
+        found = _find(model, tokenizer, rows, chat, s, joint, engine, progress)
+    for site, made in found:
+        training.check_usable(made, f"{s.method} {s.intervention_method} layer {site.layer}")
+    return Steering(found, {"method": s.method, "base_model": _base_model(model), "settings": s.as_dict()})
+
+
+def _base_model(model: nn.Module) -> dict[str, Any]:
+    """Kind, width and depth; of a checkpoint folder its name and hash too."""
+    folder = Path(str(getattr(model.config, "name_or_path", "") or "nowhere"))
+    return {**base_model(model), **({"name": folder.name, "checkpoint": model_hash(folder)} if (folder / "config.json").is_file() else {})}
+
+
+def _find(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Pair],
+    chat: Chat,
+    s: FitSettings,
+    joint: bool,
+    engine: str,
+    progress: Callable[[int, int, float], None] | None,
+) -> Steering:
+    """What the method finds at the layers of the settings."""
+    layers, closed = s.layers, METHODS[s.method].estimate is not None
+    if joint and (closed or len(layers) == 1):
+        why = f"{s.method} has a closed form" if closed else f"there is one, {layers[0]}"
+        raise UserError(f"joint: several layers are trained by one loss, but {why}; leave joint out")
+    choice.why_plain([], "fit", engine=engine)  # a word that names no engine is refused for every method
+    if closed:
+        return Steering.of({n: _estimate(model, tokenizer, chat, rows, n, s) for n in layers})
+    tokens = [chat.encode(p.question, text, s.output_length, p.row) for p in rows for text in (p.matching, p.not_matching)]
+    whole_one = Steering.of({n: training.new_intervention(model, n, s) for n in layers})
+    pad, method = host.pad_id(tokenizer), METHODS[s.method]
+    for steering in [whole_one] if joint else [whole_one.on(n) for n in layers]:
+        if choice.why_plain(steering.places, "fit", engine=engine, joint=joint):
+            training.fit(whole.Fit(model, steering, tokens, s, method, chat.prefix_length, pad), progress=progress)
+            continue
+        base, read = score.recorded_at(steering)
+        cache = activations.record(model, base, tokens, [read] if read else [], pad, together=2)
+        training.fit(training.Fit(model, steering, cache, s, method, chat.prefix_length), progress=progress)
+    return Steering((site, made.eval().requires_grad_(False)) for site, made in whole_one)
 
 
 def _settings(method: str, intervention: str, layers: Sequence[int], given: Mapping[str, Any]) -> FitSettings:
@@ -106,10 +147,33 @@ def _settings(method: str, intervention: str, layers: Sequence[int], given: Mapp
         raise unknown("intervention", intervention, INTERVENTIONS)
     plan.pairs_of(method, intervention)  # a pair that does not exist is refused with the reason
     known = {field.name for field in fields(FitSettings)} - {"method", "intervention_method", "layers"}
-    for name in given:
+    named = {KEY_ALIASES.get(name, name): value for name, value in given.items()}
+    for name in named:
         if name not in known:
             raise unknown("setting", name, known)
-    return FitSettings(method=method, intervention_method=intervention, layers=tuple(layers), **given)
+    return FitSettings(method=method, intervention_method=intervention, layers=tuple(layers), **named)
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    """A whole number, also of numpy or torch. Raises UserError."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least or isinstance(value, bool):
+        raise UserError(f"{name} is {value!r}; wanted a whole number, at least {least}")
+    return number
+
+
+def _strengths(given: Any) -> list[float]:
+    """One strength or several, of Python, numpy or torch, as the command line takes them. Raises UserError."""
+    try:
+        values = torch.as_tensor(given, dtype=torch.float64).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        values = []
+    if not values or not all(abs(m) <= STRONGEST for m in values):  # nan is not
+        raise UserError(f"multipliers are {str(given)[:80]}; wanted one finite number or several, within +-{STRONGEST:g}")
+    return [m + 0.0 for m in values]
 
 
 def _pairs(pairs: Pairs) -> list[Pair]:
@@ -123,39 +187,19 @@ def _pairs(pairs: Pairs) -> list[Pair]:
         if len(values) != len(PAIR_FIELDS) or not all(isinstance(value, str) for value in values):
             raise UserError(f"pair {row} is {str(given)[:80]}; wanted the texts {', '.join(PAIR_FIELDS)}, as a dict or in this order")
         question, matching, not_matching = map(str, values)
+        if not matching.strip() or not not_matching.strip():
+            raise UserError(f"pair {row} has an empty answer; write an answer or leave the pair out")
         out.append(Pair(question, matching, not_matching, None, None, row))
     if not out:
         raise UserError("there are no pairs; give at least one (question, matching, not_matching)")
+    if all(pair.matching == pair.not_matching for pair in out):
+        raise UserError(f"each of the {len(out)} pairs has the same answer twice, so neither is preferred")
     return out
-
-
-def _pad_id(tokenizer: Any) -> int:
-    return host.pad_id(tokenizer)
 
 
 def _estimate(model: nn.Module, tokenizer: Any, chat: Chat, pairs: Sequence[Pair], layer: int, s: FitSettings) -> Intervention:
     tokens = [chat.encode_caa(p.question, text, p.row) for p in pairs for text in (p.matching, p.not_matching)]
-    return training.estimate(model, layer, tokens, s, METHODS[s.method], _pad_id(tokenizer)).requires_grad_(False)
-
-
-def _train(
-    model: nn.Module,
-    tokenizer: Any,
-    chat: Chat,
-    tokens: list[Encoded],
-    steering: Steering,
-    s: FitSettings,
-    engine: str,
-    joint: bool,
-    progress: Callable[[int, int, float], None] | None,
-) -> None:
-    pad, method = _pad_id(tokenizer), METHODS[s.method]
-    if choice.why_plain(steering.places, "fit", engine=engine, joint=joint):
-        training.fit(whole.Fit(model, steering, tokens, s, method, chat.prefix_length, pad), progress=progress)
-        return
-    base, read = score.recorded_at(steering)
-    cache = activations.record(model, base, tokens, [read] if read else [], pad, together=2)
-    training.fit(training.Fit(model, steering, cache, s, method, chat.prefix_length), progress=progress)
+    return training.estimate(model, layer, tokens, s, METHODS[s.method], host.pad_id(tokenizer)).requires_grad_(False)
 
 
 @contextmanager
@@ -199,7 +243,9 @@ def generate(
     import pandas as pd
 
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    strengths = [float(multipliers)] if isinstance(multipliers, int | float) else [float(m) for m in multipliers]
+    strengths = _strengths(multipliers)
+    for name, value in (("num_responses", num_responses), ("batch_size", batch_size)):
+        _whole(name, value, 1)
     chat = Chat.of(tokenizer, use_chat_template, system_prompt)
     placed = steering.to(model)
     asked = [(i, m, k) for i in range(len(texts)) for m in strengths for k in range(num_responses)]
@@ -226,7 +272,7 @@ def measure(
     tokenizer: Any,
     steering: Steering,
     pairs: Pairs,
-    multipliers: Sequence[float] | None = None,
+    multipliers: float | Sequence[float] | None = None,
     *,
     positions: str = "all",
     output_length: int = 512,
@@ -244,10 +290,10 @@ def measure(
     rows = _pairs(pairs)
     chat = Chat.of(tokenizer, use_chat_template, system_prompt)
     tokens = [chat.encode(p.question, text, output_length, p.row) for p in rows for text in (p.matching, p.not_matching)]
-    placed, pad = steering.to(model), _pad_id(tokenizer)
+    placed, pad = steering.to(model), host.pad_id(tokenizer)
     if multipliers is None:
         multipliers = measure_verb.sweep_multipliers(INTERVENTIONS[steering.forms[0]].factors, 11)
-    strengths = sorted({0.0, *(float(m) + 0.0 for m in multipliers)})
+    strengths = sorted({0.0, *_strengths(multipliers)})
     prefix = chat.prefix_length
     with _frozen(model):
         kinds = len({made.positional for _, made in placed})

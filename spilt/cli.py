@@ -25,7 +25,7 @@ from spilt.methods import METHODS
 from spilt.model.identity import Changed, Seen
 from spilt.run import ALREADY, DONE, FAILED, SKIPPED, Outcome, keeps_what_is_unusable, run_plan
 from spilt.settings import parse_overrides
-from spilt.settings.fields import DTYPES, INTERVENTION_ALIASES, METHOD_ALIASES, intervention_name, method_name
+from spilt.settings.fields import DTYPES, INTERVENTION_ALIASES, METHOD_ALIASES, STRONGEST, intervention_name, method_name
 from spilt.team import place
 from spilt.terminal import COMPLETING, complain, say, words_so_far
 from spilt.terminal import program as speak
@@ -204,8 +204,8 @@ def _multipliers(words: Sequence[str] | None, mode: str) -> tuple[float, ...] | 
             value = float(word)
         except ValueError:
             raise UserError(f"--multipliers: {word!r} is not a number") from None
-        if not math.isfinite(value) or abs(value) > 1e6:
-            raise UserError(f"--multipliers: {word} is not a usable strength; wanted a finite number within +-1e6")
+        if not math.isfinite(value) or abs(value) > STRONGEST:
+            raise UserError(f"--multipliers: {word} is not a usable strength; wanted a finite number within +-{STRONGEST:g}")
         values.append(value + 0.0)  # -0.0 is 0.0
     return tuple(dict.fromkeys(values))
 

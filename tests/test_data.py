@@ -137,6 +137,13 @@ def test_a_mistake_in_one_dataset_does_not_stop_another(tmp_path):
     message(load_formats, base)
 
 
+def test_an_unknown_section_is_told_with_the_other_mistakes(tmp_path):
+    text = "train: {mine: {file_paht: a.csv, multi_concept: maybe}, other: {file_path: 3}}\nbogus: {}\nvalid: [mine]"
+    said = message(dataset_format, formats(tmp_path, text), "mine", "train")
+    wanted = ("unknown section 'bogus'", "section 'valid' is ['mine']", "'file_paht'", "multi_concept is 'maybe'", "other: file_path is 3")
+    assert all(part in said for part in wanted), said
+
+
 def test_no_formats_file_and_unknown_section(tmp_path):
     assert "dataset_format.yaml" in message(dataset_format, tmp_path, "mine", "train")
     assert "did you mean 'valid'" in message(dataset_format, REPO, "axbench", "valdi")

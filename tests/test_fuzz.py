@@ -359,7 +359,7 @@ findings.check("parquet")
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own: the reader is compiled code, and a crash there would take the tests along."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    words = [sys.executable, "-c", PARQUET, str(tmp_path), str(COUNT)]
+    words = [sys.executable, "-c", PARQUET, str(tmp_path), str(times(10_000, 2_000))]
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300, check=False)
     print(done.stdout)
     assert done.returncode == 0, f"exit {done.returncode} at {(tmp_path / 'seed').read_text()}\n{done.stderr[-3000:]}"

@@ -14,6 +14,7 @@ from test_identity import run, vector
 
 from spilt.engine import whole
 from spilt.errors import UserError
+from spilt.model.identity import model_hash
 from spilt.steering.steering import Site, Steering
 
 
@@ -51,7 +52,8 @@ def test_the_command_lines_file_is_a_steering(tmp_path: Path, form: str) -> None
     value = Steering.load(path)
     ((site, made),) = value
     stored = torch.load(path, weights_only=True)
-    assert site.layer == 2 and made.form == form and value.about == {"method": "sft"}
+    assert site.layer == 2 and made.form == form and value.about["method"] == "sft"
+    assert value.about["base_model"] == {"checkpoint": model_hash(base.path / "models" / base.model)}
     assert torch.equal(made.state() if form == "vector" else made.state()["weight" if form == "local_weight" else "lora_B"],
                        stored if form == "vector" else stored["weight" if form == "local_weight" else "lora_B"])  # fmt: skip
     assert run(base, "--mode", "generate", "--set", "layers=1", "--quiet", form=form) == 0

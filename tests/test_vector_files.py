@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +22,8 @@ from torch import nn
 from spilt import cli
 from spilt.errors import UserError
 from spilt.steering import layer_file
+
+ROOT = Path(__file__).resolve().parents[1]
 
 HIDDEN = 32
 UNSAFE = ("weights_only", "torch.load", "allowlist", "allow-list", "safe_globals", "arbitrary code", "trust_remote", "Traceback")
@@ -120,12 +125,23 @@ def test_what_torch_save_wrote_before_zip_is_read(tmp_path: Path) -> None:
 
 
 def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
-    import os
-
     path = tmp_path / "layer_2.pt"
     os.mkfifo(path)
     with pytest.raises(UserError, match="no plain file"):
         layer_file.load(path, "vector", None, HIDDEN, {}, "mlp_mid", "block")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_a_run_does_not_wait_for_a_vector_that_is_no_file(tmp_path: Path, kind: str) -> None:
+    """Its hash decides whether anything is to be done, so it is asked for before anything reads it."""
+    base = families.make_base(tmp_path / "base", train=4)
+    path = base.path / "vectors/tiny/sft/mine/sft_vector/layer_2.pt"
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path) if kind == "fifo" else path.symlink_to("/dev/zero")
+    for mode in ("apply", "loss"):
+        words = [sys.executable, "run_spilt.py", *base.argv("sft", "vector", "--mode", mode, "--multipliers", "1"), "--quiet"]
+        ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        assert ended.returncode in (1, 2) and "layer_2.pt: is no plain file" in ended.stderr and "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize("name", ["layer_2.safetensors", "control_vector.gguf", "adapter_model.safetensors", "layer_2.npy", "layer_3.pt"])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spilt.data.sources import READERS, Record, columns_of, read, seen
-from spilt.errors import UserError, half_pair, unknown
+from spilt.errors import Mistakes, UserError, half_pair, unknown
 
 FORMATS_FILE = Path("hparams/Steer/dataset_format.yaml")
 DATA = Path("data")
@@ -126,11 +126,19 @@ def _sections(base_dir: Path) -> dict[str, dict[str, Any]]:
 
     file = _formats_file(base_dir)
     raw = load_yaml(file)
+    mistakes = Mistakes()
     for section, entries in raw.items():
-        if section not in SECTIONS:
-            raise UserError(f"{unknown('section', str(section), SECTIONS)} (in {file})")
-        if not isinstance(entries, dict | None):
-            raise UserError(f"{file}: section {section!r} is {entries!r}; wanted 'dataset: {{file_path: ...}}' entries")
+        with mistakes.each():
+            if section not in SECTIONS:
+                raise UserError(f"{unknown('section', str(section), SECTIONS)} (in {file})")
+            if not isinstance(entries, dict | None):
+                raise UserError(f"{file}: section {section!r} is {entries!r}; wanted 'dataset: {{file_path: ...}}' entries")
+    if mistakes.said:  # whose entries stand there, nobody knows: told with what else is wrong in the file
+        for section in SECTIONS:
+            for name, entry in (raw[section] if isinstance(raw.get(section), dict) else {}).items():
+                with mistakes.each():
+                    _format(base_dir, section, str(name), entry)
+    mistakes.tell()
     found = {section: {str(name): entry for name, entry in (raw.get(section) or {}).items()} for section in SECTIONS}
     if file != base_dir / FORMATS_FILE:
         for (section, name), paths in _plain_files(base_dir).items():  # which of several is meant, nobody has said: refused when asked for

@@ -90,7 +90,8 @@ def check_usable(intervention: Intervention, what: str) -> None:
     norm = intervention.norm()
     if not math.isfinite(norm) or not all(torch.isfinite(value).all() for value in intervention.state_dict().values()):
         raise NotFinite(
-            f"{what}: the fitted {intervention.form} came out with NaN or infinite values; use another --dtype (bfloat16, float32), or a smaller lr"
+            f"{what}: the fitted {intervention.form} came out with NaN or infinite values; "
+            "use another --dtype (bfloat16, float32), or a smaller lr"
         )
     if norm < NO_EFFECT:
         raise UserError(

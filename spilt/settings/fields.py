@@ -22,6 +22,7 @@ WRITE_POINTS = ("block", "down_proj")
 PAIRS = ("orig_add", "orig_sub")
 SUBSTRACTIONS = ("normal", "null_it_out")
 LOSSES = ("scaled_simpo", "simpo", "dpo", "ipo", "apo_zero")
+STRONGEST = 1e6  # a strength, either way: beyond it float32 keeps nothing of the stream
 DTYPES = ("bfloat16", "float16", "float32")
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 DTYPE_ALIASES |= {f"torch.{name}": name for name in DTYPES}

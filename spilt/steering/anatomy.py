@@ -55,7 +55,12 @@ def family_of(model_type: Any) -> Family:
 
 def blocks(model: nn.Module) -> nn.ModuleList:
     """The decoder blocks, in order."""
-    return cast("nn.ModuleList", model.get_submodule(family(model).blocks))
+    path = family(model).blocks
+    try:
+        return cast("nn.ModuleList", model.get_submodule(path))
+    except AttributeError:
+        fact = f"{type(model).__name__} has no {path}, where the decoder blocks of this family are"
+        raise UserError(f"{fact}; load a language model with its head, such as AutoModelForCausalLM gives") from None
 
 
 def block(model: nn.Module, layer: int) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spilt.errors import UserError
 from spilt.steering import anatomy
 from spilt.steering.interventions import Intervention, Multiplier
 
@@ -45,6 +46,9 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def steer(one: Applied, h: Tensor, x: Tensor | None) -> Tensor:
     """The intervention at the positions where it acts, h elsewhere."""
     multiplier = one.multiplier.to(h.device) if isinstance(one.multiplier, Tensor) else one.multiplier
+    if isinstance(multiplier, Tensor) and multiplier.ndim and multiplier.shape[0] not in (1, len(h)):
+        count = multiplier.shape[0]
+        raise UserError(f"{count} multipliers, one for each row, and a batch of {len(h)} rows (each beam and returned sequence is a row)")
     steered = one.intervention(h, x, multiplier)
     return steered if one.positions is None else torch.where(one.positions.to(h.device)[..., None], steered, h)
 

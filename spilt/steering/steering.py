@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +24,9 @@ from spilt.steering.interventions import INTERVENTIONS, Intervention, Multiplier
 
 SUFFIX = ".safetensors"
 FORMAT = 1  # of the stored file
+RECOMMENDED = "recommended_multiplier"  # of `about`: a strength, so it scales the other way round
+
+log = logging.getLogger("spilt")
 LAYER_FILE = re.compile(r"layer_(\d{1,9})\.pt")
 
 
@@ -85,7 +91,11 @@ class Steering:
         return Steering(((site, _copy(made).to(anatomy.device_of(model, site.layer))) for site, made in self.entries), self.about)
 
     def check(self, model: nn.Module) -> None:
-        """Every site exists and has the widths of the parameters, or a UserError that names both."""
+        """Every site exists and has the widths of the parameters, or a UserError that names both. Another base model is a warning."""
+        known, here = self.about.get("base_model") or {}, base_model(model)
+        if other := {key: value for key, value in here.items() if known.get(key, value) != value}:
+            was = {key: known[key] for key in other}
+            log.warning("this Steering was fitted on another base model: %s; this one has %s", was, other)
         hidden = anatomy.hidden_size(model)
         for site, intervention in self.entries:
             anatomy.block(model, site.layer)
@@ -110,13 +120,23 @@ class Steering:
         """Both act, this one first. At one site their deltas add up: no form reads what another one writes there."""
         if not isinstance(other, Steering):
             return NotImplemented
-        return Steering((site, _copy(made)) for site, made in (*self.entries, *other.entries))
+        about = {key: value for key, value in self.about.items() if key != RECOMMENDED and other.about.get(key) == value}
+        return Steering(((site, _copy(made)) for site, made in (*self.entries, *other.entries)), about)
+
+    def __sub__(self, other: Steering) -> Steering:
+        """This one acts, and the other one the other way round."""
+        return self + -other if isinstance(other, Steering) else NotImplemented
 
     def __mul__(self, factor: float) -> Steering:
         """delta at m of the result is delta at factor m of this one: exact, since every form is linear in its strength."""
         if not isinstance(factor, int | float):
             return NotImplemented
-        return Steering(((site, _copy(made).scaled(float(factor))) for site, made in self.entries), self.about)
+        if not math.isfinite(factor):
+            raise UserError(f"a Steering times {factor} is not one; wanted a finite number")
+        about = {key: value for key, value in self.about.items() if key != RECOMMENDED}
+        if factor and RECOMMENDED in self.about:
+            about[RECOMMENDED] = self.about[RECOMMENDED] / factor
+        return Steering(((site, _copy(made).scaled(float(factor))) for site, made in self.entries), about)
 
     __rmul__ = __mul__
 
@@ -163,12 +183,23 @@ class Steering:
             files = {int(hit[1]): file for file in sorted(path.iterdir()) if (hit := LAYER_FILE.fullmatch(file.name))}
             if not files:
                 raise UserError(f"{path}: no layer_{{id}}.pt in this folder; give a stored Steering ({SUFFIX}) or such a folder")
-            return cls(entry for layer in sorted(files) for entry in cls.load(files[layer]).entries)
+            parts = [cls.load(files[layer]) for layer in sorted(files)]
+            about = {key: value for key, value in parts[0].about.items() if all(part.about.get(key) == value for part in parts)}
+            return cls((entry for part in parts for entry in part.entries), about)
         if hit := LAYER_FILE.fullmatch(path.name):
-            return _released(path, int(hit[1]))
-        if path.suffix != SUFFIX:
+            read = partial(_released, layer=int(hit[1]))
+        elif path.suffix == SUFFIX:
+            read = partial(_stored)
+        else:
             raise UserError(f"{path}: is neither a stored Steering ({SUFFIX}) nor a layer_{{id}}.pt of the released format")
-        return _stored(path)
+        with torch.random.fork_rng(devices=[]):  # an intervention draws its first values, whatever is put in their place
+            return read(path)
+
+
+def base_model(model: nn.Module) -> dict[str, Any]:
+    """Which model a Steering fits: its kind, width and depth."""
+    config: Any = model.config
+    return {"model_type": config.model_type, "hidden_size": anatomy.hidden_size(model), "layers": len(anatomy.blocks(model))}
 
 
 def _copy(intervention: Intervention) -> Intervention:
@@ -231,7 +262,9 @@ def _released(path: Path, layer: int) -> Steering:
     if INTERVENTIONS[form].reads:
         read_point = str(state.get("intervention_components") or settings.get("intervention_components", "mlp_mid"))
     made = INTERVENTIONS[form].from_state(state, read_point=read_point, write_point=write_point)
-    about = {name: settings[name] for name in ("method",) if name in settings}
+    about = {"method": settings["method"]} if "method" in settings else {}
+    if about and isinstance(parts, dict) and isinstance(parts.get("model"), str):
+        about |= {"settings": settings, "base_model": {"checkpoint": parts["model"]}}
     return Steering([(Site(layer, read_point, write_point), made.eval().requires_grad_(False))], about)
 
 
