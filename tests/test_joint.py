@@ -73,6 +73,15 @@ def test_a_joint_fit_from_settings_to_texts_and_losses(base: families.Base, form
     assert [row["pred"][0] for row in made] == by_hand["text"].tolist()
 
 
+def test_halves_of_two_fits_are_refused(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(base, "vector", "generate", *JOINT) == 0
+    assert run(base, "vector", "generate", "--set", "layers=3") == 0  # layer 3 alone takes the place of its half
+    for mode in ("apply", "loss"):
+        assert run(base, "vector", mode, *JOINT, "--multipliers", "1") != 0
+        assert "layer_1.pt: was fitted jointly with layer 3, whose file is of another fit now" in capsys.readouterr().err
+    assert not texts(base) and not tables(base)
+
+
 def test_a_joint_fit_is_whole_or_is_made_again(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(base, "vector", "generate", *JOINT) == 0
     kept = {layer: vector(base, "vector", layer).read_bytes() for layer in (1, 3)}

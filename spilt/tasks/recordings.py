@@ -152,8 +152,22 @@ def refuse_changed(path: Path) -> None:
         )
 
 
+def refuse_parts_of_two_fits(cell: Cell, run: Run) -> None:
+    """Raises UserError where a layer was fitted jointly with another one that acts here and has been fitted anew since."""
+    records = {layer: manifest.read(run.store.vector(cell, layer)) or {} for layer in cell.layers}
+    for layer, record in records.items():
+        settings = record.get("parts", {}).get("settings", {})
+        others = set(settings.get("layers", ())) & records.keys() if settings.get("joint") else ()
+        if another := [other for other in others if records[other].get("identity") != record.get("identity")]:
+            raise UserError(
+                f"{run.store.relative(run.store.vector(cell, layer))}: was fitted jointly with layer {', '.join(map(str, another))}, "
+                "whose file is of another fit now; fit them together again with --mode generate"
+            )
+
+
 def stored(cell: Cell, settings: Any, run: Run) -> Steering:
     """The stored Steering of a cell, checked against the model. What its manifests say against its use is a warning."""
+    refuse_parts_of_two_fits(cell, run)
     found = {}
     for layer in cell.layers:
         widths = {name: anatomy.read_width(run.host.model, layer, name) for name in anatomy.COMPONENTS}
