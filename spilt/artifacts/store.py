@@ -39,7 +39,7 @@ class Store:
 
     @staticmethod
     def leaf(cell: Cell) -> str:
-        return "caa_vector" if cell.method == "caa" else f"{cell.method}_{cell.intervention}"
+        return f"{cell.method}_{cell.intervention}"
 
     @staticmethod
     def dataset_folder(cell: Cell) -> str:

@@ -30,13 +30,12 @@ VERSION = 3  # of fit.json; a change makes `update` fit again
 FIT_FILE, CURVES_FILE, CONTROL_FILE = "fit.json", "curves.png", "control.csv"
 METHODS = ("caa", "sft", "reps", "spilt")  # order of tables and legends; other names follow
 KINDS = ("preference", "utility")
-FORM_NAMES = {"lora": "LoRA", "local_weight": "local weight"}
 CONCEPT = re.compile(r"_concept_(\d+)$")
 
 
 def label(method: str, form: str) -> str:
     """A method and form as they are shown; a folder that somebody made may be called anything."""
-    return printable(f"{method} {FORM_NAMES.get(form, form)}").strip()
+    return printable(f"{method} {FORMS[form].label if form in FORMS else form}").strip()
 
 
 def name_of(cell: str) -> str:
