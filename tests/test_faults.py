@@ -1109,7 +1109,7 @@ def test_one_sequence_that_does_not_fit_fails_its_cell_only(here: Here, monkeypa
 
         return instead
 
-    for module, name in ((suffix, "record"), (suffix, "logits"), (generation, "_forward")):
+    for module, name in ((suffix, "record"), (suffix, "logits"), (prompts, "forward"), (generation, "forward")):
         monkeypatch.setattr(module, name, never(getattr(module, name)))
     exit_code, said = here.run(*words, "--force", form="all")
     assert exit_code == 1 and said.count("  done  ") >= 2 and "Traceback" not in said, said
