@@ -131,6 +131,21 @@ def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
         layer_file.load(path, "vector", None, HIDDEN, {}, "mlp_mid", "block")
 
 
+@pytest.mark.parametrize("end", [b"", b"\nx\n."])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_name_without_end_is_refused_at_once(tmp_path: Path, zipped: bool, end: bytes) -> None:
+    """torch's own message about a name of a megabyte would take hours."""
+    path, name = tmp_path / "layer_2.pt", b"\x80\x02c" + b"x" * 2**20 + end
+    if zipped:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", name)
+            archive.writestr("archive/version", "3")
+    else:
+        path.write_bytes(saved(V, new=False)[:15] + name)
+    with pytest.raises(UserError, match="runs on for 10485.. characters"):
+        layer_file.read(path)
+
+
 @pytest.mark.parametrize("kind", ["fifo", "device"])
 def test_a_run_does_not_wait_for_a_vector_that_is_no_file(tmp_path: Path, kind: str) -> None:
     """Its hash decides whether anything is to be done, so it is asked for before anything reads it."""

@@ -100,6 +100,26 @@ def _container(path: Path) -> str | None:
     return None
 
 
+LARGEST_PICKLE, LONGEST_NAME = 2**24, 1000  # bytes; a vector file's pickle has some hundred, its names at most 40
+
+
+def _check_names(path: Path, data: bytes, pickles: int) -> None:
+    """Raises UserError for a pickle with a name of great length: torch's message about it takes time that grows with the square."""
+    import pickletools
+
+    stream, at, longest = io.BytesIO(data), 0, 0
+    try:
+        for _ in range(pickles):
+            begun = stream.tell()
+            for code, value, place in pickletools.genops(stream):
+                at = begun + (place or 0)
+                longest = max(longest, len(str(value)) if code.name == "GLOBAL" else 0)
+    except (ValueError, EOFError):  # cut off, or no pickle, which torch says; unless a name runs on to the end
+        longest = max(longest, *map(len, data[at:].split(b"\n")))
+    if longest > LONGEST_NAME:
+        raise UserError(f"{path}: is damaged, or no vector file: a name in it runs on for {longest} characters; {WAY_OUT}")
+
+
 def read(path: Path) -> Any:
     import pickle
     import struct
@@ -117,6 +137,12 @@ def read(path: Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if (damaged := archive.testzip()) is not None:
                     raise UserError(f"{path}: is damaged: the checksum of {damaged} is wrong; make it again with --mode generate --force")
+                for name in archive.namelist():
+                    if name.endswith("data.pkl"):
+                        _check_names(path, archive.read(name), 1)
+        else:
+            with path.open("rb") as file:
+                _check_names(path, file.read(LARGEST_PICKLE), 5)  # magic, version, byte order, content, keys; then the numbers
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such vector file{beside(path)}; make it with --mode generate") from None
