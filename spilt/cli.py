@@ -288,7 +288,7 @@ def print_plan(made: plan.Plan, request: verbs.Request) -> None:
     """Every step in order: what runs, its own command line, hparam file, inputs, outputs, cost, and whether it is done."""
     from spilt.verbs import cost
 
-    seen, again = Seen(), set[Path]()
+    seen, again, rows = Seen(), set[Path](), dict[Any, Any]()
     for number, step in enumerate(made.steps, 1):
         missing = set(verbs.missing_inputs(step))
         standing = verbs.standing(step, request.limit, seen)
@@ -318,7 +318,7 @@ def print_plan(made: plan.Plan, request: verbs.Request) -> None:
             say(f"            (widened by half while a tail still moves, up to {measure_verb.SWEEP_MOST} multipliers)")
         plain = plan.why_plain(step, request.engine)
         say(f"   engine   {f'plain: {plain}' if plain else 'fast'}")
-        guess = cost(step, request)
+        guess = cost(step, request, rows)
         say(f"   cost     {guess if guess is not None else 'unknown until model and data are there'}")
         if reason := keeps_what_is_unusable(step, request):
             say(f"   note     will fail: {reason}")

@@ -197,8 +197,9 @@ def without_effect(steps: Iterable[Step]) -> dict[str, tuple[list[str], int]]:
     return {why: (sorted({note.key for note in notes}), len({note.where for note in notes})) for why, notes in found.items()}
 
 
-def cost(step: Step, request: Request) -> Cost | None:
-    """What a step will cost; None when the model or the data is not there to be counted."""
+def cost(step: Step, request: Request, read: dict[Any, Sequence[Any]] | None = None) -> Cost | None:
+    """What a step will cost; None when the model or the data is not there to be counted. read: rows kept between the steps of a plan."""
+    kept = {} if read is None else read
     shape, verb = shape_of(step.model), VERBS[step.verb]
     if shape is None or not all(path.is_file() for path in step.data.values()):
         return None
@@ -209,8 +210,10 @@ def cost(step: Step, request: Request) -> Cost | None:
     for cell in step.cells:
         for purpose in step.data:
             fmt = readers.dataset_format(request.base_dir, cell.dataset, verb.sections[purpose])
-            read = readers.read_prompts if fmt.section == "generation" else readers.read_pairs
-            parts.append(verb.cost(step, shape, read(fmt, cell.concept, limit), request))
+            key = (fmt.path, fmt.section, cell.concept, limit)
+            if key not in kept:
+                kept[key] = (readers.read_prompts if fmt.section == "generation" else readers.read_pairs)(fmt, cell.concept, limit)
+            parts.append(verb.cost(step, shape, kept[key], request))
     recorded = max(part.cache for part in parts)  # of one concept at a time
     peak = shape.weights * shape.size(s) + recorded + max(part.peak for part in parts)
     return Cost(sum(part.tokens for part in parts), sum(part.flops for part in parts), recorded, peak)
