@@ -76,7 +76,9 @@ def test_steer_with_the_librarys_generate_and_a_pipeline(loaded: Any) -> None:
     with spilt.steer(model, value, torch.tensor([0.0, 1.0])):
         rows = model.generate(input_ids=ids, **how)
     assert torch.equal(rows[0], base_text[0]) and not torch.equal(rows[1], base_text[1])
-    talk = pipeline("text-generation", model=model, tokenizer=tokens, device="cpu")
+    # transformers 4.57 takes no device for a model that was loaded onto one
+    device = None if hasattr(model, "hf_device_map") else "cpu"
+    talk = pipeline("text-generation", model=model, tokenizer=tokens, device=device)
     plain = talk("is 3 odd?", max_new_tokens=6, do_sample=False)[0]["generated_text"]
     with spilt.steer(model, value, 1.0):
         steered = talk("is 3 odd?", max_new_tokens=6, do_sample=False)[0]["generated_text"]
