@@ -20,7 +20,7 @@ from torch import nn
 
 from spilt import plan
 from spilt.analysis import odds
-from spilt.data.chat import Chat
+from spilt.data.chat import Chat, Encoded
 from spilt.data.readers import PAIR_FIELDS, Pair
 from spilt.engine import activations, choice, score, whole
 from spilt.engine import decode as generation
@@ -34,6 +34,7 @@ from spilt.settings.fields import DTYPE_ALIASES, DTYPES, STRONGEST, GenerationPa
 from spilt.settings.keys import KEY_ALIASES
 from spilt.steering.interventions import INTERVENTIONS, Intervention, Multiplier
 from spilt.steering.steering import Steering, base_model
+from spilt.tasks.context import check_context
 from spilt.verbs import measure as measure_verb
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ def _find(
     if closed:
         return Steering.of({n: _estimate(model, tokenizer, chat, rows, n, s) for n in layers})
     tokens = [chat.encode(p.question, text, s.output_length, p.row) for p in rows for text in (p.matching, p.not_matching)]
+    _check_context(model, "fit", tokens)
     whole_one = Steering.of({n: training.new_intervention(model, n, s) for n in layers})
     pad, method = host.pad_id(tokenizer), METHODS[s.method]
     for steering in [whole_one] if joint else [whole_one.on(n) for n in layers]:
@@ -197,8 +199,14 @@ def _pairs(pairs: Pairs) -> list[Pair]:
     return out
 
 
+def _check_context(model: nn.Module, what: str, tokens: Sequence[Encoded]) -> None:
+    lengths = [(i // 2, len(sequence.input_ids)) for i, sequence in enumerate(tokens)]  # two answers of each pair
+    check_context(model, f"{what}, questions with their answers", lengths, "shorten them or lower output_length")
+
+
 def _estimate(model: nn.Module, tokenizer: Any, chat: Chat, pairs: Sequence[Pair], layer: int, s: FitSettings) -> Intervention:
     tokens = [chat.encode_caa(p.question, text, p.row) for p in pairs for text in (p.matching, p.not_matching)]
+    _check_context(model, "fit", tokens)
     return training.estimate(model, layer, tokens, s, METHODS[s.method], host.pad_id(tokenizer)).requires_grad_(False)
 
 
@@ -256,6 +264,7 @@ def generate(
         if name not in known:
             raise unknown("generation parameter", name, known)
     how = generation.decoding(GenerationParams(**params).as_kwargs(), model, tokenizer)
+    check_context(model, "generate, prompts", [*enumerate(map(len, ids))], "shorten them or lower max_new_tokens", how.max_new_tokens)
 
     with _frozen(model):
         plain = choice.why_plain(placed.places, "generate", engine=engine)
@@ -290,6 +299,7 @@ def measure(
     rows = _pairs(pairs)
     chat = Chat.of(tokenizer, use_chat_template, system_prompt)
     tokens = [chat.encode(p.question, text, output_length, p.row) for p in rows for text in (p.matching, p.not_matching)]
+    _check_context(model, "measure", tokens)
     placed, pad = steering.to(model), host.pad_id(tokenizer)
     if multipliers is None:
         multipliers = measure_verb.sweep_multipliers(INTERVENTIONS[steering.forms[0]].factors, 11)

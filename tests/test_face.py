@@ -99,6 +99,27 @@ def _steered(tiny: Any, steering: Any, multiplier: Any) -> Any:
         return tiny(torch.tensor([[5, 6, 7]]))
 
 
+def test_a_text_beyond_the_context_is_told_or_refused(vector: Steering, caplog: pytest.LogCaptureFixture) -> None:
+    """As on the command line: a table of positions that ends is an error, elsewhere it is a warning."""
+    long, words = [("why " * 3000, "a", "b")], {"max_new_tokens": 2}
+    for family, refused in (("gpt2", True), ("qwen2", False)):
+        tiny = model(family), tokenizer()
+        work = (
+            lambda tiny=tiny: spilt.fit(*tiny, long, layer=1, method="caa"),
+            lambda tiny=tiny: spilt.fit(*tiny, long, layer=1, method="sft", output_length=20_000, **HOW),
+            lambda tiny=tiny: spilt.generate(*tiny, vector, long[0][0], 1.0, **words),
+            lambda tiny=tiny: spilt.measure(*tiny, vector, long, [1.0], output_length=20_000),
+        )
+        for one in work if refused else work[:1]:
+            caplog.clear()
+            if refused:
+                with pytest.raises(UserError, match="longer than the model's context of .* tokens"):
+                    one()
+            else:
+                one()
+                assert "longer than the model's context of" in caplog.text
+
+
 def test_a_fit_that_went_to_infinity_is_no_steering(loaded: Any) -> None:
     with pytest.raises(NotFinite, match="NaN or infinite values; .* smaller lr"):
         spilt.fit(*loaded, PAIRS, layer=1, method="sft", lr=1e30, n_epochs=1)
