@@ -292,6 +292,7 @@ def measure(
 ) -> pd.DataFrame:
     """Preference and utility log-odds (nats) at each multiplier, means over the pairs with 95% bootstrap intervals: odds.SUMMARY.
 
+    positions: which tokens are steered; all is as `steer` and `generate` do it, skip_prefix as the released losses.
     multipliers: left out, 11 points over the range in which the form is trained. 0, the unsteered model, is always among them.
     """
     import pandas as pd
@@ -306,8 +307,7 @@ def measure(
     strengths = sorted({0.0, *_strengths(multipliers)})
     prefix = chat.prefix_length
     with _frozen(model):
-        kinds = len({made.positional for _, made in placed})
-        if choice.why_plain(placed.places, "measure", engine=engine, positional=kinds):
+        if choice.why_plain(placed.places, "measure", engine=engine):
             scorer: score.Scorer = whole.Scorer(model, placed, tokens, pad, positions, prefix)
         else:
             base, read = score.recorded_at(placed)

@@ -84,6 +84,13 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
     add("--concepts", nargs="+", type=int, metavar="ID", help=f"ids of a dataset with concepts; default: first {plan.FIRST_CONCEPTS}")
     splits = ", ".join(verbs.VERBS["measure"].sections)
     add("--split", help=f"{'' if verb else 'loss mode: '}{splits} or both; default: what dataset_format.yaml has")
+    add(
+        "--released_files",
+        action=argparse.BooleanOptionalAction,
+        help="loss mode: train_losses.csv for each multiplier, measured as released (default where multipliers are numbers), or one "
+        "table of losses per cell, measured as text is made (always of a sweep)",
+    )
+    add("--control_pairs", type=_count, default=32, metavar="N", help="questions for random interventions after a sweep; 0: none")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="any YAML setting, over the file's; repeatable")
     add(
         "--checkpoint_seconds",
@@ -141,6 +148,10 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -163,6 +174,10 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
     for name in ("limit", "batch_size", "split"):
         if getattr(args, name) is not None:
             flags += [f"--{name}", str(getattr(args, name))]
+    if args.released_files is not None:
+        flags.append("--released_files" if args.released_files else "--no-released_files")
+    if args.control_pairs != verbs.Request.control_pairs:
+        flags += ["--control_pairs", str(args.control_pairs)]
     splits = (*verbs.VERBS["measure"].sections, "both")
     if not re.fullmatch(r"(cpu|auto|(cuda|xpu|mps|npu|hpu)(:[0-9]{1,3})?)", args.device):
         raise UserError(f"unknown device {args.device!r}; have: cpu, auto, cuda, cuda:0 and the like")
@@ -184,6 +199,8 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
         batch_size=args.batch_size,
         force=args.force,
         checkpoint_seconds=args.checkpoint_seconds,
+        released_files=args.released_files,
+        control_pairs=args.control_pairs,
         deterministic=args.deterministic,
         engine=args.engine,
         flags=tuple(flags),

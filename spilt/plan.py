@@ -129,7 +129,8 @@ def why_plain(step: Step, engine: str) -> str:
         return ""
     joint = getattr(s, "joint", False)
     layers = [(layer,) for layer in s.layers] if step.verb == "fit" and not joint else [s.layers]
-    said = [choice.why_plain([(n, s.site) for n in group], step.verb, engine=engine, joint=joint) for group in layers]
+    how = {"engine": engine, "joint": joint, "positions": s.applied_positions}
+    said = [choice.why_plain([(n, s.site) for n in group], step.verb, **how) for group in layers]
     return next(filter(None, said), "")
 
 
@@ -215,14 +216,14 @@ def _steps(
     settings: Any = found.settings
     cells = tuple(Cell(request.model, request.dataset, method, form, tuple(settings.layers), concept) for concept in concepts)
     multipliers, sweep = verb.multipliers(request, settings), request.multipliers == SWEEP
+    released = not sweep if request.released_files is None else request.released_files
     steps = []
     for group in [cells] if verb.together else [(cell,) for cell in cells]:
         read = () if verb.fits else tuple(store.vector(cell, layer) for cell in group for layer in cell.layers)
-        outputs = tuple(verb.outputs(store, group, data, multipliers))
         command = _command(request, verb, group, method, form, multipliers, sweep)
         notes = tuple(found.unused)
-        step = Step(verb.name, group, settings, found.files, model, data, read, outputs, command, multipliers, sweep, notes)
-        steps.append(step._replace(origin=found.origin))
+        step = Step(verb.name, group, settings, found.files, model, data, read, (), command, multipliers, sweep, released, notes)
+        steps.append(step._replace(origin=found.origin, outputs=tuple(verb.outputs(store, step))))
     return steps
 
 

@@ -282,16 +282,35 @@ def _losses(artifact: Artifact) -> str:
     return ""
 
 
+def _table(artifact: Artifact) -> str:
+    """Columns, finite numbers, and one row for each multiplier of the manifest, example and answer."""
+    rows = sources.read_rows(artifact.path)
+    _numbers(rows, losses.TABLE, ("positions", "target"))
+    if artifact.record is None:
+        return ""
+    there = list(dict.fromkeys(float(row.values["multiplier"]) for row in rows))
+    wanted = artifact.record.get("notes", {}).get("multipliers")
+    if there != wanted:
+        raise Damaged(f"multipliers {there}; its manifest speaks of {wanted}")
+    asked = [(row.values["multiplier"], row.values["example"], row.values["target"]) for row in rows]
+    if len(set(asked)) != len(rows) or len(rows) % len(there):
+        raise Damaged(f"its {len(rows)} rows are not one per multiplier, example and answer")
+    examples, count = _wanted_rows(artifact, artifact.parts.get("concept")), len({example for _, example, _ in asked})
+    if examples is not None and examples != count:
+        raise Damaged(f"{count} examples; wanted {examples}")
+    return ""
+
+
 def _control(artifact: Artifact) -> str:
     rows = sources.read_rows(artifact.path)
     if artifact.record is None:
         return ""
-    _numbers(rows, losses.CONTROL, ("split", "utility"))
+    _numbers(rows, losses.CONTROL, ("split", "utility", "multiplier"))
     drawn = artifact.parts.get("control")
     if isinstance(drawn, dict):
-        wanted = drawn.get("draws", 0) * len(drawn.get("multipliers", []))
+        wanted = drawn.get("draws", 0) * (2 * len(drawn.get("doses", [])) + 1)
         if len(rows) != wanted:
-            raise Damaged(f"{len(rows)} rows; wanted {wanted}, one per draw and multiplier")
+            raise Damaged(f"{len(rows)} rows; wanted {wanted}, one per draw and dose")
     return ""
 
 
@@ -343,6 +362,7 @@ def _short(base_dir: Path, path: Path) -> str:
 KINDS: dict[str, Callable[[Artifact], str]] = {
     r"layer_\d+\.pt": _vector,
     "|".join(map(re.escape, LOSSES)): _losses,
+    "|".join(map(re.escape, losses.TABLES.values())): _table,
     r"control\.csv": _control,
     r".+_results\.json|all_generation_results_m.+\.json": _results,
 }

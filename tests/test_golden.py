@@ -62,7 +62,7 @@ def recorded(dataset: str, split: str, count: int | None = None) -> activations.
 
 
 def scorer(state: str, cache: activations.Activations) -> score.Recorded:
-    return score.Recorded(golden.host()[0], Steering.of({LAYER: released(state)}), cache, "all", chat().prefix_length)
+    return score.Recorded(golden.host()[0], Steering.of({LAYER: released(state)}), cache, "skip_prefix", chat().prefix_length)
 
 
 def test_the_released_numbers_are_all_there() -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import pandas as pd
 
 from spilt.analysis.provenance import of_one_request, of_one_vector
 from spilt.artifacts.atomic import atomic_write
-from spilt.artifacts.losses import APPLIED, LOSS, PREFERENCE_TYPES, SPLITS, SUMMARY
+from spilt.artifacts.losses import APPLIED, LOSS, PREFERENCE_TYPES, SPLITS, SUMMARY, TABLE, TABLES, TARGETS
 from spilt.errors import UserError, first_line
 
 Norm = Literal["mean", "sum"]
@@ -26,7 +26,7 @@ Mask = npt.NDArray[np.bool_]
 
 FOLDER = re.compile(r"^.+_m(?P<multiplier>[-+0-9.e]+)_(?P<kind>" + "|".join(PREFERENCE_TYPES) + ")$")
 OURS = ["example", "target", "answer_tokens", "answer_loss_sum"]
-COLUMNS = ["split", "example", "multiplier", "loss_matching", "loss_not_matching", "preference", "utility"]
+COLUMNS = ["split", "example", "multiplier", "dose", "loss_matching", "loss_not_matching", "preference", "utility"]
 
 
 def preference_log_odds(loss_matching: npt.ArrayLike, loss_not_matching: npt.ArrayLike) -> Array:
@@ -51,15 +51,27 @@ def utility_log_odds(loss_matching: npt.ArrayLike, loss_not_matching: npt.ArrayL
 def collect(cell_folder: str | Path, split: str = "train", norm: Norm = "mean") -> pd.DataFrame:
     """Every question at every multiplier that was really applied: columns COLUMNS, sorted by multiplier and example.
 
-    Rows of pair orig_sub were scored at -m with the roles swapped; here they stand at -m with their own text's role again.
-    `frame.attrs["notes"]` says in words what could not be used. Empty when the split was not measured.
+    From the cell's table of losses, which was measured as text is made; where there is none, from the released files.
+    `frame.attrs`: "notes" says in words what could not be used, "positions" which tokens were steered (None: the released ones).
+    Empty when the split was not measured.
     """
     folder = Path(cell_folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; run --mode loss first, or check --base_dir")
+    table = folder / TABLES[split]
+    if table.is_file():
+        usable, notes = _belong_together(folder, {name: [folder / file] for name, file in TABLES.items()}, split)
+        if table in usable:
+            rows = losses_table(table)
+            frame = per_question(answers(rows, norm), split)
+            frame.attrs |= {"notes": [*notes, *frame.attrs["notes"]], "positions": str(rows["positions"].iloc[0])}
+            return frame
+    else:
+        notes = []
     found = sorted((float(hit["multiplier"]), hit["kind"], sub) for sub in folder.iterdir() if (hit := FOLDER.match(sub.name)))
-    usable, notes = _belong_together(folder, [sub for *_, sub in found], split)
-    files = [(m, kind, sub / SPLITS[split]) for m, kind, sub in found if sub / SPLITS[split] in usable]
+    usable, more = _belong_together(folder, {name: [sub / file for *_, sub in found] for name, file in SPLITS.items()}, split)
+    notes += more
+    files = [(m, kind, sub / SPLITS[split]) for m, kind, sub in found if split in SPLITS and sub / SPLITS[split] in usable]
     parts, broken = [], []
     for m, kind, path in files:
         try:
@@ -69,20 +81,25 @@ def collect(cell_folder: str | Path, split: str = "train", norm: Norm = "mean") 
     if broken and not parts:
         raise broken[0]
     notes += [f"{split}: left out: {error}" for error in broken]
-    if not parts:
-        empty = _empty(COLUMNS)
-        empty.attrs["notes"] = notes
-        return empty
-    rows = pd.concat(parts, ignore_index=True)
-    rows["multiplier"] = rows["multiplier"].round(9) + 0.0  # -0.0 is 0.0
+    frame = per_question(pd.concat(parts, ignore_index=True), split) if parts else _empty(COLUMNS)
+    frame.attrs |= {"notes": [*notes, *frame.attrs.get("notes", [])], "positions": None}
+    return frame
 
+
+def per_question(rows: pd.DataFrame, split: str) -> pd.DataFrame:
+    """Rows (example, multiplier, target, loss, dose) of both answers -> one row per question and multiplier, columns COLUMNS.
+
+    `attrs["notes"]`: what could not be used.
+    """
+    notes = []
+    rows = rows.assign(multiplier=rows["multiplier"].round(9) + 0.0)  # -0.0 is 0.0
     keys = ["multiplier", "example", "target"]
     same = rows.replace(np.inf, np.nan).groupby(keys)["loss"]
     spread = (same.max() - same.min()).max()
     if spread > 1e-2:  # the same request measured twice (folders m and -m) gives the same number, up to the batch's rounding
         notes.append(f"{split}: the same answer has losses up to {spread:.3g} nats apart in two folders; they come from different runs")
     wide = rows.drop_duplicates(keys, keep="last").pivot(index=keys[:2], columns="target", values="loss")
-    wide = wide.reindex(columns=["matching", "not_matching"])
+    wide = wide.reindex(columns=[*TARGETS])
     had = set(rows["multiplier"])
     # pivot leaves nan where a row is missing; a measured nan is kept as an infinite loss until here
     wide = wide.dropna().replace(np.inf, np.nan)
@@ -93,6 +110,7 @@ def collect(cell_folder: str | Path, split: str = "train", norm: Norm = "mean") 
     frame = wide.reset_index().rename(columns={"matching": "loss_matching", "not_matching": "loss_not_matching"})
     frame.columns.name = None
     frame["split"] = split
+    frame["dose"] = frame["multiplier"].map(rows.groupby("multiplier")["dose"].first()).astype(float)
     frame["preference"] = preference_log_odds(frame["loss_matching"], frame["loss_not_matching"])
     frame["utility"] = utility_log_odds(frame["loss_matching"], frame["loss_not_matching"])
     frame = frame[COLUMNS]
@@ -103,6 +121,25 @@ def collect(cell_folder: str | Path, split: str = "train", norm: Norm = "mean") 
         )
     frame.attrs["notes"] = notes
     return frame
+
+
+def losses_table(path: Path) -> pd.DataFrame:
+    """A cell's table of losses, every number as it was written. Raises UserError."""
+    way_out = "measure this cell again with --force"
+    table = read_table(path, TABLE, way_out, float_precision="round_trip")
+    for name in TABLE:
+        if name not in ("positions", "target", "dose"):
+            _numbers(table, name, path, least=-np.inf if name == "multiplier" else 0, way_out=way_out)
+    if unknown := sorted(set(table["target"].astype(str)) - {*TARGETS}):
+        raise UserError(f"{path}: target {unknown[0]!r}; wanted {' or '.join(TARGETS)}; {way_out}")
+    return table
+
+
+def answers(table: pd.DataFrame, norm: Norm) -> pd.DataFrame:
+    """Rows of a table of losses as per_question wants them."""
+    loss = table["answer_loss_sum"].to_numpy(float)
+    loss = loss / table["answer_tokens"].to_numpy(float) if norm == "mean" else loss
+    return table[["example", "multiplier", "target", "dose"]].assign(loss=np.where(np.isfinite(loss), loss, np.inf))
 
 
 def _empty(columns: Sequence[str]) -> pd.DataFrame:
@@ -133,15 +170,15 @@ def _read(path: Path, folder_multiplier: float, kind: str, norm: Norm) -> pd.Dat
         loss = pd.to_numeric(table[LOSS], errors="coerce").to_numpy(float)
         example, target = _released_rows(applied, folder_multiplier, kind)
     loss = np.where(np.isfinite(loss), loss, np.inf)
-    return pd.DataFrame({"example": example, "multiplier": applied, "target": target, "loss": loss})
+    return pd.DataFrame({"example": example, "multiplier": applied, "target": target, "loss": loss, "dose": np.nan})
 
 
-def read_table(path: Path, columns: Sequence[str], way_out: str) -> pd.DataFrame:
+def read_table(path: Path, columns: Sequence[str], way_out: str, **how: Any) -> pd.DataFrame:
     """A CSV that has these columns. Raises UserError naming the file, what was found and the way out."""
     try:
         if not path.is_file():
             raise UserError(f"{path}: is no plain file; {way_out}")
-        table = pd.read_csv(path, low_memory=False)
+        table = pd.read_csv(path, low_memory=False, **how)
     except (ValueError, OSError, OverflowError, MemoryError, RecursionError) as error:  # the library's own are ValueErrors
         raise UserError(f"{path}: not a readable CSV ({first_line(error)}); {way_out}") from None
     missing = [name for name in columns if name not in table]
@@ -152,19 +189,24 @@ def read_table(path: Path, columns: Sequence[str], way_out: str) -> pd.DataFrame
     return table
 
 
-def _numbers(table: pd.DataFrame, name: str, path: Path, least: float = -np.inf) -> Array:
+AGAIN = "measure this multiplier again with --force"
+
+
+def _numbers(table: pd.DataFrame, name: str, path: Path, least: float = -np.inf, way_out: str = AGAIN) -> Array:
     """A column as numbers. Raises UserError at the first field that is none, or below `least`."""
     values = pd.to_numeric(table[name], errors="coerce").to_numpy(float)
     bad = np.flatnonzero(~(np.isfinite(values) & (values >= least) & (np.abs(values) < 1e12)))
     if len(bad):
         found = str(table[name].iloc[bad[0]])[:40]
-        raise UserError(f"{path}: row {bad[0]} (0-based): {name} is {found!r}; measure this multiplier again with --force")
+        raise UserError(f"{path}: row {bad[0]} (0-based): {name} is {found!r}; {way_out}")
     return values
 
 
-def _belong_together(cell_folder: Path, folders: Sequence[Path], split: str) -> tuple[set[Path], list[str]]:
-    """The tables of a split that are of one vector and one request, and a sentence for each reason why others are left out."""
-    tables = {name: [sub / file for sub in folders if (sub / file).is_file()] for name, file in SPLITS.items()}
+def _belong_together(cell_folder: Path, tables: Mapping[str, Sequence[Path]], split: str) -> tuple[set[Path], list[str]]:
+    """The files of a split that are of one vector and one request, and a sentence for each reason why others are left out."""
+    tables = {name: [path for path in paths if path.is_file()] for name, paths in tables.items()}
+    if not tables.get(split):
+        return set(), []
     if cell_folder.parent.parent.parent.name != "get_sft_loss":  # not in a base_dir: nothing is known of vectors
         return set(tables[split]), []
     base_dir = cell_folder.parents[5]
@@ -179,6 +221,8 @@ def _belong_together(cell_folder: Path, folders: Sequence[Path], split: str) -> 
 def _at(paths: Sequence[Path]) -> str:
     """The multipliers of loss tables, for a sentence."""
     values = sorted({float(hit["multiplier"]) for path in paths if (hit := FOLDER.match(path.parent.name))})
+    if not values:
+        return ", ".join(sorted({path.name for path in paths}))
     return f"m = {', '.join(f'{value:g}' for value in values)}"
 
 

@@ -1,7 +1,13 @@
-"""Losses of one multiplier and preference type (train_losses.csv, test_losses.csv), and what is made of them: names and columns."""
+"""Files of losses, and what is made of them: names and columns."""
 
 from __future__ import annotations
 
+# all multipliers of a cell and split in one table, measured as text is made (`positions`: which tokens were steered)
+TABLES = {"train": "losses_train.csv", "test": "losses_test.csv", "neutral": "losses_neutral.csv"}
+# dose: mean of |delta| / |h| over tokens at the steered blocks. One row per multiplier, example and answer (target)
+TABLE = ("multiplier", "dose", "positions", "example", "target", "n_tokens", "loss_sum", "answer_tokens", "answer_loss_sum")
+TARGETS = ("matching", "not_matching")
+# the released files: a folder for each multiplier and preference type, in the released positions
 PREFERENCE_TYPES = ("winning_only", "losing_only")
 SPLITS = {"train": "train_losses.csv", "test": "test_losses.csv"}
 # the released columns; then ours: which question and answer a row is, its tokens and summed losses, with and without the suffix
@@ -15,5 +21,8 @@ SUMMARY = (
     *("n", "n_undefined", "loss_matching", "loss_not_matching", "accuracy"),
     *("gain_low", "gain_high", "drop_low", "drop_high"),
 )
-# control.csv: the same along random directions of the stored vector's norm
-CONTROL = ("split", "draw", "multiplier", "preference", "utility", "n", "n_undefined")
+# control.csv: means over the first questions along random interventions of the same form, in units of the stored one's output norm
+CONTROL = (
+    *("split", "draw", "multiplier", "dose", "preference", "utility", "loss_matching", "loss_not_matching"),
+    *("n", "n_undefined"),
+)

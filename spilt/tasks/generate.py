@@ -120,7 +120,7 @@ def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinishe
         rows = [generation.Row(ids[t.prompt], t.multiplier or 0.0, f"{s.seed}/{t.prompt}/{t.response}") for t in todo]
         with tqdm(total=len(mine), initial=len(texts), desc=f"apply {cell}", unit="text", leave=False, disable=run.quiet) as bar:
             if plan.why_plain(step, run.request.engine):
-                stream = whole.texts(run.host.model, steering, rows, how)
+                stream = whole.texts(run.host.model, steering, rows, how, s.applied_positions, chat.prefix_length)
             else:
                 stream = generation.generate(run.host.model, steering, rows, how, run.request.batch_size or s.batch_size)
             for number, new in stream:

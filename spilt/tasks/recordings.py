@@ -60,6 +60,7 @@ class Recordings:
         self.kept: dict[Key, activations.Activations] = {}
         self.uses: Counter[Key] = Counter()
         self.read_points: dict[Key, set[str]] = {}
+        self.along_random: dict[str, Any] = {}  # measured random interventions, for all cells of a form, place and data
         for step in steps:
             for key in self.keys(step):
                 self.uses[key] += 1
