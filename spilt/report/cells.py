@@ -163,7 +163,8 @@ def _rank(name: str, order: Sequence[str]) -> tuple[int, str]:
 
 
 def _measured(leaf: Path) -> bool:
-    return any((leaf / name).is_file() for name in (losses.SUMMARY_FILE, *losses.TABLES.values())) or any(odds.FOLDER.match(sub.name) for sub in leaf.iterdir())
+    tables = (losses.SUMMARY_FILE, *losses.TABLES.values())
+    return any((leaf / name).is_file() for name in tables) or any(odds.FOLDER.match(sub.name) for sub in leaf.iterdir())
 
 
 def summary_of(place: Place, norm: odds.Norm = "mean", seed: int = 0) -> tuple[pd.DataFrame, list[str]]:

@@ -130,9 +130,7 @@ def _still_moves(tables: Tables) -> bool:
 class Tables:
     """The tables of losses of one step, one per split, that grow by multipliers. m = 0 is always among them."""
 
-    def __init__(
-        self, step: Step, steering: Steering, run: Run, unfinished: Unfinished, outputs: dict[Path, dict[str, Any]]
-    ) -> None:
+    def __init__(self, step: Step, steering: Steering, run: Run, unfinished: Unfinished, outputs: dict[Path, dict[str, Any]]) -> None:
         self.step, self.steering, self.run, self.unfinished, self.outputs = step, steering, run, unfinished, outputs
         self.rows: dict[str, pd.DataFrame] = {}
         for split in step.data:
