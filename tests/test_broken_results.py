@@ -13,8 +13,8 @@ from typing import Any
 
 import families
 import pytest
-from test_faults import Here, fresh
-from test_fuzz import mutated
+from faults import Here, fresh
+from mutations import mutated
 
 from spilt import cli
 from spilt.report import figures

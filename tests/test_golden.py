@@ -1,6 +1,6 @@
 """Parity with the released code on its own tiny Gemma-2 (tests/goldens), through the functions that the stages use.
 
-Token ids and masks: test_data.py. Null-it-out alone: test_interventions.py. Texts through the command line: test_cli.py.
+Token ids and masks: test_chat.py. Null-it-out alone: test_interventions.py. Texts through the command line: test_cli_stored.py.
 """
 
 from __future__ import annotations
