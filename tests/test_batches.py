@@ -56,13 +56,13 @@ def test_padding_keeps_every_token_and_only_adds_pads(made, side):
 def test_position_masks_are_what_their_names_say(made, n, k):
     sequences, prefix = made
     width = max(len(sequence.input_ids) for sequence in sequences)
-    masks = {
-        name: position_mask(sequences, name, prefix) for name in ("all", "all_prompt", "all_generation", f"f{n}", f"l{k}", f"f{n}+l{k}")
-    }
+    names = ("all", "skip_prefix", "all_prompt", "all_generation", f"f{n}", f"l{k}", f"f{n}+l{k}")
+    masks = {name: position_mask(sequences, name, prefix) for name in names}
     for i, (ids, prompt, _) in enumerate(sequences):
         places = {name: set(mask[i].nonzero()[:, 0].tolist()) for name, mask in masks.items()}
         assert all(mask.shape == (len(sequences), width) and mask.dtype == torch.bool for mask in masks.values())
-        assert places["all"] == set(range(prefix, len(ids)))
+        assert places["all"] == set(range(len(ids)))
+        assert places["skip_prefix"] == set(range(prefix, len(ids)))
         assert places["all_prompt"] == set(range(prefix, prompt))
         assert places["all_generation"] == set(range(prompt, len(ids)))
         assert places[f"f{n}"] == set(list(range(prefix, prompt))[:n])
@@ -75,7 +75,7 @@ def test_position_masks_are_what_their_names_say(made, n, k):
 )
 def test_unknown_positions_list_the_forms(positions):
     said = message(position_mask, [Encoded((1, 2), 1, 0)], positions, 0)
-    assert f"unknown intervention_positions {positions!r}" in said and "all, all_prompt, all_generation, f{n}" in said
+    assert f"unknown steer_positions {positions!r}" in said and "all, skip_prefix, all_prompt, all_generation, f{n}" in said
 
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 200), st.none() | st.integers(1, 8))

@@ -204,7 +204,7 @@ def test_golden_tokens_of_both_datasets():
                 batch = pad([sequence], 0)
                 assert batch.input_ids.masked_fill(~batch.answer_mask, -100).tolist() == [row[name]["labels"]]
                 assert (
-                    position_mask([sequence], "all", chat.prefix_length)[0].nonzero()[:, 0].tolist() == row[name]["intervention_locations"]
+                    position_mask([sequence], "skip_prefix", chat.prefix_length)[0].nonzero()[:, 0].tolist() == row[name]["intervention_locations"]
                 )
         together = stored["data"][f"{dataset}_collated_batch_of_8"]
         for name, field in (("winning", "matching"), ("losing", "not_matching")):
@@ -220,7 +220,7 @@ def test_golden_tokens_of_both_datasets():
             assert torch.equal(batch.attention_mask, cut("attention_mask").bool())
             assert torch.equal(batch.input_ids.masked_fill(~batch.answer_mask, -100), cut("labels"))
             lengths = batch.attention_mask.sum(1)
-            for i, mask in enumerate(position_mask(sequences, "all", chat.prefix_length)):
+            for i, mask in enumerate(position_mask(sequences, "skip_prefix", chat.prefix_length)):
                 places = [p for p in together[f"orig_add_{name}_intervention_locations"][i][0] if p < lengths[i]]
                 assert mask.nonzero()[:, 0].tolist() == places
         caa = json.loads((numbers / "caa_tokens.json").read_text())[dataset]

@@ -110,7 +110,7 @@ def _tables(step: Step, steering: Steering, run: Run, unfinished: Unfinished) ->
             return True
         multipliers = _sweep(step, steering, run)
         tables.measure(multipliers)
-        if run.team.on_main(lambda: _still_moves(tables)):
+        if run.team.on_main(lambda: _still_moves(tables, multipliers)):
             tables.measure(measure_verb.widened(multipliers))
         for _ in range(SOLVED):
             found = run.team.on_main(lambda: recommend.next_multiplier(tables.frame(next(iter(step.data)))))
@@ -121,10 +121,12 @@ def _tables(step: Step, steering: Steering, run: Run, unfinished: Unfinished) ->
     return step.sweep and run.request.control_pairs > 0 and _control(step, steering, run, unfinished) or todo
 
 
-def _still_moves(tables: Tables) -> bool:
+def _still_moves(tables: Tables, multipliers: Sequence[float]) -> bool:
+    """Of the sweep's own multipliers, whatever else has been measured: a run that goes on after a kill decides the same."""
     from spilt.analysis import curves  # brings scipy
 
-    return not curves.flattened(odds.summarise(pd.concat([tables.frame(split) for split in tables.step.data if split != "neutral"])))
+    frame = pd.concat([tables.frame(split) for split in tables.step.data if split in SPLITS])
+    return not curves.flattened(odds.summarise(frame[frame["multiplier"].isin(multipliers)]))
 
 
 class Tables:
