@@ -17,6 +17,7 @@ from faults import Here, fresh
 from mutations import mutated
 
 from spilt import cli
+from spilt.artifacts.losses import CONTROL
 from spilt.report import figures
 from spilt.report import main as report_main
 
