@@ -1,11 +1,11 @@
-# make demo: everything from a fresh machine to steered text.   make test: all tests.   They set themselves up in .venv
+# make demo: everything from a fresh machine to a steered model.   make test: all tests.   They set themselves up in .venv
 PYTHON ?= python3
 PY := .venv/bin/python
 BASE ?= demo-run
 OLDEST := transformers==4.57.6
 ON_OLDEST := engines methods golden interventions suffix generation api steering placed joint loading templates
 
-.PHONY: demo curves test test-oldest check demo-model clean
+.PHONY: demo demo-small real-model test test-oldest check demo-model clean
 
 .venv/.installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -17,13 +17,17 @@ ON_OLDEST := engines methods golden interventions suffix generation api steering
 	$(PY) -m pip install --quiet -r requirements-test.txt
 	touch $@
 
-# fit and apply all ten combinations of method and form on the demo, then look at the texts
+# a real model: fits, texts, curves, a page, and what it showed; the small one where the real one cannot be had
 demo: .venv/.installed
-	VENV=.venv BASE_DIR=$(BASE) sh examples/run_spilt.sh
+	VENV=.venv BASE_DIR=$(BASE) sh examples/demo.sh
 
-# measure them over a sweep of strengths: curves, fits and report.html
-curves: .venv/.installed
-	VENV=.venv BASE_DIR=$(BASE) MODE=loss MULTIPLIERS=sweep sh examples/run_spilt.sh
+# all ten combinations of method and form on the small model that comes with the code
+demo-small: .venv/.installed
+	VENV=.venv BASE_DIR=$(BASE)-small sh examples/demo_small.sh
+
+# what make demo steers, for tests: they are skipped without it
+real-model: .venv/.installed
+	$(PY) tools/real_model.py --base_dir $(BASE)
 
 # with CI=true the full counts of fuzzing, kills and random sequences
 test: .venv/.tested
@@ -49,4 +53,4 @@ demo-model: .venv/.installed
 	$(PY) tools/demo/build.py
 
 clean:
-	rm -rf .venv .venv-oldest demo-run
+	rm -rf .venv .venv-oldest demo-run demo-run-small

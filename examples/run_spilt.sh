@@ -5,7 +5,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 DEVICE=${DEVICE:-cpu}
-BASE_DIR=${BASE_DIR:-demo-run}
+BASE_DIR=${BASE_DIR:-demo-run-small}
 MODEL=${MODEL:-demo-qwen2}
 DATASETS=${DATASET:-psychopathy powerseeking}
 METHOD=${METHOD:-all}

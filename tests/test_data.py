@@ -54,9 +54,10 @@ def formats(base: Path, text: str) -> Path:
 def test_shipped_formats_name_the_three_datasets_in_every_section():
     found = load_formats(REPO)
     assert {section: set(entries) for section, entries in found.items()} == {
-        section: {"axbench", "psychopathy", "powerseeking"} for section in ("train", "valid", "generation")
+        **{section: {"axbench", "psychopathy", "powerseeking"} for section in ("train", "valid", "generation")},
+        "neutral": set(),
     }
-    assert [found[section]["axbench"].multi_concept for section in found] == [True] * 3
+    assert [found[section]["axbench"].multi_concept for section in ("train", "valid", "generation")] == [True] * 3
     axbench = dataset_format(REPO, "axbench", "train")
     assert axbench == found["train"]["axbench"]
     assert axbench.path == REPO / "data/axbench/train.parquet"

@@ -19,7 +19,7 @@ from spilt.errors import Mistakes, UserError, half_pair, unknown
 
 FORMATS_FILE = Path("hparams/Steer/dataset_format.yaml")
 DATA = Path("data")
-ENTRY_KEYS = ("file_path", "field_names", "multi_concept")
+ENTRY_KEYS = ("file_path", "field_names", "multi_concept", "keywords")
 UNUSED_ENTRY_KEYS = ("hf_path", "n_shots")  # of the released file; they say nothing about pairs and prompts
 PAIR_FIELDS = ("question", "matching", "not_matching")
 PROMPT_FIELDS = ("input", "reference_response")
@@ -28,7 +28,7 @@ EVAL_FIELDS = ("input", "output_concept", "concept_id", "concept", "concept_genr
 UNUSED_FIELDS = ("concept", "text", "label", "choices")  # of the released file; `concept` is a second name of output_concept there
 FIELDS = (*PAIR_FIELDS, *PROMPT_FIELDS, *CONCEPT_FIELDS, *UNUSED_FIELDS)
 # section of dataset_format.yaml -> standard fields that a row of it has
-SECTIONS = {"train": PAIR_FIELDS, "valid": PAIR_FIELDS, "generation": PROMPT_FIELDS}
+SECTIONS = {"train": PAIR_FIELDS, "valid": PAIR_FIELDS, "generation": PROMPT_FIELDS, "neutral": PROMPT_FIELDS}
 # (dataset, section) -> the entry that goes before its own: the released scripts read `--dataset axbench` from these, and the
 # released entries named `axbench` are of another experiment
 FIRST_ENTRY = {("axbench", "train"): "axbench_train", ("axbench", "generation"): "axbench_test"}
@@ -38,10 +38,11 @@ class DatasetFormat(NamedTuple):
     """One entry of dataset_format.yaml: where the rows of a dataset lie and what their columns are called."""
 
     dataset: str
-    section: str  # train, valid or generation
+    section: str  # of SECTIONS
     path: Path  # file_path, below base_dir unless it is absolute
     field_names: Mapping[str, str]  # standard name -> the file's column; a name left out is its own column
     multi_concept: bool  # one intervention per concept_id (axbench)
+    keywords: tuple[str, ...] = ()  # of `generation`: words by which a person sees the trait in an answer
 
     def column(self, field: str) -> str:
         """The file's column for a standard name."""
@@ -179,6 +180,11 @@ def _format(base_dir: Path, section: str, dataset: str, entry: Any) -> DatasetFo
         wrong.append(f"file_path is {file_path!r}; wanted the data file's path, absolute or from base_dir")
     if not isinstance(multi, bool):
         wrong.append(f"multi_concept is {multi!r}; wanted true or false")
+    words = [] if (given := entry.get("keywords")) is None else given
+    if not isinstance(words, list) or not all(isinstance(word, str) and re.fullmatch(r"\w+", word) for word in words):
+        wrong.append(f"keywords is {seen(words)}; wanted a list of single words, such as [sea, boat]; quote a word such as 'yes'")
+    elif words and section != "generation":
+        wrong.append("keywords are looked for in generated texts; write them in the 'generation' section")
     if not isinstance(names, dict):
         wrong.append(f"field_names is {names!r}; wanted 'standard name: column' entries")
         names = {}
@@ -190,7 +196,7 @@ def _format(base_dir: Path, section: str, dataset: str, entry: Any) -> DatasetFo
     if wrong:
         raise UserError("\n".join(f"{here}: {what}" for what in wrong))
     columns = {field: column for field, column in names.items() if column}  # null: the file has no such column
-    return DatasetFormat(dataset, section, base_dir / str(file_path), columns, multi)
+    return DatasetFormat(dataset, section, base_dir / str(file_path), columns, multi, tuple(words))
 
 
 def _as_prompts(valid: DatasetFormat) -> DatasetFormat:
