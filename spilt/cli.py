@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from spilt import __version__, plan, verbs
+from spilt.artifacts.losses import SPLITS
 from spilt.cell import FORMS
 from spilt.engine.choice import ENGINES
 from spilt.errors import UserError, printable, unknown
@@ -82,7 +83,7 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
     add("--limit", type=_positive, help="rows of each data file, from the first")
     add("--seed", type=int, help="over the YAML's")
     add("--concepts", nargs="+", type=int, metavar="ID", help=f"ids of a dataset with concepts; default: first {plan.FIRST_CONCEPTS}")
-    splits = ", ".join(verbs.VERBS["measure"].sections)
+    splits = ", ".join(SPLITS)
     add("--split", help=f"{'' if verb else 'loss mode: '}{splits} or both; default: what dataset_format.yaml has")
     add(
         "--released_files",
@@ -178,7 +179,7 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
         flags.append("--released_files" if args.released_files else "--no-released_files")
     if args.control_pairs != verbs.Request.control_pairs:
         flags += ["--control_pairs", str(args.control_pairs)]
-    splits = (*verbs.VERBS["measure"].sections, "both")
+    splits = (*SPLITS, "both")
     if not re.fullmatch(r"(cpu|auto|(cuda|xpu|mps|npu|hpu)(:[0-9]{1,3})?)", args.device):
         raise UserError(f"unknown device {args.device!r}; have: cpu, auto, cuda, cuda:0 and the like")
     if args.split is not None and args.split not in splits:

@@ -322,8 +322,7 @@ def _wanted_rows(artifact: Artifact, concept: int | None) -> int | None:
             return None
         sizes = (artifact.parts.get("limit"), artifact.settings.get("generation_data_size"), artifact.settings.get("max_num_of_examples"))
         limit = min((size for size in sizes if isinstance(size, int)), default=None)
-        read = readers.read_prompts if artifact.parts["verb"] == "generate" else readers.read_pairs
-        return len(read(fmt, concept if fmt.multi_concept else None, limit))
+        return len(readers.read_entry(fmt, concept if fmt.multi_concept else None, limit))
     except (UserError, OSError):
         return None
 

@@ -203,3 +203,22 @@ def test_random_interventions_have_the_doses_that_they_are_said_to_have(base: fa
 def test_steer_positions_of_another_word_are_refused(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(base, "generate", "--set", "steer_positions=everything") == 2
     assert "wanted all, skip_prefix, all_prompt" in capsys.readouterr().err
+
+
+def test_neutral_text_is_measured_beside_the_pairs(base: families.Base) -> None:
+    texts = [("name a colour", "blue"), ("two and two", "four"), ("name a bird", "robin")]
+    rows = [json.dumps({"input": asked, "reference_response": said}) for asked, said in texts]
+    (base.path / "data/neutral.jsonl").write_text("\n".join(rows) + "\n")
+    path = base.path / "hparams/Steer/dataset_format.yaml"
+    path.write_text(path.read_text() + f"neutral:\n  {base.one}: {{file_path: data/neutral.jsonl}}\n")
+    assert run(base, "generate") == 0
+    assert run(base, "loss", "--multipliers", "2", "--no-released_files") == 0
+    plain, found = Plain(base), odds.collect_neutral(Store(base.path).loss_folder(place(base)))
+    assert len(found) == 2 * len(texts)
+    for row in found.itertuples():
+        asked, said = texts[int(row.example)]
+        count = len(plain.tokenizer(said, add_special_tokens=False)["input_ids"])
+        assert row.loss == pytest.approx(plain.loss(asked, said, row.multiplier) / count, abs=2e-4)
+    assert {found.state for found in verify.check(base.path)} == {verify.OK}
+    (base.path / "data/neutral.jsonl").write_text(rows[0].replace("blue", "") + "\n")
+    assert run(base, "loss", "--multipliers", "3", "--no-released_files") in (1, 2)

@@ -204,7 +204,8 @@ def test_golden_tokens_of_both_datasets():
                 batch = pad([sequence], 0)
                 assert batch.input_ids.masked_fill(~batch.answer_mask, -100).tolist() == [row[name]["labels"]]
                 assert (
-                    position_mask([sequence], "skip_prefix", chat.prefix_length)[0].nonzero()[:, 0].tolist() == row[name]["intervention_locations"]
+                    position_mask([sequence], "skip_prefix", chat.prefix_length)[0].nonzero()[:, 0].tolist()
+                    == row[name]["intervention_locations"]
                 )
         together = stored["data"][f"{dataset}_collated_batch_of_8"]
         for name, field in (("winning", "matching"), ("losing", "not_matching")):

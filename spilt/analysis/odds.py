@@ -17,7 +17,7 @@ import pandas as pd
 
 from spilt.analysis.provenance import of_one_request, of_one_vector
 from spilt.artifacts.atomic import atomic_write
-from spilt.artifacts.losses import APPLIED, LOSS, PREFERENCE_TYPES, SPLITS, SUMMARY, TABLE, TABLES, TARGETS
+from spilt.artifacts.losses import APPLIED, LOSS, NEUTRAL, NEUTRAL_TARGET, PREFERENCE_TYPES, SPLITS, SUMMARY, TABLE, TABLES, TARGETS
 from spilt.errors import UserError, first_line
 
 Norm = Literal["mean", "sum"]
@@ -130,9 +130,20 @@ def losses_table(path: Path) -> pd.DataFrame:
     for name in TABLE:
         if name not in ("positions", "target", "dose"):
             _numbers(table, name, path, least=-np.inf if name == "multiplier" else 0, way_out=way_out)
-    if unknown := sorted(set(table["target"].astype(str)) - {*TARGETS}):
-        raise UserError(f"{path}: target {unknown[0]!r}; wanted {' or '.join(TARGETS)}; {way_out}")
+    targets = (NEUTRAL_TARGET,) if path.name == TABLES[NEUTRAL] else TARGETS
+    if unknown := sorted(set(table["target"].astype(str)) - {*targets}):
+        raise UserError(f"{path}: target {unknown[0]!r}; wanted {' or '.join(targets)}; {way_out}")
     return table
+
+
+def collect_neutral(cell_folder: Path) -> pd.DataFrame:
+    """Loss per token of neutral text, nats: columns example, multiplier, loss. `attrs["notes"]`. Empty where none was measured."""
+    usable, notes = _belong_together(cell_folder, {NEUTRAL: [cell_folder / TABLES[NEUTRAL]]}, NEUTRAL)
+    frame = pd.DataFrame({"example": [], "multiplier": [], "loss": []}, dtype=float)
+    if usable:
+        frame = answers(losses_table(next(iter(usable))), "mean")[["example", "multiplier", "loss"]]
+    frame.attrs["notes"] = notes
+    return frame
 
 
 def answers(table: pd.DataFrame, norm: Norm) -> pd.DataFrame:

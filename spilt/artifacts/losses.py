@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 # all multipliers of a cell and split in one table, measured as text is made (`positions`: which tokens were steered)
-TABLES = {"train": "losses_train.csv", "test": "losses_test.csv", "neutral": "losses_neutral.csv"}
+NEUTRAL = "neutral"  # text that has nothing to do with the trait: one answer to each prompt
+TABLES = {"train": "losses_train.csv", "test": "losses_test.csv", NEUTRAL: "losses_neutral.csv"}
 # dose: mean of |delta| / |h| over tokens at the steered blocks. One row per multiplier, example and answer (target)
 TABLE = ("multiplier", "dose", "positions", "example", "target", "n_tokens", "loss_sum", "answer_tokens", "answer_loss_sum")
 TARGETS = ("matching", "not_matching")
+NEUTRAL_TARGET = "text"
 # the released files: a folder for each multiplier and preference type, in the released positions
 PREFERENCE_TYPES = ("winning_only", "losing_only")
 SPLITS = {"train": "train_losses.csv", "test": "test_losses.csv"}

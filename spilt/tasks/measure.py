@@ -21,7 +21,7 @@ from spilt.analysis import odds, recommend
 from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.journal import Journal
-from spilt.artifacts.losses import APPLIED, COLUMNS, LOSS, PREFERENCE_TYPES, SPLITS, TABLE, TABLES, TARGETS
+from spilt.artifacts.losses import APPLIED, COLUMNS, LOSS, NEUTRAL, NEUTRAL_TARGET, PREFERENCE_TYPES, SPLITS, TABLE, TABLES, TARGETS
 from spilt.data import readers
 from spilt.engine import activations, dose, score, whole
 from spilt.errors import NotFinite
@@ -168,7 +168,7 @@ class Tables:
             identities = measure_verb.loss_identities(step, wanted, split, where, run.request.limit, run.seen)
             found = _shared_losses(run, scorer, wanted, self.unfinished, identities, bar.update)
         sound = _finite(found)
-        new = [_rows(found, k, m, abs(m) * self.unit, where) for k, m in enumerate(wanted) if sound[k]]
+        new = [_rows(found, k, m, abs(m) * self.unit, where, split) for k, m in enumerate(wanted) if sound[k]]
         grown = pd.concat([part for part in (self.rows[split], *new) if len(part)]) if new else self.rows[split]
         self.rows[split] = grown.sort_values(["multiplier", "example", "target"], ignore_index=True)
         self._store(split, swept=False)
@@ -187,15 +187,15 @@ class Tables:
             self._store(split, swept=True)
 
 
-def _rows(found: score.Losses, k: int, multiplier: float, amount: float, positions: str) -> pd.DataFrame:
+def _rows(found: score.Losses, k: int, multiplier: float, amount: float, positions: str, split: str) -> pd.DataFrame:
     """The rows of TABLE of one multiplier."""
-    count = found.total.shape[1]
+    count, targets = found.total.shape[1], (NEUTRAL_TARGET,) if split == NEUTRAL else TARGETS
     columns = {
         "multiplier": multiplier,
         "dose": amount,
         "positions": positions,
-        "example": np.arange(count) // 2,
-        "target": np.resize(TARGETS, count),
+        "example": np.arange(count) // len(targets),
+        "target": np.resize(targets, count),
         "n_tokens": found.tokens,
         "loss_sum": found.total[k],
         "answer_tokens": found.answer_tokens,
@@ -274,7 +274,7 @@ def _released_files(step: Step, steering: Steering, run: Run, unfinished: Unfini
     todo = run.team.on_main(decide)
     tell_replaced(str(step), {path: parts for path, parts in outputs.items() if path in todo}, run)
     bad: set[float] = set()
-    for split in step.data:
+    for split in (split for split in step.data if split in SPLITS):
         wanted = [m for m in step.multipliers if any(run.store.losses(cell, m, kind, split) in todo for kind in PREFERENCE_TYPES)]
         if not wanted:
             continue

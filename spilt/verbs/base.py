@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from spilt.artifacts import manifest
+from spilt.artifacts.losses import NEUTRAL
 from spilt.artifacts.store import Store
 from spilt.cell import Cell
 from spilt.data import readers
@@ -221,11 +222,11 @@ def cost(step: Step, request: Request, read: dict[Any, Sequence[Any]] | None = N
     limit = min(given) if given else None
     parts = []
     for cell in step.cells:
-        for purpose in step.data:
+        for purpose in (purpose for purpose in step.data if purpose != NEUTRAL):  # a few texts
             fmt = readers.dataset_format(request.base_dir, cell.dataset, verb.sections[purpose])
             key = (fmt.path, fmt.section, cell.concept, limit)
             if key not in kept:
-                kept[key] = (readers.read_prompts if fmt.section == "generation" else readers.read_pairs)(fmt, cell.concept, limit)
+                kept[key] = readers.read_entry(fmt, cell.concept, limit)
             parts.append(verb.cost(step, shape, kept[key], request))
     recorded = max(part.cache for part in parts)  # of one concept at a time
     peak = shape.weights * shape.size(s) + recorded + max(part.peak for part in parts)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spilt.artifacts import manifest
-from spilt.artifacts.losses import PREFERENCE_TYPES, TABLES
+from spilt.artifacts.losses import NEUTRAL, PREFERENCE_TYPES, SPLITS, TABLES
 from spilt.artifacts.store import Store
 from spilt.model import identity
 from spilt.settings import resolve_fit
@@ -22,7 +22,7 @@ class Measure(Verb):
     name, mode = "measure", "loss"
     does = "measure preference and utility at every strength, and draw the curves"
     flags = ("multipliers", "split", "checkpoint_seconds", "released_files", "control_pairs")
-    sections = {"train": "train", "test": "valid"}
+    sections = {"train": "train", "test": "valid", NEUTRAL: "neutral"}
     work = "spilt.tasks.measure:measure"
     version = 2  # one multiplier per batch; tables that are not finite are not stored
 
@@ -69,7 +69,8 @@ def _tables(step: Step) -> list[str]:
 
 
 def _files(step: Step) -> list[tuple[str, float, str]]:
-    return [(split, m, kind) for split in step.data for m in step.multipliers for kind in PREFERENCE_TYPES] if step.released else []
+    splits = [split for split in step.data if split in SPLITS] if step.released else []
+    return [(split, m, kind) for split in splits for m in step.multipliers for kind in PREFERENCE_TYPES]
 
 
 def own(step: Step, multiplier: float, preference_type: str, split: str) -> dict[str, Any]:
