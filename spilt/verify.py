@@ -314,6 +314,11 @@ def _control(artifact: Artifact) -> str:
     return ""
 
 
+def _control_texts(artifact: Artifact) -> str:
+    _numbers(sources.read_rows(artifact.path), losses.CONTROL_TEXTS, ())
+    return ""
+
+
 def _wanted_rows(artifact: Artifact, concept: int | None) -> int | None:
     """How many examples or prompts the manifest's request reads; None when its data is not here any more."""
     try:
@@ -363,6 +368,7 @@ KINDS: dict[str, Callable[[Artifact], str]] = {
     "|".join(map(re.escape, LOSSES)): _losses,
     "|".join(map(re.escape, losses.TABLES.values())): _table,
     r"control\.csv": _control,
+    r"control_texts\.csv": _control_texts,
     r".+_results\.json|all_generation_results_m.+\.json": _results,
 }
 

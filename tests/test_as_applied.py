@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spilt import cli, report, verify
+from spilt import cli, look, report, verify
 from spilt.analysis import odds
-from spilt.artifacts import manifest
+from spilt.artifacts import manifest, texts
 from spilt.artifacts.losses import TABLE
 from spilt.artifacts.store import Store
 from spilt.cell import Cell
@@ -222,3 +223,27 @@ def test_neutral_text_is_measured_beside_the_pairs(base: families.Base) -> None:
     assert {found.state for found in verify.check(base.path)} == {verify.OK}
     (base.path / "data/neutral.jsonl").write_text(rows[0].replace("blue", "") + "\n")
     assert run(base, "loss", "--multipliers", "3", "--no-released_files") in (1, 2)
+
+
+def test_answers_along_random_interventions_at_the_same_dose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's Yes/No answers: the stored vector's own row is what apply gives, the others are random ones of its dose."""
+    demo = tmp_path / "demo"
+    shutil.copytree(Path(__file__).parents[1] / "examples/demo", demo)
+    monkeypatch.setattr(report, "update", lambda base_dir, *_, **__: Path(base_dir))
+    words = ["--dataset", "psychopathy", "--method", "sft", "--model_name", "demo-qwen2", "--intervention_method", "vector"]
+    words += ["--base_dir", str(demo), "--device", "cpu", "--quiet"]
+    assert cli.main([*words, "--mode", "generate"]) == 0
+    assert cli.main([*words, "--mode", "loss", "--multipliers", "sweep", "--control_pairs", "4", "--limit", "16"]) == 0
+    cell = Cell("demo-qwen2", "psychopathy", "sft", "vector", (2,))
+    path = Store(demo).control_texts(cell)
+    found = pd.read_csv(path).set_index("draw")
+    assert list(found.index) == [-1, *range(control.DRAWS)] and set(found["n"]) == {control.PROMPTS}
+    assert found.loc[-1, "score"] == 1, "the demo's vector works"
+    assert found.loc[0:, "score"].mean() < 0.8 and found.loc[0:, "score"].nunique() > 2
+    m = found.loc[-1, "multiplier"]
+    assert cli.main([*words, "--mode", "apply", "--multipliers", str(m), "--limit", str(control.PROMPTS)]) == 0
+    rows = texts.read(Store(demo).results(cell, m))
+    assert look.agreement(rows) == found.loc[-1, "score"]
+    before = path.read_bytes()
+    assert cli.main([*words, "--mode", "loss", "--multipliers", "sweep", "--control_pairs", "4", "--limit", "16", "--force"]) == 0
+    assert path.read_bytes() == before

@@ -16,6 +16,8 @@ SPLITS = {"train": "train_losses.csv", "test": "test_losses.csv"}
 LOSS, APPLIED = "pos_steer_loss", "pos_steering_factors"
 RELEASED = ("epoch", "step", LOSS, APPLIED, "neg_steering_factors")
 COLUMNS = (*RELEASED, "example", "pair", "target", "n_tokens", "loss_sum", "answer_tokens", "answer_loss_sum")
+# control_texts.csv: share of answers that show the behaviour at the recommended dose; draw -1 is the stored intervention
+CONTROL_TEXTS = ("draw", "multiplier", "score", "n")
 # preference_utility.csv: averages over questions per split and multiplier
 SUMMARY_FILE = "preference_utility.csv"
 SUMMARY = (

@@ -125,6 +125,10 @@ class Store:
         """Random interventions of the same output norm, per draw and multiplier."""
         return self.loss_folder(cell) / "control.csv"
 
+    def control_texts(self, cell: Cell) -> Path:
+        """How many answers show the behaviour along random interventions."""
+        return self.loss_folder(cell) / "control_texts.csv"
+
     def relative(self, path: Path) -> str:
         """For messages and manifests: below base_dir where it is."""
         try:

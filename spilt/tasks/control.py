@@ -5,21 +5,31 @@ The user's intervention is exchangeable with the draws if it is nothing special;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from tqdm import tqdm
 
+from spilt import plan, verbs
 from spilt.analysis import odds
-from spilt.artifacts.losses import CONTROL
-from spilt.engine import dose, score
+from spilt.analysis.behaviour import share
+from spilt.artifacts.losses import CONTROL, CONTROL_TEXTS
+from spilt.data import readers
+from spilt.engine import decode, dose, score, whole
+from spilt.errors import UserError
 from spilt.steering.interventions import Intervention
 from spilt.steering.steering import Steering
+from spilt.tasks.recordings import Run
+from spilt.verbs import Step
 
 DRAWS = 40  # so that p = .05 can be reached, with two to spare
 DOSES = (0.1, 0.3, 0.9)  # |delta| / |h|, both signs
+PROMPTS = 8  # whose answers are read, and how far: a keyword may stand anywhere, a one-word answer comes first
+KEYWORD_TOKENS, FIRST_WORD_TOKENS = 32, 6
 Losses = Callable[[int, Steering, Sequence[float]], score.Losses]  # (draw, steering, multipliers) -> losses of both answers
 
 
@@ -70,3 +80,45 @@ def of_cell(along: pd.DataFrame, unit: float) -> pd.DataFrame:
     """control.csv of a cell whose dose at multiplier 1 is `unit`: multipliers in its own units."""
     multiplier = along["dose"] / unit if unit else along["dose"] * np.nan
     return along.assign(multiplier=multiplier + 0.0, dose=along["dose"].abs())[[*CONTROL]]
+
+
+def texts(step: Step, steering: Steering, seen: Sequence[dose.Seen], multiplier: float, run: Run) -> pd.DataFrame | None:
+    """control_texts.csv: how many answers show the behaviour at one dose, of the stored intervention (draw -1) and along random ones.
+
+    Made as apply makes them, the first prompts only. None where no rule can tell (analysis/behaviour.py).
+    """
+    (cell,), request = step.cells, run.request
+    try:
+        fmt = readers.dataset_format(request.base_dir, cell.dataset, verbs.VERBS["generate"].sections["prompts"])
+    except UserError:  # the dataset has no prompts
+        return None
+    prompts = readers.read_prompts(fmt, cell.concept, PROMPTS)
+    if share((("", prompt.reference_response) for prompt in prompts), fmt.keywords) is None:
+        return None
+    s: Any = verbs.VERBS["generate"].settings(request, cell.method, cell.intervention).settings
+    chat, model = run.host.chat(s.use_chat_template, s.system_prompt), run.host.model
+    how = decode.decoding(s.generation_params.as_kwargs(), model, run.host.tokenizer)
+    how = how._replace(max_new_tokens=min(how.max_new_tokens, KEYWORD_TOKENS if fmt.keywords else FIRST_WORD_TOKENS))
+    ids = [tuple(chat.prompt_ids(prompt.input)) for prompt in prompts]
+    amount, units = abs(multiplier) * dose.of(steering, seen), {}
+
+    def score(draw: int) -> float:
+        made = steering if draw < 0 else random_like(steering, step.settings.seed * DRAWS + draw)
+        m = multiplier if draw < 0 else math.copysign(amount / dose.of(made, seen), multiplier)
+        units[draw] = m
+        rows = [decode.Row(prompt, m, f"{s.seed}/{i}/0") for i, prompt in enumerate(ids)]
+        if plan.why_plain(step._replace(verb="generate", settings=s), request.engine):
+            stream = whole.texts(model, made, rows, how, s.applied_positions, chat.prefix_length)
+        else:
+            stream = decode.generate(model, made, rows, how, request.batch_size or max(s.batch_size, len(rows)))
+        said = {i: run.host.tokenizer.decode(new, skip_special_tokens=True) for i, new in stream}
+        return float(share(((said[i], prompt.reference_response) for i, prompt in enumerate(prompts)), fmt.keywords) or 0.0)
+
+    def work() -> list[tuple[int, float, float]]:
+        mine = run.team.shard(range(-1, DRAWS))
+        bar = tqdm(mine, desc=f"control texts {cell}", unit="draw", leave=False, disable=run.quiet)
+        return [(draw, score(draw), units[draw]) for draw in bar]
+
+    found = sorted(row for part in run.team.gather(work) for row in part)
+    rows = [dict(zip(CONTROL_TEXTS, (draw, m, value, len(prompts)), strict=True)) for draw, value, m in found]
+    return pd.DataFrame(rows, columns=[*CONTROL_TEXTS])

@@ -430,5 +430,17 @@ def _control(step: Step, steering: Steering, run: Run, unfinished: Unfinished) -
         if key not in run.recordings.along_random:
             run.recordings.along_random[key] = control.along_random(steering, seen, s.seed, scored, split)
     table = control.of_cell(run.recordings.along_random[key], dose.of(steering, seen))
+    # the texts first: when control.csv stands there, both do
+    star = run.team.on_main(lambda: _recommended(step, run))
+    texts = control.texts(step, steering, seen, star, run) if star else None
+    if texts is not None:
+        run.team.on_main(lambda: run.store_result(step, run.store.control_texts(cell), _csv(texts), {**parts, "texts": star}))
     _store(run, unfinished, lambda: run.store_result(step, path, _csv(table), parts))
     return True
+
+
+def _recommended(step: Step, run: Run) -> float | None:
+    """The multiplier that meets the utility budget, of the step's first split."""
+    split = next(iter(step.data))
+    table = odds.losses_table(run.store.loss_table(step.cells[0], split))
+    return recommend.solve(odds.per_question(odds.answers(table, "mean"), split))
