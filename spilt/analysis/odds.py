@@ -16,14 +16,12 @@ import numpy.typing as npt
 import pandas as pd
 
 from spilt.analysis.provenance import of_one_request, of_one_vector
+from spilt.analysis.questions import DRAWS, Array, Questions
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.losses import APPLIED, LOSS, NEUTRAL, NEUTRAL_TARGET, PREFERENCE_TYPES, SPLITS, SUMMARY, TABLE, TABLES, TARGETS
 from spilt.errors import UserError, first_line
 
 Norm = Literal["mean", "sum"]
-Array = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
-
 FOLDER = re.compile(r"^.+_m(?P<multiplier>[-+0-9.e]+)_(?P<kind>" + "|".join(PREFERENCE_TYPES) + ")$")
 OURS = ["example", "target", "answer_tokens", "answer_loss_sum"]
 COLUMNS = ["split", "example", "multiplier", "dose", "loss_matching", "loss_not_matching", "preference", "utility"]
@@ -248,79 +246,49 @@ def _released_rows(applied: Array, folder_multiplier: float, kind: str) -> tuple
     return example, target
 
 
-def summarise(frame: pd.DataFrame, seed: int = 0, draws: int = 1000) -> pd.DataFrame:
+MEANS = ("preference", "utility", "loss_matching", "loss_not_matching", "accuracy", "answer_mass", "moved_wrong", "dose")
+
+
+def summarise(frame: pd.DataFrame, seed: int = 0, draws: int = DRAWS, neutral: pd.DataFrame | None = None) -> pd.DataFrame:
     """One row per split and multiplier (columns SUMMARY): means over questions with 95% bootstrap intervals over questions.
 
     With a column `concept`, means are taken within a concept and then over concepts, in every bootstrap draw too.
-    n: questions scored; n_undefined: those without a utility (left out of its mean, and only of its mean);
-    accuracy: share of questions with preference > 0. gain_*, drop_*: 95% intervals of preference(m) - preference(0) and of
-    utility(0) - utility(m), the same questions resampled at both, so that what questions differ by cancels.
-    A loss that is not finite makes the preference mean of its row nan.
+    n: questions scored; n_undefined: those without a utility (left out of its mean, and only of its mean). A loss that is not
+    finite makes the preference mean of its row nan. accuracy: share of questions with preference > 0. gain_*, drop_*: intervals
+    of preference(m) - preference(0) and of utility(0) - utility(m), the same questions resampled at both, so that what questions
+    differ by cancels. moved_wrong: share of questions whose preference moves against the sign of m. answer_mass: mean of
+    e^-L_p + e^-L_n (of losses per token, geometric means of the tokens' probabilities: it can pass 1). utility_pooled: the
+    utility of the mean losses. neutral_loss: mean loss per token of neutral texts (`neutral`: example, multiplier, loss).
     """
     parts = [_summarise_split(split, part, seed, draws) for split, part in frame.groupby("split", sort=False)]
     if not parts:
         return _empty(SUMMARY)
-    return pd.concat(parts, ignore_index=True)[[*SUMMARY]]
+    out = pd.concat(parts, ignore_index=True)
+    out["utility_pooled"] = utility_log_odds(out["loss_matching"], out["loss_not_matching"])
+    if neutral is not None and len(neutral):
+        out["neutral_loss"] = out["multiplier"].map(neutral.groupby("multiplier")["loss"].mean())
+    return out.reindex(columns=[*SUMMARY])
 
 
 def _summarise_split(split: object, frame: pd.DataFrame, seed: int, draws: int) -> pd.DataFrame:
-    rng = np.random.default_rng(seed)
-    frame = frame.assign(concept=frame["concept"] if "concept" in frame else 0, accuracy=(frame["preference"] > 0).astype(float))
-    multipliers = np.sort(frame["multiplier"].unique())
-    names = ("preference", "utility", "loss_matching", "loss_not_matching", "accuracy")
-    means: dict[str, list[Array]] = {name: [] for name in names}
-    boots: dict[str, list[Array]] = {name: [] for name in names[:2]}
-    counted: dict[str, list[Mask]] = {}  # [concept][multiplier]: the concept has something to average there
-    for _, part in frame.groupby("concept"):
-        present = part.assign(present=1.0).pivot(index="example", columns="multiplier", values="present")
-        here: Mask = present.reindex(columns=multipliers).notna().to_numpy(bool)
-        # the same resampled questions at every multiplier: counts [draws, question]
-        counts = rng.multinomial(len(here), np.full(len(here), 1 / len(here)), size=draws).astype(float)
-        for name in names:
-            values: Array = part.pivot(index="example", columns="multiplier", values=name).reindex(columns=multipliers).to_numpy(float)
-            # an undefined utility leaves its question out; any other nan was measured and shows in the mean
-            used: Mask = np.asarray(here & np.isfinite(values)) if name == "utility" else here
-            counted.setdefault(name, []).append(np.asarray(used.any(axis=0)))
-            means[name].append(_weighted(np.ones((1, len(values))), values, used)[0])
-            if name in boots:
-                boots[name].append(_weighted(counts, values, used))
-    out = pd.DataFrame({"split": split, "multiplier": multipliers})
-    for name in names:
-        out[name] = _over_concepts(np.stack(means[name]), np.stack(counted[name]))
-        if name in boots:
-            drawn = _over_concepts(np.stack(boots[name]), np.stack(counted[name])[:, None])
-            out[f"{name}_low"], out[f"{name}_high"] = _interval(drawn)
-            label, sign = ("gain", 1.0) if name == "preference" else ("drop", -1.0)
-            base = drawn[:, multipliers == 0] if (multipliers == 0).any() else np.full((draws, 1), np.nan)
-            out[f"{label}_low"], out[f"{label}_high"] = _interval(sign * (drawn - base))
-    groups = frame.groupby("multiplier")
-    out["n"] = groups.size().reindex(multipliers).to_numpy(int)
-    out["n_undefined"] = groups["utility"].apply(lambda values: int(values.isna().sum())).reindex(multipliers).to_numpy(int)
-    return out
-
-
-def _weighted(weights: Array, values: Array, used: Mask) -> Array:
-    """[draws, question] x [question, multiplier] -> weighted means [draws, multiplier] over the used questions."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray((weights @ np.where(used, values, 0.0)) / (weights @ used.astype(float)))
-
-
-def _interval(drawn: Array) -> Array:
-    """[draws, multiplier] -> [2, multiplier], the middle 95%.
-
-    A draw that holds no question with a value has no mean; at least 9 of 10 draws must have one.
-    """
-    out = np.full((2, drawn.shape[1]), np.nan)
-    enough = np.isfinite(drawn).mean(axis=0) >= 0.9
-    if enough.any():
-        out[:, enough] = np.nanpercentile(drawn[:, enough], [2.5, 97.5], axis=0) + 0.0  # -0.0 is 0.0
-    return out
-
-
-def _over_concepts(stack: Array, counted: Mask) -> Array:
-    """Mean over axis 0 of the concepts counted at each multiplier; a nan among them shows."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(np.where(counted, stack, 0.0).sum(axis=0) / counted.sum(axis=0))
+    frame = frame.assign(answer_mass=np.exp(-frame["loss_matching"]) + np.exp(-frame["loss_not_matching"]))
+    questions = Questions.of(frame)
+    m, zero, preference = questions.multipliers, questions.zero, questions.values["preference"]
+    if zero >= 0:
+        against = np.sign(m) * (preference - preference[:, [zero]]) < 0
+        questions.values["moved_wrong"] = np.where(np.isfinite(preference - preference[:, [zero]]), against, np.nan)
+    weights = questions.resamples(seed, draws)
+    out = pd.DataFrame({"split": split, "multiplier": m})
+    for name in (name for name in MEANS if name in questions.values):
+        out[name] = questions.mean(name)[0]
+        if name not in ("preference", "utility"):
+            continue
+        drawn = questions.mean(name, weights)
+        out[f"{name}_low"], out[f"{name}_high"] = questions.interval(drawn)
+        label, sign = ("gain", 1.0) if name == "preference" else ("drop", -1.0)
+        base = drawn[:, [zero]] if zero >= 0 else np.full((draws, 1), np.nan)
+        out[f"{label}_low"], out[f"{label}_high"] = questions.interval(sign * (drawn - base))
+    return out.assign(n=questions.asked.astype(int), n_undefined=questions.undefined.astype(int))
 
 
 def write_summary(path: str | Path, summary: pd.DataFrame) -> None:

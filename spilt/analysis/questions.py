@@ -13,14 +13,15 @@ Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 DRAWS = 1000
-LEFT_OUT = ("utility", "dose")  # a value that is not finite leaves its question out of this mean; elsewhere it shows
+NO_VALUES = ("split", "concept", "example", "multiplier")
+LEFT_OUT = ("utility", "dose", "moved_wrong")  # a value that is not finite leaves its question out of this mean; elsewhere it shows
 
 
 @dataclass(frozen=True)
 class Questions:
     """values: name -> [question, multiplier]; here: which were measured; concept: [question], means are within concepts first.
 
-    asked, undefined: [multiplier] questions scored, and those without a utility. Stored averages are one question without a spread.
+    Stored averages are one question without a spread.
     """
 
     multipliers: Array
@@ -28,26 +29,40 @@ class Questions:
     here: Mask
     concept: npt.NDArray[np.int64]
     keys: pd.MultiIndex
-    asked: Array
-    undefined: Array
 
     @staticmethod
     def of(frame: pd.DataFrame, keys: pd.MultiIndex | None = None) -> Questions:
         """A frame of odds.collect (one split), or rows of a summary; of these questions alone where `keys` are given."""
-        frame = frame.assign(**{name: 0 for name in ("concept", "example") if name not in frame})
-        if "accuracy" not in frame:
-            frame = frame.assign(accuracy=(frame["preference"] > 0).astype(float))
-        if "n" not in frame:
-            frame = frame.assign(n=1.0, n_undefined=frame["utility"].isna().astype(float))
-        index = ["concept", "example"]
-        names = [name for name in frame if pd.api.types.is_numeric_dtype(frame[name]) and name not in (*index, "multiplier")]
-        wide = frame.assign(here=1.0).pivot(index=index, columns="multiplier", values=[*names, "here"]).sort_index()
-        wide = wide if keys is None else wide.loc[keys]
-        m = np.sort(frame["multiplier"].unique()).astype(float)
-        values: dict[str, Array] = {str(name): wide[name].reindex(columns=m).to_numpy(float) for name in names}
-        concept = pd.factorize(wide.index.get_level_values("concept"))[0]
-        here = wide["here"].reindex(columns=m).notna().to_numpy(bool)
-        return Questions(m, values, here, concept, wide.index, np.nansum(values["n"], 0), np.nansum(values["n_undefined"], 0))
+        index = [frame[name].to_numpy() if name in frame else np.zeros(len(frame), dtype=int) for name in ("concept", "example")]
+        every = pd.MultiIndex.from_arrays(index, names=["concept", "example"])
+        keys = every.unique().sort_values() if keys is None else keys
+        row = keys.get_indexer(every)
+        m, column = np.unique(frame["multiplier"].to_numpy(float), return_inverse=True)
+        kept = row >= 0
+
+        def table(value: npt.ArrayLike) -> Array:
+            out = np.full((len(keys), len(m)), np.nan)
+            out[row[kept], column[kept]] = np.asarray(value, dtype=float)[kept]
+            return out
+
+        numeric = [name for name in frame if name not in NO_VALUES and frame[name].dtype.kind in "fiub"]
+        values = {str(name): table(frame[name]) for name in numeric}
+        here = np.isfinite(table(np.ones(len(frame))))
+        values.setdefault("accuracy", np.where(here, values["preference"] > 0, np.nan))
+        values.setdefault("n", np.where(here, 1.0, np.nan))
+        values.setdefault("n_undefined", np.where(here, np.isnan(values["utility"]), np.nan))
+        concept = pd.factorize(keys.get_level_values("concept"))[0]
+        return Questions(m, values, here, concept, keys)
+
+    @property
+    def asked(self) -> Array:
+        """Questions scored at each multiplier."""
+        return np.asarray(np.nansum(self.values["n"], 0))
+
+    @property
+    def undefined(self) -> Array:
+        """Those of them without a utility."""
+        return np.asarray(np.nansum(self.values["n_undefined"], 0))
 
     @property
     def freedom(self) -> int:
@@ -70,8 +85,7 @@ class Questions:
         number = pd.Series(self.concept).groupby(self.concept).cumcount().to_numpy()
         keep = number < n
         values = {name: value[keep] for name, value in self.values.items()}
-        counts = (np.nansum(values[name], 0) for name in ("n", "n_undefined"))
-        return Questions(self.multipliers, values, self.here[keep], self.concept[keep], self.keys[keep], *counts)
+        return Questions(self.multipliers, values, self.here[keep], self.concept[keep], self.keys[keep])
 
     def resamples(self, seed: int = 0, draws: int = DRAWS) -> Array:
         """How often each question is drawn [draws, question]: within its concept, with replacement."""
@@ -95,10 +109,10 @@ class Questions:
                 sums, n = weights[:, own] @ np.where(used[own], values[own], 0.0), weights[:, own] @ used[own].astype(float)
                 total += np.where(there, sums / n, 0.0)
                 counted += there
-            return np.asarray(total / counted)
+            return np.asarray(total / counted) + 0.0  # -0.0 is 0.0
 
     def spread(self, drawn: Array) -> Array:
-        """Standard error from resampled estimates [draws, ...]; the factor makes up for resampling n questions with variance (n - 1) / n."""
+        """Standard error from resampled estimates [draws, ...]; the factor makes up for the resamples' variance of (n - 1) / n."""
         if self.freedom < 1:
             return np.full(drawn.shape[1:], np.nan)
         return np.asarray(drawn.std(axis=0) * np.sqrt(len(self.concept) / self.freedom))

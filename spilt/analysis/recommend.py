@@ -124,8 +124,8 @@ def recommendation(frame: pd.DataFrame, budget: float = BUDGET, seed: int = 0, c
     assert star is not None
     star = float(f"{star:.4g}") if star not in questions.multipliers else star
     weights = questions.resamples(seed)
-    curves = [questions.mean(name, weights) for name in ("preference", "utility")]
-    drawn = best(questions.multipliers, *curves, budget, questions.usable)
+    preference, utility = (questions.mean(name, weights) for name in ("preference", "utility"))
+    drawn = best(questions.multipliers, preference, utility, budget, questions.usable)
     low, high = questions.interval(drawn.low)[0], questions.interval(drawn.high)[1]
     out |= {"solved": star, "low": _number(low), "high": _number(high), "measured": bool(np.isin(star, questions.multipliers))}
     test = Questions.of(frame[frame["split"] == "test"]) if split == "train" and "test" in set(frame["split"]) else None
@@ -166,7 +166,7 @@ def numbers(questions: Questions, m: float, weights: Array) -> dict[str, float |
         out |= {f"{change}_low": _number(low), f"{change}_high": _number(high)}
     accuracy, near = questions.mean("accuracy"), int(np.abs(grid - m).argmin())
     out |= {"accuracy": _number(float(interpolate(grid, accuracy, m)[0])), "accuracy_at_0": _number(float(accuracy[0, zero]))}
-    return out | {"n": _number(questions.asked[near]), "n_undefined": _number(questions.undefined[near])}
+    return out | {"n": _number(questions.asked[near] or np.nan), "n_undefined": _number(questions.undefined[near])}
 
 
 def _usable(chosen: Questions, told: Questions, star: float, budget: float, seed: int) -> list[float] | None:
@@ -181,7 +181,7 @@ def _usable(chosen: Questions, told: Questions, star: float, budget: float, seed
     utility = np.repeat(np.where(chosen.usable, chosen.mean("utility"), np.nan), rows, axis=0)
     drop = utility[0, chosen.zero] - interpolate(chosen.multipliers, utility, side)
     at = int(np.flatnonzero(side == star)[0])
-    good = (drop <= budget + NEAR) & (np.interp(side, told.multipliers[known], low[known], np.nan, np.nan) > 0)
+    good = (drop <= max(budget, drop[at])) & (np.interp(side, told.multipliers[known], low[known], np.nan, np.nan) > 0)
     if not good[at]:
         return None
     bad = np.flatnonzero(~good)
@@ -195,7 +195,7 @@ def choice(frames: Mapping[str, pd.DataFrame], budget: float = BUDGET, seed: int
     share: of resamples in which the cell has the largest gain within the budget, solved again in each. tied: it cannot be told
     from the best: no other cell is ahead of it by more than the 95% simultaneous limit of paired differences (Hsu 1984).
     """
-    parts = {name: frame[frame["split"] == split_of(frame)].assign(**_missing(frame)) for name, frame in frames.items()}
+    parts = {name: frame[frame["split"] == split_of(frame)] for name, frame in frames.items()}
     keys = [Questions.of(part).keys for part in parts.values()]
     shared = keys[0] if keys else pd.MultiIndex.from_arrays([[], []])
     for other in keys[1:]:
@@ -228,15 +228,11 @@ def with_the_best(questions: Questions, value: Array, drawn: Array) -> npt.NDArr
         noise = np.delete(drawn - drawn[i], i, axis=0)
         spread = questions.spread(noise.T)
         with np.errstate(invalid="ignore", divide="ignore"):
-            pivots = np.nan_to_num((noise - ahead[:, None]) / spread[:, None] * np.sqrt(questions.freedom / len(questions.concept)))
-            limit = np.quantile(pivots.max(axis=0), 0.975) if len(pivots) else 0.0
+            pivots = np.nan_to_num((noise - ahead[:, None]) / noise.std(axis=1)[:, None])
+            limit = float(np.quantile(pivots.max(axis=0), 0.975)) if len(pivots) else 0.0
             # few questions: as much wider as Student's t is
             limit *= stats.t.ppf(0.975, questions.freedom) / stats.norm.ppf(0.975)
             out[i] = bool((ahead <= limit * spread).all())
     if out.sum() == 1:  # it stands alone
         out[:] = False
     return out
-
-
-def _missing(frame: pd.DataFrame) -> dict[str, int]:
-    return {name: 0 for name in ("concept", "example") if name not in frame}

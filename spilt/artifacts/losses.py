@@ -24,6 +24,7 @@ SUMMARY = (
     *("split", "multiplier", "preference", "preference_low", "preference_high", "utility", "utility_low", "utility_high"),
     *("n", "n_undefined", "loss_matching", "loss_not_matching", "accuracy"),
     *("gain_low", "gain_high", "drop_low", "drop_high"),
+    *("answer_mass", "moved_wrong", "dose", "neutral_loss", "utility_pooled"),
 )
 # control.csv: means over the first questions along random interventions of the same form, in units of the stored one's output norm
 CONTROL = (
