@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from spilt import verbs
 from spilt.analysis import odds
@@ -171,9 +170,7 @@ def _measure(step: Step, steering: Steering, run: Run, unfinished: Unfinished) -
             continue
         scorer = _scorer(step, split, steering, run)
         signed = sorted({m for m in wanted} | {-m + 0.0 for m in wanted})
-        with tqdm(
-            total=len(scorer.sequences) * len(signed), desc=f"loss {cell} {split}", unit="row", leave=False, disable=run.quiet
-        ) as bar:
+        with run.progress.bar(total=len(scorer.sequences) * len(signed), desc=f"loss {cell} {split}", unit="row") as bar:
             identities = measure_verb.loss_identities(step, signed, split, run.request.limit, run.seen)
             found = _shared_losses(run, scorer, signed, unfinished, identities, bar.update)
         place = {m: k for k, m in enumerate(signed)}
@@ -302,7 +299,7 @@ def _control(step: Step, steering: Steering, run: Run, unfinished: Unfinished) -
         return False
     generator = torch.Generator().manual_seed(s.seed)
     tables = []
-    for draw in tqdm(range(CONTROL_DRAWS), desc=f"control {cell}", unit="draw", leave=False, disable=run.quiet):
+    for draw in run.progress.bar(range(CONTROL_DRAWS), desc=f"control {cell}", unit="draw"):
         random_ones: dict[int, Intervention] = {}
         for site, intervention in steering:
             direction = torch.randn(anatomy.hidden_size(run.host.model), generator=generator)

@@ -36,6 +36,7 @@ class Request:
     force: bool = False
     checkpoint_seconds: float = 60.0  # a fit or measurement under way is saved after this long
     deterministic: bool = False
+    report: bool = True  # loss mode: draw the page
     engine: str = "fast"  # 'plain': hooks and the library's own forward everywhere
     flags: tuple[str, ...] = ()  # our own flags as they were typed, for the copy-paste command lines
     program: str = "python run_spilt.py"  # what was called, for the same

@@ -22,7 +22,7 @@ SWEEP_POINTS, SWEEP_MOST = 21, 31
 class Measure(Verb):
     name, mode = "measure", "loss"
     does = "measure preference and utility at every strength, and draw the curves"
-    flags = ("multipliers", "split", "checkpoint_seconds")
+    flags = ("multipliers", "split", "checkpoint_seconds", "no_report")
     sections = {"train": "train", "test": "valid"}
     work = "spilt.tasks.measure:measure"
     version = 2  # one multiplier per batch; tables that are not finite are not stored
