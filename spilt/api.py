@@ -241,12 +241,14 @@ def generate(
     engine: str = choice.FAST,
     use_chat_template: bool = True,
     system_prompt: str = "",
+    first: int = 0,
     **params: Any,
 ) -> pd.DataFrame:
     """A text for every prompt, multiplier and response: columns prompt, multiplier, response (number), text.
 
     params: generation parameters (max_new_tokens 128, do_sample true, temperature, top_p ...), else the checkpoint's.
-    A prompt's random numbers are its own: the same at every multiplier, whatever else is asked for.
+    A prompt's random numbers are its own: the same at every multiplier, whatever else is asked for. first: the number of the first
+    prompt, which decides them: that of its row in a file gives the text of the command line.
     """
     import pandas as pd
 
@@ -258,7 +260,7 @@ def generate(
     placed = steering.to(model)
     asked = [(i, m, k) for i in range(len(texts)) for m in strengths for k in range(num_responses)]
     ids = [tuple(chat.prompt_ids(text)) for text in texts]
-    rows = [generation.Row(ids[i], m, f"{seed}/{i}/{k}") for i, m, k in asked]
+    rows = [generation.Row(ids[i], m, f"{seed}/{first + i}/{k}") for i, m, k in asked]
     known = {field.name for field in fields(GenerationParams)}
     for name in params:
         if name not in known:

@@ -89,7 +89,7 @@ def _check_file(base_dir: Path, path: Path) -> Found | None:
         return Found(LEFTOVER, path, "state of a fit that did not finish; the same command goes on from it")
     if name.endswith(MANIFEST):
         stem = name.removesuffix(MANIFEST)
-        if any((path.with_name(stem + ending)).exists() for ending in (".pt", ".json", ".csv")):
+        if any((path.with_name(stem + ending)).exists() for ending in (".pt", ".json", ".csv", ".html")):
             return None
         return Found(LEFTOVER, path, "a manifest without its artifact; the same command makes it again")
     contents = None if path.relative_to(base_dir).parts[2:4] == ("get_sft_loss", "report") else _contents_of(path)

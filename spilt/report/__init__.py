@@ -11,16 +11,15 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from spilt.analysis import paper
+from spilt.analysis import freshness, paper
 from spilt.analysis.curves.fitting import GOOD_R2
 from spilt.analysis.odds import Norm
 from spilt.analysis.recommend import BUDGET
 from spilt.artifacts.atomic import atomic_write
-from spilt.artifacts.store import Store
 from spilt.errors import UserError, unknown
 from spilt.report import cells as stored
 from spilt.report import figures, page, tables, words
@@ -51,6 +50,9 @@ def update(
     A cell is fitted again only when its losses or a setting changed. A cell that cannot be read is named in the report and
     does not stop the others; when none can be read, its error is raised.
     """
+    settings = {"norm": norm, "budget": budget, "split": split, "seed": seed}
+    own = {name: value for name, value in settings.items() if value != (update.__kwdefaults__ or {})[name]}
+    parts = freshness.made_from(Path(base_dir), model, dataset, own)  # before it is read: what changes meanwhile is drawn next time
     measured, problems = [], []
     for place in stored.find(base_dir, model, dataset):
         try:
@@ -68,7 +70,7 @@ def update(
     problems += [f"{cell.name}: {note}" for cell in measured for note in cell.fit["notes"] if "left out" in note]
     for problem in problems:
         log.warning("report: %s", problem)
-    return _report(Path(base_dir), model, dataset, measured, problems, split, seed)
+    return _report(Path(base_dir), model, dataset, measured, problems, split, seed, parts)
 
 
 def _concept(place: stored.Place, norm: Norm, budget: float, split: str, seed: int) -> None:
@@ -99,8 +101,17 @@ def recommend(
     return table
 
 
-def _report(base: Path, model: str, dataset: str, measured: list[stored.Measured], problems: list[str], split: str, seed: int) -> Path:
-    folder = Store(base).loss_root(model) / "report" / dataset
+def _report(
+    base: Path,
+    model: str,
+    dataset: str,
+    measured: list[stored.Measured],
+    problems: list[str],
+    split: str,
+    seed: int,
+    parts: dict[str, Any],
+) -> Path:
+    folder = freshness.page(base, model, dataset).parent
     claimed, fits = tables.claimed(measured, split, seed), tables.fits(measured, model, dataset)
     frames = {
         "recommendations": tables.recommendations(measured, seed),
@@ -138,8 +149,7 @@ def _report(base: Path, model: str, dataset: str, measured: list[stored.Measured
         **{"findings": words.findings(measured, split, frames), "shortfalls": tables.shortfalls(measured, split)},
         **{"problems": problems, "remarks": [remark for remark in remarks if remark not in problems]},
     )
-    atomic_write(folder / "report.html", html)
-    return folder / "report.html"
+    return freshness.write(base, model, dataset, html, parts, problems)
 
 
 def _picture(wide: Figure, narrow: Figure, png: Path, svg: Path | None = None) -> page.Picture:

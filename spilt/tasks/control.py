@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from spilt import plan, verbs
 from spilt.analysis import odds
@@ -116,7 +115,7 @@ def texts(step: Step, steering: Steering, seen: Sequence[dose.Seen], multiplier:
 
     def work() -> list[tuple[int, float, float]]:
         mine = run.team.shard(range(-1, DRAWS))
-        bar = tqdm(mine, desc=f"control texts {cell}", unit="draw", leave=False, disable=run.quiet)
+        bar = run.progress.bar(mine, desc=f"control texts {cell}", unit="draw")
         return [(draw, score(draw), units[draw]) for draw in bar]
 
     found = sorted(row for part in run.team.gather(work) for row in part)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from spilt import verbs
 from spilt.analysis import odds, recommend
@@ -162,9 +161,7 @@ class Tables:
     def _measure(self, split: str, wanted: Sequence[float]) -> set[float]:
         step, run, where = self.step, self.run, self.step.settings.applied_positions
         scorer = _scorer(step, split, self.steering, run, where)
-        with tqdm(
-            total=len(scorer.sequences) * len(wanted), desc=f"loss {step.cells[0]} {split}", unit="row", leave=False, disable=run.quiet
-        ) as bar:
+        with run.progress.bar(total=len(scorer.sequences) * len(wanted), desc=f"loss {step.cells[0]} {split}", unit="row") as bar:
             identities = measure_verb.loss_identities(step, wanted, split, where, run.request.limit, run.seen)
             found = _shared_losses(run, scorer, wanted, self.unfinished, identities, bar.update)
         sound = _finite(found)
@@ -280,9 +277,7 @@ def _released_files(step: Step, steering: Steering, run: Run, unfinished: Unfini
             continue
         scorer = _scorer(step, split, steering, run, where)
         signed = sorted({m for m in wanted} | {-m + 0.0 for m in wanted})
-        with tqdm(
-            total=len(scorer.sequences) * len(signed), desc=f"loss {cell} {split}", unit="row", leave=False, disable=run.quiet
-        ) as bar:
+        with run.progress.bar(total=len(scorer.sequences) * len(signed), desc=f"loss {cell} {split}", unit="row") as bar:
             identities = measure_verb.loss_identities(step, signed, split, where, run.request.limit, run.seen)
             found = _shared_losses(run, scorer, signed, unfinished, identities, bar.update)
         place = {m: k for k, m in enumerate(signed)}
@@ -409,7 +404,7 @@ def _control(step: Step, steering: Steering, run: Run, unfinished: Unfinished) -
     parts = {"control": asked, **verbs.parts_of(step, split, measure_verb.of_table(step, split), run.request.limit, run.seen)}
     if run.team.on_main(lambda: not run.request.force and manifest.standing(path, parts) == "done"):
         return False
-    bar = tqdm(total=control.DRAWS, desc=f"control {cell}", unit="draw", leave=False, disable=run.quiet)
+    bar = run.progress.bar(total=control.DRAWS, desc=f"control {cell}", unit="draw")
 
     def scored(draw: int, drawn: Steering, multipliers: Sequence[float]) -> score.Losses:
         scorer = _scorer(step, split, drawn, run, where, run.request.control_pairs)
@@ -417,8 +412,7 @@ def _control(step: Step, steering: Steering, run: Run, unfinished: Unfinished) -
         found = _shared_losses(run, scorer, multipliers, unfinished, identities)
         if not all(_finite(found)):
             raise _not_finite([m for m, finite in zip(multipliers, _finite(found), strict=True) if not finite])
-        bar.n = draw + 1
-        bar.refresh()
+        bar.update(draw + 1 - bar.n)
         return found
 
     seen = _seen(step, steering, run)

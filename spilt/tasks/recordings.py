@@ -19,6 +19,7 @@ from spilt.errors import UserError
 from spilt.methods import METHODS
 from spilt.model import identity
 from spilt.model.host import Host
+from spilt.progress import Progress
 from spilt.steering import anatomy, layer_file
 from spilt.steering.steering import Steering
 from spilt.tasks.context import check_context
@@ -141,7 +142,7 @@ class Run(NamedTuple):
     host: Host
     store: Store
     recordings: Recordings
-    quiet: bool
+    progress: Progress
     team: Team
     seen: identity.Seen
 

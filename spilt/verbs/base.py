@@ -39,6 +39,7 @@ class Request:
     deterministic: bool = False
     released_files: bool | None = None  # of loss mode; None: where multipliers are given one by one
     control_pairs: int = 32  # questions on which random interventions are measured after a sweep; 0: none are
+    report: bool = True  # loss mode: draw the page
     engine: str = "fast"  # 'plain': hooks and the library's own forward everywhere
     flags: tuple[str, ...] = ()  # our own flags as they were typed, for the copy-paste command lines
     program: str = "python run_spilt.py"  # what was called, for the same

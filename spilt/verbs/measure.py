@@ -21,7 +21,7 @@ SWEEP_POINTS, SWEEP_MOST = 21, 31
 class Measure(Verb):
     name, mode = "measure", "loss"
     does = "measure preference and utility at every strength, and draw the curves"
-    flags = ("multipliers", "split", "checkpoint_seconds", "released_files", "control_pairs")
+    flags = ("multipliers", "split", "checkpoint_seconds", "released_files", "control_pairs", "no_report")
     sections = {"train": "train", "test": "valid", NEUTRAL: "neutral"}
     work = "spilt.tasks.measure:measure"
     version = 2  # one multiplier per batch; tables that are not finite are not stored
