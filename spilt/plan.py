@@ -23,6 +23,7 @@ from spilt.model import checkpoint, identity
 from spilt.settings import resolve_fit
 from spilt.settings.fields import intervention_name, method_name
 from spilt.verbs import MODES, VERBS, Request, Step, Verb
+from spilt.verbs.generate import RECOMMENDED
 from spilt.verbs.measure import SWEEP
 
 log = logging.getLogger("spilt")
@@ -83,6 +84,9 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     combinations, left_out = pairs_of(request.method, request.intervention)
     if request.mode not in MODES:
         raise unknown("mode", request.mode, MODES)
+    if request.multipliers == RECOMMENDED:
+        combinations, none = _with_a_recommendation(request, combinations)
+        left_out += none
     model = store.model(request.model)
     if not dry:
         check_model(store, request.model)
@@ -115,6 +119,16 @@ def make(request: Request, *, dry: bool = False) -> Plan:
         steps += groups
     checkpoint.check(model, {layer for step in steps for layer in step.settings.layers})
     return Plan(steps, left_out)
+
+
+def _with_a_recommendation(request: Request, combinations: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[LeftOut]]:
+    """The cells that have one, and why the others have none. Raises UserError where no cell has."""
+    unmeasured = "not measured; --mode loss --multipliers sweep measures it"
+    none = {pair: why for pair in combinations if isinstance(why := request.recommended.get(pair, unmeasured), str)}
+    left_out = [LeftOut(" ".join(pair), f"no recommended multiplier: {why}") for pair, why in none.items()]
+    if len(none) == len(combinations):
+        raise UserError("; ".join(f"{item.name}: {item.why}" for item in left_out))
+    return [pair for pair in combinations if pair not in none], left_out
 
 
 def columns(fmt: readers.DatasetFormat) -> dict[str, Any]:

@@ -27,7 +27,9 @@ class Request:
     intervention: str
     mode: str = "both"
     device: str = "cuda:0"
-    multipliers: tuple[float, ...] | str | None = None  # 'sweep' (loss mode); None: the YAML's, else 1.0
+    # 'sweep' (loss mode), 'recommended' (apply: 0 and that of `recommended`); None: the YAML's, else 1.0
+    multipliers: tuple[float, ...] | str | None = None
+    recommended: Mapping[tuple[str, str], float | str] = field(default_factory=dict)  # (method, form) -> it, or why there is none
     base_dir: Path = Path(".")
     overrides: Mapping[str, Any] = field(default_factory=dict)  # --set, --seed, --dtype
     concepts: tuple[int, ...] | None = None

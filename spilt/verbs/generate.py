@@ -12,6 +12,8 @@ from spilt.model import identity
 from spilt.verbs.base import Request, Step, Verb, output_parts
 from spilt.verbs.estimate import TEMPLATE, Cost, Shape, tokens
 
+RECOMMENDED = "recommended"  # a word for --multipliers
+
 
 class Generate(Verb):
     name, mode = "generate", "apply"
@@ -21,6 +23,12 @@ class Generate(Verb):
     work = "spilt.tasks.generate:generate"
     together = True
     not_deciding = ("multipliers", "batch_size")
+
+    def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:
+        if request.multipliers != RECOMMENDED:
+            return super().multipliers(request, settings)
+        found = request.recommended[settings.method, settings.intervention_method]
+        return (0.0, float(found))
 
     def outputs(self, store: Store, step: Step) -> list[Path]:
         return [store.results(step.cells[0], m) for m in step.multipliers]

@@ -93,12 +93,6 @@ def loss_identities(
     ]
 
 
-def with_multipliers(step: Step, store: Store, multipliers: tuple[float, ...]) -> Step:
-    """The same step at other strengths."""
-    step = step._replace(multipliers=multipliers)
-    return step._replace(outputs=tuple(Measure().outputs(store, step)))
-
-
 def sweep_multipliers(factors: tuple[float, ...], points: int = SWEEP_POINTS, widen: float = 1.0) -> tuple[float, ...]:
     """`points` values symmetric about 0 (0 among them) over the training factor range, times `widen`."""
     top = max(abs(f) for f in factors) * widen
