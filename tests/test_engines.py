@@ -36,6 +36,7 @@ def fast_losses(tiny: Any, value: Steering, positions: str = "all") -> Any:
     return torch.as_tensor(score.losses(score.Recorded(tiny, value, cache, positions, PREFIX), STRENGTHS).total)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("write_point", ["block", "down_proj"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_losses(family: str, write_point: str) -> None:
@@ -85,6 +86,7 @@ def test_gradients_of_a_minibatch(family: str) -> None:
                 torch.testing.assert_close(a, b, atol=2e-4 * max(1.0, float(b.abs().max())), rtol=1e-3)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_greedy_texts(family: str, cache: bool) -> None:

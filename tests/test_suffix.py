@@ -100,6 +100,7 @@ def assert_same(one: Result, other: Result) -> None:
         torch.testing.assert_close(a, b, atol=ATOL * max(1.0, float(b.abs().max())), rtol=0)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -136,6 +137,7 @@ def fit_settings(form: str, read_point: str | None, **more: Any) -> FitSettings:
     return FitSettings(method="sft", intervention_method=form, **given)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("site", ["block", "down_proj"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -167,6 +169,7 @@ def plain_losses(tiny: nn.Module, sequences: list[Encoded]) -> Tensor:
     return answer_logprobs(logits, ids, answer, real.sum(1)).losses()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("site", ["block", "down_proj"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)

@@ -133,6 +133,7 @@ KILLED = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("stage", KILLED)
 def test_one_process_is_lost(base: families.Base, alone: families.Base, tmp_path: Path, stage: str, rank: int) -> None:
