@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILY_NAMES, HIDDEN, LAYERS, PLACES, READS, build, intervention, model, token_rows
+from families import FAMILY_NAMES, HIDDEN, LAYERS, PLACES, build, intervention, model, reads_of, token_rows
 from torch import Tensor, nn
 
 from spilt.data.batches import pad, position_mask
@@ -111,7 +111,7 @@ def test_suffix_equals_hooks(family: str, place: str, attention: str) -> None:
     tiny, layer = model(family, attention), PLACES[place]
     assert tiny.config._attn_implementation == attention
     factors = torch.tensor([1.5, -0.7, 0.4])[:, None, None]
-    for number, (form, read_point) in enumerate(READS):
+    for number, (form, read_point) in enumerate(reads_of(family)):
         made = intervention(form, read_point, seed=number)
         positions = position_mask([Encoded(tuple(range(n)), p, 0) for n, p in zip(LENGTHS, PROMPTS, strict=True)], "all", 2)
         for where in (None, positions) if form == "vector" else (None,):
@@ -124,7 +124,7 @@ def test_suffix_equals_hooks(family: str, place: str, attention: str) -> None:
 def test_down_proj_site_adds_to_the_down_projection(family: str) -> None:
     """Hooks: adding to the output of the MLP's last projection. Equal to the block's output but where a norm follows."""
     tiny, layer = model(family), PLACES["middle"]
-    for form, read_point in READS:
+    for form, read_point in reads_of(family):
         at_block, at_down = (intervention(form, read_point, write_point=site, scale=0.2) for site in ("block", "down_proj"))
         whole, inner = by_hooks(tiny, layer, at_block, 1.0, None), by_hooks(tiny, layer, at_down, 1.0, None)
         difference = (whole[0] - inner[0]).abs().max()
@@ -146,7 +146,7 @@ def test_measuring_equals_hooks_at_either_site(family: str, site: str, layout: s
     tiny, layer = model(family), PLACES["middle"]
     sequences, together = LAYOUTS[layout][0](), LAYOUTS[layout][1]
     caches: dict[int, activations.Activations] = {}
-    for form, read_point in READS:
+    for form, read_point in reads_of(family):
         made = intervention(form, read_point, write_point=site, scale=0.2)
         below = hooks.base(layer, made)
         if below not in caches:
@@ -178,7 +178,7 @@ def test_fitting_equals_hooks_at_either_site(family: str, site: str, layout: str
     tiny, layer = model(family), PLACES["middle"]
     sequences, together = LAYOUTS[layout][0](), LAYOUTS[layout][1]
     caches: dict[int, activations.Activations] = {}
-    for form, read_point in READS:
+    for form, read_point in reads_of(family):
         made = intervention(form, read_point, write_point=site, scale=0.2)
         below = hooks.base(layer, made)
         if below not in caches:
