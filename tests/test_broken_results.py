@@ -82,6 +82,7 @@ BROKEN: dict[str, bytes] = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("content", BROKEN)
 @pytest.mark.parametrize("file", [f"{LOSSES}/control.csv", f"{LOSSES}/fit.json", f"{LOSSES}/preference_utility.csv"])
 def test_loss_mode_goes_on_with_a_broken_file(tree: Here, caplog: pytest.LogCaptureFixture, file: str, content: str) -> None:
