@@ -141,7 +141,7 @@ class Job:
                 batch = pad(rows, self.tokenizer.pad_token_id)
                 m = torch.tensor(factors[side * n : side * n + n])
                 vector = self.steering.form == "vector"
-                where = position_mask(rows, self.settings.intervention_positions, self.chat.prefix_length).float() if vector else None
+                where = position_mask(rows, self.settings.fitted_positions, self.chat.prefix_length).float() if vector else None
                 with ExitStack() as off:
                     if not steered:
                         off.enter_context(torch.no_grad())

@@ -241,12 +241,14 @@ def generate(
     engine: str = choice.FAST,
     use_chat_template: bool = True,
     system_prompt: str = "",
+    first: int = 0,
     **params: Any,
 ) -> pd.DataFrame:
     """A text for every prompt, multiplier and response: columns prompt, multiplier, response (number), text.
 
     params: generation parameters (max_new_tokens 128, do_sample true, temperature, top_p ...), else the checkpoint's.
-    A prompt's random numbers are its own: the same at every multiplier, whatever else is asked for.
+    A prompt's random numbers are its own: the same at every multiplier, whatever else is asked for. first: the number of the first
+    prompt, which decides them: that of its row in a file gives the text of the command line.
     """
     import pandas as pd
 
@@ -258,7 +260,7 @@ def generate(
     placed = steering.to(model)
     asked = [(i, m, k) for i in range(len(texts)) for m in strengths for k in range(num_responses)]
     ids = [tuple(chat.prompt_ids(text)) for text in texts]
-    rows = [generation.Row(ids[i], m, f"{seed}/{i}/{k}") for i, m, k in asked]
+    rows = [generation.Row(ids[i], m, f"{seed}/{first + i}/{k}") for i, m, k in asked]
     known = {field.name for field in fields(GenerationParams)}
     for name in params:
         if name not in known:
@@ -292,6 +294,7 @@ def measure(
 ) -> pd.DataFrame:
     """Preference and utility log-odds (nats) at each multiplier, means over the pairs with 95% bootstrap intervals: odds.SUMMARY.
 
+    positions: which tokens are steered; all is as `steer` and `generate` do it, skip_prefix as the released losses.
     multipliers: left out, 11 points over the range in which the form is trained. 0, the unsteered model, is always among them.
     """
     import pandas as pd
@@ -306,8 +309,7 @@ def measure(
     strengths = sorted({0.0, *_strengths(multipliers)})
     prefix = chat.prefix_length
     with _frozen(model):
-        kinds = len({made.positional for _, made in placed})
-        if choice.why_plain(placed.places, "measure", engine=engine, positional=kinds):
+        if choice.why_plain(placed.places, "measure", engine=engine):
             scorer: score.Scorer = whole.Scorer(model, placed, tokens, pad, positions, prefix)
         else:
             base, read = score.recorded_at(placed)

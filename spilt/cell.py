@@ -15,7 +15,8 @@ class Form(NamedTuple):
     tensors: Mapping[str, str]  # stored tensor -> its axes: D the stream, F the read point, r the rank
     bare: bool = False  # the file is the only tensor itself, not a dict
     reads: bool = True  # has a read point
-    direction: bool = False  # one direction of the stream: it can be removed, and compared with random ones
+    direction: bool = False  # one direction of the stream: it can be removed
+    positional: bool = False  # fits and released losses let it act at `intervention_positions` alone, as released
     lr: float = 0.01  # released defaults
     factors: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
 
@@ -29,7 +30,7 @@ class Form(NamedTuple):
 FORMS: dict[str, Form] = {
     form.name: form
     for form in (
-        Form("vector", "vector", {"v": "D"}, bare=True, reads=False, direction=True, lr=0.08, factors=tuple(map(float, range(2, 21, 2)))),
+        Form("vector", "vector", {"v": "D"}, True, False, True, True, lr=0.08, factors=tuple(map(float, range(2, 21, 2)))),
         Form("lora", "LoRA", {"lora_A": "Fr", "lora_B": "rD"}),
         Form("local_weight", "local weight", {"weight": "FD", "bias": "D"}),
     )

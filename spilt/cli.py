@@ -10,20 +10,26 @@ import argparse
 import logging
 import math
 import os
+import platform
 import re
+import shlex
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from spilt import __version__, plan, verbs
+from spilt import __version__, plan, summary, verbs
+from spilt.artifacts.losses import SPLITS
+from spilt.artifacts.manifest import versions
 from spilt.cell import FORMS
 from spilt.engine.choice import ENGINES
-from spilt.errors import UserError, printable, unknown
+from spilt.errors import UserError, unknown
 from spilt.methods import METHODS
-from spilt.model.identity import Changed, Seen
-from spilt.run import ALREADY, DONE, FAILED, SKIPPED, Outcome, keeps_what_is_unusable, run_plan
+from spilt.model.identity import Changed
+from spilt.run import ALREADY, DONE, FAILED, Outcome, run_plan
 from spilt.settings import parse_overrides
 from spilt.settings.fields import DTYPES, INTERVENTION_ALIASES, METHOD_ALIASES, STRONGEST, intervention_name, method_name
 from spilt.team import place
@@ -38,6 +44,7 @@ PROGRAMS = {
     "look": "show the stored texts side by side",
     "recommend": "print the strength of each measured cell by a utility budget",
     "report": "draw curves and report.html anew from stored losses",
+    "say": "try a sentence on a stored vector, at any strength",
     "prepare": "make data/ from the public source files",
     "verify": "check everything that is stored",
 }
@@ -82,8 +89,15 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
     add("--limit", type=_positive, help="rows of each data file, from the first")
     add("--seed", type=int, help="over the YAML's")
     add("--concepts", nargs="+", type=int, metavar="ID", help=f"ids of a dataset with concepts; default: first {plan.FIRST_CONCEPTS}")
-    splits = ", ".join(verbs.VERBS["measure"].sections)
+    splits = ", ".join(SPLITS)
     add("--split", help=f"{'' if verb else 'loss mode: '}{splits} or both; default: what dataset_format.yaml has")
+    add(
+        "--released_files",
+        action=argparse.BooleanOptionalAction,
+        help="loss mode: train_losses.csv for each multiplier, measured as released (default where multipliers are numbers), or one "
+        "table of losses per cell, measured as text is made (always of a sweep)",
+    )
+    add("--control_pairs", type=_count, default=32, metavar="N", help="questions for random interventions after a sweep; 0: none")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="any YAML setting, over the file's; repeatable")
     add(
         "--checkpoint_seconds",
@@ -102,7 +116,10 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
     add("--deterministic", action="store_true", help="only algorithms that give the same bits every time (slower on a GPU)")
     if not verb:
         add("--verify", action="store_true", help="check every stored artifact under --base_dir instead, and say what is stale or damaged")
-    add("--quiet", action="store_true", help="no progress bars")
+    add("--no_report", action="store_true", help=f"{'' if verb else 'loss mode: '}draw no page (else: where its content has changed)")
+    add("--log", type=Path, metavar="FILE", help="append everything that is said to this file, with times and tracebacks")
+    add("--json", action="store_true", help="print one JSON document instead of the table, or of the plan")
+    add("--quiet", action="store_true", help="nothing about progress")
     if not verb:
         add("--version", action="version", version=f"spilt {__version__}")
     # argparse takes -1e-2 for a flag
@@ -141,6 +158,10 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -163,7 +184,11 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
     for name in ("limit", "batch_size", "split"):
         if getattr(args, name) is not None:
             flags += [f"--{name}", str(getattr(args, name))]
-    splits = (*verbs.VERBS["measure"].sections, "both")
+    if args.released_files is not None:
+        flags.append("--released_files" if args.released_files else "--no-released_files")
+    if args.control_pairs != verbs.Request.control_pairs:
+        flags += ["--control_pairs", str(args.control_pairs)]
+    splits = (*SPLITS, "both")
     if not re.fullmatch(r"(cpu|auto|(cuda|xpu|mps|npu|hpu)(:[0-9]{1,3})?)", args.device):
         raise UserError(f"unknown device {args.device!r}; have: cpu, auto, cuda, cuda:0 and the like")
     if args.split is not None and args.split not in splits:
@@ -183,7 +208,10 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
         split=args.split,
         batch_size=args.batch_size,
         force=args.force,
+        report=not args.no_report,
         checkpoint_seconds=args.checkpoint_seconds,
+        released_files=args.released_files,
+        control_pairs=args.control_pairs,
         deterministic=args.deterministic,
         engine=args.engine,
         flags=tuple(flags),
@@ -228,7 +256,7 @@ def main(argv: Sequence[str] | None = None, base_dir: Path = Path("."), program:
             made.add_argument("word", nargs="?", choices=[] if first in known else known)
         elif first and first not in known:
             made.error(str(unknown("word", first, known)))
-        return speak(made, words[1:] if first else words, lambda args: _run(args, program))
+        return speak(made, words[1:] if first else words, lambda args: _run(args, program, words))
     except SystemExit as stop:
         return int(stop.code or 0)
 
@@ -238,18 +266,48 @@ def console() -> int:
     return main(program="spilt")
 
 
-def _run(args: argparse.Namespace, program: str) -> int:
-    """Plan and run, or show the plan."""
+def _run(args: argparse.Namespace, program: str, words: Sequence[str]) -> int:
+    """Plan and run, or show the plan: as text, or as one document and nothing else."""
     rank, size = place()
     if rank > 0:  # process 0 speaks for all
         log.setLevel(logging.ERROR)
+    log.info("spilt %s, python %s, %s", __version__, platform.python_version(), ", ".join(map(" ".join, versions())))
+    log.info("command: %s", shlex.join([*program.split(), *words]))
+    shown: dict[str, Any] = {"dry_run": args.dry_run}
+    try:
+        with redirect_stdout(sys.stderr) if args.json else nullcontext():  # what else is printed
+            code = _plan_and_run(args, program, shown)
+    except (UserError, OSError) as error:
+        if args.json and rank == 0:
+            print(summary.document(shown, 2, str(error)))
+        raise
+    if args.json and rank == 0:
+        print(summary.document(shown, code))
+    log.info("exit code %d", code)
+    if size > 1 and not args.dry_run:
+        # everything is written and everybody has said goodbye; the threads of the process group sometimes abort a normal exit
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # process 0 speaks for all: a launcher ends the others, and process 0 at its report, when one exits with an error
+        os._exit(code if rank == 0 else 0)
+    return code
+
+
+def _plan_and_run(args: argparse.Namespace, program: str, shown: dict[str, Any]) -> int:
+    """The exit code. shown: is told what --json shows."""
+    rank, start = place()[0], time.monotonic()
     request = request_of(args, program)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before torch looks for it
     made = plan.make(request, dry=args.dry_run)
+    shown["left_out"] = [item._asdict() for item in made.left_out]
     if args.dry_run:
-        print_plan(made, request)
+        shown["steps"] = summary.planned(made, request)
+        if not args.json:
+            summary.print_plan(shown["steps"], made)
         return 0
+    for number, step in enumerate(made.steps, 1):
+        log.info("plan %d. %s: %s", number, step, step.command)
     for item in made.left_out if rank == 0 else []:
         say(f"left out: {item.name}: {item.why}")
     for origin in dict.fromkeys(step.origin for step in made.steps if step.origin):
@@ -257,18 +315,15 @@ def _run(args: argparse.Namespace, program: str) -> int:
     if keys := {note.key for step in made.steps for note in step.notes}:
         log.warning("%d keys of the settings files have no effect here; --dry_run lists them", len(keys))
     try:
-        outcomes = run_plan(made, request, complain, quiet=args.quiet or not sys.stderr.isatty())
+        outcomes = run_plan(made, request, complain, quiet=args.quiet)
     except Changed as error:  # the model, while it was loaded
+        shown["error"] = str(error)
         complain(f"error: {error}")
         return 1
-    if rank == 0:
-        print_table(outcomes)
-    if size > 1:
-        # everything is written and everybody has said goodbye; the threads of the process group sometimes abort a normal exit
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # process 0 speaks for all: a launcher ends the others, and process 0 at its report, when one exits with an error
-        os._exit(exit_code(outcomes) if rank == 0 else 0)
+    shown["seconds"] = round(time.monotonic() - start, 3)
+    shown["steps"] = summary.done(outcomes, made, request)
+    if rank == 0 and not args.json:
+        summary.print_table(outcomes)
     return exit_code(outcomes)
 
 
@@ -279,78 +334,3 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
     if FAILED in names:
         return 2 if not good and all(o.wrong_request for o in outcomes if o.outcome == FAILED) else 1
     return 0 if good else 1
-
-
-# ---------------------------------------------------------------- the plan
-
-
-def print_plan(made: plan.Plan, request: verbs.Request) -> None:
-    """Every step in order: what runs, its own command line, hparam file, inputs, outputs, cost, and whether it is done."""
-    from spilt.verbs import cost
-
-    seen, again, rows = Seen(), set[Path](), dict[Any, Any]()
-    for number, step in enumerate(made.steps, 1):
-        missing = set(verbs.missing_inputs(step))
-        standing = verbs.standing(step, request.limit, seen)
-        if request.force or not again.isdisjoint(step.vectors):
-            standing = {path: plan.AGAIN if state in ("done", "foreign") else state for path, state in standing.items()}
-        if step.verb == "fit" and not set(standing.values()) <= {"done", "foreign"}:
-            again.update(step.outputs)
-        say(f"{number}. {step}   [{plan.summary(standing)}]")
-        say(f"   {step.command}")
-        for path in step.files:
-            say(f"   hparams  {path}")
-        if step.origin:
-            say(f"   hparams  {step.origin}")
-        made_before = {path for earlier in made.steps[: number - 1] for path in earlier.outputs}
-        for path in step.inputs:
-            lacking = "" if path not in missing else "   made by an earlier step" if path in made_before else "   missing"
-            say(f"   input    {path}{lacking}")
-        outputs = {} if missing else verbs.output_parts(step, request.limit, seen)
-        why = {path: f": {reason}" for reason, paths in verbs.replaced(outputs).items() for path in paths}
-        shown = list(standing.items())
-        for path, state in shown if len(shown) <= 12 else [*shown[:3], *shown[-1:]]:
-            word = "" if state == "missing" else f"   {state}{why.get(path, '')}"
-            say(f"   output   {path}{word}")
-        if len(shown) > 12:
-            say(f"            ({len(shown)} files in all)")
-        if step.sweep:
-            say(f"            (widened by half while a tail still moves, up to {measure_verb.SWEEP_MOST} multipliers)")
-        plain = plan.why_plain(step, request.engine)
-        say(f"   engine   {f'plain: {plain}' if plain else 'fast'}")
-        guess = cost(step, request, rows)
-        say(f"   cost     {guess if guess is not None else 'unknown until model and data are there'}")
-        if reason := keeps_what_is_unusable(step, request):
-            say(f"   note     will fail: {reason}")
-        for note in _doubts(step, request, seen):
-            say(f"   note     {note}")
-    for reason, (keys, files) in verbs.without_effect(made.steps).items():
-        say(f"no effect: {', '.join(keys)} ({files} file{'s' if files > 1 else ''}): {reason}")
-    for item in made.left_out:
-        say(f"left out: {item.name}: {item.why}")
-    say(f"{len(made.steps)} steps, {len(made.left_out)} combinations left out; nothing was run or written")
-
-
-def _doubts(step: verbs.Step, request: verbs.Request, seen: Seen) -> list[str]:
-    """What speaks against the use of the stored vectors that the step reads."""
-    said = []
-    for cell in step.cells if step.verb != "fit" and not verbs.missing_inputs(step) else ():
-        for layer in cell.layers:
-            try:
-                said += plan.doubts(cell, layer, step.settings, request, seen)
-            except UserError as error:
-                said.append(f"will be refused: {error}")
-    return said
-
-
-def print_table(outcomes: Sequence[Outcome]) -> None:
-    """cell, outcome, reason, seconds, output path."""
-    header = ("cell", "outcome", "seconds", "output / reason")
-    rows = [tuple(map(printable, (o.step, o.outcome, f"{o.seconds:.1f}", o.output or o.reason))) for o in outcomes]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(3)]
-    say()
-    for row in [header, tuple("-" * width for width in [*widths, len(header[3])]), *rows]:
-        say("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip())
-    counts = {name: sum(o.outcome == name for o in outcomes) for name in (DONE, ALREADY, SKIPPED, FAILED)}
-    say()
-    say(", ".join(f"{count} {name}" for name, count in counts.items() if count) + f" in {sum(o.seconds for o in outcomes):.1f} s")

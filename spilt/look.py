@@ -10,10 +10,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from spilt.analysis.behaviour import share
 from spilt.analysis.provenance import stored_texts
 from spilt.artifacts import texts
 from spilt.artifacts.store import Store
 from spilt.cell import FORMS, Cell
+from spilt.data import readers
 from spilt.errors import UserError
 from spilt.methods import METHODS
 from spilt.terminal import program, say
@@ -35,17 +37,17 @@ def results(store: Store, cell: Cell) -> dict[float, list[texts.Row]]:
     return dict(found)
 
 
-def agreement(rows: Sequence[texts.Row]) -> float | None:
-    """Share of first responses that say what the reference says; None where it has more than one word (no rule can tell there)."""
-    asked = [(row.texts[0], row.reference) for row in rows if row.texts and row.reference]
-    if not asked or any(len(reference.split()) != 1 for _, reference in asked):
-        return None
-    return sum(_first(text) == _first(reference) for text, reference in asked) / len(asked)
+def agreement(rows: Sequence[texts.Row], words: Sequence[str] = ()) -> float | None:
+    """Share of first responses that show the behaviour; None where no rule can tell."""
+    return share(((row.texts[0], row.reference) for row in rows if row.texts and (words or row.reference)), words)
 
 
-def _first(text: str) -> str:
-    words = re.findall(r"\w+", text.lower())
-    return words[0] if words else ""
+def keywords(base_dir: Path, dataset: str) -> tuple[str, ...]:
+    """Those of the dataset's entry; none where it has no entry any more."""
+    try:
+        return readers.dataset_format(base_dir, dataset, "generation").keywords
+    except UserError:
+        return ()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,9 +81,10 @@ def show(args: argparse.Namespace) -> int:
         shown += 1
         say()
         say(f"== {args.dataset}, {method}, {form}")
-        shares = {m: agreement(rows) for m, rows in found.items()}
-        if any(share is not None for share in shares.values()):
-            say("   answers as the reference: " + "  ".join(f"m={m:g}: {share:.0%}" for m, share in shares.items() if share is not None))
+        words = keywords(args.base_dir, args.dataset)
+        shares = {m: agreement(rows, words) for m, rows in found.items()}
+        if told := "  ".join(f"m={m:g}: {part:.0%}" for m, part in shares.items() if part is not None):
+            say(f"   {'answers with a keyword of the dataset' if words else 'answers as the reference'}: {told}")
         at = {m: {row.key: row for row in rows} for m, rows in found.items()}
         prompts = dict.fromkeys(key for rows in at.values() for key in rows)  # a multiplier may have fewer of them
         for key in list(prompts)[: max(0, args.prompts)]:

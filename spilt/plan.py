@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spilt.artifacts import manifest
+from spilt.artifacts.losses import NEUTRAL, SPLITS
 from spilt.artifacts.store import Store
 from spilt.cell import FORMS, Cell
 from spilt.data import readers, sense
@@ -129,7 +130,8 @@ def why_plain(step: Step, engine: str) -> str:
         return ""
     joint = getattr(s, "joint", False)
     layers = [(layer,) for layer in s.layers] if step.verb == "fit" and not joint else [s.layers]
-    said = [choice.why_plain([(n, s.site) for n in group], step.verb, engine=engine, joint=joint) for group in layers]
+    how = {"engine": engine, "joint": joint, "positions": s.applied_positions}
+    said = [choice.why_plain([(n, s.site) for n in group], step.verb, **how) for group in layers]
     return next(filter(None, said), "")
 
 
@@ -180,7 +182,7 @@ def check_data(base_dir: Path, formats: Mapping[str, readers.DatasetFormat], con
     found = {section: {concept: _rows(fmt, concept, limit) for concept in concepts} for section, fmt in formats.items()}
     flat = {section: [row for rows in by_concept.values() for row in rows] for section, by_concept in found.items()}
     for section, fmt in formats.items():
-        if section != "generation":
+        if not readers.has_prompts(section):
             for concept, rows in found[section].items():
                 sense.refuse_useless(fmt, rows, concept)
             said += sense.remarks(fmt, flat[section])
@@ -204,7 +206,7 @@ def _of_held_out(base_dir: Path, train: readers.DatasetFormat, fitted: list[Any]
 
 
 def _rows(fmt: readers.DatasetFormat, concept: int | None, limit: int | None) -> list[Any]:
-    return (readers.read_prompts if fmt.section == "generation" else readers.read_pairs)(fmt, concept, limit)
+    return list(readers.read_entry(fmt, concept, limit))
 
 
 def _steps(
@@ -215,14 +217,14 @@ def _steps(
     settings: Any = found.settings
     cells = tuple(Cell(request.model, request.dataset, method, form, tuple(settings.layers), concept) for concept in concepts)
     multipliers, sweep = verb.multipliers(request, settings), request.multipliers == SWEEP
+    released = not sweep if request.released_files is None else request.released_files
     steps = []
     for group in [cells] if verb.together else [(cell,) for cell in cells]:
         read = () if verb.fits else tuple(store.vector(cell, layer) for cell in group for layer in cell.layers)
-        outputs = tuple(verb.outputs(store, group, data, multipliers))
         command = _command(request, verb, group, method, form, multipliers, sweep)
         notes = tuple(found.unused)
-        step = Step(verb.name, group, settings, found.files, model, data, read, outputs, command, multipliers, sweep, notes)
-        steps.append(step._replace(origin=found.origin))
+        step = Step(verb.name, group, settings, found.files, model, data, read, (), command, multipliers, sweep, released, notes)
+        steps.append(step._replace(origin=found.origin, outputs=tuple(verb.outputs(store, step))))
     return steps
 
 
@@ -247,13 +249,12 @@ def _quoted(word: str) -> str:
 
 def splits_of(request: Request) -> tuple[str, ...]:
     """The item sets that loss mode measures."""
-    every = VERBS["measure"].sections
-    if request.split == "both":
-        return tuple(every)
-    if request.split is not None:
-        return (request.split,)
+    if request.split not in (None, "both"):
+        return (str(request.split),)
     there = readers.sections_of(request.base_dir, request.dataset)
-    return tuple(split for split, section in every.items() if section in there) or ("train",)
+    splits = tuple(split for split in SPLITS if request.split == "both" or VERBS["measure"].sections[split] in there) or ("train",)
+    tables = request.multipliers == SWEEP or request.released_files is False
+    return (*splits, NEUTRAL) if tables and NEUTRAL in there else splits
 
 
 def summary(standing: Mapping[Path, str]) -> str:

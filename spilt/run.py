@@ -1,4 +1,4 @@
-"""The run: the steps of a plan in order, one model load, several processes. Prints nothing: `tell` is handed every message.
+"""The run: the steps of a plan in order, one model load, several processes. `tell` is handed every message.
 
 A step that fails is its outcome and the others go on; what is raised from here (a changed model, ^C) ends the run.
 """
@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spilt import plan, verbs
+from spilt.analysis import freshness
 from spilt.artifacts.manifest import manifest_path
 from spilt.artifacts.store import Store
 from spilt.errors import NotFinite, UserError, first_line
 from spilt.model.identity import Changed, Seen
+from spilt.progress import Progress, Work
 from spilt.steering.layer_file import beside
 from spilt.team import place
 
@@ -40,6 +42,7 @@ class Outcome(NamedTuple):
 
 def run_plan(made: plan.Plan, request: verbs.Request, tell: Tell = lambda text: None, *, quiet: bool = True) -> list[Outcome]:
     """The outcome of every step. tell: hears of what fails, and unless quiet of what is done; quiet: no progress bars either."""
+    quiet = quiet or place()[0] > 0
     outcomes, waiting, seen = [], [], Seen()
     coming = {path for step in made.steps if step.verb == "fit" for path in step.outputs}
     again: set[Path] = set()  # vectors that this run fits: what is made from them is judged afterwards
@@ -62,11 +65,27 @@ def run_plan(made: plan.Plan, request: verbs.Request, tell: Tell = lambda text: 
         else:
             waiting.append(step)
             again.update(step.outputs if step.verb == "fit" else ())
-    if waiting or place()[1] > 1:
-        outcomes = _run_waiting(waiting, outcomes, request, tell, quiet, seen)
-    if request.mode == "loss" and any(outcome.outcome in (DONE, ALREADY) for outcome in outcomes):
-        outcomes.append(_report(made.steps[0], request, tell, quiet))
+    draws = request.mode == "loss" and request.report
+    work = {**_work(waiting, request, quiet), **({"report": ("report", 0.0)} if draws else {})}
+    with Progress(work, len(outcomes), tell, quiet=quiet) as progress:
+        if waiting or place()[1] > 1:
+            outcomes = _run_waiting(waiting, outcomes, request, tell, progress, seen)
+        if draws and any(outcome.outcome in (DONE, ALREADY) for outcome in outcomes):
+            outcomes.append(_report(request, tell, progress))
     return outcomes
+
+
+def _work(steps: list[verbs.Step], request: verbs.Request, quiet: bool) -> dict[str, Work]:
+    """What is to be done, by its estimated cost; where that is not known of all, each counts the same."""
+    rows: dict[Any, Any] = {}
+    try:
+        costs = [None if quiet else verbs.cost(step, request, rows) for step in steps]
+    except (UserError, OSError):  # the step says so itself
+        costs = [None]
+    flops = [cost.flops for cost in costs if cost]
+    work = {str(step): (step.verb, flops[i] if len(flops) == len(steps) else 1.0) for i, step in enumerate(steps)}
+    fits = [str(step) for step in steps if step.verb == "fit"]
+    return work | {name: ("fit", 0.0) for i, name in enumerate(fits) if i % place()[1]}  # those of other processes
 
 
 def keeps_what_is_unusable(step: verbs.Step, request: verbs.Request) -> str:
@@ -94,30 +113,30 @@ def _tidy(step: verbs.Step, request: verbs.Request, seen: Seen) -> None:
 
 
 def _run_waiting(
-    waiting: list[verbs.Step], before: list[Outcome], request: verbs.Request, tell: Tell, quiet: bool, seen: Seen
+    waiting: list[verbs.Step], before: list[Outcome], request: verbs.Request, tell: Tell, progress: Progress, seen: Seen
 ) -> list[Outcome]:
     """The steps that are to run: fits dealt out over the processes, the others done together."""
     from spilt import tasks as stages
     from spilt.team import Team
 
     team = Team(request.device)
-    quiet = quiet or not team.main
     waiting, before = team.on_main(lambda: (waiting, before))
     request = replace(request, device=team.device)
     recordings = stages.Recordings(waiting, request.limit, request.engine)
     hosts = _Hosts(request, recordings, seen)
 
     def one(step: verbs.Step) -> Outcome:
-        outcome = _run_step(step, stages.Run(request, hosts.of(step), Store(request.base_dir), recordings, quiet, team, seen))
+        progress.begin(str(step))
+        outcome = _run_step(step, stages.Run(request, hosts.of(step), Store(request.base_dir), recordings, progress, team, seen))
         if outcome.outcome == FAILED and (team.main or outcome.trace):
             tell(outcome.trace or f"error: {step}: {outcome.reason}")
-        if not quiet:
-            tell(f"{outcome.outcome}: {step}{outcome.reason and ': '}{outcome.reason} ({outcome.seconds:.1f} s)")
+        progress.end(*outcome[:4])
         return outcome
 
-    fits = team.shard([step for step in waiting if step.verb == "fit"])
-    done = {str(step): one(step) for step in fits}
+    done = {str(step): one(step) for step in team.shard([step for step in waiting if step.verb == "fit"])}
     after = {name: outcome for part in team.gather(lambda: done) for name, outcome in part.items()}
+    for name in [name for name in after if name not in done]:  # fitted by other processes
+        progress.end(*after[name][:4])
     seen.forget([path for step in waiting if step.verb == "fit" for path in step.outputs])  # those of other processes too
     failed = {path for step in waiting if step.verb == "fit" and after[str(step)].outcome == FAILED for path in step.outputs}
     for step in waiting:
@@ -127,6 +146,7 @@ def _run_waiting(
             after[str(step)] = one(step)
         else:  # an older vector may lie there: what it would give is not what was asked for
             after[str(step)] = Outcome(str(step), SKIPPED, "its fit failed", 0.0, "")
+            progress.end(*after[str(step)][:4])
     team.end()
     return [*before, *(after[str(step)] for step in waiting)]
 
@@ -146,7 +166,7 @@ class _Hosts:
             from spilt.model.host import load
 
             torch.use_deterministic_algorithms(self.request.deterministic)
-            _quiet_libraries()
+            quiet_libraries()
             self.host, self.dtype = None, step.settings.dtype
             self.recordings.clear()
             self.seen.of(step.model)
@@ -163,6 +183,7 @@ def _run_step(step: verbs.Step, here: Any) -> Outcome:
     start = time.monotonic()
 
     def failed(reason: str, wrong_request: bool = False, trace: str = "") -> Outcome:
+        log.debug("%s failed", step, exc_info=True)  # for a log file
         return Outcome(str(step), FAILED, reason, time.monotonic() - start, "", wrong_request, trace)
 
     try:
@@ -182,34 +203,43 @@ def _run_step(step: verbs.Step, here: Any) -> Outcome:
         return failed(f"{reason}; fewer tokens (--set output_length=N), --dtype bfloat16 or --device auto")
 
 
-def _report(step: verbs.Step, request: verbs.Request, tell: Tell, quiet: bool) -> Outcome:
-    """Curves, pictures and the page, of everything that is stored by now."""
-    from spilt.report import update
-
-    start = time.monotonic()
+def _report(request: verbs.Request, tell: Tell, progress: Progress) -> Outcome:
+    """Curves, pictures and the page, of everything that is stored by now; what is as it was when they were drawn is left."""
     if place()[0] > 0:
         return Outcome("report", DONE, "", 0.0, "")
+    start = time.monotonic()
+    progress.begin("report")
+    outcome = _draw(request, tell, progress)._replace(seconds=time.monotonic() - start)
+    progress.end(*outcome[:4])
+    return outcome
+
+
+def _draw(request: verbs.Request, tell: Tell, progress: Progress) -> Outcome:
+    about = (request.base_dir, request.model, request.dataset)
+    page = Store(request.base_dir).relative(freshness.page(*about))
     try:
-        page = update(
-            request.base_dir,
-            request.model,
-            request.dataset,
-            progress=lambda text: None if quiet else tell(f"report: {text}"),
-        )
+        if not request.force and (problems := freshness.problems_of_current(*about)) is not None:
+            for problem in problems:
+                log.warning("report: %s", problem)
+            return Outcome("report", ALREADY, "", 0.0, page)
+        from spilt.report import update
+
+        with progress.bar(desc="report", unit="cell") as bar:
+            update(*about, progress=lambda text: bar.set_description_str(f"report, {text}"))
     except (UserError, OSError) as error:
         tell(f"error: report: {error}")
-        return Outcome("report", FAILED, str(error), time.monotonic() - start, "")
+        return Outcome("report", FAILED, str(error), 0.0, "")
     except Exception as error:  # noqa: BLE001 - reported with its traceback; what was measured is stored and has its line in the table
         tell(traceback.format_exc().rstrip("\n"))
-        return Outcome("report", FAILED, f"{type(error).__name__}: {first_line(error)}", time.monotonic() - start, "")
-    return Outcome("report", DONE, "", time.monotonic() - start, Store(request.base_dir).relative(page))
+        return Outcome("report", FAILED, f"{type(error).__name__}: {first_line(error)}", 0.0, "")
+    return Outcome("report", DONE, "", 0.0, page)
 
 
 def _all_done(step: verbs.Step, request: verbs.Request, seen: Seen) -> bool:
     return set(verbs.standing(step, request.limit, seen).values()) <= ({"done", "foreign"} if step.verb == "fit" else {"done"})
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Their bars and notices on loading say nothing a user of this tool needs."""
     from transformers.utils import logging as theirs
 

@@ -6,10 +6,19 @@ import argparse
 import io
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from spilt.errors import UserError, printable
+from spilt.team import place
+
+said = logging.getLogger("spilt.said")  # all that is printed, for a log file
+said.propagate = False
+said.setLevel(logging.INFO)
+said.addHandler(logging.NullHandler())
 
 
 def ready() -> None:
@@ -17,19 +26,28 @@ def ready() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    handler = logging.StreamHandler(sys.stderr)
+    handler = Handler(logging.WARNING)
     handler.setFormatter(Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
 def say(text: str = "", *, lines: bool = False) -> None:
     """One line on stdout; `lines` as in printable."""
+    said.info("%s", text)
     print(printable(text, lines))
 
 
 def complain(text: str) -> None:
     """A message on stderr; its line breaks stay, indented (printable)."""
-    print(printable(text, lines=True), file=sys.stderr)
+    said.log(logging.ERROR if text.startswith(("error", "Traceback")) else logging.INFO, "%s", text)
+    _print(printable(text, lines=True))
+
+
+def _print(text: str) -> None:
+    """On stderr, above the bars where there are any."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
 
 
 def program(parser: argparse.ArgumentParser, argv: Sequence[str] | None, work: Callable[[argparse.Namespace], int]) -> int:
@@ -40,21 +58,27 @@ def program(parser: argparse.ArgumentParser, argv: Sequence[str] | None, work: C
     ready()
     complete(parser)
     args = parser.parse_args(argv)
-    try:
-        return work(args)
-    except UserError as error:
-        complain(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        complain("")  # the terminal's ^C has a line of its own
-        complain("interrupted; what was finished is kept, the same command goes on from there")
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:  # a name too long for the file system, a file that went away while it was read
-        complain(f"error: {error.filename or ''}: {error.strerror or error}")
-        return 2
+    with ExitStack() as stack:
+        try:
+            if getattr(args, "log", None) is not None and place()[0] == 0:
+                stack.enter_context(logging_to(args.log, dry=args.dry_run))
+            return work(args)
+        except UserError as error:
+            complain(f"error: {error}")
+            return 2
+        except KeyboardInterrupt:
+            complain("")  # the terminal's ^C has a line of its own
+            complain("interrupted; what was finished is kept, the same command goes on from there")
+            return 130
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except OSError as error:  # a name too long for the file system, a file that went away while it was read
+            complain(f"error: {error.filename or ''}: {error.strerror or error}")
+            return 2
+        except Exception:
+            said.exception("not foreseen")
+            raise
 
 
 COMPLETING = "_ARGCOMPLETE"  # set by the shell that asks what may come next: the number of words that are the command's name
@@ -80,8 +104,84 @@ def complete(parser: argparse.ArgumentParser) -> None:
         autocomplete(parser)
 
 
+class Handler(logging.Handler):
+    """Warnings where `complain` prints."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _print(self.format(record))
+
+
 class Formatter(logging.Formatter):
     """Warnings as `complain` prints them."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), lines=True)
+
+
+# ---------------------------------------------------------------- a log file
+
+_NAME = r"[\w-]*(?:api[_-]?key|secret|passw(?:or)?d|authorization|(?:access|auth|hf|bearer)[_-]?token)[\w-]*"
+_SECRET = re.compile(rf"""(--{_NAME}[=\s]\s*|{_NAME}["']?\s*[=:]\s*(?:bearer\s+)?["']?|://[^/\s:@]*:)[^\s"',}}@]+""", re.IGNORECASE)
+_KEPT_SECRET = re.compile(r"(^|_)(API)?(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)S?$", re.IGNORECASE)  # names in the environment
+
+
+def without_secrets(text: str) -> str:
+    """Values of what is called a key or a password, and the environment's keys wherever they stand, as ***."""
+    for name, value in os.environ.items():
+        if _KEPT_SECRET.search(name) and len(value) >= 8:
+            text = text.replace(value, "***")
+    return _SECRET.sub(r"\1***", text)
+
+
+class _LogFormatter(Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A disk that is full ends the log, not the run."""
+        for logger in (logging.getLogger(), said):
+            logger.removeHandler(self)
+        _print(printable(f"WARNING: {self.baseFilename}: {sys.exc_info()[1]}; nothing more is written there"))
+
+
+def _refuse_no_log(path: Path) -> None:
+    """A mistyped name must not add lines to a model or to data."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"--log {path}: is no plain file; give the name of a new one, or of an earlier log")
+    if path.exists():
+        with path.open("rb") as file:
+            start = file.read(11)
+        if start and not re.fullmatch(rb"\d{4}-\d\d-\d\d ", start):
+            raise UserError(f"--log {path}: holds something else than a log; give another name")
+
+
+@contextmanager
+def logging_to(path: Path, *, dry: bool = False) -> Iterator[None]:
+    """Inside, everything that is said is appended to a file too, and more. Raises UserError where it cannot be. dry: nothing is written."""
+    try:
+        _refuse_no_log(path)
+        if dry and not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError("there is no such folder, or it may not be written to")
+        handler = None if dry else _LogFile(path, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UserError(f"--log {path}: cannot be written: {error.strerror or error}") from None
+    if handler is None:
+        yield
+        return
+    handler.setFormatter(_LogFormatter("%(asctime)s %(levelname)s %(message)s"))
+    ours = logging.getLogger("spilt")
+    before = ours.level
+    ours.setLevel(logging.DEBUG)
+    logging.captureWarnings(True)
+    for logger in (logging.getLogger(), said):
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in (logging.getLogger(), said):
+            logger.removeHandler(handler)
+        logging.captureWarnings(False)
+        ours.setLevel(before)
+        handler.close()

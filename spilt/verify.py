@@ -89,7 +89,7 @@ def _check_file(base_dir: Path, path: Path) -> Found | None:
         return Found(LEFTOVER, path, "state of a fit that did not finish; the same command goes on from it")
     if name.endswith(MANIFEST):
         stem = name.removesuffix(MANIFEST)
-        if any((path.with_name(stem + ending)).exists() for ending in (".pt", ".json", ".csv")):
+        if any((path.with_name(stem + ending)).exists() for ending in (".pt", ".json", ".csv", ".html")):
             return None
         return Found(LEFTOVER, path, "a manifest without its artifact; the same command makes it again")
     contents = None if path.relative_to(base_dir).parts[2:4] == ("get_sft_loss", "report") else _contents_of(path)
@@ -282,16 +282,40 @@ def _losses(artifact: Artifact) -> str:
     return ""
 
 
+def _table(artifact: Artifact) -> str:
+    """Columns, finite numbers, and one row for each multiplier of the manifest, example and answer."""
+    rows = sources.read_rows(artifact.path)
+    _numbers(rows, losses.TABLE, ("positions", "target"))
+    if artifact.record is None:
+        return ""
+    there = list(dict.fromkeys(float(row.values["multiplier"]) for row in rows))
+    wanted = artifact.record.get("notes", {}).get("multipliers")
+    if there != wanted:
+        raise Damaged(f"multipliers {there}; its manifest speaks of {wanted}")
+    asked = [(row.values["multiplier"], row.values["example"], row.values["target"]) for row in rows]
+    if len(set(asked)) != len(rows) or len(rows) % len(there):
+        raise Damaged(f"its {len(rows)} rows are not one per multiplier, example and answer")
+    examples, count = _wanted_rows(artifact, artifact.parts.get("concept")), len({example for _, example, _ in asked})
+    if examples is not None and examples != count:
+        raise Damaged(f"{count} examples; wanted {examples}")
+    return ""
+
+
 def _control(artifact: Artifact) -> str:
     rows = sources.read_rows(artifact.path)
     if artifact.record is None:
         return ""
-    _numbers(rows, losses.CONTROL, ("split", "utility"))
+    _numbers(rows, losses.CONTROL, ("split", "utility", "multiplier"))
     drawn = artifact.parts.get("control")
     if isinstance(drawn, dict):
-        wanted = drawn.get("draws", 0) * len(drawn.get("multipliers", []))
+        wanted = drawn.get("draws", 0) * (2 * len(drawn.get("doses", [])) + 1)
         if len(rows) != wanted:
-            raise Damaged(f"{len(rows)} rows; wanted {wanted}, one per draw and multiplier")
+            raise Damaged(f"{len(rows)} rows; wanted {wanted}, one per draw and dose")
+    return ""
+
+
+def _control_texts(artifact: Artifact) -> str:
+    _numbers(sources.read_rows(artifact.path), losses.CONTROL_TEXTS, ())
     return ""
 
 
@@ -303,8 +327,7 @@ def _wanted_rows(artifact: Artifact, concept: int | None) -> int | None:
             return None
         sizes = (artifact.parts.get("limit"), artifact.settings.get("generation_data_size"), artifact.settings.get("max_num_of_examples"))
         limit = min((size for size in sizes if isinstance(size, int)), default=None)
-        read = readers.read_prompts if artifact.parts["verb"] == "generate" else readers.read_pairs
-        return len(read(fmt, concept if fmt.multi_concept else None, limit))
+        return len(readers.read_entry(fmt, concept if fmt.multi_concept else None, limit))
     except (UserError, OSError):
         return None
 
@@ -343,7 +366,9 @@ def _short(base_dir: Path, path: Path) -> str:
 KINDS: dict[str, Callable[[Artifact], str]] = {
     r"layer_\d+\.pt": _vector,
     "|".join(map(re.escape, LOSSES)): _losses,
+    "|".join(map(re.escape, losses.TABLES.values())): _table,
     r"control\.csv": _control,
+    r"control_texts\.csv": _control_texts,
     r".+_results\.json|all_generation_results_m.+\.json": _results,
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import pytest
 from spilt import cli, verbs, verify
 from spilt.artifacts import manifest
 from spilt.artifacts.store import Store
-from spilt.cell import Cell
 from spilt.data import readers
 from spilt.settings import resolve_generate
 from spilt.settings.resolve import Resolved
@@ -31,8 +30,8 @@ class Weigh(verbs.Verb):
     def settings(self, request: verbs.Request, method: str, form: str) -> Resolved:
         return resolve_generate(request.base_dir, request.model, request.dataset, method, form, request.overrides)
 
-    def outputs(self, store: Store, cells: tuple[Cell, ...], data: Mapping[str, Path], multipliers: tuple[float, ...]) -> list[Path]:
-        return [store.generation_folder(cells[0]) / f"m{m}" / "weight.json" for m in multipliers]
+    def outputs(self, store: Store, step: verbs.Step) -> list[Path]:
+        return [store.generation_folder(step.cells[0]) / f"m{m}" / "weight.json" for m in step.multipliers]
 
     def decided_by(self, step: verbs.Step) -> list[tuple[str, dict[str, Any]]]:
         return [("prompts", {"multiplier": m, "concept": step.cells[0].concept}) for m in step.multipliers]

@@ -13,10 +13,11 @@ from typing import Any
 
 import families
 import pytest
-from test_faults import Here, fresh
-from test_fuzz import mutated
+from faults import Here, fresh
+from mutations import mutated
 
 from spilt import cli
+from spilt.artifacts.losses import CONTROL
 from spilt.report import figures
 from spilt.report import main as report_main
 
@@ -33,8 +34,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> families.Base:
     for form in ("vector", "lora"):
         for words in (("--mode", "both", "--multipliers", "-1", "1"), SWEEP):
             assert cli.main([*base.argv("sft", form, *words), "--quiet"]) == 0
-    control = "split,draw,multiplier,preference,utility,n,n_undefined\n"
-    control += "".join(f"train,{draw},{m},0.1,1.0,6,0\n" for draw in range(4) for m in (-1.0, 0.0, 1.0))
+    control = ",".join(CONTROL) + "\n"
+    control += "".join(f"train,{draw},{m},{abs(m)},0.1,1.0,2.0,2.1,6,0\n" for draw in range(4) for m in (-1.0, 0.0, 1.0))
     (base.path / LOSSES / "control.csv").write_text(control)
     return base
 

@@ -70,7 +70,7 @@ def test_each_program_runs_as_a_module_too(program: str, tmp_path: Path) -> None
 FLAGS = {
     "fit": {"--checkpoint_seconds"},
     "generate": {"--multipliers", "--batch_size"},
-    "measure": {"--multipliers", "--split", "--checkpoint_seconds"},
+    "measure": {"--multipliers", "--split", "--checkpoint_seconds", "--no_report"},
 }
 
 

@@ -22,7 +22,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spilt import cli, terminal, verify
+from spilt import cli, summary, terminal, verify
 from spilt import run as runner
 from spilt.data import readers, sources
 from spilt.data.readers import FORMATS_FILE
@@ -88,7 +88,7 @@ def test_verify_the_table_and_warnings_show_it_as_text(tmp_path, capsys):
     path.parent.mkdir(parents=True)
     path.write_text("?")
     assert verify.main(["--base_dir", str(tmp_path)]) == 1
-    cli.print_table([runner.Outcome("cell", runner.FAILED, f"file {HOSTILE}", 0.0, "")])
+    summary.print_table([runner.Outcome("cell", runner.FAILED, f"file {HOSTILE}", 0.0, "")])
     out = capsys.readouterr().out
     assert not steers(out) and "\nerror" not in out and r"\x1b[31mred" in out and r"file a\x1b]0;gone" in out
     record = logging.LogRecord("spilt", logging.WARNING, "", 0, "%s: kept", (HOSTILE,), None)

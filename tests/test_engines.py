@@ -30,7 +30,7 @@ def steering(form: str, read_point: str | None = None, layer: int = LAYER, **mor
     return Steering.of({layer: intervention(form, read_point, **more)})
 
 
-def fast_losses(tiny: Any, value: Steering, positions: str = "all") -> Any:
+def fast_losses(tiny: Any, value: Steering, positions: str = "skip_prefix") -> Any:
     base, read = score.recorded_at(value)
     cache = activations.record(tiny, base, answer_pairs(), [read] if read else [], PAD, together=2)
     return torch.as_tensor(score.losses(score.Recorded(tiny, value, cache, positions, PREFIX), STRENGTHS).total)
@@ -42,14 +42,15 @@ def test_losses(family: str, write_point: str) -> None:
     tiny = model(family)
     for form, read_point in READS:
         value = steering(form, read_point, write_point=write_point, scale=0.2)
-        plain = whole.losses(tiny, value, STRENGTHS, answer_pairs(), PAD, "all", PREFIX)
+        plain = whole.losses(tiny, value, STRENGTHS, answer_pairs(), PAD, "skip_prefix", PREFIX)
         torch.testing.assert_close(fast_losses(tiny, value), plain, atol=1e-4, rtol=1e-5)
         assert (plain[0] - plain[1]).abs().max() > 0.01  # it does something
 
 
-@pytest.mark.parametrize("positions", ["all_prompt", "all_generation", "f1+l1"])
-def test_losses_where_a_vector_acts(positions: str) -> None:
-    tiny, value = model("qwen2"), steering("vector")
+@pytest.mark.parametrize("positions", ["all", "skip_prefix", "all_prompt", "all_generation", "f1+l1"])
+@pytest.mark.parametrize("form", ["vector", "lora"])
+def test_losses_where_tokens_are_steered(form: str, positions: str) -> None:
+    tiny, value = model("qwen2"), steering(form)
     plain = whole.losses(tiny, value, STRENGTHS, answer_pairs(), PAD, positions, PREFIX)
     torch.testing.assert_close(fast_losses(tiny, value, positions), plain, atol=1e-4, rtol=1e-5)
 
@@ -60,8 +61,8 @@ def test_losses_in_bfloat16(family: str) -> None:
     tiny = build(family).to(torch.bfloat16)
     for form, read_point in READS:
         value = steering(form, read_point, scale=0.2)
-        plain = whole.losses(tiny, value, STRENGTHS, answer_pairs(), PAD, "all", PREFIX)
-        exact = whole.losses(model(family), value, STRENGTHS, answer_pairs(), PAD, "all", PREFIX)
+        plain = whole.losses(tiny, value, STRENGTHS, answer_pairs(), PAD, "skip_prefix", PREFIX)
+        exact = whole.losses(model(family), value, STRENGTHS, answer_pairs(), PAD, "skip_prefix", PREFIX)
         fast, rounding = fast_losses(tiny, value), (plain - exact).abs().max()
         assert (fast - plain).abs().max() < 2 * rounding + 0.05, (form, read_point)
 
@@ -124,11 +125,11 @@ def test_a_joint_steering_with_one_silent_half_is_the_other_half() -> None:
     low, high = steering("lora", layer=1, seed=1), steering("vector", layer=3, seed=2)
     for loud, both in ((low, low + high * 0.0), (high, low * 0.0 + high)):
         assert torch.equal(
-            whole.losses(tiny, both, STRENGTHS, answer_pairs(), PAD, "all", PREFIX),
-            whole.losses(tiny, loud, STRENGTHS, answer_pairs(), PAD, "all", PREFIX),
+            whole.losses(tiny, both, STRENGTHS, answer_pairs(), PAD, "skip_prefix", PREFIX),
+            whole.losses(tiny, loud, STRENGTHS, answer_pairs(), PAD, "skip_prefix", PREFIX),
         )
-    both = whole.losses(tiny, low + high, STRENGTHS, answer_pairs(), PAD, "all", PREFIX)
-    assert (both[1] - whole.losses(tiny, low, STRENGTHS, answer_pairs(), PAD, "all", PREFIX)[1]).abs().max() > 0.01
+    both = whole.losses(tiny, low + high, STRENGTHS, answer_pairs(), PAD, "skip_prefix", PREFIX)
+    assert (both[1] - whole.losses(tiny, low, STRENGTHS, answer_pairs(), PAD, "skip_prefix", PREFIX)[1]).abs().max() > 0.01
 
 
 def test_a_joint_fit_trains_every_site() -> None:
@@ -168,7 +169,7 @@ def test_which_engine_and_why() -> None:
     assert "block 0" in choice.why_plain(steering("vector", layer=0, write_point="down_proj").places, "measure")
     assert choice.why_plain(steering("vector", layer=0, write_point="down_proj").places, "generate") == ""
     assert choice.why_plain(one.places, "generate", engine="plain") == choice.ASKED
-    assert "positions" in choice.why_plain((one + steering("lora", layer=0)).places, "measure", positional=2)
+    assert "skip_prefix" in choice.why_plain(one.places, "generate", positions="skip_prefix")
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -176,8 +177,8 @@ def test_the_inside_of_block_0_by_the_plain_engine(family: str) -> None:
     """What the fast path refuses runs; where no norm follows the MLP, it is steering the block's output."""
     tiny = model(family)
     inside, outside = steering("vector", layer=0, write_point="down_proj"), steering("vector", layer=0)
-    found = whole.losses(tiny, inside, STRENGTHS, answer_pairs(), PAD, "all", PREFIX)
-    at_block = whole.losses(tiny, outside, STRENGTHS, answer_pairs(), PAD, "all", PREFIX)
+    found = whole.losses(tiny, inside, STRENGTHS, answer_pairs(), PAD, "skip_prefix", PREFIX)
+    at_block = whole.losses(tiny, outside, STRENGTHS, answer_pairs(), PAD, "skip_prefix", PREFIX)
     assert torch.equal(found[0], at_block[0])
     if not family.startswith("gemma"):
         torch.testing.assert_close(found, at_block, atol=1e-3, rtol=1e-4)

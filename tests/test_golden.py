@@ -1,6 +1,6 @@
 """Parity with the released code on its own tiny Gemma-2 (tests/goldens), through the functions that the stages use.
 
-Token ids and masks: test_data.py. Null-it-out alone: test_interventions.py. Texts through the command line: test_cli.py.
+Token ids and masks: test_chat.py. Null-it-out alone: test_interventions.py. Texts through the command line: test_cli_stored.py.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def recorded(dataset: str, split: str, count: int | None = None) -> activations.
 
 
 def scorer(state: str, cache: activations.Activations) -> score.Recorded:
-    return score.Recorded(golden.host()[0], Steering.of({LAYER: released(state)}), cache, "all", chat().prefix_length)
+    return score.Recorded(golden.host()[0], Steering.of({LAYER: released(state)}), cache, "skip_prefix", chat().prefix_length)
 
 
 def test_the_released_numbers_are_all_there() -> None:

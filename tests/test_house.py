@@ -26,14 +26,14 @@ REPO = PACKAGE.parent
 
 # Lowest first. A room imports its own floor or a lower one, and there is no cycle. Programs of the package are at the top.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("cell", "errors", "memory", "settings", "team", "terminal"),
+    ("cell", "errors", "memory", "progress", "settings", "team", "terminal"),
     ("artifacts",),
     ("steering", "data"),
     ("methods", "model"),
     ("engine", "verbs"),
     ("plan", "analysis"),
     ("report", "tasks"),
-    ("api", "prepare", "look", "recommend", "verify", "run"),
+    ("api", "prepare", "look", "recommend", "say", "verify", "run", "summary"),
     ("cli",),
     ("__main__",),
 )

@@ -38,7 +38,7 @@ def vector(base: families.Base, form: str, layer: int) -> Path:
 
 
 def tables(base: families.Base) -> dict[str, pd.DataFrame]:
-    return {str(path.relative_to(base.path)): pd.read_csv(path) for path in sorted((base.path / "vectors").rglob("*_losses.csv"))}
+    return {str(path.relative_to(base.path)): pd.read_csv(path) for path in sorted((base.path / "vectors").rglob("*losses*.csv"))}
 
 
 def texts(base: families.Base) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def test_the_plain_engine_gives_what_the_fast_one_gives(base: families.Base, tmp
         assert run(here, form, "generate", "--engine", engine) == 0
         assert run(here, form, "apply", "--engine", engine, "--multipliers", "0", "1") == 0
         assert run(here, form, "apply", "--engine", engine, "--multipliers", "-1", "--set", sampled) == 0
-        assert run(here, form, "loss", "--engine", engine, "--multipliers", "sweep") == 0
+        assert run(here, form, "loss", "--engine", engine, "--multipliers", "sweep", "--control_pairs", "2", "--released_files") == 0
     states = [spilt.Steering.load(vector(here, form, base.layer)) for here in (base, plain)]
     for a, b in zip(*(steering.parameters() for steering in states), strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=0)

@@ -14,8 +14,8 @@ from typing import Any
 import families
 import pytest
 import torch
+from faults import FIT, Here, fresh, no_report, outcomes
 from safetensors.torch import load_file, save_file
-from test_faults import FIT, Here, bare, fresh, here, no_report, outcomes, prepared  # noqa: F401 - fixtures
 
 from spilt import cli
 from spilt import run as runner

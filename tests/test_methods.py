@@ -326,7 +326,7 @@ def test_gradients_do_not_depend_on_how_many_rows_are_scored_together(method: st
     torch.manual_seed(3)
     drawn, tiny = fit.draw_rows(minibatch), model("qwen2")
     sequences = [fit.cache.sequences[i] for i in drawn.indices]
-    tokens, positions = pad(sequences, 0), position_mask(sequences, "all", 1) if form == "vector" else None
+    tokens, positions = pad(sequences, 0), position_mask(sequences, "skip_prefix", 1) if form == "vector" else None
     shown = training.Mixed(fit.intervention, drawn.removed)
     with hooks.attach(tiny, [hooks.Applied(LAYER, shown, drawn.multiplier[:, None, None], positions)]):
         logits = tiny(input_ids=tokens.input_ids, use_cache=False).logits[scoring.scored_positions(tokens.answer_mask)]

@@ -112,7 +112,7 @@ def test_suffix_equals_hooks(family: str, place: str, attention: str) -> None:
     factors = torch.tensor([1.5, -0.7, 0.4])[:, None, None]
     for number, (form, read_point) in enumerate(READS):
         made = intervention(form, read_point, seed=number)
-        positions = position_mask([Encoded(tuple(range(n)), p, 0) for n, p in zip(LENGTHS, PROMPTS, strict=True)], "all", 2)
+        positions = position_mask([Encoded(tuple(range(n)), p, 0) for n, p in zip(LENGTHS, PROMPTS, strict=True)], "skip_prefix", 2)
         for where in (None, positions) if form == "vector" else (None,):
             whole = by_hooks(tiny, layer, made, factors, where)
             assert_same(by_suffix(tiny, layer, made, factors, where), whole)
@@ -149,10 +149,10 @@ def test_measuring_equals_hooks_at_either_site(family: str, site: str, layout: s
         below = hooks.base(layer, made)
         if below not in caches:
             caches[below] = activations.record(tiny, below, sequences, anatomy.COMPONENTS, 0, together)
-        for positions, prefix in (("all", 0), ("all", 4), ("all", 6), ("f2+l1", 4)) if form == "vector" else (("all", 0),):
+        for positions, prefix in (("all", 4), ("skip_prefix", 4), ("skip_prefix", 6), ("f2+l1", 4)):
             scorer = score.Recorded(tiny, Steering.of({layer: made}), caches[below], positions, prefix)
             found = score.losses(scorer, [1.0, 0.0, -0.5])
-            where = position_mask(sequences, positions, prefix) if form == "vector" else None
+            where = None if positions == "all" else position_mask(sequences, positions, prefix)
             for k, m in enumerate([1.0, 0.0, -0.5]):
                 wanted = by_hooks(tiny, layer, made, m, where, masks_of(sequences))[1] if m else plain_losses(tiny, sequences)
                 losses = torch.tensor(found.total[k] / found.tokens).float()
@@ -192,7 +192,7 @@ def test_fitting_equals_hooks_at_either_site(family: str, site: str, layout: str
             slope = slope / -scored.tokens[:, None, None]  # of the losses, not of log p
             grads = torch.autograd.grad([steered], list(made.parameters()), [slope])
             shown = [sequences[i] for i in numbers]
-            where = position_mask(shown, "all", prefix) if form == "vector" else None
+            where = position_mask(shown, "skip_prefix", prefix) if form == "vector" else None
             whole = by_hooks(tiny, layer, made, factors[:, None, None], where, masks_of(shown))
             name = f"{form} {read_point} {prefix}"
             torch.testing.assert_close(scored.losses().detach(), whole[1], atol=1e-5, rtol=0, msg=name)

@@ -7,26 +7,24 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from spilt.analysis.provenance import of_one_request, of_one_vector
+from spilt.analysis.questions import DRAWS, Array, Questions
 from spilt.artifacts.atomic import atomic_write
-from spilt.artifacts.losses import APPLIED, LOSS, PREFERENCE_TYPES, SPLITS, SUMMARY
+from spilt.artifacts.losses import APPLIED, LOSS, NEUTRAL, NEUTRAL_TARGET, PREFERENCE_TYPES, SPLITS, SUMMARY, TABLE, TABLES, TARGETS
 from spilt.errors import UserError, first_line
 
 Norm = Literal["mean", "sum"]
-Array = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
-
 FOLDER = re.compile(r"^.+_m(?P<multiplier>[-+0-9.e]+)_(?P<kind>" + "|".join(PREFERENCE_TYPES) + ")$")
 OURS = ["example", "target", "answer_tokens", "answer_loss_sum"]
-COLUMNS = ["split", "example", "multiplier", "loss_matching", "loss_not_matching", "preference", "utility"]
+COLUMNS = ["split", "example", "multiplier", "dose", "loss_matching", "loss_not_matching", "preference", "utility"]
 
 
 def preference_log_odds(loss_matching: npt.ArrayLike, loss_not_matching: npt.ArrayLike) -> Array:
@@ -51,15 +49,27 @@ def utility_log_odds(loss_matching: npt.ArrayLike, loss_not_matching: npt.ArrayL
 def collect(cell_folder: str | Path, split: str = "train", norm: Norm = "mean") -> pd.DataFrame:
     """Every question at every multiplier that was really applied: columns COLUMNS, sorted by multiplier and example.
 
-    Rows of pair orig_sub were scored at -m with the roles swapped; here they stand at -m with their own text's role again.
-    `frame.attrs["notes"]` says in words what could not be used. Empty when the split was not measured.
+    From the cell's table of losses, which was measured as text is made; where there is none, from the released files.
+    `frame.attrs`: "notes" says in words what could not be used, "positions" which tokens were steered (None: the released ones).
+    Empty when the split was not measured.
     """
     folder = Path(cell_folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; run --mode loss first, or check --base_dir")
+    table = folder / TABLES[split]
+    if table.is_file():
+        usable, notes = _belong_together(folder, {name: [folder / file] for name, file in TABLES.items()}, split)
+        if table in usable:
+            rows = losses_table(table)
+            frame = per_question(answers(rows, norm), split)
+            frame.attrs |= {"notes": [*notes, *frame.attrs["notes"]], "positions": str(rows["positions"].iloc[0])}
+            return frame
+    else:
+        notes = []
     found = sorted((float(hit["multiplier"]), hit["kind"], sub) for sub in folder.iterdir() if (hit := FOLDER.match(sub.name)))
-    usable, notes = _belong_together(folder, [sub for *_, sub in found], split)
-    files = [(m, kind, sub / SPLITS[split]) for m, kind, sub in found if sub / SPLITS[split] in usable]
+    usable, more = _belong_together(folder, {name: [sub / file for *_, sub in found] for name, file in SPLITS.items()}, split)
+    notes += more
+    files = [(m, kind, sub / SPLITS[split]) for m, kind, sub in found if split in SPLITS and sub / SPLITS[split] in usable]
     parts, broken = [], []
     for m, kind, path in files:
         try:
@@ -69,20 +79,25 @@ def collect(cell_folder: str | Path, split: str = "train", norm: Norm = "mean") 
     if broken and not parts:
         raise broken[0]
     notes += [f"{split}: left out: {error}" for error in broken]
-    if not parts:
-        empty = _empty(COLUMNS)
-        empty.attrs["notes"] = notes
-        return empty
-    rows = pd.concat(parts, ignore_index=True)
-    rows["multiplier"] = rows["multiplier"].round(9) + 0.0  # -0.0 is 0.0
+    frame = per_question(pd.concat(parts, ignore_index=True), split) if parts else _empty(COLUMNS)
+    frame.attrs |= {"notes": [*notes, *frame.attrs.get("notes", [])], "positions": None}
+    return frame
 
+
+def per_question(rows: pd.DataFrame, split: str) -> pd.DataFrame:
+    """Rows (example, multiplier, target, loss, dose) of both answers -> one row per question and multiplier, columns COLUMNS.
+
+    `attrs["notes"]`: what could not be used.
+    """
+    notes = []
+    rows = rows.assign(multiplier=rows["multiplier"].round(9) + 0.0)  # -0.0 is 0.0
     keys = ["multiplier", "example", "target"]
     same = rows.replace(np.inf, np.nan).groupby(keys)["loss"]
     spread = (same.max() - same.min()).max()
     if spread > 1e-2:  # the same request measured twice (folders m and -m) gives the same number, up to the batch's rounding
         notes.append(f"{split}: the same answer has losses up to {spread:.3g} nats apart in two folders; they come from different runs")
     wide = rows.drop_duplicates(keys, keep="last").pivot(index=keys[:2], columns="target", values="loss")
-    wide = wide.reindex(columns=["matching", "not_matching"])
+    wide = wide.reindex(columns=[*TARGETS])
     had = set(rows["multiplier"])
     # pivot leaves nan where a row is missing; a measured nan is kept as an infinite loss until here
     wide = wide.dropna().replace(np.inf, np.nan)
@@ -93,6 +108,7 @@ def collect(cell_folder: str | Path, split: str = "train", norm: Norm = "mean") 
     frame = wide.reset_index().rename(columns={"matching": "loss_matching", "not_matching": "loss_not_matching"})
     frame.columns.name = None
     frame["split"] = split
+    frame["dose"] = frame["multiplier"].map(rows.groupby("multiplier")["dose"].first()).astype(float)
     frame["preference"] = preference_log_odds(frame["loss_matching"], frame["loss_not_matching"])
     frame["utility"] = utility_log_odds(frame["loss_matching"], frame["loss_not_matching"])
     frame = frame[COLUMNS]
@@ -103,6 +119,36 @@ def collect(cell_folder: str | Path, split: str = "train", norm: Norm = "mean") 
         )
     frame.attrs["notes"] = notes
     return frame
+
+
+def losses_table(path: Path) -> pd.DataFrame:
+    """A cell's table of losses, every number as it was written. Raises UserError."""
+    way_out = "measure this cell again with --force"
+    table = read_table(path, TABLE, way_out, float_precision="round_trip")
+    for name in TABLE:
+        if name not in ("positions", "target", "dose"):
+            _numbers(table, name, path, least=-np.inf if name == "multiplier" else 0, way_out=way_out)
+    targets = (NEUTRAL_TARGET,) if path.name == TABLES[NEUTRAL] else TARGETS
+    if unknown := sorted(set(table["target"].astype(str)) - {*targets}):
+        raise UserError(f"{path}: target {unknown[0]!r}; wanted {' or '.join(targets)}; {way_out}")
+    return table
+
+
+def collect_neutral(cell_folder: Path) -> pd.DataFrame:
+    """Loss per token of neutral text, nats: columns example, multiplier, loss. `attrs["notes"]`. Empty where none was measured."""
+    usable, notes = _belong_together(cell_folder, {NEUTRAL: [cell_folder / TABLES[NEUTRAL]]}, NEUTRAL)
+    frame = pd.DataFrame({"example": [], "multiplier": [], "loss": []}, dtype=float)
+    if usable:
+        frame = answers(losses_table(next(iter(usable))), "mean")[["example", "multiplier", "loss"]]
+    frame.attrs["notes"] = notes
+    return frame
+
+
+def answers(table: pd.DataFrame, norm: Norm) -> pd.DataFrame:
+    """Rows of a table of losses as per_question wants them."""
+    loss = table["answer_loss_sum"].to_numpy(float)
+    loss = loss / table["answer_tokens"].to_numpy(float) if norm == "mean" else loss
+    return table[["example", "multiplier", "target", "dose"]].assign(loss=np.where(np.isfinite(loss), loss, np.inf))
 
 
 def _empty(columns: Sequence[str]) -> pd.DataFrame:
@@ -133,15 +179,15 @@ def _read(path: Path, folder_multiplier: float, kind: str, norm: Norm) -> pd.Dat
         loss = pd.to_numeric(table[LOSS], errors="coerce").to_numpy(float)
         example, target = _released_rows(applied, folder_multiplier, kind)
     loss = np.where(np.isfinite(loss), loss, np.inf)
-    return pd.DataFrame({"example": example, "multiplier": applied, "target": target, "loss": loss})
+    return pd.DataFrame({"example": example, "multiplier": applied, "target": target, "loss": loss, "dose": np.nan})
 
 
-def read_table(path: Path, columns: Sequence[str], way_out: str) -> pd.DataFrame:
+def read_table(path: Path, columns: Sequence[str], way_out: str, **how: Any) -> pd.DataFrame:
     """A CSV that has these columns. Raises UserError naming the file, what was found and the way out."""
     try:
         if not path.is_file():
             raise UserError(f"{path}: is no plain file; {way_out}")
-        table = pd.read_csv(path, low_memory=False)
+        table = pd.read_csv(path, low_memory=False, **how)
     except (ValueError, OSError, OverflowError, MemoryError, RecursionError) as error:  # the library's own are ValueErrors
         raise UserError(f"{path}: not a readable CSV ({first_line(error)}); {way_out}") from None
     missing = [name for name in columns if name not in table]
@@ -152,19 +198,24 @@ def read_table(path: Path, columns: Sequence[str], way_out: str) -> pd.DataFrame
     return table
 
 
-def _numbers(table: pd.DataFrame, name: str, path: Path, least: float = -np.inf) -> Array:
+AGAIN = "measure this multiplier again with --force"
+
+
+def _numbers(table: pd.DataFrame, name: str, path: Path, least: float = -np.inf, way_out: str = AGAIN) -> Array:
     """A column as numbers. Raises UserError at the first field that is none, or below `least`."""
     values = pd.to_numeric(table[name], errors="coerce").to_numpy(float)
     bad = np.flatnonzero(~(np.isfinite(values) & (values >= least) & (np.abs(values) < 1e12)))
     if len(bad):
         found = str(table[name].iloc[bad[0]])[:40]
-        raise UserError(f"{path}: row {bad[0]} (0-based): {name} is {found!r}; measure this multiplier again with --force")
+        raise UserError(f"{path}: row {bad[0]} (0-based): {name} is {found!r}; {way_out}")
     return values
 
 
-def _belong_together(cell_folder: Path, folders: Sequence[Path], split: str) -> tuple[set[Path], list[str]]:
-    """The tables of a split that are of one vector and one request, and a sentence for each reason why others are left out."""
-    tables = {name: [sub / file for sub in folders if (sub / file).is_file()] for name, file in SPLITS.items()}
+def _belong_together(cell_folder: Path, tables: Mapping[str, Sequence[Path]], split: str) -> tuple[set[Path], list[str]]:
+    """The files of a split that are of one vector and one request, and a sentence for each reason why others are left out."""
+    tables = {name: [path for path in paths if path.is_file()] for name, paths in tables.items()}
+    if not tables.get(split):
+        return set(), []
     if cell_folder.parent.parent.parent.name != "get_sft_loss":  # not in a base_dir: nothing is known of vectors
         return set(tables[split]), []
     base_dir = cell_folder.parents[5]
@@ -179,6 +230,8 @@ def _belong_together(cell_folder: Path, folders: Sequence[Path], split: str) -> 
 def _at(paths: Sequence[Path]) -> str:
     """The multipliers of loss tables, for a sentence."""
     values = sorted({float(hit["multiplier"]) for path in paths if (hit := FOLDER.match(path.parent.name))})
+    if not values:
+        return ", ".join(sorted({path.name for path in paths}))
     return f"m = {', '.join(f'{value:g}' for value in values)}"
 
 
@@ -193,79 +246,49 @@ def _released_rows(applied: Array, folder_multiplier: float, kind: str) -> tuple
     return example, target
 
 
-def summarise(frame: pd.DataFrame, seed: int = 0, draws: int = 1000) -> pd.DataFrame:
+MEANS = ("preference", "utility", "loss_matching", "loss_not_matching", "accuracy", "answer_mass", "moved_wrong", "dose")
+
+
+def summarise(frame: pd.DataFrame, seed: int = 0, draws: int = DRAWS, neutral: pd.DataFrame | None = None) -> pd.DataFrame:
     """One row per split and multiplier (columns SUMMARY): means over questions with 95% bootstrap intervals over questions.
 
     With a column `concept`, means are taken within a concept and then over concepts, in every bootstrap draw too.
-    n: questions scored; n_undefined: those without a utility (left out of its mean, and only of its mean);
-    accuracy: share of questions with preference > 0. gain_*, drop_*: 95% intervals of preference(m) - preference(0) and of
-    utility(0) - utility(m), the same questions resampled at both, so that what questions differ by cancels.
-    A loss that is not finite makes the preference mean of its row nan.
+    n: questions scored; n_undefined: those without a utility (left out of its mean, and only of its mean). A loss that is not
+    finite makes the preference mean of its row nan. accuracy: share of questions with preference > 0. gain_*, drop_*: intervals
+    of preference(m) - preference(0) and of utility(0) - utility(m), the same questions resampled at both, so that what questions
+    differ by cancels. moved_wrong: share of questions whose preference moves against the sign of m. answer_mass: mean of
+    e^-L_p + e^-L_n (of losses per token, geometric means of the tokens' probabilities: it can pass 1). utility_pooled: the
+    utility of the mean losses. neutral_loss: mean loss per token of neutral texts (`neutral`: example, multiplier, loss).
     """
     parts = [_summarise_split(split, part, seed, draws) for split, part in frame.groupby("split", sort=False)]
     if not parts:
         return _empty(SUMMARY)
-    return pd.concat(parts, ignore_index=True)[[*SUMMARY]]
+    out = pd.concat(parts, ignore_index=True)
+    out["utility_pooled"] = utility_log_odds(out["loss_matching"], out["loss_not_matching"])
+    if neutral is not None and len(neutral):
+        out["neutral_loss"] = out["multiplier"].map(neutral.groupby("multiplier")["loss"].mean())
+    return out.reindex(columns=[*SUMMARY])
 
 
 def _summarise_split(split: object, frame: pd.DataFrame, seed: int, draws: int) -> pd.DataFrame:
-    rng = np.random.default_rng(seed)
-    frame = frame.assign(concept=frame["concept"] if "concept" in frame else 0, accuracy=(frame["preference"] > 0).astype(float))
-    multipliers = np.sort(frame["multiplier"].unique())
-    names = ("preference", "utility", "loss_matching", "loss_not_matching", "accuracy")
-    means: dict[str, list[Array]] = {name: [] for name in names}
-    boots: dict[str, list[Array]] = {name: [] for name in names[:2]}
-    counted: dict[str, list[Mask]] = {}  # [concept][multiplier]: the concept has something to average there
-    for _, part in frame.groupby("concept"):
-        present = part.assign(present=1.0).pivot(index="example", columns="multiplier", values="present")
-        here: Mask = present.reindex(columns=multipliers).notna().to_numpy(bool)
-        # the same resampled questions at every multiplier: counts [draws, question]
-        counts = rng.multinomial(len(here), np.full(len(here), 1 / len(here)), size=draws).astype(float)
-        for name in names:
-            values: Array = part.pivot(index="example", columns="multiplier", values=name).reindex(columns=multipliers).to_numpy(float)
-            # an undefined utility leaves its question out; any other nan was measured and shows in the mean
-            used: Mask = np.asarray(here & np.isfinite(values)) if name == "utility" else here
-            counted.setdefault(name, []).append(np.asarray(used.any(axis=0)))
-            means[name].append(_weighted(np.ones((1, len(values))), values, used)[0])
-            if name in boots:
-                boots[name].append(_weighted(counts, values, used))
-    out = pd.DataFrame({"split": split, "multiplier": multipliers})
-    for name in names:
-        out[name] = _over_concepts(np.stack(means[name]), np.stack(counted[name]))
-        if name in boots:
-            drawn = _over_concepts(np.stack(boots[name]), np.stack(counted[name])[:, None])
-            out[f"{name}_low"], out[f"{name}_high"] = _interval(drawn)
-            label, sign = ("gain", 1.0) if name == "preference" else ("drop", -1.0)
-            base = drawn[:, multipliers == 0] if (multipliers == 0).any() else np.full((draws, 1), np.nan)
-            out[f"{label}_low"], out[f"{label}_high"] = _interval(sign * (drawn - base))
-    groups = frame.groupby("multiplier")
-    out["n"] = groups.size().reindex(multipliers).to_numpy(int)
-    out["n_undefined"] = groups["utility"].apply(lambda values: int(values.isna().sum())).reindex(multipliers).to_numpy(int)
-    return out
-
-
-def _weighted(weights: Array, values: Array, used: Mask) -> Array:
-    """[draws, question] x [question, multiplier] -> weighted means [draws, multiplier] over the used questions."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray((weights @ np.where(used, values, 0.0)) / (weights @ used.astype(float)))
-
-
-def _interval(drawn: Array) -> Array:
-    """[draws, multiplier] -> [2, multiplier], the middle 95%.
-
-    A draw that holds no question with a value has no mean; at least 9 of 10 draws must have one.
-    """
-    out = np.full((2, drawn.shape[1]), np.nan)
-    enough = np.isfinite(drawn).mean(axis=0) >= 0.9
-    if enough.any():
-        out[:, enough] = np.nanpercentile(drawn[:, enough], [2.5, 97.5], axis=0) + 0.0  # -0.0 is 0.0
-    return out
-
-
-def _over_concepts(stack: Array, counted: Mask) -> Array:
-    """Mean over axis 0 of the concepts counted at each multiplier; a nan among them shows."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(np.where(counted, stack, 0.0).sum(axis=0) / counted.sum(axis=0))
+    frame = frame.assign(answer_mass=np.exp(-frame["loss_matching"]) + np.exp(-frame["loss_not_matching"]))
+    questions = Questions.of(frame)
+    m, zero, preference = questions.multipliers, questions.zero, questions.values["preference"]
+    if zero >= 0:
+        against = np.sign(m) * (preference - preference[:, [zero]]) < 0
+        questions.values["moved_wrong"] = np.where(np.isfinite(preference - preference[:, [zero]]), against, np.nan)
+    weights = questions.resamples(seed, draws)
+    out = pd.DataFrame({"split": split, "multiplier": m})
+    for name in (name for name in MEANS if name in questions.values):
+        out[name] = questions.mean(name)[0]
+        if name not in ("preference", "utility"):
+            continue
+        drawn = questions.mean(name, weights)
+        out[f"{name}_low"], out[f"{name}_high"] = questions.interval(drawn)
+        label, sign = ("gain", 1.0) if name == "preference" else ("drop", -1.0)
+        base = drawn[:, [zero]] if zero >= 0 else np.full((draws, 1), np.nan)
+        out[f"{label}_low"], out[f"{label}_high"] = questions.interval(sign * (drawn - base))
+    return out.assign(n=questions.asked.astype(int), n_undefined=questions.undefined.astype(int))
 
 
 def write_summary(path: str | Path, summary: pd.DataFrame) -> None:

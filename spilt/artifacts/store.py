@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from spilt.artifacts.losses import SPLITS
+from spilt.artifacts.losses import SPLITS, TABLES
 from spilt.cell import Cell
 from spilt.errors import UserError
 
@@ -106,6 +106,10 @@ class Store:
         name = f"{cell.intervention}_{cell.method}_m{float(multiplier)}_{preference_type}"
         return self.loss_folder(cell) / name / SPLITS[split]
 
+    def loss_table(self, cell: Cell, split: str) -> Path:
+        """All multipliers in one file."""
+        return self.loss_folder(cell) / TABLES[split]
+
     def unfinished_losses(self, cell: Cell, rank: int) -> Path:
         """Losses scored by a run that did not finish; one file per process, removed when the tables are written."""
         return self.loss_folder(cell) / f"unfinished_{rank}.jsonl"
@@ -118,8 +122,12 @@ class Store:
         return sorted({path for cell in cells for path in folder(cell).glob("unfinished_*.jsonl")})
 
     def control(self, cell: Cell) -> Path:
-        """Random directions of the same norm, per draw and multiplier."""
+        """Random interventions of the same output norm, per draw and multiplier."""
         return self.loss_folder(cell) / "control.csv"
+
+    def control_texts(self, cell: Cell) -> Path:
+        """How many answers show the behaviour along random interventions."""
+        return self.loss_folder(cell) / "control_texts.csv"
 
     def relative(self, path: Path) -> str:
         """For messages and manifests: below base_dir where it is."""

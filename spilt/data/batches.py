@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spilt.data.chat import Encoded
 from spilt.errors import UserError
-from spilt.settings.values import Bad, ends
+from spilt.settings.values import STEERED, Bad, ends
 
 
 class Batch(NamedTuple):
@@ -44,22 +44,25 @@ def pad(sequences: list[Encoded], pad_id: int, side: str = "right") -> Batch:
 
 
 def position_mask(sequences: list[Encoded], positions: str, prefix_length: int) -> Tensor:
-    """[B, T] bool, right-padded: where a vector acts while it is fitted and scored. False on padding.
+    """[B, T] bool, right-padded: which tokens are steered (`steer_positions`). False on padding.
 
-    all: from the template prefix to the end. all_prompt: the prompt's part of that. all_generation: from the answer on.
+    all: every token. skip_prefix: from the template prefix's end on. all_prompt: the prompt's part of that. all_generation: from
+    the answer on.
     f{n}+l{n}, f{n}, l{n}: the first n / last n prompt tokens after the prefix; in a short prompt they overlap (pyreft's convention).
     Raises UserError for any other string.
     """
     try:
-        first, last = ends(positions) or (0, 0)
+        first, last = ends(positions, STEERED) or (0, 0)
     except Bad as error:
-        raise UserError(f"unknown intervention_positions {positions!r}: {str(error).removeprefix('is unknown; ')}") from None
+        raise UserError(f"unknown steer_positions {positions!r}: {str(error).removeprefix('is unknown; ')}") from None
     index = torch.arange(_width(sequences))
     rows = []
     for ids, prompt_length, _ in sequences:
         real = index < len(ids)
         prompt = real & (index >= prefix_length) & (index < prompt_length)
         if positions == "all":
+            rows.append(real)
+        elif positions == "skip_prefix":
             rows.append(real & (index >= prefix_length))
         elif positions == "all_prompt":
             rows.append(prompt)

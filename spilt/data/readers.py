@@ -278,6 +278,15 @@ def read_pairs(fmt: DatasetFormat, concept: int | None = None, limit: int | None
     ]
 
 
+def read_entry(fmt: DatasetFormat, concept: int | None = None, limit: int | None = None) -> list[Pair] | list[Prompt]:
+    """The rows of an entry: pairs, or prompts where its section has those."""
+    return read_prompts(fmt, concept, limit) if has_prompts(fmt.section) else read_pairs(fmt, concept, limit)
+
+
+def has_prompts(section: str) -> bool:
+    return SECTIONS[section] is PROMPT_FIELDS
+
+
 def read_prompts(fmt: DatasetFormat, concept: int | None = None, limit: int | None = None) -> list[Prompt]:
     """The prompts of a `generation` entry in file order, at most `limit`, of one concept or of all with id >= 0.
 

@@ -11,10 +11,10 @@ FAST, PLAIN = ENGINES = ("fast", "plain")
 ASKED = "asked for with --engine plain"
 
 
-def why_plain(sites: Iterable[tuple[int, str]], verb: str, *, engine: str = FAST, joint: bool = False, positional: int = 1) -> str:
+def why_plain(sites: Iterable[tuple[int, str]], verb: str, *, engine: str = FAST, joint: bool = False, positions: str = "all") -> str:
     """Why the fast path does not apply; '' where it does.
 
-    sites: (layer, write point). verb: fit, generate, measure. positional: how many kinds of positions its forms act at.
+    sites: (layer, write point). verb: fit, generate, measure. positions: which tokens are steered.
     """
     if engine not in ENGINES:
         raise unknown("engine", engine, ENGINES)
@@ -28,6 +28,6 @@ def why_plain(sites: Iterable[tuple[int, str]], verb: str, *, engine: str = FAST
         return "several layers are fitted jointly"
     if verb in ("fit", "measure") and any(layer == 0 and write_point != "block" for layer, write_point in places):
         return "the inside of block 0 is steered, and there is no block below it to record"
-    if verb == "measure" and positional > 1:
-        return "its forms act at different positions"
+    if verb == "generate" and positions != "all":
+        return f"steer_positions = {positions}: text is made fast where every token is steered"
     return ""

@@ -87,7 +87,8 @@ def losses(
 class Recorded(Scorer):
     """The fast scorer: only the blocks above the recorded one, the template's prefix once per multiplier.
 
-    positions: where a vector acts (YAML `intervention_positions`), from the template prefix on. budget: padded tokens per batch.
+    positions: which tokens are steered (`steer_positions`); prefix: tokens of the template
+    before the prompt. budget: padded tokens per batch.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Recorded(Scorer):
         self.model, self.steering = model, steering
         self.device = anatomy.device_of(model, steering.layers[0])
         self.base, self.read_point = recorded_at(steering)
-        self.acts = _where_it_acts(steering, cache, positions, prefix)
+        self.acts = _where_it_acts(cache, positions, prefix)
         if (
             self.acts is not None
             and cache.prefix
@@ -181,11 +182,9 @@ def recorded_at(steering: Steering) -> tuple[int, str | None]:
     return base, next((made.read_point for site, made in steering if site.layer == base and made.write_point == "block"), None)
 
 
-def _where_it_acts(steering: Steering, cache: Activations, positions: str, prefix: int) -> list[Tensor] | None:
-    """Per sequence [T] bool for a vector; None = everywhere, for lora and local_weight."""
-    if not all(made.positional for _, made in steering):
-        return None
-    return [position_mask([s], positions, prefix)[0] for s in cache.sequences]
+def _where_it_acts(cache: Activations, positions: str, prefix: int) -> list[Tensor] | None:
+    """Per sequence [T] bool; None = everywhere."""
+    return None if positions == "all" else [position_mask([s], positions, prefix)[0] for s in cache.sequences]
 
 
 def _in_rows(acts: list[Tensor], packs: Sequence[packing.Pack], prefix: int, width: int) -> Tensor:

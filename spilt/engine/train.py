@@ -63,7 +63,7 @@ class Mixed(Intervention):
 
     def __init__(self, intervention: Intervention, removed: Tensor) -> None:
         super().__init__(intervention.read_point, intervention.write_point, 0.0)
-        self.intervention, self.removed, self.positional = intervention, removed, intervention.positional
+        self.intervention, self.removed = intervention, removed
 
     def forward(self, h: Tensor, x: Tensor | None, multiplier: Multiplier) -> Tensor:
         if not self.removed.any():
@@ -192,7 +192,7 @@ class Fit(Job):
         self.checkpointed = False  # blocks are run again in the backward pass: once a single row was too large
         self.on_stream = hooks.base(layer, intervention) == layer
         # a vector leaves the template's tokens alone: their keys and values never change while it is fitted
-        self.frozen_prefix = min(prefix, cache.prefix) if intervention.positional else 0
+        self.frozen_prefix = min(prefix, cache.prefix) if settings.fitted_positions != "all" else 0
         with torch.no_grad():
             self.prefix_kv = prefix_pairs(model, cache.layer, cache.prefix_h[None, : self.frozen_prefix].to(self.device), cache.pad_id)
         self.reference = self._reference() if method.needs_reference(settings) else None
@@ -203,9 +203,9 @@ class Fit(Job):
         on_stream = self.intervention.read_point if self.on_stream else None
         tokens, seen = self.cache.batch(rows.indices, on_stream, self.device, start)
         sequences = [self.cache.sequences[i] for i in rows.indices]
-        positions = None
-        if self.intervention.positional:
-            positions = position_mask(sequences, self.settings.intervention_positions, self.prefix)[:, start:].to(self.device)
+        positions, where = None, self.settings.fitted_positions
+        if where != "all":
+            positions = position_mask(sequences, where, self.prefix)[:, start:].to(self.device)
         mixed = Mixed(self.intervention, rows.removed)
         site = hooks.Applied(self.layer, mixed if self.on_stream else Cut(mixed), rows.multiplier[:, None, None], positions)
         stream = hooks.steer(site, seen.h, seen.x.get(on_stream or "")) if self.on_stream else seen.h
@@ -215,7 +215,7 @@ class Fit(Job):
 
     def _reference(self) -> AnswerLogProbs:
         """Every sequence without intervention, once [n]: the reference model is the base model."""
-        scorer = score.Recorded(self.model, self.steering, self.cache, self.settings.intervention_positions, self.prefix)
+        scorer = score.Recorded(self.model, self.steering, self.cache, self.settings.fitted_positions, self.prefix)
         found = score.losses(scorer, [0.0])
         total = torch.tensor(-found.total[0], dtype=torch.float32, device=self.device)
         length = torch.tensor([len(s.input_ids) for s in self.cache.sequences], device=self.device)
@@ -259,7 +259,7 @@ class Fit(Job):
         start = _get_random(self)
         results = []
         for first in range(0, len(drawn.indices), size):
-            if self.intervention.positional:
+            if self.intervention.one_mask:
                 _set_random(start, self)  # its dropout mask is one for all rows
             results.append(forward_backward(self.forward_input(drawn.part(slice(first, first + size)))))
         whole = AnswerLogProbs(*(torch.cat(column) for column in zip(*(result.scored for result in results), strict=True)))

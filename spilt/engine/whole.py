@@ -7,7 +7,7 @@ is what runs where the fast path does not apply.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,31 +25,25 @@ from spilt.methods import Method
 from spilt.methods.scoring import AnswerLogProbs, answer_logprobs, scored_positions
 from spilt.settings.fields import FitSettings
 from spilt.steering import hooks
-from spilt.steering.interventions import Intervention, Multiplier
+from spilt.steering.interventions import Multiplier
 from spilt.steering.steering import Steering, per_row
-
-Where = Callable[[Intervention], Tensor | None]  # where an intervention acts, [B, T] bool; None = everywhere
-
-
-def everywhere(_: Intervention) -> None:
-    return None
 
 
 @contextmanager
-def steer(model: nn.Module, steering: Steering, multiplier: Multiplier, where: Where = everywhere) -> Iterator[nn.Module]:
+def steer(model: nn.Module, steering: Steering, multiplier: Multiplier, where: Tensor | None = None) -> Iterator[nn.Module]:
     """h <- h + delta(h, x, m) at every site of every forward inside the `with`; the model is as before after it.
 
-    multiplier: a number, or a tensor [B] with one for each row of the batch. Yields the model.
+    multiplier: a number, or a tensor [B] with one for each row of the batch. where: which tokens, [B, T] bool; None = all.
+    Yields the model.
     """
     strength = per_row(multiplier)
-    with hooks.attach(model, [hooks.Applied(site.layer, made, strength, where(made)) for site, made in steering]):
+    with hooks.attach(model, [hooks.Applied(site.layer, made, strength, where) for site, made in steering]):
         yield model
 
 
-def acts(sequences: Sequence[Encoded], positions: str, prefix: int) -> Where:
-    """Fit and loss: a vector acts at `positions` from the template prefix on, the other forms everywhere (methods.md, section 2)."""
-    mask = position_mask(list(sequences), positions, prefix)
-    return lambda made: mask if made.positional else None
+def acts(sequences: Sequence[Encoded], positions: str, prefix: int) -> Tensor | None:
+    """[B, T] bool, the tokens that are steered; None = all of them."""
+    return None if positions == "all" else position_mask(list(sequences), positions, prefix)
 
 
 def score(
@@ -58,7 +52,7 @@ def score(
     multiplier: Multiplier,
     sequences: Sequence[Encoded],
     pad_id: int,
-    where: Where = everywhere,
+    where: Tensor | None = None,
     suffix: bool = True,
 ) -> AnswerLogProbs:
     """log p of each sequence's answer, summed over its tokens [B], with its graph down to the steering's parameters.
@@ -143,16 +137,21 @@ def _until(row: list[int], stop: set[Any]) -> list[int]:
 
 
 @torch.no_grad()
-def texts(model: nn.Module, steering: Steering, rows: Sequence[Row], how: Decoding) -> Iterator[tuple[int, list[int]]]:
+def texts(
+    model: nn.Module, steering: Steering, rows: Sequence[Row], how: Decoding, positions: str = "all", prefix: int = 0
+) -> Iterator[tuple[int, list[int]]]:
     """Yields (row number, new token ids), one row after the other: the model's own forward and cache, a token at a time.
 
     The next token is chosen as decode.choose says, by the row's own random numbers. m = 0: no intervention runs.
+    positions: which tokens are steered (`steer_positions`); prefix: tokens of the template before the prompt.
     """
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     for number, row in enumerate(rows):
         draw, cache, new, ids = random.Random(row.seed), None, list[int](), list(row.prompt)
         while len(new) < how.max_new_tokens and not (new and new[-1] in how.eos):
-            with steer(model, steering, row.multiplier) if row.multiplier else hooks.attach(model, []):
+            where = acts([Encoded((*row.prompt, *new), len(row.prompt), 0)], positions, prefix)
+            where = where if where is None else where[:, -len(ids) :]
+            with steer(model, steering, row.multiplier, where) if row.multiplier else hooks.attach(model, []):
                 out = model(input_ids=torch.tensor([ids], device=device), past_key_values=cache, use_cache=True)
             cache, scores = out.past_key_values, out.logits[:, -1].float()
             decode.refuse_not_finite(scores, [row])
@@ -187,7 +186,7 @@ class Fit(training.Job):
     def gradients(self, minibatch: list[training.Entry], share: int) -> tuple[float, list[Tensor]]:
         drawn = self.draw_rows(minibatch)
         shown = [self.sequences[i] for i in drawn.indices]
-        where = acts(shown, self.settings.intervention_positions, self.prefix)
+        where = acts(shown, self.settings.fitted_positions, self.prefix)
         mixed = Steering((site, training.Mixed(made, drawn.removed)) for site, made in self.steering)
         scored = score(self.model, mixed, drawn.multiplier, shown, self.pad_id, where)
         loss = self.loss(minibatch, scored) / share

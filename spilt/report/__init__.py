@@ -11,16 +11,15 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from spilt.analysis import paper
-from spilt.analysis.curves import BUDGET, recommendation
+from spilt.analysis import freshness, paper
 from spilt.analysis.curves.fitting import GOOD_R2
 from spilt.analysis.odds import Norm
+from spilt.analysis.recommend import BUDGET
 from spilt.artifacts.atomic import atomic_write
-from spilt.artifacts.store import Store
 from spilt.errors import UserError, unknown
 from spilt.report import cells as stored
 from spilt.report import figures, page, tables, words
@@ -51,6 +50,9 @@ def update(
     A cell is fitted again only when its losses or a setting changed. A cell that cannot be read is named in the report and
     does not stop the others; when none can be read, its error is raised.
     """
+    settings = {"norm": norm, "budget": budget, "split": split, "seed": seed}
+    own = {name: value for name, value in settings.items() if value != (update.__kwdefaults__ or {})[name]}
+    parts = freshness.made_from(Path(base_dir), model, dataset, own)  # before it is read: what changes meanwhile is drawn next time
     measured, problems = [], []
     for place in stored.find(base_dir, model, dataset):
         try:
@@ -68,7 +70,7 @@ def update(
     problems += [f"{cell.name}: {note}" for cell in measured for note in cell.fit["notes"] if "left out" in note]
     for problem in problems:
         log.warning("report: %s", problem)
-    return _report(Path(base_dir), model, dataset, measured, problems, split)
+    return _report(Path(base_dir), model, dataset, measured, problems, split, seed, parts)
 
 
 def _concept(place: stored.Place, norm: Norm, budget: float, split: str, seed: int) -> None:
@@ -88,30 +90,37 @@ def recommend(
     measured, said = [], []
     for place in stored.find(base_dir, model, dataset):
         try:
-            summary, notes = stored.summary_of(place, norm, seed)
+            measured.append(stored.judged(place, norm, budget, seed))
         except (UserError, OSError) as error:
             said.append(f"{place.name}: {error}")
-            continue
-        said += [f"{place.name}: {note}" for note in notes]
-        fit = stored.plain({"recommendation": recommendation(summary, budget), "notes": notes})
-        measured.append(stored.Measured(place, summary, fit))
+    said += [f"{cell.name}: {note}" for cell in measured for note in cell.fit["notes"]]
     if not measured:
         raise UserError("; ".join(said))
-    table = tables.recommendations(measured)
+    table = tables.recommendations(measured, seed)
     table.attrs["notes"] = said
     return table
 
 
-def _report(base: Path, model: str, dataset: str, measured: list[stored.Measured], problems: list[str], split: str) -> Path:
-    folder = Store(base).loss_root(model) / "report" / dataset
-    trade = tables.trade_off(measured, split)
+def _report(
+    base: Path,
+    model: str,
+    dataset: str,
+    measured: list[stored.Measured],
+    problems: list[str],
+    split: str,
+    seed: int,
+    parts: dict[str, Any],
+) -> Path:
+    folder = freshness.page(base, model, dataset).parent
+    claimed, fits = tables.claimed(measured, split, seed), tables.fits(measured, model, dataset)
     frames = {
-        "recommendations": tables.recommendations(measured),
-        "fits": tables.fits(measured, model, dataset),
+        "recommendations": tables.recommendations(measured, seed),
+        "fits": fits,
+        "fit_averages": tables.fit_averages(fits),
         "readings": tables.readings(measured, split),
-        "equal_preference": trade,
-        "control": tables.control(measured, split),
-        "claims": tables.claims(measured, split, trade),
+        "equal_preference": tables.trade_off(claimed),
+        "control": tables.control(measured),
+        "claims": claimed,
     }
     for name, frame in frames.items():
         atomic_write(folder / f"{name}.csv", frame.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
@@ -130,20 +139,17 @@ def _report(base: Path, model: str, dataset: str, measured: list[stored.Measured
         log.warning("report: %s", unread)
     texts = [(cell, samples) for cell in measured if (samples := stored.samples(cell.place, SAMPLES))]
     rows = {name: tables.records(frame) for name, frame in frames.items() if name != "claims"}
-    own_split = {cell.label: cell.split_for(split) for cell in measured}
-    rows["fits"] = [{**row, "shown": row["split"] == own_split[row["cell"]]} for row in rows["fits"]]
     remarks = [f"{cell.name}: {note}" for cell in measured for note in cell.fit["notes"]]
     html = page.render(
         "report.html",
         **{"model": model, "dataset": dataset, "split": split, "norm": measured[0].fit["norm"], "good_r2": f"{GOOD_R2:g}"},
         **{"cells": measured, "pictures": pictures, "texts": texts, "coverage": words.coverage(measured)},
-        **{"rows": rows, "claims": tables.judged(frames["claims"])},
+        **{"rows": rows, "claims": tables.judged(claimed)},
         **{"main_results": tables.records(pd.DataFrame(paper.main_results(model, dataset)))},
-        **{"findings": words.findings(measured, split, trade, frames["control"]), "shortfalls": tables.shortfalls(measured, split)},
+        **{"findings": words.findings(measured, split, frames), "shortfalls": tables.shortfalls(measured, split)},
         **{"problems": problems, "remarks": [remark for remark in remarks if remark not in problems]},
     )
-    atomic_write(folder / "report.html", html)
-    return folder / "report.html"
+    return freshness.write(base, model, dataset, html, parts, problems)
 
 
 def _picture(wide: Figure, narrow: Figure, png: Path, svg: Path | None = None) -> page.Picture:

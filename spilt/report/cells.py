@@ -15,8 +15,12 @@ from typing import Any
 import pandas as pd
 
 from spilt.analysis import odds
-from spilt.analysis.curves import BUDGET, CurveFit, fit_curve, recommendation, regions, utility_drops, utility_peak
+from spilt.analysis.chance import Curves, beyond_chance
+from spilt.analysis.chance import curves as random_curves
+from spilt.analysis.curves import CurveFit, checked, fit_curve, r_squared, regions, utility_drops, utility_peak
+from spilt.analysis.curves.fitting import Kind
 from spilt.analysis.provenance import of_one_vector, stored_texts
+from spilt.analysis.recommend import BUDGET, recommendation, split_of
 from spilt.artifacts import losses
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.manifest import digest, identity
@@ -26,10 +30,12 @@ from spilt.cell import FORMS, Cell
 from spilt.errors import UserError, printable, unknown
 
 log = logging.getLogger("spilt")
-VERSION = 3  # of fit.json; a change makes `update` fit again
-FIT_FILE, CURVES_FILE, CONTROL_FILE = "fit.json", "curves.png", "control.csv"
+VERSION = 4  # of fit.json; a change makes `update` fit again
+FIT_FILE, CURVES_FILE, CONTROL_FILE, CONTROL_TEXTS = "fit.json", "curves.png", "control.csv", "control_texts.csv"
+STEPS = 10  # of a sweep, from 0 to the end of the trained range (verbs.measure.sweep_multipliers)
+RANGES = ("trained", "sweep")
 METHODS = ("caa", "sft", "reps", "spilt")  # order of tables and legends; other names follow
-KINDS = ("preference", "utility")
+KINDS: tuple[Kind, ...] = ("preference", "utility")
 CONCEPT = re.compile(r"_concept_(\d+)$")
 
 
@@ -75,9 +81,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Measured:
-    """One cell's stored results: `summary` as in preference_utility.csv, `fit` as in fit.json, `control` as in control.csv."""
+    """One cell's stored results: `frame` has a row per question and multiplier (the summary itself where only that is stored),
+    `summary` is as in preference_utility.csv, `fit` as in fit.json, `control` as in control.csv."""
 
     place: Place
+    frame: pd.DataFrame
     summary: pd.DataFrame
     fit: dict[str, Any]
     control: pd.DataFrame | None = None
@@ -112,7 +120,17 @@ class Measured:
         return self.summary[self.summary["split"] == self.split_for(split)]
 
     def curve(self, split: str, kind: str) -> CurveFit:
+        """Over the whole sweep."""
         return CurveFit.from_dict(self.stored(split)[kind])
+
+    def fitted(self, extent: str, kind: str) -> tuple[CurveFit, float | None]:
+        """Over one of RANGES on the questions that choices are made on, and R^2 of it on the test points."""
+        found = self.fit["fits"][extent][kind]
+        return CurveFit.from_dict(found["fit"]), found["r2_test"]
+
+    @property
+    def random_curves(self) -> Curves | None:
+        return random_curves(self.frame, self.control)
 
     def random(self, split: str) -> pd.DataFrame | None:
         """The control's rows of one split (all, where it has none of it)."""
@@ -163,11 +181,12 @@ def _rank(name: str, order: Sequence[str]) -> tuple[int, str]:
 
 
 def _measured(leaf: Path) -> bool:
-    return (leaf / losses.SUMMARY_FILE).is_file() or any(odds.FOLDER.match(sub.name) for sub in leaf.iterdir())
+    tables = (losses.SUMMARY_FILE, *losses.TABLES.values())
+    return any((leaf / name).is_file() for name in tables) or any(odds.FOLDER.match(sub.name) for sub in leaf.iterdir())
 
 
-def summary_of(place: Place, norm: odds.Norm = "mean", seed: int = 0) -> tuple[pd.DataFrame, list[str]]:
-    """The summary of a place, and notes on what could not be used. Without loss rows, the stored preference_utility.csv as it is."""
+def frame_of(place: Place, norm: odds.Norm = "mean", seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """(frame, summary, notes on what could not be used). Without loss rows, the stored preference_utility.csv is both."""
     frames, notes = [], []
     folders: list[tuple[int | None, Path]] = [*place.concepts.items()] or [(None, place.folder)]
     for concept, folder in folders:
@@ -178,21 +197,31 @@ def summary_of(place: Place, norm: odds.Norm = "mean", seed: int = 0) -> tuple[p
             if len(frame):
                 frames.append(frame if concept is None else frame.assign(concept=concept))
     if frames:
-        return odds.summarise(pd.concat(frames, ignore_index=True), seed), notes
+        every = pd.concat(frames, ignore_index=True)
+        return every, odds.summarise(every, seed), notes
     stored = place.folder / losses.SUMMARY_FILE
     if notes or not stored.is_file():  # a summary of rows that were left out is as old as they are
         why = f" ({'; '.join(notes)})" if notes else ""
         raise UserError(f"{place.folder}: no losses of both answers at any multiplier{why}; run --mode loss again")
-    return odds.read_summary(stored), ["no loss rows are stored: preference_utility.csv is used as it is"]
+    summary = odds.read_summary(stored)
+    return summary, summary, ["no loss rows are stored: preference_utility.csv is used as it is"]
+
+
+def judged(place: Place, norm: odds.Norm, budget: float, seed: int) -> Measured:
+    """A place with its recommendation, nothing fitted, nothing written."""
+    frame, summary, notes = frame_of(place, norm, seed)
+    control, of_others = read_control(place)
+    texts, unread = _control_texts(place)
+    chance = beyond_chance(random_curves(frame, control), texts, budget)
+    best = recommendation(frame, budget, seed, chance)
+    return Measured(place, frame, summary, plain({"recommendation": best, "notes": notes + of_others + unread}), control)
 
 
 def analyse(place: Place, norm: odds.Norm = "mean", budget: float = BUDGET, seed: int = 0) -> Measured:
-    """Summarise and fit one place; writes preference_utility.csv and fit.json. Nothing is fitted again when nothing changed."""
-    summary, notes = summary_of(place, norm, seed)
-    control, of_others = read_control(place)
-    notes += of_others
-    source = digest(f"{VERSION} {norm} {seed} {budget} {notes} {summary.to_csv(float_format='%.10g')}".encode())
-    fit = _stored(place.folder / FIT_FILE)
+    """Summarise, judge and fit one place; writes preference_utility.csv and fit.json. Nothing is fitted again when nothing changed."""
+    cell = judged(place, norm, budget, seed)
+    summary, fit = cell.summary, _stored(place.folder / FIT_FILE)
+    source = digest(f"{VERSION} {norm} {seed} {budget} {cell.fit} {summary.to_csv(float_format='%.10g')}".encode())
     if fit.get("source") != source:
         names = {name: getattr(place, name) for name in ("model", "dataset", "method", "intervention")}
         fit = {
@@ -204,20 +233,50 @@ def analyse(place: Place, norm: odds.Norm = "mean", budget: float = BUDGET, seed
             "units": "log-odds in nats, multipliers dimensionless, slope in nats per unit of multiplier",
             "about_parameters": "alpha, beta, b, m, L and p trade off against each other: read the curve, not one parameter",
             "splits": {split: _fits(rows, budget, seed) for split, rows in summary.groupby("split", sort=False)},
-            "recommendation": recommendation(summary, budget),
-            "notes": notes,
+            **cell.fit,
         }
-        fit = plain(fit)
+        fit = plain(fit | {"fits": _both_ranges(place, summary, fit["splits"], seed)})
         odds.write_summary(place.folder / losses.SUMMARY_FILE, summary)
         # the picture of the old fit goes first: a run killed between the two files draws it again
         (place.folder / CURVES_FILE).unlink(missing_ok=True)
         atomic_write(place.folder / FIT_FILE, json.dumps({**fit, "check": identity(fit)}, indent=1, allow_nan=False) + "\n")
-    return Measured(place, summary, fit, control)
+    return dataclasses.replace(cell, fit=fit)
+
+
+def trained_range(form: str, multipliers: Sequence[float]) -> float:
+    """The largest |m| of the training: of a sweep 10 of its steps (a wider one has more of them), else of the released factors."""
+    m = sorted(multipliers)
+    step = sorted(b - a for a, b in zip(m, m[1:], strict=False))[(len(m) - 1) // 2] if len(m) > 2 * STEPS else 0.0
+    top = STEPS * step or max(map(abs, FORMS[form].factors if form in FORMS else m))
+    return min(top, max(map(abs, m)))
+
+
+def _fit(rows: pd.DataFrame, kind: Kind, seed: int) -> CurveFit:
+    m, y, low, high = (rows[name].to_numpy(float) for name in ("multiplier", kind, f"{kind}_low", f"{kind}_high"))
+    return checked(fit_curve(m, y, kind, seed), m, y, low, high)
+
+
+def _both_ranges(place: Place, summary: pd.DataFrame, stored: dict[str, Any], seed: int) -> dict[str, Any]:
+    """RANGES -> curve -> {fit, r2_test}: the fit of the questions that choices are made on, scored on the test questions' points."""
+    split = split_of(summary)
+    rows, test = summary[summary["split"] == split], summary[summary["split"] == "test"] if split != "test" else summary[:0]
+    top = trained_range(place.intervention, list(rows["multiplier"])) * (1 + 1e-9)
+    out: dict[str, Any] = {}
+    for extent, end in zip(RANGES, (top, math.inf), strict=True):
+        some, other = (table[table["multiplier"].abs() <= end] for table in (rows, test))
+        fits = {k: _fit(some, k, seed) if len(some) < len(rows) else CurveFit.from_dict(stored[str(split)][k]) for k in KINDS}
+        out[extent] = {kind: {"fit": fit.as_dict(), "r2_test": _on_test(fit, other)} for kind, fit in fits.items()}
+    return out
+
+
+def _on_test(fit: CurveFit, rows: pd.DataFrame) -> float | None:
+    rows = rows[rows[fit.kind].notna()]
+    return None if fit.parameters is None or rows.empty else r_squared(rows[fit.kind], fit(rows["multiplier"]))
 
 
 def _fits(rows: pd.DataFrame, budget: float, seed: int) -> dict[str, Any]:
     m, preference, utility = (rows[name].to_numpy(float) for name in ("multiplier", "preference", "utility"))
-    fits = {"preference": fit_curve(m, preference, "preference", seed), "utility": fit_curve(m, utility, "utility", seed)}
+    fits = {kind: _fit(rows, kind, seed) for kind in KINDS}
     undefined = rows[rows["n_undefined"] > 0]
     worst = undefined.sort_values("n_undefined").iloc[-1] if len(undefined) else None
     return {
@@ -253,28 +312,41 @@ def plain(value: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(value), parse_constant=lambda name: None))
 
 
-def read_control(place: Place) -> tuple[pd.DataFrame | None, list[str]]:
-    """Random directions of the vector's norm: split, draw, multiplier, preference, utility (mean over concepts).
-
-    And a sentence for each file that cannot be read, or was made for another vector than the one that lies there: it is left out.
-    """
-    keys, parts, notes = ["split", "draw", "multiplier"], [], []
-    for path in (folder / CONTROL_FILE for folder in place.concepts.values() or [place.folder]):
+def _tables(place: Place, name: str, keys: Sequence[str], columns: Sequence[str]) -> tuple[list[pd.DataFrame], list[str]]:
+    """A control's file of each concept (or the one there is), and a sentence for each that is broken or of another vector: left out."""
+    parts, notes, way_out = [], [], "--mode loss --multipliers sweep makes it again"
+    for path in (folder / name for folder in place.concepts.values() or [place.folder]):
         if not path.is_file():
             continue
         try:
             if of_one_vector(place.base, [path])[1]:
                 raise UserError(f"{path.relative_to(place.base)} is of another vector; --mode loss makes it again")
-            part = odds.read_table(path, [*keys, *KINDS], "--mode loss --multipliers sweep makes it again")
-            for name in (*keys[1:], *KINDS):
-                if not pd.api.types.is_numeric_dtype(part[name]):
-                    raise UserError(f"{path}: column {name!r} holds more than numbers; --mode loss --multipliers sweep makes it again")
-            parts.append(part)
+            part = odds.read_table(path, [*keys, *columns], way_out)
+            for column in part.columns.drop("split", errors="ignore"):
+                if not pd.api.types.is_numeric_dtype(part[column]):
+                    raise UserError(f"{path}: column {column!r} holds more than numbers; {way_out}")
+            # concepts have their own units of m: means over them are of the same place in the order
+            parts.append(part.assign(at=part.groupby([*keys][:-1])["multiplier"].rank()))
         except UserError as error:
             notes.append(f"control left out: {error}")
+    return parts, notes
+
+
+def read_control(place: Place) -> tuple[pd.DataFrame | None, list[str]]:
+    """Random interventions of the same form and size: split, draw, multiplier, means (over concepts too); notes on what is left out."""
+    keys = ["split", "draw", "multiplier"]
+    parts, notes = _tables(place, CONTROL_FILE, keys, KINDS)
     if not parts:
         return None, notes
-    return pd.concat(parts, ignore_index=True).groupby(keys, as_index=False, sort=True)[list(KINDS)].mean(), notes
+    return pd.concat(parts, ignore_index=True).groupby(["split", "draw", "at"]).mean().reset_index().drop(columns="at"), notes
+
+
+def _control_texts(place: Place) -> tuple[pd.DataFrame | None, list[str]]:
+    """Share of generated answers that show the behaviour: draw (-1: the stored intervention), multiplier, score."""
+    parts, notes = _tables(place, CONTROL_TEXTS, ["draw", "multiplier"], ["score"])
+    if not parts:
+        return None, notes
+    return pd.concat(parts, ignore_index=True).groupby(["draw", "at"]).mean().reset_index().drop(columns="at"), notes
 
 
 @dataclass(frozen=True)

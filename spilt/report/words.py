@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import pandas as pd
 
+from spilt.analysis.claims import FITS, HOLDS, OPEN
 from spilt.analysis.curves.fitting import GOOD_R2
-from spilt.report.cells import KINDS, Measured, label, name_of, shown
-from spilt.report.tables import recommendations
+from spilt.report.cells import RANGES, Measured, label, name_of, shown
 
 
 class Finding(NamedTuple):
@@ -21,8 +21,10 @@ class Finding(NamedTuple):
     warning: bool = False
 
 
-def findings(cells: Sequence[Measured], split: str, trade: pd.DataFrame, control: pd.DataFrame) -> list[Finding]:
-    out = [_kept(trade), _recommended(cells), _fits(cells, split), _undefined(cells, split), _control(control)]
+def findings(cells: Sequence[Measured], split: str, frames: Mapping[str, pd.DataFrame]) -> list[Finding]:
+    """`frames`: the report's tables; a tile says nothing that they do not."""
+    recommended = _recommended(cells, frames["recommendations"])
+    out = [_kept(frames["equal_preference"]), recommended, _fits(frames), _undefined(cells, split), _control(frames["control"])]
     return [finding for finding in out if finding]
 
 
@@ -44,72 +46,71 @@ def _list(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
-def _kept(trade: pd.DataFrame) -> Finding | None:
-    if trade.empty:
+def _kept(pairs: pd.DataFrame) -> Finding | None:
+    if pairs.empty:
         return None
-    sentences, top = [], ""
-    for among, part in reversed(list(trade.groupby("among", sort=False))):
-        everything = among == "all"
-        first = part.iloc[0]
-        near = part[part["utility"] > first["utility"] - first["half_interval"]]["cell"].tolist() or [first["cell"]]
-        names = [name_of(cell) if everything else str(cell).partition(" ")[0] for cell in part["cell"]]
-        where = "Over all cells" if everything else f"Among {label('', str(among))} cells"
-        if len(near) == len(part) > 1:
-            sentences.append(f"{where} nothing can be told apart: all lie within one 95% interval.")
-        elif len(near) > 1:
-            sentences.append(f"{where} {_list(names[: len(near)])} keep most and lie within one 95% interval of each other.")
-        else:
-            lead = f", {shown(first['utility'] - part['utility'].iloc[1])} nat more than {names[1]}" if len(part) > 1 else ""
-            sentences.append(f"{where} {names[0]} keeps most{lead}.")
-        if not top:
-            methods = {str(cell).partition(" ")[0] for cell in near}
-            top = f"{methods.pop()}, in {len(near)} forms" if len(methods) == 1 else "too close to call"
-            top = name_of(near[0]) if len(near) == 1 else top
-    return Finding("Keeps most utility at equal preference", top, " ".join(sentences))
+    told = pairs[pairs["verdict"] != OPEN]
+    sentences = []
+    for row in told.to_dict("records"):
+        ahead, behind = (row["cell"], row["than"]) if row["verdict"] == HOLDS else (row["than"], row["cell"])
+        sentences.append(f"{name_of(ahead)} keeps {shown(abs(row['estimate']))} nat more than {name_of(behind)}.")
+    many = f"{len(told)} of {len(pairs)} pairs"
+    sentences.insert(0, f"{many} of methods within a form can be told apart, each over the preferences that both reach.")
+    return Finding("Utility kept at equal preference", f"{many} differ", " ".join(sentences))
 
 
-def _recommended(cells: Sequence[Measured]) -> Finding:
+def _recommended(cells: Sequence[Measured], table: pd.DataFrame) -> Finding:
     title = "Recommended multiplier"
-    table = recommendations(cells)
-    table = table[table["multiplier"].notna()]
-    if table.empty:
-        return Finding(title, "none", f"No multiplier can be recommended: {cells[0].best['reason']}.", True)
-    best = table.sort_values("preference_gain_train", na_position="first", kind="stable").iloc[-1]
-    budget, tested, chance = best["budget"], best["reported_on"] == "test", bool(best["within_chance"])
-    if best["multiplier"] == 0:
-        return Finding(title, "0", f"No measured multiplier gains preference for at most {budget:g} nat of utility.", True)
+    table = table.assign(of=[cell.label for cell in cells], gain=table["preference_gain_train"].astype(float))
+    some = table[table["multiplier"].fillna(0) != 0]
+    if some.empty:
+        reasons = _list([f"{row['of']}: {row['reason']}" for row in table.head(3).to_dict("records")])
+        return Finding(title, "none", f"No multiplier can be recommended: {reasons}.", True)
+    best = some.sort_values("gain", na_position="first", kind="stable").iloc[-1]
+    tested, m = best["reported_on"] == "test", shown(best["multiplier"], ".3g")
     on = "test" if tested else "train"
-    m, cell = shown(best["multiplier"], "g"), label(best["method"], best["intervention"])
     drop, gain = best[f"utility_drop_{on}"], best[f"preference_gain_{on}"]
     share = ""
     if pd.notna(best[f"accuracy_{on}"]):
         share = f" ({best[f'accuracy_at_0_{on}']:.0%} → {best[f'accuracy_{on}']:.0%} of questions prefer the matching answer)"
+    between = f" (95% of resamples: {shown(best['multiplier_low'], '.3g')} to {shown(best['multiplier_high'], '.3g')})"
     sentence = (
-        f"The largest gain within a utility budget of {budget:g} nat, chosen on {best['chosen_on']} questions: {cell} at m = {m}. "
-        f"On {'test' if tested else best['chosen_on']} questions preference moves by {shown(gain)} nats{share} and "
-        f"utility {'falls' if drop > 0 else 'rises'} by {shown(abs(drop))} nat."
+        f"The largest gain within a utility budget of {best['budget']:g} nat, chosen on {best['chosen_on']} questions: {best['of']} at "
+        f"m = {m}{between if pd.notna(best['multiplier_low']) else ''}. On {'test' if tested else best['chosen_on']} questions preference "
+        f"moves by {_with_interval(best, 'gain', gain, on)} nats{share} and utility {'falls' if drop > 0 else 'rises'} by "
+        f"{_with_interval(best, 'drop', drop, on)} nat."
     )
-    sentence += " On test questions the cost is over the budget." if tested and drop > budget else ""
-    sentence += " The gain cannot be told from 0: its 95% interval holds 0." if chance else ""
-    return Finding(title, "no gain beyond chance" if chance else f"m = {m}, {cell}", sentence, chance)
+    if pd.notna(best["choice_stands"]) and len(some) > 1:
+        sentence += f" The choice among cells stands in {best['choice_stands']:.0%} of resamples."
+    others = [row["of"] for row in some.to_dict("records") if row["tied"] and row["of"] != best["of"]]
+    sentence += f" It cannot be told from {_list(others)}." if best["tied"] and others else ""
+    sentence += " Not tested against chance." if pd.isna(best["chance_p"]) else ""
+    return Finding(title, f"m = {m}, {best['of']}", sentence, bool(pd.isna(best["chance_p"])))
 
 
-def _fits(cells: Sequence[Measured], split: str) -> Finding:
-    curves = [(cell.label, kind, cell.curve(split, kind)) for cell in cells for kind in KINDS]
-    fitted = [(name, kind, fit.r2, fit.r2_held_out) for name, kind, fit in curves if fit.r2 is not None]
-    good = [(r2, f"{name}, {kind}") for name, kind, r2, _ in fitted if r2 >= GOOD_R2]
-    short = {
-        "Short of it": [f"{name} ({kind}, {r2:.3f})" for name, kind, r2, _ in fitted if r2 < GOOD_R2],
-        "Not fitted": [f"{name} ({kind})" for name, kind, fit in curves if fit.r2 is None],
-        "Good on all points but not between them (held-out R²)": [
-            f"{name} ({kind}, {held_out:.2f})" for name, kind, r2, held_out in fitted if held_out is not None and r2 >= GOOD_R2 > held_out
-        ],
-    }
-    sentence = f"{len(good)} of {len(curves)} curves reach R² {GOOD_R2:g}."
-    if good:
-        sentence += " The lowest of these: {:.3f} ({}).".format(*min(good))
-    sentence += "".join(f" {why}: {_list(names)}." for why, names in short.items() if names)
-    return Finding("Curve fits", f"{len(good)} of {len(curves)}", sentence, any(short.values()))
+def _with_interval(row: pd.Series, name: str, value: float, on: str) -> str:
+    low, high = row[f"{name}_low_{on}"], row[f"{name}_high_{on}"]
+    sign = -1 if name == "drop" and value <= 0 else 1
+    ends = sorted((sign * low, sign * high)) if pd.notna(low) else []
+    return shown(sign * value) + (f" [{', '.join(map(shown, ends))}]" if ends else "")
+
+
+def _fits(frames: Mapping[str, pd.DataFrame]) -> Finding:
+    table, claims = frames["fits"], frames["claims"]
+    sentences, figures = [], []
+    for extent, name in zip(RANGES, ("the trained range", "the whole sweep"), strict=True):
+        part = table[table["range"] == extent]
+        good, known = part[part["r2"].astype(float) >= GOOD_R2], part["r2"].notna()
+        figures.append(f"{len(good)} of {len(part)}")
+        sentences.append(f"Over {name} {len(good)} of {len(part)} curves reach R² {GOOD_R2:g}")
+        if on_test := [value for value in part["r2_test"] if pd.notna(value)]:
+            sentences[-1] += f" (mean {part['r2'].astype(float).mean():.3f}; on test questions {sum(on_test) / len(on_test):.3f})"
+        for why, some in {"short of it": part[known & ~part.index.isin(good.index)], "not fitted": part[~known]}.items():
+            named = [f"{label(row['method'], row['intervention'])} ({row['curve']})" for row in some.to_dict("records")]
+            sentences[-1] += f"; {why}: {_list(named)}" if named else ""
+    verdicts = claims.loc[claims["claim"] == FITS, "verdict"]
+    sentences.append(f"Both curves reach it, and on points that were not fitted, in {(verdicts == HOLDS).sum()} of {len(verdicts)} cells")
+    return Finding("Curve fits", figures[0], ". ".join(sentences) + ".", bool((verdicts != HOLDS).any() or verdicts.empty))
 
 
 def _undefined(cells: Sequence[Measured], split: str) -> Finding:
@@ -139,13 +140,8 @@ def _share(counted: dict[str, float]) -> float:
 def _control(table: pd.DataFrame) -> Finding | None:
     if table.empty:
         return None
-    sloped = [label(row["method"], row["intervention"]) for row in table[~table["no_slope"].astype(bool)].to_dict("records")]
-    lost = table["utility_drop_at_ends"].mean()
-    slopes = f"mean preference has a slope beside {_list(sloped)}" if sloped else "mean preference has no slope"
-    falls = f"falls by {shown(lost)} nats" if lost > 0 else "does not fall"
-    return Finding(
-        "Random directions of the same norm",
-        "a preference slope" if sloped else "no preference slope",
-        f"Over {table['draws'].sum()} random directions as a control, {slopes}, and utility {falls} at the ends of the sweep.",
-        bool(sloped) or not lost > 0,
-    )
+    beyond = table["beyond"].astype(bool)
+    named = [label(row["method"], row["intervention"]) for row in table[~beyond].to_dict("records")]
+    sentence = f"{beyond.sum()} of {len(table)} cells gain more at equal drop than random interventions of the same size do (p ≤ 5%)."
+    sentence += f" Not beyond chance: {_list(named)}." if named else ""
+    return Finding("Beyond chance", f"{beyond.sum()} of {len(table)} cells", sentence, bool(named))

@@ -15,7 +15,7 @@ from typing import Any
 
 from spilt.cell import FORMS
 from spilt.errors import UserError
-from spilt.settings.values import Bad, Reader, choice, flag, many, number, optional, positions, text, whole, whole_or_all
+from spilt.settings.values import Bad, Reader, choice, flag, many, number, optional, positions, steered, text, whole, whole_or_all
 
 POINTS = ("mlp_mid", "mlp", "attn", "block")  # read points of lora and local_weight
 WRITE_POINTS = ("block", "down_proj")
@@ -28,6 +28,7 @@ DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32
 DTYPE_ALIASES |= {f"torch.{name}": name for name in DTYPES}
 # other spellings on the command line and in YAML; all names in any case
 METHOD_ALIASES = {"split": "spilt"}  # the paper's spelling
+LATER = ("joint", "steer_positions")  # keys that came after results had been stored
 INTERVENTION_ALIASES = {"weight": "local_weight"}  # released file names and YAML
 
 
@@ -67,9 +68,9 @@ class Checked:
             object.__setattr__(self, key.name, read_field(key, value))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON-able values, for the manifest beside an artifact. `joint` stands there where it is true: older ones lack it."""
+        """Plain JSON-able values, for the manifest beside an artifact. Keys of LATER stand there where they are set."""
         found = asdict(self)  # type: ignore[call-overload]
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items() if name != "joint" or value}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items() if name not in LATER or value}
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,14 @@ class Common(Checked):
     dtype: str = setting(choice("dtype", DTYPES, DTYPE_ALIASES), "bfloat16")  # of the model (YAML `torch_dtype`); parameters are float32
     use_chat_template: bool = setting(flag, True)  # wrap prompts in the tokenizer's chat template
     system_prompt: str = setting(text, "")  # "" = no system turn
+    # Ours: which tokens are steered. None = the released way: all of them while text is made; in fits and released losses of a
+    # vector what `intervention_positions` says, which leaves the template prefix alone. Curves are measured as text is made.
+    steer_positions: str | None = setting(optional(steered), None)
+
+    @property
+    def applied_positions(self) -> str:
+        """Where it acts while text is made, in the words of `steer_positions`."""
+        return self.steer_positions or "all"
 
 
 def _of_form(name: str) -> Callable[[str, str], Any]:
@@ -149,6 +158,12 @@ class ScoringSettings(Common):
     output_length: int = setting(whole(1), 512)  # tokens per sequence, prompt included; longer ones are cut
     intervention_positions: str = setting(positions, "all")  # where a vector acts; lora and local_weight act everywhere
     max_num_of_examples: int | None = setting(whole_or_all(), None)  # rows of the data set; None = all
+
+    @property
+    def fitted_positions(self) -> str:
+        """Where it acts in fits and released losses, in the words of `steer_positions`."""
+        released = "skip_prefix" if self.intervention_positions == "all" else self.intervention_positions
+        return self.steer_positions or (released if FORMS[self.intervention_method].positional else "all")
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ _IGNORED = {
     "interventions are always stored": "save_vectors overwrite",
     "transformers generates the text": "vllm_enable use_vllm gpu_memory_utilization",
     "the cache of keys and values is always used for generation and never for fitting": "use_cache lm_use_cache",
-    "generation always steers every position": "steer_from_end_position steer_at",
+    "steer_positions says which tokens are steered": "steer_from_end_position steer_at",
     "--dtype / torch_dtype decides": "use_bf16 bf16 fp16",
     "positions start after the template prefix, which holds BOS": "exclude_bos",
     "every intervention adds to the residual stream": "intervention_type steering_intervention_type component steering_component",

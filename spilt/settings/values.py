@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from spilt.errors import unknown
@@ -107,7 +107,8 @@ def many(read: Reader, *, distinct: bool = False) -> Reader:
     return read_all
 
 
-POSITIONS = ("all", "all_prompt", "all_generation")
+POSITIONS = ("all", "all_prompt", "all_generation")  # released words; `all` begins after the template prefix
+STEERED = ("all", "skip_prefix", *POSITIONS[1:])  # of `steer_positions`; `all` is every token
 _ENDS = re.compile(r"f([1-9]\d{0,5})(?:\+l([1-9]\d{0,5}))?|l([1-9]\d{0,5})", re.ASCII)
 
 
@@ -117,11 +118,17 @@ def positions(value: Any) -> str:
     return str(value)
 
 
-def ends(value: Any) -> tuple[int, int] | None:
-    """How many of the first and of the last prompt tokens; None for one of POSITIONS. The one place that reads these words."""
-    if isinstance(value, str) and value in POSITIONS:
+def steered(value: Any) -> str:
+    """The words of `steer_positions`: `all` (every token), `skip_prefix` (from the template prefix's end on), and those of `positions`."""
+    ends(value, STEERED)
+    return str(value)
+
+
+def ends(value: Any, words: Sequence[str] = POSITIONS) -> tuple[int, int] | None:
+    """How many of the first and of the last prompt tokens; None for one of `words`. The one place that reads these words."""
+    if isinstance(value, str) and value in words:
         return None
     found = _ENDS.fullmatch(value) if isinstance(value, str) else None
     if found is None:
-        raise Bad(f"is unknown; wanted {', '.join(POSITIONS)}, f{{n}}, l{{n}}, f{{n}}+l{{n}} with n >= 1 (first / last n prompt tokens)")
+        raise Bad(f"is unknown; wanted {', '.join(words)}, f{{n}}, l{{n}}, f{{n}}+l{{n}} with n >= 1 (first / last n prompt tokens)")
     return int(found[1] or 0), int(found[2] or found[3] or 0)

@@ -33,7 +33,7 @@ class Intervention(nn.Module):
 
     form: ClassVar[str]  # its name: key of FORMS and INTERVENTIONS, word of YAML and command line
     reads: ClassVar[bool] = True  # of its row in FORMS, as the training factors are
-    positional: bool = False  # fit and loss let it act at `intervention_positions` alone, as released
+    one_mask: bool = False  # dropout acts on the parameters: one mask for all rows of a batch
     linear: ClassVar[tuple[str, ...]]  # parameters that, scaled together, scale delta
     factors: ClassVar[tuple[float, ...]]
 
@@ -94,7 +94,7 @@ class Vector(Intervention):
     """delta = m v, v [D]. Dropout acts on v itself. Initialised uniform in +-1/sqrt(D), as released."""
 
     form = "vector"
-    positional = True
+    one_mask = True
     linear = ("v",)
 
     def __init__(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from spilt import verbs
 from spilt.artifacts import manifest
@@ -101,7 +100,7 @@ def _train(
             atomic_write(unfinished, sealed({"identity": identity, **state()}))
             saved = time.monotonic()
 
-    with tqdm(desc=f"fit {cell}", unit="step", leave=False, disable=run.quiet) as bar:
+    with run.progress.bar(desc=f"fit {cell}", unit="step") as bar:
 
         def progress(step: int, steps: int, loss: float) -> None:
             bar.total, bar.n = steps, step

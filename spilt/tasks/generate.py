@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from spilt import plan, verbs
 from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write
@@ -118,9 +116,9 @@ def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinishe
         todo = [text for text in mine if text not in texts]
         # the seed is the prompt's and the response's own: the same random numbers at every multiplier
         rows = [generation.Row(ids[t.prompt], t.multiplier or 0.0, f"{s.seed}/{t.prompt}/{t.response}") for t in todo]
-        with tqdm(total=len(mine), initial=len(texts), desc=f"apply {cell}", unit="text", leave=False, disable=run.quiet) as bar:
+        with run.progress.bar(total=len(mine), initial=len(texts), desc=f"apply {cell}", unit="text") as bar:
             if plan.why_plain(step, run.request.engine):
-                stream = whole.texts(run.host.model, steering, rows, how)
+                stream = whole.texts(run.host.model, steering, rows, how, s.applied_positions, chat.prefix_length)
             else:
                 stream = generation.generate(run.host.model, steering, rows, how, run.request.batch_size or s.batch_size)
             for number, new in stream:

@@ -14,29 +14,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from spilt import verbs
-from spilt.analysis import odds
+from spilt.analysis import odds, recommend
 from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.journal import Journal
-from spilt.artifacts.losses import APPLIED, COLUMNS, CONTROL, LOSS, PREFERENCE_TYPES
-from spilt.cell import FORMS
+from spilt.artifacts.losses import APPLIED, COLUMNS, LOSS, NEUTRAL, NEUTRAL_TARGET, PREFERENCE_TYPES, SPLITS, TABLE, TABLES, TARGETS
 from spilt.data import readers
-from spilt.engine import activations, score, whole
+from spilt.engine import activations, dose, score, whole
 from spilt.errors import NotFinite
 from spilt.methods import METHODS
-from spilt.steering import anatomy
-from spilt.steering.interventions import Intervention, Vector
 from spilt.steering.steering import Steering
+from spilt.tasks import control
 from spilt.tasks.recordings import Run, stored, tell_replaced
 from spilt.verbs import Step
 from spilt.verbs import measure as measure_verb
 
-CONTROL_DRAWS = 16  # random directions of the vector's norm: one alone can have a slope by chance, their mean should have none
-CONTROL_PAIRS = 64  # questions that they are scored on, at most
-CONTROL_EVERY = 3  # every third multiplier of the sweep
+SOLVED = 3  # times that the multiplier which meets the budget is looked for, and measured
 
 
 class Unfinished(Journal):
@@ -88,24 +83,133 @@ def measure(step: Step, run: Run) -> str:
 def _measure_step(step: Step, run: Run, unfinished: Unfinished) -> str:
     (cell,) = step.cells
     steering = run.team.each(lambda: stored(cell, step.settings, run))
-    if step.sweep:
-        step = measure_verb.with_multipliers(step, run.store, _sweep(step, steering, run))
-    new = _measure(step, steering, run, unfinished)
-    if step.sweep:
-
-        def still_moves() -> bool:
-            from spilt.analysis import curves  # brings scipy
-
-            frames = [odds.collect(run.store.loss_folder(cell), split) for split in step.data]
-            return not curves.flattened(odds.summarise(pd.concat(frames)))
-
-        if run.team.on_main(still_moves):
-            wider = measure_verb.widened(step.multipliers)
-            new = _measure(measure_verb.with_multipliers(step, run.store, wider), steering, run, unfinished) or new
-            step = measure_verb.with_multipliers(step, run.store, wider)
-        if FORMS[cell.intervention].direction:
-            new = _control(step, steering, run, unfinished) or new
+    new = _released_files(step, steering, run, unfinished) if step.released else False
+    if step.sweep or not step.released:
+        new = _tables(step, steering, run, unfinished) or new
     return "done" if new else "already done"
+
+
+def _tables(step: Step, steering: Steering, run: Run, unfinished: Unfinished) -> bool:
+    """One table of losses per split, measured as text is made; a sweep is widened once when a tail still moves, the multiplier that
+    meets the utility budget is measured too, and random interventions beside it. Returns whether anything was written."""
+    (cell,) = step.cells
+    outputs = {path: parts for path, parts in verbs.output_parts(step, run.request.limit, run.seen).items() if path.name in TABLES.values()}
+
+    def decide() -> bool:
+        if not run.request.force and all(verbs.state(step, path, parts) == "done" for path, parts in outputs.items()):
+            return False
+        tell_replaced(str(step), outputs, run)
+        return True
+
+    todo = run.team.on_main(decide)
+    if todo:
+        tables = Tables(step, steering, run, unfinished, outputs)
+        if not step.sweep:
+            tables.measure(step.multipliers)
+            return True
+        multipliers = _sweep(step, steering, run)
+        tables.measure(multipliers)
+        if run.team.on_main(lambda: _still_moves(tables, multipliers)):
+            tables.measure(measure_verb.widened(multipliers))
+        for _ in range(SOLVED):
+            found = run.team.on_main(lambda: recommend.next_multiplier(tables.frame(next(iter(step.data)))))
+            if found is None:
+                break
+            tables.measure([found])
+        tables.finish()
+    return step.sweep and run.request.control_pairs > 0 and _control(step, steering, run, unfinished) or todo
+
+
+def _still_moves(tables: Tables, multipliers: Sequence[float]) -> bool:
+    """Of the sweep's own multipliers, whatever else has been measured: a run that goes on after a kill decides the same."""
+    from spilt.analysis import curves  # brings scipy
+
+    frame = pd.concat([tables.frame(split) for split in tables.step.data if split in SPLITS])
+    return not curves.flattened(odds.summarise(frame[frame["multiplier"].isin(multipliers)]))
+
+
+class Tables:
+    """The tables of losses of one step, one per split, that grow by multipliers. m = 0 is always among them."""
+
+    def __init__(self, step: Step, steering: Steering, run: Run, unfinished: Unfinished, outputs: dict[Path, dict[str, Any]]) -> None:
+        self.step, self.steering, self.run, self.unfinished, self.outputs = step, steering, run, unfinished, outputs
+        self.rows: dict[str, pd.DataFrame] = {}
+        for split in step.data:
+            path = run.store.loss_table(step.cells[0], split)
+            self.rows[split] = run.team.on_main(partial(self._stored, path))
+        self.unit = unit_dose(step, steering, run)
+
+    def _stored(self, path: Path) -> pd.DataFrame:
+        """The rows that a run before this one left, of the same request."""
+        usable = not self.run.request.force and manifest.standing(path, self.outputs[path]) == "done"
+        return odds.losses_table(path) if usable else pd.DataFrame(columns=[*TABLE])
+
+    def frame(self, split: str) -> pd.DataFrame:
+        """What is known of a split, per question."""
+        return odds.per_question(odds.answers(self.rows[split], "mean"), split)
+
+    def measure(self, multipliers: Sequence[float]) -> None:
+        """Add these strengths to every split. Raises NotFinite, when all that is sound has been stored."""
+        bad: set[float] = set()
+        for split in self.step.data:
+            wanted = sorted({0.0, *(m + 0.0 for m in multipliers)} - set(self.rows[split]["multiplier"]))
+            if wanted:
+                bad |= self._measure(split, wanted)
+        if bad:
+            raise _not_finite(sorted(bad))
+
+    def _measure(self, split: str, wanted: Sequence[float]) -> set[float]:
+        step, run, where = self.step, self.run, self.step.settings.applied_positions
+        scorer = _scorer(step, split, self.steering, run, where)
+        with run.progress.bar(total=len(scorer.sequences) * len(wanted), desc=f"loss {step.cells[0]} {split}", unit="row") as bar:
+            identities = measure_verb.loss_identities(step, wanted, split, where, run.request.limit, run.seen)
+            found = _shared_losses(run, scorer, wanted, self.unfinished, identities, bar.update)
+        sound = _finite(found)
+        new = [_rows(found, k, m, abs(m) * self.unit, where, split) for k, m in enumerate(wanted) if sound[k]]
+        grown = pd.concat([part for part in (self.rows[split], *new) if len(part)]) if new else self.rows[split]
+        self.rows[split] = grown.sort_values(["multiplier", "example", "target"], ignore_index=True)
+        self._store(split, swept=False)
+        return {m for m, finite in zip(wanted, sound, strict=True) if not finite}
+
+    def _store(self, split: str, swept: bool) -> None:
+        if not len(table := self.rows[split]):
+            return
+        path = self.run.store.loss_table(self.step.cells[0], split)
+        notes = {"multipliers": sorted(set(table["multiplier"])), "swept": swept}
+        _store(self.run, self.unfinished, lambda: self.run.store_result(self.step, path, _csv(table), self.outputs[path], notes))
+
+    def finish(self) -> None:
+        """The sweep is whole: nothing that it led to is missing."""
+        for split in self.step.data:
+            self._store(split, swept=True)
+
+
+def _rows(found: score.Losses, k: int, multiplier: float, amount: float, positions: str, split: str) -> pd.DataFrame:
+    """The rows of TABLE of one multiplier."""
+    count, targets = found.total.shape[1], (NEUTRAL_TARGET,) if split == NEUTRAL else TARGETS
+    columns = {
+        "multiplier": multiplier,
+        "dose": amount,
+        "positions": positions,
+        "example": np.arange(count) // len(targets),
+        "target": np.resize(targets, count),
+        "n_tokens": found.tokens,
+        "loss_sum": found.total[k],
+        "answer_tokens": found.answer_tokens,
+        "answer_loss_sum": found.answer[k],
+    }
+    return pd.DataFrame(columns)[[*TABLE]]
+
+
+def unit_dose(step: Step, steering: Steering, run: Run) -> float:
+    """The dose of a steering at multiplier 1, on the first pairs of the step's first split."""
+    return dose.of(steering, _seen(step, steering, run))
+
+
+def _seen(step: Step, steering: Steering, run: Run) -> list[dose.Seen]:
+    split, path = next(iter(step.data.items()))
+    fmt = readers.dataset_format(run.request.base_dir, step.cells[0].dataset, verbs.VERBS["measure"].sections[split])
+    return dose.streams(run.host.model, steering, run.recordings.sequences(step, path, run.host, fmt), run.host.pad_id)
 
 
 def _sweep(step: Step, steering: Steering, run: Run) -> tuple[float, ...]:
@@ -141,40 +245,40 @@ def _norm(steering: Steering) -> float:
     return steering.entries[0][1].norm()
 
 
-def _scorer(step: Step, split: str, steering: Steering, run: Run, pairs: int | None = None) -> score.Scorer:
-    """The losses of a split's pairs (the first `pairs` of them), by the engine that applies."""
+def _scorer(step: Step, split: str, steering: Steering, run: Run, positions: str, pairs: int | None = None) -> score.Scorer:
+    """The losses of a split's pairs (the first `pairs` of them) where these positions are steered, by the engine that applies."""
     s: Any = step.settings
     fmt = readers.dataset_format(run.request.base_dir, step.cells[0].dataset, verbs.VERBS["measure"].sections[split])
     prefix, most = run.host.chat(s.use_chat_template, s.system_prompt).prefix_length, None if pairs is None else 2 * pairs
     if run.recordings.why_plain(step):
         sequences = run.recordings.sequences(step, step.data[split], run.host, fmt)[:most]
-        return whole.Scorer(run.host.model, steering, sequences, run.host.pad_id, s.intervention_positions, prefix)
+        return whole.Scorer(run.host.model, steering, sequences, run.host.pad_id, positions, prefix)
     key = next(key for key in run.recordings.keys(step) if key.data == step.data[split])
     cache = run.recordings.get(key, run.host, fmt, score.recorded_at(steering)[1])
-    return score.Recorded(run.host.model, steering, cache if most is None else cache.first(most), s.intervention_positions, prefix)
+    return score.Recorded(run.host.model, steering, cache if most is None else cache.first(most), positions, prefix)
 
 
-def _measure(step: Step, steering: Steering, run: Run, unfinished: Unfinished) -> bool:
-    """Write what is not there yet; multipliers that are done are not scored again. Returns whether anything was written."""
+def _released_files(step: Step, steering: Steering, run: Run, unfinished: Unfinished) -> bool:
+    """Write the released files that are not there yet; multipliers that are done are not scored again. Returns whether anything was."""
     (cell,) = step.cells
-    outputs = verbs.output_parts(step, run.request.limit, run.seen)
+    where = step.settings.fitted_positions
+    every = verbs.output_parts(step, run.request.limit, run.seen)
+    outputs = {path: parts for path, parts in every.items() if path.name not in TABLES.values()}
 
     def decide() -> set[Path]:
         return {path for path, parts in outputs.items() if run.request.force or manifest.standing(path, parts) != "done"}
 
     todo = run.team.on_main(decide)
-    tell_replaced(str(step), {path: outputs[path] for path in step.outputs if path in todo}, run)
+    tell_replaced(str(step), {path: parts for path, parts in outputs.items() if path in todo}, run)
     bad: set[float] = set()
-    for split in step.data:
+    for split in (split for split in step.data if split in SPLITS):
         wanted = [m for m in step.multipliers if any(run.store.losses(cell, m, kind, split) in todo for kind in PREFERENCE_TYPES)]
         if not wanted:
             continue
-        scorer = _scorer(step, split, steering, run)
+        scorer = _scorer(step, split, steering, run, where)
         signed = sorted({m for m in wanted} | {-m + 0.0 for m in wanted})
-        with tqdm(
-            total=len(scorer.sequences) * len(signed), desc=f"loss {cell} {split}", unit="row", leave=False, disable=run.quiet
-        ) as bar:
-            identities = measure_verb.loss_identities(step, signed, split, run.request.limit, run.seen)
+        with run.progress.bar(total=len(scorer.sequences) * len(signed), desc=f"loss {cell} {split}", unit="row") as bar:
+            identities = measure_verb.loss_identities(step, signed, split, where, run.request.limit, run.seen)
             found = _shared_losses(run, scorer, signed, unfinished, identities, bar.update)
         place = {m: k for k, m in enumerate(signed)}
         bad |= {m for m, finite in zip(signed, _finite(found), strict=True) if not finite}
@@ -290,36 +394,47 @@ def loss_table(found: score.Losses, place: dict[float, int], m: float, kind: str
 
 
 def _control(step: Step, steering: Steering, run: Run, unfinished: Unfinished) -> bool:
-    """control.csv: preference and utility along random directions of the stored vector's norm, per draw and multiplier."""
+    """control.csv: preference and utility along random interventions of the stored one's form, per draw and dose."""
     (cell,) = step.cells
     s: Any = step.settings
-    split = list(step.data)[-1]  # test items where they are measured
-    multipliers = [0.0, *(sign * m for m in [m for m in step.multipliers if m > 0][::-CONTROL_EVERY] for sign in (1, -1))]
+    splits = [split for split in step.data if split in SPLITS]
+    split, where = splits[-1], s.applied_positions  # test items where they are measured
     path = run.store.control(cell)
-    drawn = {"multipliers": multipliers, "draws": CONTROL_DRAWS, "pairs": CONTROL_PAIRS}
-    parts = {"control": drawn, **verbs.parts_of(step, split, measure_verb.own(step, 0.0, "control", split), run.request.limit, run.seen)}
+    asked = {"draws": control.DRAWS, "doses": list(control.DOSES), "pairs": run.request.control_pairs}
+    parts = {"control": asked, **verbs.parts_of(step, split, measure_verb.of_table(step, split), run.request.limit, run.seen)}
     if run.team.on_main(lambda: not run.request.force and manifest.standing(path, parts) == "done"):
         return False
-    generator = torch.Generator().manual_seed(s.seed)
-    tables = []
-    for draw in tqdm(range(CONTROL_DRAWS), desc=f"control {cell}", unit="draw", leave=False, disable=run.quiet):
-        random_ones: dict[int, Intervention] = {}
-        for site, intervention in steering:
-            direction = torch.randn(anatomy.hidden_size(run.host.model), generator=generator)
-            made = Vector.from_state(direction / direction.norm() * intervention.norm(), write_point=s.site)
-            random_ones[site.layer] = made.eval().to(run.host.device(site.layer))
-        each = [manifest.identity({**parts, "draw": draw, "multiplier": m}) for m in multipliers]
-        scorer = _scorer(step, split, Steering.of(random_ones), run, CONTROL_PAIRS)
-        found = _shared_losses(run, scorer, multipliers, unfinished, each)
+    bar = run.progress.bar(total=control.DRAWS, desc=f"control {cell}", unit="draw")
+
+    def scored(draw: int, drawn: Steering, multipliers: Sequence[float]) -> score.Losses:
+        scorer = _scorer(step, split, drawn, run, where, run.request.control_pairs)
+        identities = [manifest.identity({**parts, "draw": draw, "multiplier": m}) for m in multipliers]
+        found = _shared_losses(run, scorer, multipliers, unfinished, identities)
         if not all(_finite(found)):
             raise _not_finite([m for m, finite in zip(multipliers, _finite(found), strict=True) if not finite])
-        mean = found.answer / found.answer_tokens
-        utility = odds.utility_log_odds(mean[:, 0::2], mean[:, 1::2])
-        defined = np.isfinite(utility).sum(1)
-        table = pd.DataFrame({"split": split, "draw": draw, "multiplier": multipliers})
-        table["preference"] = odds.preference_log_odds(mean[:, 0::2], mean[:, 1::2]).mean(1)
-        table["utility"] = np.where(defined > 0, np.nansum(utility, 1) / np.maximum(defined, 1), np.nan)
-        table["n"], table["n_undefined"] = utility.shape[1], utility.shape[1] - defined
-        tables.append(table[[*CONTROL]])
-    _store(run, unfinished, lambda: run.store_result(step, path, _csv(pd.concat(tables)), parts))
+        bar.update(draw + 1 - bar.n)
+        return found
+
+    seen = _seen(step, steering, run)
+    shapes = [tuple(p.shape) for p in steering.parameters()]
+    # the same draws serve every cell of this form, place and data
+    same = {name: value for name, value in s.as_dict().items() if name not in ("method", "batch_size")}
+    key = manifest.identity({**parts, "settings": same, "vectors": None, "places": steering.places, "shapes": shapes})
+    with bar:
+        if key not in run.recordings.along_random:
+            run.recordings.along_random[key] = control.along_random(steering, seen, s.seed, scored, split)
+    table = control.of_cell(run.recordings.along_random[key], dose.of(steering, seen))
+    # the texts first: when control.csv stands there, both do
+    star = run.team.on_main(lambda: _recommended(step, run))
+    texts = control.texts(step, steering, seen, star, run) if star else None
+    if texts is not None:
+        run.team.on_main(lambda: run.store_result(step, run.store.control_texts(cell), _csv(texts), {**parts, "texts": star}))
+    _store(run, unfinished, lambda: run.store_result(step, path, _csv(table), parts))
     return True
+
+
+def _recommended(step: Step, run: Run) -> float | None:
+    """The multiplier that meets the utility budget, of the step's first split."""
+    split = next(iter(step.data))
+    table = odds.losses_table(run.store.loss_table(step.cells[0], split))
+    return recommend.solve(odds.per_question(odds.answers(table, "mean"), split))

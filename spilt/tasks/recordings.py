@@ -19,6 +19,7 @@ from spilt.errors import UserError
 from spilt.methods import METHODS
 from spilt.model import identity
 from spilt.model.host import Host
+from spilt.progress import Progress
 from spilt.steering import anatomy, layer_file
 from spilt.steering.steering import Steering
 from spilt.tasks.context import check_context
@@ -41,14 +42,28 @@ class Key(NamedTuple):
 
 
 def encoded(key: Key, host: Host, fmt: readers.DatasetFormat) -> list[Encoded]:
-    """Sequence 2 i is row i's matching answer, 2 i + 1 its not-matching one."""
+    """Sequence 2 i is row i's matching answer, 2 i + 1 its not-matching one; of neutral text, sequence i is row i's."""
     chat = host.chat(key.use_chat_template, key.system_prompt)
+    if readers.has_prompts(fmt.section):
+        return _neutral(key, host, fmt)
     pairs = readers.read_pairs(fmt, key.concept, key.limit)
     sequences = [
         chat.encode(pair.question, text, key.output_length, pair.row) for pair in pairs for text in (pair.matching, pair.not_matching)
     ]
     lengths = [(pairs[i // 2].row, len(sequence.input_ids)) for i, sequence in enumerate(sequences)]
     check_context(host.model, f"{fmt.path}, answers with their questions", lengths, "lower output_length")
+    return sequences
+
+
+def _neutral(key: Key, host: Host, fmt: readers.DatasetFormat) -> list[Encoded]:
+    chat = host.chat(key.use_chat_template, key.system_prompt)
+    prompts = readers.read_prompts(fmt, key.concept if fmt.multi_concept else None, key.limit)
+    for prompt in prompts:
+        if not (prompt.reference_response or "").strip():
+            raise UserError(f"{fmt.path}: row {prompt.row} (0-based) has no {fmt.column('reference_response')!r}: neutral text to score")
+    sequences = [chat.encode(prompt.input, str(prompt.reference_response), key.output_length, prompt.row) for prompt in prompts]
+    lengths = [(prompt.row, len(sequence.input_ids)) for prompt, sequence in zip(prompts, sequences, strict=True)]
+    check_context(host.model, f"{fmt.path}, texts with their prompts", lengths, "lower output_length")
     return sequences
 
 
@@ -60,6 +75,7 @@ class Recordings:
         self.kept: dict[Key, activations.Activations] = {}
         self.uses: Counter[Key] = Counter()
         self.read_points: dict[Key, set[str]] = {}
+        self.along_random: dict[str, Any] = {}  # measured random interventions, for all cells of a form, place and data
         for step in steps:
             for key in self.keys(step):
                 self.uses[key] += 1
@@ -103,7 +119,8 @@ class Recordings:
             if read_point is not None:
                 known.add(read_point)
             sequences = encoded(key, host, fmt)
-            self.kept[key] = activations.record(host.model, key.layer, sequences, sorted(known), host.pad_id, together=2)
+            together = 1 if readers.has_prompts(fmt.section) else 2
+            self.kept[key] = activations.record(host.model, key.layer, sequences, sorted(known), host.pad_id, together)
         return self.kept[key]
 
     def clear(self) -> None:
@@ -125,7 +142,7 @@ class Run(NamedTuple):
     host: Host
     store: Store
     recordings: Recordings
-    quiet: bool
+    progress: Progress
     team: Team
     seen: identity.Seen
 

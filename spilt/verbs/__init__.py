@@ -13,6 +13,7 @@ from spilt.verbs.base import (
     register,
     replaced,
     standing,
+    state,
     without_effect,
 )  # fmt: skip
 from spilt.verbs.fit import Fit
@@ -25,5 +26,5 @@ MODES["both"] = ("fit", "generate")
 
 __all__ = [
     "MODES", "VERBS", "Request", "Step", "Verb", "cost", "missing_inputs", "output_parts", "parts_of", "register", "replaced", "standing",
-    "without_effect",
+    "state", "without_effect",
 ]  # fmt: skip

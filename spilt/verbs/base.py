@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from spilt.artifacts import manifest
+from spilt.artifacts.losses import NEUTRAL
 from spilt.artifacts.store import Store
 from spilt.cell import Cell
 from spilt.data import readers
@@ -36,6 +37,9 @@ class Request:
     force: bool = False
     checkpoint_seconds: float = 60.0  # a fit or measurement under way is saved after this long
     deterministic: bool = False
+    released_files: bool | None = None  # of loss mode; None: where multipliers are given one by one
+    control_pairs: int = 32  # questions on which random interventions are measured after a sweep; 0: none are
+    report: bool = True  # loss mode: draw the page
     engine: str = "fast"  # 'plain': hooks and the library's own forward everywhere
     flags: tuple[str, ...] = ()  # our own flags as they were typed, for the copy-paste command lines
     program: str = "python run_spilt.py"  # what was called, for the same
@@ -55,6 +59,7 @@ class Step(NamedTuple):
     command: str
     multipliers: tuple[float, ...] = ()
     sweep: bool = False
+    released: bool = True  # measure: the released files are written; else the tables of losses
     notes: tuple[Unused, ...] = ()  # keys of the settings without effect
     columns: Mapping[str, Mapping[str, Any]] = {}  # by what it is for, as `data`: how dataset_format.yaml reads the file
     origin: str = ""  # of the settings, for a base folder without settings files
@@ -96,9 +101,13 @@ class Verb:
         given = request.multipliers if isinstance(request.multipliers, tuple) else getattr(settings, "multipliers", None)
         return tuple(dict.fromkeys(float(m) for m in (given or (1.0,))))
 
-    def outputs(self, store: Store, cells: tuple[Cell, ...], data: Mapping[str, Path], multipliers: tuple[float, ...]) -> list[Path]:
+    def outputs(self, store: Store, step: Step) -> list[Path]:
         """The files that a step writes."""
         raise NotImplementedError(f"{self.name} does not say what it writes")
+
+    def complete(self, step: Step, path: Path) -> bool:
+        """Whether a stored output, made just so, holds all that the step asks for."""
+        return True
 
     def decided_by(self, step: Step) -> list[tuple[str, dict[str, Any]]]:
         """For each output: which of its inputs (purpose), and what besides model, data, vectors and settings decides it."""
@@ -169,8 +178,14 @@ def standing(step: Step, limit: int | None, seen: identity.Seen) -> dict[Path, s
     if missing_inputs(step):
         return {path: "foreign" if path.exists() and not manifest.manifest_path(path).exists() else "missing" for path in step.outputs}
     sound = all(map(manifest.is_as_recorded, step.vectors))
-    states = {path: manifest.standing(path, parts) for path, parts in output_parts(step, limit, seen).items()}
+    states = {path: state(step, path, parts) for path, parts in output_parts(step, limit, seen).items()}
     return {path: "stale" if state == "done" and not sound else state for path, state in states.items()}
+
+
+def state(step: Step, path: Path, parts: Mapping[str, Any]) -> str:
+    """manifest.standing of one output; 'missing' where part of what is asked for is."""
+    found = manifest.standing(path, dict(parts))
+    return "missing" if found == "done" and not VERBS[step.verb].complete(step, path) else found
 
 
 def replaced(outputs: Mapping[Path, Mapping[str, Any]]) -> dict[str, list[Path]]:
@@ -208,11 +223,11 @@ def cost(step: Step, request: Request, read: dict[Any, Sequence[Any]] | None = N
     limit = min(given) if given else None
     parts = []
     for cell in step.cells:
-        for purpose in step.data:
+        for purpose in (purpose for purpose in step.data if purpose != NEUTRAL):  # a few texts
             fmt = readers.dataset_format(request.base_dir, cell.dataset, verb.sections[purpose])
             key = (fmt.path, fmt.section, cell.concept, limit)
             if key not in kept:
-                kept[key] = (readers.read_prompts if fmt.section == "generation" else readers.read_pairs)(fmt, cell.concept, limit)
+                kept[key] = readers.read_entry(fmt, cell.concept, limit)
             parts.append(verb.cost(step, shape, kept[key], request))
     recorded = max(part.cache for part in parts)  # of one concept at a time
     peak = shape.weights * shape.size(s) + recorded + max(part.peak for part in parts)

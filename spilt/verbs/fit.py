@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from spilt.artifacts.store import Store
-from spilt.cell import FORMS, Cell
+from spilt.cell import FORMS
 from spilt.errors import UserError
 from spilt.memory import max_tokens
 from spilt.methods import METHODS
@@ -39,8 +39,8 @@ class Fit(Verb):
     def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:
         return ()
 
-    def outputs(self, store: Store, cells: tuple[Cell, ...], data: Mapping[str, Path], multipliers: tuple[float, ...]) -> list[Path]:
-        return [store.vector(cell, layer) for cell in cells for layer in cell.layers]
+    def outputs(self, store: Store, step: Step) -> list[Path]:
+        return [store.vector(cell, layer) for cell in step.cells for layer in cell.layers]
 
     def decided_by(self, step: Step) -> list[tuple[str, dict[str, Any]]]:
         settings = step.settings.as_dict()

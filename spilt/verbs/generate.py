@@ -8,7 +8,6 @@ from typing import Any
 
 from spilt.artifacts import manifest
 from spilt.artifacts.store import Store
-from spilt.cell import Cell
 from spilt.model import identity
 from spilt.verbs.base import Request, Step, Verb, output_parts
 from spilt.verbs.estimate import TEMPLATE, Cost, Shape, tokens
@@ -23,8 +22,8 @@ class Generate(Verb):
     together = True
     not_deciding = ("multipliers", "batch_size")
 
-    def outputs(self, store: Store, cells: tuple[Cell, ...], data: Mapping[str, Path], multipliers: tuple[float, ...]) -> list[Path]:
-        return [store.results(cells[0], m) for m in multipliers]
+    def outputs(self, store: Store, step: Step) -> list[Path]:
+        return [store.results(step.cells[0], m) for m in step.multipliers]
 
     def decided_by(self, step: Step) -> list[tuple[str, dict[str, Any]]]:
         concepts = [cell.concept for cell in step.cells]

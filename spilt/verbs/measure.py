@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from spilt.artifacts import manifest
-from spilt.artifacts.losses import PREFERENCE_TYPES
+from spilt.artifacts.losses import NEUTRAL, PREFERENCE_TYPES, SPLITS, TABLES
 from spilt.artifacts.store import Store
-from spilt.cell import Cell
 from spilt.model import identity
 from spilt.settings import resolve_fit
 from spilt.verbs.base import Request, Step, Verb, parts_of
@@ -22,8 +21,8 @@ SWEEP_POINTS, SWEEP_MOST = 21, 31
 class Measure(Verb):
     name, mode = "measure", "loss"
     does = "measure preference and utility at every strength, and draw the curves"
-    flags = ("multipliers", "split", "checkpoint_seconds")
-    sections = {"train": "train", "test": "valid"}
+    flags = ("multipliers", "split", "checkpoint_seconds", "released_files", "control_pairs", "no_report")
+    sections = {"train": "train", "test": "valid", NEUTRAL: "neutral"}
     work = "spilt.tasks.measure:measure"
     version = 2  # one multiplier per batch; tables that are not finite are not stored
 
@@ -34,15 +33,27 @@ class Measure(Verb):
         fitted = resolve_fit(request.base_dir, *cell, layers=settings.layers)
         return sweep_multipliers(fitted.settings.steering_factors)
 
-    def outputs(self, store: Store, cells: tuple[Cell, ...], data: Mapping[str, Path], multipliers: tuple[float, ...]) -> list[Path]:
-        return [store.losses(cells[0], m, kind, split) for split, m, kind in _tables(data, multipliers)]
+    def outputs(self, store: Store, step: Step) -> list[Path]:
+        """The tables of a sweep, the released files where they are wanted."""
+        (cell,) = step.cells
+        tables = [store.loss_table(cell, split) for split in _tables(step)]
+        return tables + [store.losses(cell, m, kind, split) for split, m, kind in _files(step)]
 
     def decided_by(self, step: Step) -> list[tuple[str, dict[str, Any]]]:
-        return [(split, own(step, m, kind, split)) for split, m, kind in _tables(step.data, step.multipliers)]
+        tables = [(split, of_table(step, split)) for split in _tables(step)]
+        return tables + [(split, own(step, m, kind, split)) for split, m, kind in _files(step)]
+
+    def complete(self, step: Step, path: Path) -> bool:
+        """A table holds the multipliers asked for; of a sweep, all that it led to."""
+        if path.name not in TABLES.values():
+            return True
+        notes = (manifest.read(path) or {}).get("notes", {})
+        return bool(notes.get("swept")) if step.sweep else set(step.multipliers) <= set(notes.get("multipliers", ()))
 
     def unfinished(self, step: Step, limit: int | None, seen: identity.Seen) -> set[str]:
         signed = [sign * m + 0.0 for m in step.multipliers for sign in (1, -1)]
-        return {one for split in step.data for one in loss_identities(step, signed, split, limit, seen)}
+        places = {step.settings.fitted_positions, step.settings.applied_positions}
+        return {one for split in step.data for where in places for one in loss_identities(step, signed, split, where, limit, seen)}
 
     def cost(self, step: Step, shape: Shape, rows: Sequence[Any], request: Request) -> Cost:
         """One pass below the layer, one above it for each multiplier and sign."""
@@ -52,23 +63,40 @@ class Measure(Verb):
         return recorded._replace(tokens=recorded.tokens * (1 + strengths), flops=recorded.flops + strengths * again)
 
 
-def _tables(data: Mapping[str, Path], multipliers: Iterable[float]) -> list[tuple[str, float, str]]:
-    return [(split, m, kind) for split in data for m in multipliers for kind in PREFERENCE_TYPES]
+def _tables(step: Step) -> list[str]:
+    """The splits whose losses are kept in one table each."""
+    return list(step.data) if step.sweep or not step.released else []
+
+
+def _files(step: Step) -> list[tuple[str, float, str]]:
+    splits = [split for split in step.data if split in SPLITS] if step.released else []
+    return [(split, m, kind) for split in splits for m in step.multipliers for kind in PREFERENCE_TYPES]
 
 
 def own(step: Step, multiplier: float, preference_type: str, split: str) -> dict[str, Any]:
-    """What decides one table besides what decides all of a step."""
+    """What decides one released file besides what decides all of a step."""
     return {"multiplier": float(multiplier), "preference_type": preference_type, "split": split, "concept": step.cells[0].concept}
 
 
-def loss_identities(step: Step, multipliers: Iterable[float], split: str, limit: int | None, seen: identity.Seen) -> list[str]:
+def of_table(step: Step, split: str) -> dict[str, Any]:
+    """What decides the rows of a table besides what decides all of a step. Which multipliers there are stands in the manifest's notes."""
+    return {"table": step.settings.applied_positions, "split": split, "concept": step.cells[0].concept}
+
+
+def loss_identities(
+    step: Step, multipliers: Iterable[float], split: str, positions: str, limit: int | None, seen: identity.Seen
+) -> list[str]:
     """Whose the unfinished losses of each multiplier are: both answers are scored, whichever table asks."""
-    return [manifest.identity(parts_of(step, split, own(step, m, "unfinished", split), limit, seen)) for m in multipliers]
+    return [
+        manifest.identity(parts_of(step, split, {**own(step, m, "unfinished", split), "positions": positions}, limit, seen))
+        for m in multipliers
+    ]
 
 
 def with_multipliers(step: Step, store: Store, multipliers: tuple[float, ...]) -> Step:
     """The same step at other strengths."""
-    return step._replace(multipliers=multipliers, outputs=tuple(Measure().outputs(store, step.cells, step.data, multipliers)))
+    step = step._replace(multipliers=multipliers)
+    return step._replace(outputs=tuple(Measure().outputs(store, step)))
 
 
 def sweep_multipliers(factors: tuple[float, ...], points: int = SWEEP_POINTS, widen: float = 1.0) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ Everything here is in the caller's units: m dimensionless, log-odds in nats.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -143,6 +143,19 @@ def fit_curve(multiplier: npt.ArrayLike, value: npt.ArrayLike, kind: Kind, seed:
             Warned("low_held_out_r2", f"held-out R^2 {held_out:.3f} is below {GOOD_R2}: the line between the points is not supported")
         )
     return CurveFit(kind, best.parameters, r2, held_out, n, best.gap, best.hits, tuple(warned), best.evaluations, best.agreeing, extent)
+
+
+def checked(fit: CurveFit, multiplier: npt.ArrayLike, value: npt.ArrayLike, low: npt.ArrayLike, high: npt.ArrayLike) -> CurveFit:
+    """The fit, with a warning where it misses the value at m = 0 by more than that value's interval, or has no peak (beta_u < 0)."""
+    m, y, least, most = (np.asarray(x, dtype=float) for x in (multiplier, value, low, high))
+    warned = []
+    if fit.parameters is not None and (m == 0).any():
+        at, base = float(fit(0.0)), int(np.argmax(m == 0))
+        if at < least[base] or at > most[base]:
+            warned.append(Warned("misses_zero", f"it gives {at:.3g} at m = 0, where {y[base]:.3g} was measured, beyond its interval"))
+    if fit.kind == "utility" and fit.parameters is not None and fit.parameters["beta_u"] <= 0:
+        warned.append(Warned("upside_down", "beta_u is not above 0: the curve is a trough, not a peak"))
+    return replace(fit, warnings=(*fit.warnings, *warned))
 
 
 def _between(m: Array) -> Array:

@@ -1,0 +1,218 @@
+"""The paper's claims (design/analysis.md) on measured cells: holds, does not hold, undecided; and how many random interventions pass too.
+
+A claim is a set of parts, functions of the mean curves that it says are > 0. It holds where all are: p = the largest one-sided p
+(intersection-union test, Berger 1982); it does not where one is < 0: p = the smallest, times their number. Standard errors from the
+paired bootstrap over questions, Student's t; Holm's correction over all claims and cells that are tested; 5%, two-sided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from spilt.analysis.chance import LEVEL, Curves
+from spilt.analysis.curves.fitting import GOOD_R2
+from spilt.analysis.questions import Array, Questions
+
+SMALL, NEAR_ZERO, OUTER = 0.25, 0.1, 0.75  # shares of the sweep's end: around 0; where a peak counts as at 0; the outer part
+PLATEAU = 0.25  # of the slope around 0: an outer slope under it is a plateau
+MIRROR = 0.05  # of the curve's range: |P(m) + P(-m) - 2 P(0)| under it at every m is a mirror image
+HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
+COLUMNS = ["claim", "among", "cell", "than", "verdict", "estimate", "low", "high", "from", "to", "p", "random_pass", "random_draws"]
+Parts = Callable[[Array, Array, Array], Array]
+
+
+class Case(NamedTuple):
+    """One cell: its questions (one split), its random ones, and per curve R^2 of the fit and of points that were not fitted."""
+
+    method: str
+    form: str
+    questions: Questions
+    random: Curves | None = None
+    r2: tuple[tuple[float | None, float | None], ...] = ()
+
+
+def _rising(m: Array, preference: Array, utility: Array) -> Array:
+    return np.diff(preference[:, np.abs(m) <= SMALL * np.abs(m).max()], axis=1)
+
+
+def _plateau(m: Array, preference: Array, utility: Array) -> Array:
+    """PLATEAU * slope around 0 - |outer slope| > 0, either side; the outer part has two points at least."""
+    end, parts = np.abs(m).max(), list[Array]()
+    inner = np.abs(m) <= SMALL * end
+    if inner.sum() < 2 or (m > 0).sum() < 2 or (m < 0).sum() < 2:
+        return preference[:, :0]
+    slope = _slope(m[inner], preference[:, inner])
+    for outer in (m >= min(OUTER * end, m[-2]), m <= max(-OUTER * end, m[1])):
+        parts += [PLATEAU * slope + sign * _slope(m[outer], preference[:, outer]) for sign in (1, -1)]
+    return np.stack(parts, axis=1)
+
+
+def _slope(m: Array, y: Array) -> Array:
+    return np.asarray((y[:, -1] - y[:, 0]) / (m[-1] - m[0]))
+
+
+def _peaks(m: Array, preference: Array, utility: Array) -> Array:
+    far = np.abs(m) > NEAR_ZERO * np.abs(m).max()
+    return np.asarray(utility[:, m == 0] - utility[:, far])
+
+
+def _mirror(m: Array, preference: Array, utility: Array) -> Array:
+    both = [x for x in m if x > 0 and -x in m]
+    even = np.stack([preference[:, m == x] + preference[:, m == -x] - 2 * preference[:, m == 0] for x in both] or [preference[:, :0]])
+    even = even[..., 0].T if both else even[0]
+    margin = MIRROR * np.ptp(preference, axis=1, keepdims=True)
+    return np.hstack([margin - even, margin + even])
+
+
+# claim -> parts, and whether it is their negation that is claimed
+CLAIMS: dict[str, tuple[Parts, bool]] = {
+    f"preference rises with m around 0 (|m| up to {SMALL:.0%} of the sweep)": (_rising, False),
+    f"further out it levels off (outer slopes under {PLATEAU:.0%} of that around 0)": (_plateau, False),
+    f"utility is highest at m = 0 (beyond {NEAR_ZERO:.0%} of the sweep it is lower)": (_peaks, False),
+    "+m and −m are not mirror images": (_mirror, True),
+}
+FITS = f"both fits reach R² {GOOD_R2:g}, also on points that were not fitted"
+KEEPS = "at equal preference {} keeps more utility than {}"
+
+
+def kept(m: Array, preference: Array, utility: Array, levels: Array) -> Array:
+    """Largest utility change from m = 0 at any m with a preference gain of at least each level, or the largest gain [draws, level]."""
+    zero = np.flatnonzero(m == 0)
+    fine = np.union1d(np.linspace(m[0], m[-1], 201), m)
+    right = np.clip(np.searchsorted(m, fine), 1, len(m) - 1)
+    share = (fine - m[right - 1]) / (m[right] - m[right - 1])
+    gain, change = (
+        y[:, right - 1] * (1 - share) + y[:, right] * share for y in (preference - preference[:, zero], utility - utility[:, zero])
+    )
+    reach = gain.max(axis=1)
+    out = [np.where(gain >= np.minimum(level, reach)[:, None], change, -np.inf).max(axis=1) for level in levels]
+    return np.stack(out, axis=1)
+
+
+def _ahead(one: tuple[Array, Array, Array], other: tuple[Array, Array, Array], levels: Array) -> Array:
+    """Mean over the levels of the utility that one keeps more than the other [draws, 1]."""
+    return np.asarray((kept(*one, levels) - kept(*other, levels)).mean(axis=1, keepdims=True))
+
+
+def _curves(questions: Questions, weights: Array | None = None) -> tuple[Array, Array, Array]:
+    ok = questions.usable
+    return questions.multipliers[ok], questions.mean("preference", weights)[:, ok], questions.mean("utility", weights)[:, ok]
+
+
+def _judged(questions: Questions, estimate: Array, drawn: Array, negated: bool) -> dict[str, Any]:
+    """Verdict before correction, of parts [part] and their resamples [draws, part]; the part shown is the one that decides."""
+    spread = questions.spread(drawn)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.where(spread > 0, estimate / spread, np.sign(estimate) * np.inf)
+    t = np.where(np.isnan(t), 0.0, t)
+    above, below = stats.t.sf(t, questions.freedom), stats.t.cdf(t, questions.freedom)
+    holds, fails = float(above.max()), float(min(1.0, len(t) * below.min()))
+    weakest = int(t.argmin())
+    low, high = questions.interval(drawn[:, weakest])
+    verdict = HOLDS if (holds < fails) != negated else FAILS
+    sign = -1.0 if negated else 1.0
+    low, high = sorted((sign * low, sign * high))
+    return {
+        "verdict": verdict,
+        **{"estimate": sign * float(estimate[weakest]), "low": low, "high": high, "p": min(1.0, 2 * min(holds, fails))},
+    }
+
+
+def judge(cases: Mapping[str, Case], seed: int = 0) -> pd.DataFrame:
+    """One row per claim and cell that can be judged (COLUMNS); `than`: the cell that it is compared with. p: after Holm's correction."""
+    rows: list[dict[str, Any]] = []
+    for name, case in cases.items():
+        questions = case.questions
+        if questions.zero < 0 or not questions.usable[questions.zero] or questions.freedom < 1:
+            continue
+        mean, drawn = _curves(questions), _curves(questions, questions.resamples(seed))
+        for claim, (parts, negated) in CLAIMS.items():
+            estimate = parts(*mean)[0] if len(mean[0]) > 2 else np.empty(0)
+            if len(estimate):
+                row = {"claim": claim, "among": case.form, "cell": name} | _judged(questions, estimate, parts(*drawn), negated)
+                rows.append(row | _random(case, partial(_passes, parts, negated)))
+    rows += [_fits(name, case) for name, case in cases.items() if len(case.r2) and None not in [fit[0] for fit in case.r2]]
+    pairs = [pair for pair in combinations(reversed(list(cases.items())), 2) if pair[0][1].form == pair[1][1].form]
+    rows += filter(None, [_compared(a, one, b, other, seed) for (a, one), (b, other) in pairs])
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    tested = table["p"].notna()
+    table.loc[tested, "p"] = holm(table.loc[tested, "p"].to_numpy(float))
+    table.loc[tested & ~(table["p"] <= LEVEL), "verdict"] = OPEN
+    return table
+
+
+def _passes(parts: Parts, negated: bool, m: Array, preference: Array, utility: Array) -> Array:
+    found = parts(m, preference, utility)
+    return np.asarray((found > 0).all(axis=1) != negated if found.shape[1] else np.full(len(found), np.nan))
+
+
+def holm(p: Array) -> Array:
+    """Adjusted p-values (Holm 1979)."""
+    order = np.argsort(p)
+    out = np.empty(len(p))
+    out[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return out
+
+
+def _random(case: Case, passes: Callable[[Array, Array, Array], Array]) -> dict[str, Any]:
+    """How many random interventions' mean curves pass; where a curve cannot be judged it does not."""
+    if case.random is None:
+        return {}
+    r = case.random
+    with np.errstate(invalid="ignore"):
+        passed = np.asarray(passes(r.multipliers, r.preference[1:], r.utility[1:]), dtype=float)
+    passed = np.where(np.isfinite(r.preference[1:]).all(1), passed, 0.0)
+    return {"random_pass": int(passed.sum()), "random_draws": len(passed)} if np.isfinite(passed).all() else {}
+
+
+def _fits(name: str, case: Case) -> dict[str, Any]:
+    own, other = zip(*case.r2, strict=True)
+    good = all(r2 >= GOOD_R2 for r2 in own)
+    sure = good and all(r2 is not None and r2 >= GOOD_R2 for r2 in other)
+    return {"claim": FITS, "among": case.form, "cell": name, "verdict": HOLDS if sure else OPEN if good else FAILS, "estimate": min(own)}
+
+
+def _compared(a: str, one: Case, b: str, other: Case, seed: int) -> dict[str, Any] | None:
+    """Does `one` keep more utility than `other` at equal preference? Over the gains that both reach, on the questions of both."""
+    shared = one.questions.keys.intersection(other.questions.keys).sort_values()
+    if len(shared) < 2:
+        return None
+    first, second = (_of(case.questions, shared) for case in (one, other))
+    if first.freedom < 1 or any(q.zero < 0 or not q.usable[q.zero] or q.usable.sum() < 3 for q in (first, second)):
+        return None
+    weights = first.resamples(seed)
+    means = [_curves(q) for q in (first, second)]
+    tops = [float((p - p[:, m == 0]).max()) for m, p, _ in means]
+    if min(tops) <= 0:
+        return None
+    levels = np.linspace(0, min(tops), 21)
+    drawn = _ahead(_curves(first, weights), _curves(second, weights), levels)
+    base = float(means[0][1][0, means[0][0] == 0][0])
+    row = {"claim": KEEPS.format(one.method, other.method), "among": one.form, "cell": a, "than": b, "from": base, "to": base + min(tops)}
+    row |= _judged(first, _ahead(means[0], means[1], levels)[0], drawn, False)
+
+    def passes(m: Array, preference: Array, utility: Array) -> Array:
+        """Random ones in the place of `one`, over what each of them and `other` reach; those that reach nothing do not pass."""
+        there = other.questions.first(one.random.questions if one.random else 0)
+        rival = _curves(there)
+        out = []
+        for p, u in zip(preference, utility, strict=True):
+            top = min(float((p - p[m == 0]).max()), float((rival[1] - rival[1][:, rival[0] == 0]).max()))
+            fine = np.isfinite(p).all() and np.isfinite(u).all() and top > 0
+            out.append(fine and _ahead((m, p[None], u[None]), rival, np.linspace(0, top, 21))[0, 0] > 0)
+        return np.asarray(out)
+
+    return row | _random(one, passes)
+
+
+def _of(questions: Questions, keys: pd.MultiIndex) -> Questions:
+    at = questions.keys.get_indexer(keys)
+    values = {name: value[at] for name, value in questions.values.items()}
+    return Questions(questions.multipliers, values, questions.here[at], questions.concept[at], keys)

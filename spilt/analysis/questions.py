@@ -1,0 +1,143 @@
+"""Mean curves over questions and their bootstrap: the same resampled questions at every multiplier, and in every cell compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy import stats
+
+Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+DRAWS = 1000
+NO_VALUES = ("split", "concept", "example", "multiplier")
+LEFT_OUT = ("utility", "dose", "moved_wrong")  # a value that is not finite leaves its question out of this mean; elsewhere it shows
+
+
+@dataclass(frozen=True)
+class Questions:
+    """values: name -> [question, multiplier]; here: which were measured; concept: [question], means are within concepts first.
+
+    Stored averages are one question without a spread.
+    """
+
+    multipliers: Array
+    values: dict[str, Array]
+    here: Mask
+    concept: npt.NDArray[np.int64]
+    keys: pd.MultiIndex
+
+    @staticmethod
+    def of(frame: pd.DataFrame, keys: pd.MultiIndex | None = None) -> Questions:
+        """A frame of odds.collect (one split), or rows of a summary; of these questions alone where `keys` are given."""
+        index = [frame[name].to_numpy() if name in frame else np.zeros(len(frame), dtype=int) for name in ("concept", "example")]
+        every = pd.MultiIndex.from_arrays(index, names=["concept", "example"])
+        keys = every.unique().sort_values() if keys is None else keys
+        row = keys.get_indexer(every)
+        m, column = np.unique(frame["multiplier"].to_numpy(float), return_inverse=True)
+        kept = row >= 0
+
+        def table(value: npt.ArrayLike) -> Array:
+            out = np.full((len(keys), len(m)), np.nan)
+            out[row[kept], column[kept]] = np.asarray(value, dtype=float)[kept]
+            return out
+
+        numeric = [name for name in frame if name not in NO_VALUES and frame[name].dtype.kind in "fiub"]
+        values = {str(name): table(frame[name]) for name in numeric}
+        here = np.isfinite(table(np.ones(len(frame))))
+        values.setdefault("accuracy", np.where(here, values["preference"] > 0, np.nan))
+        values.setdefault("n", np.where(here, 1.0, np.nan))
+        values.setdefault("n_undefined", np.where(here, np.isnan(values["utility"]), np.nan))
+        concept = pd.factorize(keys.get_level_values("concept"))[0]
+        return Questions(m, values, here, concept, keys)
+
+    @property
+    def asked(self) -> Array:
+        """Questions scored at each multiplier."""
+        return np.asarray(np.nansum(self.values["n"], 0))
+
+    @property
+    def undefined(self) -> Array:
+        """Those of them without a utility."""
+        return np.asarray(np.nansum(self.values["n_undefined"], 0))
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom: questions less concepts, whose means are not resampled."""
+        return len(self.concept) - len(np.unique(self.concept))
+
+    @property
+    def zero(self) -> int:
+        """Column of m = 0; -1 where it was not measured."""
+        return int(np.argmax(self.multipliers == 0)) if (self.multipliers == 0).any() else -1
+
+    @property
+    def usable(self) -> Mask:
+        """Multipliers with both means, and a utility for half of the questions at least (unknown counts: usable)."""
+        known = np.isfinite(self.mean("preference")[0]) & np.isfinite(self.mean("utility")[0])
+        return np.asarray(known & ~(self.undefined > self.asked / 2))
+
+    def first(self, n: int) -> Questions:
+        """The first n questions of each concept."""
+        number = pd.Series(self.concept).groupby(self.concept).cumcount().to_numpy()
+        keep = number < n
+        values = {name: value[keep] for name, value in self.values.items()}
+        return Questions(self.multipliers, values, self.here[keep], self.concept[keep], self.keys[keep])
+
+    def resamples(self, seed: int = 0, draws: int = DRAWS) -> Array:
+        """How often each question is drawn [draws, question]: within its concept, with replacement."""
+        rng = np.random.default_rng(seed)
+        out = np.empty((draws, len(self.concept)))
+        for concept in np.unique(self.concept):
+            own = self.concept == concept
+            out[:, own] = rng.multinomial(own.sum(), np.full(own.sum(), 1 / own.sum()), size=draws)
+        return out
+
+    def mean(self, name: str, weights: Array | None = None) -> Array:
+        """Weighted means [draws, multiplier] over the questions that have a value; within concepts, then over those that have any."""
+        values = self.values[name]
+        used = self.here & np.isfinite(values) if name in LEFT_OUT else self.here
+        weights = np.ones((1, len(values))) if weights is None else weights
+        total, counted = np.zeros((len(weights), len(self.multipliers))), np.zeros(len(self.multipliers))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            for concept in np.unique(self.concept):
+                own = self.concept == concept
+                there = used[own].any(axis=0)
+                sums, n = weights[:, own] @ np.where(used[own], values[own], 0.0), weights[:, own] @ used[own].astype(float)
+                total += np.where(there, sums / n, 0.0)
+                counted += there
+            return np.asarray(total / counted) + 0.0  # -0.0 is 0.0
+
+    def spread(self, drawn: Array) -> Array:
+        """Standard error from resampled estimates [draws, ...]; the factor makes up for the resamples' variance of (n - 1) / n."""
+        if self.freedom < 1:
+            return np.full(drawn.shape[1:], np.nan)
+        return np.asarray(drawn.std(axis=0) * np.sqrt(len(self.concept) / self.freedom))
+
+    def interval(self, drawn: Array) -> Array:
+        """[draws, ...] -> [2, ...], 95% percentiles, expanded to what Student's t asks for with few questions (Hesterberg 2015).
+
+        A draw that holds no question with a value has no mean; at least 9 of 10 draws must have one. Of one question: nan.
+        """
+        out = np.full((2, *drawn.shape[1:]), np.nan)
+        enough = np.isfinite(drawn).mean(axis=0) >= 0.9
+        if self.freedom >= 1 and enough.any():
+            tail = 100 * stats.norm.cdf(np.sqrt(len(self.concept) / self.freedom) * stats.t.ppf(0.025, self.freedom))
+            out[:, enough] = np.nanpercentile(drawn[:, enough], [tail, 100 - tail], axis=0) + 0.0  # -0.0 is 0.0
+        return out
+
+
+def interpolate(grid: Array, curves: Array, at: npt.ArrayLike) -> Array:
+    """Piecewise linear [draws, multiplier] -> [draws] at one place per draw (or one for all)."""
+    x = np.broadcast_to(np.asarray(at, dtype=float), len(curves))
+    if len(grid) < 2:
+        return np.asarray(curves[:, 0])
+    right = np.clip(np.searchsorted(grid, x), 1, len(grid) - 1)
+    share = (x - grid[right - 1]) / (grid[right] - grid[right - 1])
+    rows = np.arange(len(curves))
+    left, far = curves[rows, right - 1], curves[rows, right]
+    # at a measured point only that point counts: beside it there may be no value
+    return np.asarray(np.where(share == 0, left, np.where(share == 1, far, left + share * (far - left))))

@@ -1,0 +1,183 @@
+"""spilt say: what a stored vector makes of a sentence at each multiplier, with the settings of --mode apply: the same texts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from spilt import __version__, plan, verbs
+from spilt.artifacts.store import Store
+from spilt.cell import FORMS, Cell
+from spilt.data import readers
+from spilt.errors import NotFinite, UserError, half_pair, printable, unknown
+from spilt.methods import METHODS
+from spilt.settings import parse_overrides
+from spilt.settings.fields import STRONGEST, GenerateSettings, GenerationParams, intervention_name, method_name
+from spilt.steering.layer_file import beside
+from spilt.terminal import complain, program, say
+
+ABOUT = ("dtype", "seed", "use_chat_template", "system_prompt")  # settings that a stored Steering knows of its fit
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the texts; 0, or 2 for wrong words."""
+    parser = argparse.ArgumentParser(prog="spilt say", description=__doc__)
+    parser.add_argument("prompt", nargs="?", help="what is said to the model; left out: each line of the standard input")
+    parser.add_argument("--multipliers", nargs="+", type=float, metavar="M", help="default: 0 and the settings'")
+    parser.add_argument("--base_dir", default=".", type=Path)
+    parser.add_argument("--model_name", required=True)
+    parser.add_argument("--dataset", default="", help="with --method and --intervention_method: the cell")
+    offered: tuple[tuple[str, Any], ...] = (("--method", METHODS), ("--intervention_method", FORMS))
+    for flag, table in offered:
+        added: Any = parser.add_argument(flag, default="", help=", ".join(table))
+        added.completer = lambda table=table, **_: tuple(table)
+    parser.add_argument("--concept", type=int, metavar="ID", help="of a dataset with concepts")
+    parser.add_argument("--steering", type=Path, metavar="FILE", help="a stored Steering or layer_{id}.pt instead of the cell's")
+    parser.add_argument("--layers", nargs="+", type=int, metavar="N", help="default: the settings'")
+    parser.add_argument("--max_new_tokens", type=int, metavar="N")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="a setting of apply; repeatable")
+    parser.add_argument("--device", help="default: cuda:0 where there is one, else cpu")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead")
+    return program(parser, argv, _say)
+
+
+def _say(args: argparse.Namespace) -> int:
+    from spilt import api
+    from spilt.memory import OutOfMemory
+
+    if args.prompt is not None:
+        _refuse_unsayable(args.prompt)
+    strengths = args.multipliers
+    if strengths and not all(abs(m) <= STRONGEST for m in strengths):  # nan is not
+        raise UserError(f"--multipliers: wanted finite numbers within +-{STRONGEST:g}")
+    host, steering, s, cell = _ready(args)
+    strengths = [m + 0.0 for m in dict.fromkeys(strengths or (0.0, *s.multipliers))]
+    params: GenerationParams = s.generation_params
+    about = {name: getattr(s, name) for name in ("layers", *ABOUT)} | {"generation_params": params.as_kwargs()}
+    texts: list[dict[str, Any]] = []
+    try:
+        for prompt in [args.prompt] if args.prompt is not None else _lines():
+            how = {name: getattr(s, name) for name in ("seed", "batch_size", "use_chat_template", "system_prompt")}
+            how |= dataclasses.asdict(params) | {"first": _number(args.base_dir, cell, prompt)}
+            table = api.generate(host.model, host.tokenizer, steering, prompt, strengths, **how)
+            texts += table[["prompt", "multiplier", "text"]].to_dict("records")
+            if not args.json:
+                _show(prompt, zip(table["multiplier"], table["text"], strict=True))
+    except (NotFinite, OutOfMemory) as error:
+        complain(f"error: {error}")
+        return 1
+    if args.json:
+        names = {"model": args.model_name, "dataset": args.dataset or None, "method": s.method, "intervention": s.intervention_method}
+        print(json.dumps({"spilt": __version__, "schema": 1, **names, "concept": args.concept, **about, "texts": texts}, indent=1))
+    return 0
+
+
+def _ready(args: argparse.Namespace) -> tuple[Any, Any, Any, Cell | None]:
+    """The model, the Steering, the settings, and the cell where one is named; wrong words are told before anything is loaded."""
+    store = Store(args.base_dir)
+    plan.check_model(store, args.model_name)
+    more = [("layers", ",".join(map(str, args.layers or ()))), ("generation_params.max_new_tokens", args.max_new_tokens)]
+    overrides = parse_overrides([*args.overrides, *(f"{key}={value}" for key, value in more if value not in ("", None))])
+    named = [flag for flag in ("dataset", "method", "intervention_method") if getattr(args, flag)]
+    if len(named) < 3 and (named or args.steering is None):
+        raise UserError("which vector? give --dataset, --method and --intervention_method of a stored cell, or --steering FILE")
+    if args.steering is not None and args.layers:
+        raise UserError("--layers: the file of --steering says where it acts; leave --layers out")
+    cell, steering = None, None
+    settings: Any = None
+    if named:
+        method, form = method_name(args.method), intervention_name(args.intervention_method)
+        if plan.ALL in (method, form):
+            raise UserError("one vector at a time: give one --method and one --intervention_method")
+        plan.pairs_of(method, form)
+        request = verbs.Request(args.dataset, method, args.model_name, form, "apply", base_dir=args.base_dir, overrides=overrides)
+        settings = verbs.VERBS["generate"].settings(request, method, form).settings
+        cell = Cell(args.model_name, args.dataset, method, form, tuple(settings.layers), args.concept)
+        for path in [store.vector(cell, layer) for layer in cell.layers] if args.steering is None else []:
+            if not path.is_file():
+                way_out = "make it with spilt fit; --layers, and --concept for a dataset with concepts, say which"
+                raise UserError(f"no vector file {path}{beside(path)}; {way_out}")
+    import torch
+
+    from spilt import tasks, team
+    from spilt.model import host, identity
+    from spilt.progress import Progress
+    from spilt.run import quiet_libraries
+    from spilt.steering.steering import Steering
+    from spilt.tasks.recordings import stored
+
+    if args.steering is not None:
+        steering = Steering.load(args.steering)
+        settings = settings or _of_steering(steering, overrides)
+    quiet_libraries()
+    device = args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    loaded = host.load(store.model(args.model_name), settings.dtype, device)
+    if steering is None and cell is not None:
+        nothing = Progress({}, 0, complain, quiet=True)
+        run = tasks.Run(request, loaded, store, tasks.Recordings([], None), nothing, team.Team(device), identity.Seen())
+        steering = stored(cell, settings, run)
+    return loaded, steering, settings, cell
+
+
+def _of_steering(steering: Any, overrides: dict[str, Any]) -> GenerateSettings:
+    """What its fit said of template, system prompt and seed; then the command line."""
+    known = steering.about.get("settings") or {}
+    fields = {field.name for field in dataclasses.fields(GenerateSettings)}
+    for name in overrides:
+        if name not in fields:
+            raise unknown("setting of apply", name, fields)
+    values = {"dtype": "float32", **{name: known[name] for name in ABOUT if name in known}, **overrides}
+    values["generation_params"] = GenerationParams(**values.get("generation_params", {}))
+    of = {"method": steering.about.get("method") or "spilt", "intervention_method": steering.forms[0], "layers": steering.layers}
+    return GenerateSettings(**{**of, **values})
+
+
+def _refuse_unsayable(prompt: str) -> None:
+    if not prompt.strip() or half_pair(prompt):
+        raise UserError("the prompt is empty" if not prompt.strip() else "the prompt is not valid text (half of a surrogate pair)")
+
+
+def _lines() -> Iterator[str]:
+    """Each line of the standard input, asked for where somebody types it."""
+    typed = sys.stdin.isatty()
+    while True:
+        if typed:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            _refuse_unsayable(line)
+            yield line.rstrip("\n")
+
+
+def _number(base_dir: Path, cell: Cell | None, prompt: str) -> int:
+    """Which prompt of the dataset it is, since that decides its random numbers; 0 for one that is not in there."""
+    try:
+        if cell is not None:
+            fmt = readers.dataset_format(base_dir, cell.dataset, "generation")
+            return [row.input for row in readers.read_prompts(fmt, cell.concept, None)].index(prompt)
+    except (UserError, OSError, ValueError):  # no such file, or another sentence
+        pass
+    return 0
+
+
+def _show(prompt: str, texts: Iterator[tuple[float, str]]) -> None:
+    width = shutil.get_terminal_size((120, 24)).columns
+    say()
+    for head, text in [("prompt", prompt), *((f"m={m:g}", text) for m, text in texts)]:
+        flat = printable(re.sub(r"\s+", " ", text).strip()) or "(nothing)"
+        for line in textwrap.wrap(flat, max(20, width), initial_indent=f"{head:9} ", subsequent_indent=" " * 10):
+            say(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""The plan, and what became of it: as lines, or as one JSON document (README, "For programs")."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spilt import __version__, plan, verbs
+from spilt.artifacts.store import Store
+from spilt.errors import UserError, printable
+from spilt.model.identity import Seen
+from spilt.run import ALREADY, DONE, FAILED, SKIPPED, Outcome, keeps_what_is_unusable
+from spilt.terminal import say
+from spilt.verbs import measure as measure_verb
+
+SCHEMA = 1  # raised when a key of the document is renamed, removed or changes its meaning
+
+
+def document(shown: Mapping[str, Any], code: int, error: str | None = None) -> str:
+    """shown: dry_run and, as far as it came, steps, left_out, seconds. error: what is wrong with the request."""
+    head = {"spilt": __version__, "schema": SCHEMA, "exit_code": code, "error": error, "steps": [], "left_out": []}
+    return json.dumps({**head, **shown}, indent=1, default=_plain, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else list(value)
+
+
+def _about(step: verbs.Step) -> dict[str, Any]:
+    """What a step is."""
+    first, concepts = step.cells[0], [cell.concept for cell in step.cells if cell.concept is not None]
+    names = {name: getattr(first, name) for name in ("model", "dataset", "method", "intervention", "layers")}
+    strengths = measure_verb.SWEEP if step.sweep else step.multipliers
+    return {"step": str(step), "verb": step.verb, **names, "concepts": concepts, "multipliers": strengths}
+
+
+def done(outcomes: Iterable[Outcome], made: plan.Plan, request: verbs.Request) -> list[dict[str, Any]]:
+    """What became of each step; the last of loss mode is the report's."""
+    steps, store = {str(step): step for step in made.steps}, Store(request.base_dir)
+    rows = []
+    for one in outcomes:
+        step, good = steps.get(one.step), one.outcome in (DONE, ALREADY)
+        files = [store.base_dir / one.output] if step is None or step.verb == "measure" else step.outputs
+        about = {"step": one.step, "verb": one.step} if step is None else _about(step)
+        result = {"status": one.outcome, "seconds": round(one.seconds, 3), "outputs": files if good else [], "error": one.reason or None}
+        rows.append({**about, **result})
+    return rows
+
+
+def planned(made: plan.Plan, request: verbs.Request) -> list[dict[str, Any]]:
+    """Every step in order: what runs, its own command line, hparam files, inputs, outputs, cost, and whether it is done."""
+    from spilt.verbs import cost
+
+    seen, again, read, rows = Seen(), set[Path](), dict[Any, Any](), []
+    made_before: set[Path] = set()
+    for step in made.steps:
+        missing = set(verbs.missing_inputs(step))
+        standing = verbs.standing(step, request.limit, seen)
+        if request.force or not again.isdisjoint(step.vectors):
+            standing = {path: plan.AGAIN if state in ("done", "foreign") else state for path, state in standing.items()}
+        if step.verb == "fit" and not set(standing.values()) <= {"done", "foreign"}:
+            again.update(step.outputs)
+        parts = {} if missing else verbs.output_parts(step, request.limit, seen)
+        why = {path: reason for reason, paths in verbs.replaced(parts).items() for path in paths}
+        lacking = {path: "made by an earlier step" if path in made_before else "missing" for path in missing}
+        guess = cost(step, request, read)
+        failing = keeps_what_is_unusable(step, request)
+        rows.append(
+            {
+                **_about(step),
+                "state": plan.summary(standing),
+                "command": step.command,
+                "hparams": [*step.files, *([step.origin] if step.origin else [])],
+                "inputs": [{"path": path, "state": lacking.get(path, "there")} for path in step.inputs],
+                "outputs": [{"path": path, "state": state, "why": why.get(path)} for path, state in standing.items()],
+                "plain_engine": plan.why_plain(step, request.engine) or None,
+                "cost": None if guess is None else guess._asdict(),
+                "cost_in_words": None if guess is None else str(guess),
+                "notes": [*([f"will fail: {failing}"] if failing else []), *_doubts(step, request, seen)],
+            }
+        )
+        made_before.update(step.outputs)
+    return rows
+
+
+def print_plan(rows: Sequence[Mapping[str, Any]], made: plan.Plan) -> None:
+    """What `planned` gives, for people."""
+    for number, row in enumerate(rows, 1):
+        say(f"{number}. {row['step']}   [{row['state']}]")
+        say(f"   {row['command']}")
+        for path in row["hparams"]:
+            say(f"   hparams  {path}")
+        for item in row["inputs"]:
+            say(f"   input    {item['path']}{'' if item['state'] == 'there' else '   ' + item['state']}")
+        outputs = row["outputs"]
+        for item in outputs if len(outputs) <= 12 else [*outputs[:3], *outputs[-1:]]:
+            word = "" if item["state"] == "missing" else f"   {item['state']}{': ' if item['why'] else ''}{item['why'] or ''}"
+            say(f"   output   {item['path']}{word}")
+        if len(outputs) > 12:
+            say(f"            ({len(outputs)} files in all)")
+        if row["multipliers"] == measure_verb.SWEEP:
+            say(f"            (widened by half while a tail still moves, up to {measure_verb.SWEEP_MOST} multipliers)")
+        why = row["plain_engine"]
+        say(f"   engine   {f'plain: {why}' if why else 'fast'}")
+        say(f"   cost     {row['cost_in_words'] or 'unknown until model and data are there'}")
+        for note in row["notes"]:
+            say(f"   note     {note}")
+    for reason, (keys, files) in verbs.without_effect(made.steps).items():
+        say(f"no effect: {', '.join(keys)} ({files} file{'s' if files > 1 else ''}): {reason}")
+    for item in made.left_out:
+        say(f"left out: {item.name}: {item.why}")
+    say(f"{len(made.steps)} steps, {len(made.left_out)} combinations left out; nothing was run or written")
+
+
+def _doubts(step: verbs.Step, request: verbs.Request, seen: Seen) -> list[str]:
+    """What speaks against the use of the stored vectors that the step reads."""
+    found = []
+    for cell in step.cells if step.verb != "fit" and not verbs.missing_inputs(step) else ():
+        for layer in cell.layers:
+            try:
+                found += plan.doubts(cell, layer, step.settings, request, seen)
+            except UserError as error:
+                found.append(f"will be refused: {error}")
+    return found
+
+
+def print_table(outcomes: Sequence[Outcome]) -> None:
+    """cell, outcome, reason, seconds, output path."""
+    header = ("cell", "outcome", "seconds", "output / reason")
+    rows = [tuple(map(printable, (o.step, o.outcome, f"{o.seconds:.1f}", o.output or o.reason))) for o in outcomes]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(3)]
+    say()
+    for row in [header, tuple("-" * width for width in [*widths, len(header[3])]), *rows]:
+        say("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip())
+    counts = {name: sum(o.outcome == name for o in outcomes) for name in (DONE, ALREADY, SKIPPED, FAILED)}
+    say()
+    say(", ".join(f"{count} {name}" for name, count in counts.items() if count) + f" in {sum(o.seconds for o in outcomes):.1f} s")
