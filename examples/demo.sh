@@ -32,6 +32,6 @@ for form in vector lora; do
             --device "$DEVICE" --base_dir "$BASE_DIR" "$@"
     }
     run --mode both
-    run --mode loss --multipliers sweep --limit 32
+    run --mode loss --multipliers sweep --limit 24 --control_pairs 8
 done
 "$PYTHON" tools/story.py --base_dir "$BASE_DIR" --model_name "$MODEL" --dataset "$DATASET"

@@ -15,7 +15,7 @@ from spilt.artifacts.store import Store
 from spilt.cell import FORMS, Cell
 from spilt.tasks import control as control_task
 from spilt.tasks.measure import SOLVED
-from spilt.verbs.measure import SWEEP_MOST, SWEEP_POINTS
+from spilt.verbs.measure import SWEEP_MOST
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_a_sweep(base: families.Base) -> None:
         for split in ("train", "test"):
             m = sorted(table[table["split"] == split]["multiplier"])
             spaced = [x for x in m if -x in m]
-            assert len(spaced) in (SWEEP_POINTS, SWEEP_MOST) and 0.0 in m and len(m) - len(spaced) <= SOLVED
+            assert len(spaced) in (21, SWEEP_MOST) and 0.0 in m and len(m) - len(spaced) <= SOLVED
         assert not list(folder.glob("*/*_losses.csv")), "one table, no folder for each multiplier"
         norm = torch.load(store.vector(cell(base, method=method), base.layer), weights_only=True).norm().item()
         tops[method] = max(m) * norm / len(m)  # largest |m v|, up to the widening

@@ -76,9 +76,8 @@ def test_the_checkpoint_is_the_file_of_the_wheel(tmp_path: Path) -> None:
     except real_model.NotThere as error:
         pytest.skip(str(error))
     words = [sys.executable, "-c", READ, str(source.parent), source.name, str(tmp_path / "out.pt"), PROMPT]
-    subprocess.run(
-        words, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path / "wheel"), "OMP_NUM_THREADS": "1"}
-    )
+    alone = {**os.environ, "PYTHONPATH": str(tmp_path / "wheel"), "OMP_NUM_THREADS": "1"}
+    subprocess.run(words, check=True, capture_output=True, env=alone)
     wanted = torch.load(tmp_path / "out.pt", weights_only=True)
     model, tokenizer = spilt.load(FOLDER)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_dict=False)

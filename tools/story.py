@@ -70,8 +70,8 @@ def tell(found: Found) -> None:
         counts = ", ".join(f"{with_keyword(rows, found.keywords)} at m = {m:g}" for m, rows in found.texts.items())
         say(f"Answers of {len(plain)} with a word of the trait ({', '.join(found.keywords[:4])} ...): {counts}.")
     say(
-        f"{found.method} {found.form}, the best of {found.of} combinations within the budget, m = {best:g}, on {numbers['n_test']:.0f} questions held out: "
-        f"preference +{numbers['preference_gain_test']:.2f} nat {_span(numbers, 'gain')}, "
+        f"{found.method} {found.form}, the best of {found.of} combinations within the budget, m = {best:g}, "
+        f"on {numbers['n_test']:.0f} questions held out: preference +{numbers['preference_gain_test']:.2f} nat {_span(numbers, 'gain')}, "
         f"utility -{numbers['utility_drop_test']:.2f} nat {_span(numbers, 'drop')}."
     )
     if abs(most) > abs(steered):

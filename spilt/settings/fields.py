@@ -217,6 +217,7 @@ class MeasureSettings(ScoringSettings):
     """How the losses of both answers are measured (`--mode loss`). Read point, rank and form come from the stored intervention."""
 
     batch_size: int = setting(whole(1), 1)  # sequence pairs per pass; released 1
+    sweep_points: int = setting(whole(3), 21)  # strengths that a sweep begins with, as many below 0 as above; ours
     substraction_type: str = setting(choice("substraction_type", SUBSTRACTIONS), "normal")
 
 

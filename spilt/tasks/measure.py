@@ -228,7 +228,7 @@ def _sweep(step: Step, steering: Steering, run: Run) -> tuple[float, ...]:
     else:  # nothing trained is stored: the strength at which the vector is twice as long as the stream is
         recorded = _streams(step, steering, run)
         top = 2 * torch.cat([recorded.prefix_h, *recorded.h]).float().norm(dim=-1).mean().item()
-    return measure_verb.sweep_multipliers((float(f"{top / own:.2g}"),))
+    return measure_verb.sweep_multipliers((float(f"{top / own:.2g}"),), len(step.multipliers))
 
 
 def _streams(step: Step, steering: Steering, run: Run) -> activations.Activations:

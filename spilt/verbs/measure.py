@@ -15,7 +15,7 @@ from spilt.verbs.base import Request, Step, Verb, parts_of
 from spilt.verbs.estimate import Cost, Shape, recording
 
 SWEEP = "sweep"  # the word for --multipliers
-SWEEP_POINTS, SWEEP_MOST = 21, 31
+SWEEP_MOST = 31  # strengths of a widened sweep
 
 
 class Measure(Verb):
@@ -24,6 +24,7 @@ class Measure(Verb):
     flags = ("multipliers", "split", "checkpoint_seconds", "released_files", "control_pairs", "no_report")
     sections = {"train": "train", "test": "valid", NEUTRAL: "neutral"}
     work = "spilt.tasks.measure:measure"
+    not_deciding = ("batch_size", "sweep_points")
     version = 2  # one multiplier per batch; tables that are not finite are not stored
 
     def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:
@@ -31,7 +32,7 @@ class Measure(Verb):
             return super().multipliers(request, settings)
         cell = (request.model, request.dataset, settings.method, settings.intervention_method)
         fitted = resolve_fit(request.base_dir, *cell, layers=settings.layers)
-        return sweep_multipliers(fitted.settings.steering_factors)
+        return sweep_multipliers(fitted.settings.steering_factors, settings.sweep_points)
 
     def outputs(self, store: Store, step: Step) -> list[Path]:
         """The tables of a sweep, the released files where they are wanted."""
@@ -93,7 +94,7 @@ def loss_identities(
     ]
 
 
-def sweep_multipliers(factors: tuple[float, ...], points: int = SWEEP_POINTS, widen: float = 1.0) -> tuple[float, ...]:
+def sweep_multipliers(factors: tuple[float, ...], points: int, widen: float = 1.0) -> tuple[float, ...]:
     """`points` values symmetric about 0 (0 among them) over the training factor range, times `widen`."""
     top = max(abs(f) for f in factors) * widen
     half = points // 2
@@ -104,5 +105,5 @@ def widened(multipliers: tuple[float, ...]) -> tuple[float, ...]:
     """The same spacing over a range half as wide again, up to SWEEP_MOST values."""
     half = (len(multipliers) - 1) // 2
     spacing = max(multipliers) / half
-    more = min(half + half // 2, (SWEEP_MOST - 1) // 2)
+    more = max(half, min(half + half // 2, (SWEEP_MOST - 1) // 2))
     return tuple(round(spacing * k, 6) for k in range(-more, more + 1))
