@@ -61,7 +61,7 @@ def fits(cells: Sequence[Measured], model: str, dataset: str) -> pd.DataFrame:
     """One row per cell, range and curve: R^2, held out, on the test questions' points, the paper's; bound hits, warnings, parameters."""
     rows = []
     for cell in cells:
-        reference = paper.r2(model, dataset, cell.place.method, cell.place.intervention) or (None, None)
+        reference = paper.r2(model, dataset, cell.place.method, cell.place.form) or (None, None)
         for extent in RANGES:
             for kind, theirs in zip(KINDS, reference, strict=True):
                 fit, on_test = cell.fitted(extent, kind)
