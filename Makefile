@@ -25,7 +25,7 @@ demo: .venv/.installed
 curves: .venv/.installed
 	VENV=.venv BASE_DIR=$(BASE) MODE=loss MULTIPLIERS=sweep sh examples/run_spilt.sh
 
-# with CI=true the full counts of fuzzing, kills and random sequences
+# with CI=true all cases of each matrix, and the full counts of fuzzing, kills and random sequences
 test: .venv/.tested
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal tests
 
