@@ -6,8 +6,10 @@ The cell with the largest recommended gain; its texts nearest the recommended mu
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from spilt import look  # noqa: E402
 from spilt.analysis import freshness  # noqa: E402
-from spilt.analysis.behaviour import shows  # noqa: E402
+from spilt.analysis.behaviour import shows, words  # noqa: E402
 from spilt.artifacts.store import Store  # noqa: E402
 from spilt.artifacts.texts import Row  # noqa: E402
 from spilt.cell import Cell  # noqa: E402
@@ -46,8 +48,8 @@ def find(base: Path, model: str, dataset: str) -> Found:
         texts = look.results(Store(base), Cell(model, dataset, row["method"], row["intervention"], ()))
         if {0.0} < set(texts):
             page = freshness.page(base, model, dataset)
-            words = look.keywords(base, dataset)
-            return Found(row["method"], row["intervention"], len(table), row, dict(sorted(texts.items())), words, page)
+            keywords = look.keywords(base, dataset)
+            return Found(row["method"], row["intervention"], len(table), row, dict(sorted(texts.items())), keywords, page)
     reasons = "; ".join(f"{row['method']} {row['intervention']}: {row['reason']}" for row in table.to_dict("records"))
     raise UserError(f"no cell of {dataset} with {model} below {base} is recommended and has texts at m = 0 and another m ({reasons})")
 
@@ -58,22 +60,25 @@ def count(rows: list[Row], keywords: tuple[str, ...]) -> int:
 
 
 def lines(found: Found) -> list[str]:
-    numbers = found.numbers
+    numbers, keywords = found.numbers, found.keywords
     best, split = float(numbers["multiplier"]), "test" if numbers["reported_on"] == "test" else "train"
     steered, most = min((m for m in found.texts if m), key=lambda m: abs(m - best)), max(found.texts, key=abs)
     there = {m: {row.key: row for row in rows} for m, rows in found.texts.items()}
 
-    def changes(row: Row) -> int:  # a reader sees what is counted
-        return count([row], found.keywords) - count([there[steered][row.key]], found.keywords)
+    def seen(m: float, row: Row) -> bool | None:
+        return shows(_line(there[m][row.key].texts[0]), row.reference, keywords)
 
-    order = sorted(found.texts[0.0], key=changes)
+    # first what a reader sees in the line: none of the words without steering, one of them with it
+    order = sorted(found.texts[0.0], key=lambda row: bool(seen(0.0, row)) - bool(seen(steered, row)))
     out = []
     for row in order[:SHOWN]:
         for name, text in (("asked", row.prompt), ("unsteered", row.texts[0]), (f"m = {steered:g}", there[steered][row.key].texts[0])):
             out.append(f"{name:<12}{_line(text)}")
-    if found.keywords:
-        counts = ", ".join(f"{count(rows, found.keywords)} at m = {m:g}" for m, rows in found.texts.items())
-        out.append(f"{'counted':<12}answers of {len(order)} with {', '.join(found.keywords[:3])} or another keyword: {counts}")
+    if keywords:
+        said = Counter(word for row in there[steered].values() for word in set(words(row.texts[0])) & set(keywords))
+        named = f"a keyword ({', '.join(word for word, _ in said.most_common(3))} ...)"
+        counts = ", ".join(f"{count(rows, keywords)} at m = {m:g}" for m, rows in found.texts.items())
+        out.append(f"{'counted':<12}answers of {len(order)} with {named}: {counts}")
     gain, drop = (_change(numbers, name, split) for name in ("gain", "drop"))
     at = f"{found.method} {found.form} at m = {best:.3g}, the largest gain of {found.of} combinations, on {numbers[f'n_{split}']:.0f}"
     out.append(f"{'measured':<12}{at} {split} questions: preference +{gain} nat, utility -{drop} nat")
@@ -102,7 +107,7 @@ def _tell(args: argparse.Namespace) -> int:
     cell = f"--base_dir {args.base_dir} --model_name {args.model_name} --dataset {args.dataset} --method {found.method}"
     form = f"--intervention_method {found.form} --multipliers 0 {float(found.numbers['multiplier']):.3g}"
     say(f"{'the page':<12}{found.page}")
-    say(f"{'your turn':<12}{sys.executable} -m spilt say 'What is new?' {cell} {form}")
+    say(f"{'your turn':<12}{os.path.relpath(sys.executable)} -m spilt say 'What is new?' {cell} {form}")
     return 0
 
 
