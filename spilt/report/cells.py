@@ -204,7 +204,10 @@ def frame_of(place: Place, norm: odds.Norm = "mean", seed: int = 0) -> tuple[pd.
                 frames.append(frame if concept is None else frame.assign(concept=concept))
     if frames:
         every = pd.concat(frames, ignore_index=True)
-        return every, odds.summarise(every, seed), notes
+        neutral = [odds.collect_neutral(folder) for _, folder in folders]
+        notes += [note for texts in neutral for note in texts.attrs["notes"]]
+        there = [texts for texts in neutral if len(texts)]
+        return every, odds.summarise(every, seed, neutral=pd.concat(there) if there else None), notes
     stored = place.folder / losses.SUMMARY_FILE
     if notes or not stored.is_file():  # a summary of rows that were left out is as old as they are
         why = f" ({'; '.join(notes)})" if notes else ""
