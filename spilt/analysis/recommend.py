@@ -174,6 +174,8 @@ def _usable(chosen: Questions, told: Questions, star: float, budget: float, seed
     drawn = told.mean("preference", told.resamples(seed))
     low = told.interval(drawn - drawn[:, [told.zero]])[0]
     known = np.isfinite(low)
+    if not known.any():  # stored averages
+        return None
     side = np.abs(np.linspace(0, np.abs(chosen.multipliers).max(), 2001)) * np.sign(star)
     side = np.union1d(side, [star])[:: int(np.sign(star))]
     side = side[(side >= chosen.multipliers[0]) & (side <= chosen.multipliers[-1])]
