@@ -307,8 +307,8 @@ def _stored(path: Path) -> dict[str, Any]:
 
 
 def plain(value: dict[str, Any]) -> dict[str, Any]:
-    """The same nested value as strict JSON holds it: nan and infinity become None, tuples lists; 10 digits, beyond which sums differ."""
-    return dict(json.loads(json.dumps(value), parse_constant=lambda name: None, parse_float=lambda text: float(f"{float(text):.10g}")))
+    """The same nested value as strict JSON holds it: nan and infinity become None, tuples lists; 10 decimals, beyond which sums differ."""
+    return dict(json.loads(json.dumps(value), parse_constant=lambda name: None, parse_float=lambda text: round(float(text), 10) + 0.0))
 
 
 def _tables(place: Place, name: str, keys: Sequence[str], columns: Sequence[str]) -> tuple[list[pd.DataFrame], list[str]]:
