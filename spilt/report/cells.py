@@ -220,7 +220,7 @@ def analyse(place: Place, norm: odds.Norm = "mean", budget: float = BUDGET, seed
     """Summarise, judge and fit one place; writes preference_utility.csv and fit.json. Nothing is fitted again when nothing changed."""
     cell = judged(place, norm, budget, seed)
     summary, fit = cell.summary, _stored(place.folder / FIT_FILE)
-    source = digest(f"{VERSION} {norm} {seed} {budget} {cell.fit} {summary.to_csv(float_format='%.10g')}".encode())
+    source = digest(f"{VERSION} {norm} {seed} {budget} {cell.fit} {summary.round(9).replace(0.0, 0.0).to_csv()}".encode())
     if fit.get("source") != source:
         names = {name: getattr(place, name) for name in ("model", "dataset", "method", "intervention")}
         fit = {
