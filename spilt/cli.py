@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from spilt.team import place
 from spilt.terminal import COMPLETING, complain, say, words_so_far
 from spilt.terminal import program as speak
 from spilt.verbs import measure as measure_verb
+from spilt.verbs.generate import RECOMMENDED
 
 log = logging.getLogger("spilt")
 
@@ -79,7 +81,8 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
     else:
         add("--mode", verbs.MODES, default="both", help=f"{', '.join(verbs.MODES)}: fit / produce text / both / measure (default both)")
     add("--device", default="cuda:0", help="a torch device, cpu, or auto (accelerate's device map); default cuda:0")
-    measures = "" if verb == "generate" else ", or 'sweep': over the range that was trained" if verb else "; loss mode also takes 'sweep'"
+    words = {"generate": ", or 'recommended': 0 and what `recommend` says", "measure": ", or 'sweep': over the range that was trained"}
+    measures = words.get(verb, "; loss mode also takes 'sweep', apply mode 'recommended'")
     add("--multipliers", nargs="+", metavar="M", help=f"strengths m, signed{measures}; default: the YAML's, else 1.0")
     add("--base_dir", default=base_dir, type=Path, help="every relative path is below it; default: this folder")
     add("--dry_run", action="store_true", help="print the plan; write nothing, load no model")
@@ -88,6 +91,7 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
     add("--batch_size", type=_positive, help="texts decoded side by side (changes no result beyond rounding)")
     add("--limit", type=_positive, help="rows of each data file, from the first")
     add("--seed", type=int, help="over the YAML's")
+    add("--seeds", nargs="+", type=_count, metavar="N", help="a fit with each of these seeds, in folders of their own")
     add("--concepts", nargs="+", type=int, metavar="ID", help=f"ids of a dataset with concepts; default: first {plan.FIRST_CONCEPTS}")
     splits = ", ".join(SPLITS)
     add("--split", help=f"{'' if verb else 'loss mode: '}{splits} or both; default: what dataset_format.yaml has")
@@ -175,6 +179,8 @@ def _seconds(text: str) -> float:
 def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -> verbs.Request:
     """Checked words, or a UserError."""
     overrides = parse_overrides(args.overrides)
+    if args.seeds and (args.seed is not None or "seed" in overrides):
+        raise UserError("--seeds and --seed both say the seed of the fits; give one of them")
     flags = [word for item in args.overrides for word in ("--set", item)]
     for name in ("seed", "dtype"):
         value = getattr(args, name)
@@ -204,6 +210,7 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
         base_dir=args.base_dir,
         overrides=overrides,
         concepts=tuple(args.concepts) if args.concepts else None,
+        seeds=tuple(dict.fromkeys(args.seeds)) if args.seeds else (None,),
         limit=args.limit,
         split=args.split,
         batch_size=args.batch_size,
@@ -226,6 +233,10 @@ def _multipliers(words: Sequence[str] | None, mode: str) -> tuple[float, ...] | 
         if mode != "loss":
             raise UserError(f"--multipliers sweep goes with --mode loss; --mode {mode} wants numbers, such as --multipliers -1 0 1")
         return measure_verb.SWEEP
+    if list(words) == [RECOMMENDED]:
+        if mode != "apply":
+            raise UserError(f"--multipliers recommended goes with --mode apply; --mode {mode} wants numbers, such as --multipliers -1 0 1")
+        return RECOMMENDED
     values = []
     for word in words:
         try:
@@ -266,6 +277,20 @@ def console() -> int:
     return main(program="spilt")
 
 
+def _recommended(request: verbs.Request) -> verbs.Request:
+    """The request with what the stored losses recommend, where it asks for that."""
+    if request.multipliers != RECOMMENDED:
+        return request
+    from spilt.report import recommend
+
+    rows = recommend(request.base_dir, request.model, request.dataset).to_dict("records")
+    found = {
+        (row["method"], row["intervention"]): row["multiplier"] if row["multiplier"] > 0 or row["multiplier"] < 0 else row["reason"]
+        for row in rows
+    }
+    return replace(request, recommended=found)
+
+
 def _run(args: argparse.Namespace, program: str, words: Sequence[str]) -> int:
     """Plan and run, or show the plan: as text, or as one document and nothing else."""
     rank, size = place()
@@ -296,7 +321,7 @@ def _run(args: argparse.Namespace, program: str, words: Sequence[str]) -> int:
 def _plan_and_run(args: argparse.Namespace, program: str, shown: dict[str, Any]) -> int:
     """The exit code. shown: is told what --json shows."""
     rank, start = place()[0], time.monotonic()
-    request = request_of(args, program)
+    request = _recommended(request_of(args, program))
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before torch looks for it
     made = plan.make(request, dry=args.dry_run)

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from spilt.errors import UserError, printable
@@ -184,4 +184,5 @@ def logging_to(path: Path, *, dry: bool = False) -> Iterator[None]:
             logger.removeHandler(handler)
         logging.captureWarnings(False)
         ours.setLevel(before)
-        handler.close()
+        with suppress(OSError):  # of a full disk: it has been told
+            handler.close()

@@ -1,7 +1,41 @@
-"""Fixtures that several files ask for by name."""
+"""Fixtures that several files ask for by name, and what is left out of a matrix of cases where CI=true is not set."""
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import groupby
+
+import pytest
 from command_line import base, clean  # noqa: F401
+from counts import CI
 from faults import bare, here, prepared  # noqa: F401
 from hparams_tree import tree  # noqa: F401
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test marked `matrix` as few cases as show every value of every parameter; with CI=true all combinations."""
+    if CI:
+        return
+    left_out: set[pytest.Item] = set()
+    marked = sorted((item for item in items if item.get_closest_marker("matrix")), key=_function)
+    for _, same in groupby(marked, key=_function):
+        cases = {item: _values(item) for item in same}
+        shown: Counter[tuple[tuple[str, int], ...]] = Counter()
+        while any(not shown[value] for values in cases.values() for value in values):  # most that is new, else what was shown least
+            case = max(cases, key=lambda item: (sum(not shown[v] for v in cases[item]), -sum(shown[v] for v in cases[item])))
+            shown.update(cases.pop(case))
+        left_out |= cases.keys()
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _function(item: pytest.Item) -> str:
+    return item.nodeid.split("[")[0]
+
+
+def _values(item: pytest.Item) -> set[tuple[tuple[str, int], ...]]:
+    """What each `parametrize` gives this case (names given together stay together), and each parameter of a fixture."""
+    params = item.callspec.params
+    names = [n.replace(",", " ").split() if isinstance(n, str) else list(n) for n in (m.args[0] for m in item.iter_markers("parametrize"))]
+    names += [[name] for name in params if name not in sum(names, [])]
+    return {tuple((name, id(params[name])) for name in group) for group in names}

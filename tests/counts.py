@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import TypeVar
+
+T = TypeVar("T")
 
 CI = bool(os.environ.get("CI"))
 
 
-def count(full: int, quick: int) -> int:
+def count(full: T, quick: T) -> T:
     """`full` where CI=true, else `quick`."""
     return full if CI else quick

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from counts import CI
 from torch import Tensor, nn
 
 from spilt.cell import FORMS
@@ -78,6 +79,11 @@ READS: tuple[tuple[str, str | None], ...] = tuple(
     (form, read_point) for form in FORMS for read_point in (COMPONENTS if INTERVENTIONS[form].reads else (None,))
 )
 PLACES = {"first": 0, "middle": LAYERS // 2, "last": LAYERS - 1}
+
+
+def reads_of(family: str) -> tuple[tuple[str, str | None], ...]:
+    """READS; without CI=true every third for a family, so that three families that follow each other show them all."""
+    return READS if CI else READS[FAMILY_NAMES.index(family) % 3 :: 3]
 
 
 def intervention(

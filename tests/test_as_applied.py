@@ -225,7 +225,9 @@ def test_neutral_text_is_measured_beside_the_pairs(base: families.Base) -> None:
     assert run(base, "loss", "--multipliers", "3", "--no-released_files") in (1, 2)
 
 
-def test_answers_along_random_interventions_at_the_same_dose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_along_random_interventions_at_the_same_dose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The demo's Yes/No answers: the stored vector's own row is what apply gives, the others are random ones of its dose."""
     demo = tmp_path / "demo"
     shutil.copytree(Path(__file__).parents[1] / "examples/demo", demo)
@@ -237,13 +239,18 @@ def test_answers_along_random_interventions_at_the_same_dose(tmp_path: Path, mon
     cell = Cell("demo-qwen2", "psychopathy", "sft", "vector", (2,))
     path = Store(demo).control_texts(cell)
     found = pd.read_csv(path).set_index("draw")
-    assert list(found.index) == [-1, *range(control.DRAWS)] and set(found["n"]) == {control.PROMPTS}
+    assert list(found.index) == [-1, *range(control.DRAWS)] and set(found["n"]) == {control.FIRST_WORD[0]}
     assert found.loc[-1, "score"] == 1, "the demo's vector works"
     assert found.loc[0:, "score"].mean() < 0.8 and found.loc[0:, "score"].nunique() > 2
     m = found.loc[-1, "multiplier"]
-    assert cli.main([*words, "--mode", "apply", "--multipliers", str(m), "--limit", str(control.PROMPTS)]) == 0
+    assert cli.main([*words, "--mode", "apply", "--multipliers", str(m), "--limit", str(control.FIRST_WORD[0])]) == 0
     rows = texts.read(Store(demo).results(cell, m))
     assert look.agreement(rows) == found.loc[-1, "score"]
+    assert cli.main([*words, "--mode", "apply", "--multipliers", "recommended", "--limit", str(control.FIRST_WORD[0])]) == 0
+    assert {at for at, _ in Store(demo).generated(cell)} == {0.0, m}
+    others = [word if word != "sft" else "all" for word in words]
+    assert cli.main([*others, "--mode", "apply", "--multipliers", "recommended", "--dry_run"]) == 0
+    assert "reps vector: no recommended multiplier: not measured" in capsys.readouterr().out
     before = path.read_bytes()
     assert cli.main([*words, "--mode", "loss", "--multipliers", "sweep", "--control_pairs", "4", "--limit", "16", "--force"]) == 0
     assert path.read_bytes() == before

@@ -82,6 +82,7 @@ BROKEN: dict[str, bytes] = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("content", BROKEN)
 @pytest.mark.parametrize("file", [f"{LOSSES}/control.csv", f"{LOSSES}/fit.json", f"{LOSSES}/preference_utility.csv"])
 def test_loss_mode_goes_on_with_a_broken_file(tree: Here, caplog: pytest.LogCaptureFixture, file: str, content: str) -> None:
@@ -102,6 +103,7 @@ def test_loss_mode_goes_on_with_a_broken_file(tree: Here, caplog: pytest.LogCapt
 
 def test_one_changed_digit_of_a_fit_is_found(tree: Here, made: families.Base, caplog: pytest.LogCaptureFixture) -> None:
     path = tree.path(f"{LOSSES}/fit.json")
+    assert tree.run(*SWEEP)[0] == 0  # with the control that was put there
     whole = path.read_text()
     at = re.search(r'"preference": -?\d\.(\d)', whole)
     assert at is not None

@@ -81,12 +81,12 @@ def test_a_verb_takes_the_flags_that_mean_something_to_it(verb: str, base: famil
     own = {flag for action in cli.parser(verb=verb)._actions for flag in action.option_strings}
     every = set().union(*FLAGS.values())
     assert own == (released - every - {"--mode", "--verify", "--version"}) | FLAGS[verb]
-    value = {"--mode": "loss", "--split": "train"}
+    value = {"--mode": ["loss"], "--split": ["train"], "--no_report": []}
     for flag in every - FLAGS[verb] | {"--mode"}:
-        assert cli.main([verb, *words(base, "--dry_run", flag, value.get(flag, "1"))]) == 2
+        assert cli.main([verb, *words(base, "--dry_run", flag, *value.get(flag, ["1"]))]) == 2
         assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
     for flag in FLAGS[verb]:
-        assert cli.main([verb, *words(base, "--dry_run", flag, value.get(flag, "1"))]) == 0
+        assert cli.main([verb, *words(base, "--dry_run", flag, *value.get(flag, ["1"]))]) == 0
 
 
 def test_a_verb_plans_what_its_mode_does(base: families.Base) -> None:
@@ -162,6 +162,7 @@ def test_a_shell_completes_words_flags_and_names(tmp_path: Path) -> None:
     assert completed("python -m spilt fit --m", tmp_path) == {"--method", "--model_name"}
     assert completed("python -m spilt generate --m", tmp_path) == {"--method", "--model_name", "--multipliers"}
     assert completed("python -m spilt verify --ba", tmp_path) == {"--base_dir"}
+    assert completed("python -m spilt say --method re", tmp_path) == {"reps"}
     assert completed("python -m spilt prepare --source p", tmp_path) == {"powerseeking", "psychopathy"}
     shutil.copy(ROOT / "run_spilt.py", tmp_path)
     assert completed("python run_spilt.py --intervention_method lo", tmp_path) == {"local_weight", "lora"}

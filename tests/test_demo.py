@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from counts import count
 
 from spilt import look
 from spilt.analysis import odds
@@ -31,6 +32,8 @@ from tools.demo import check, hparams  # noqa: E402
 
 pytestmark = pytest.mark.slow
 TRAINED = [(method, form) for method in METHODS if METHODS[method].loss is not None for form in FORMS]
+STEERED = count(TRAINED, TRAINED[:: len(FORMS) + 1])  # quick: each method and each form once
+FITTED = count(pairs_of("all", "all")[0], [("caa", "vector"), ("spilt", "vector"), *STEERED])
 STRENGTHS = {"vector": ["4", "8", "12"], "lora": ["0.4", "0.8", "1.2"], "local_weight": ["0.4", "0.8", "1.2"]}
 
 
@@ -49,10 +52,11 @@ def run(base: Path, dataset: str, method: str, form: str, *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo with all ten combinations fitted on the Yes/No task, and caa on the open one."""
+    """The demo with all ten combinations (quick: five) fitted on the Yes/No task, and caa on the open one."""
     base = tmp_path_factory.mktemp("demo")
     shutil.copytree(DEMO, base, dirs_exist_ok=True)
-    run(base, "psychopathy", "all", "all", "--mode", "generate")
+    for method, form in count([("all", "all")], FITTED):
+        run(base, "psychopathy", method, form, "--mode", "generate")
     run(base, "powerseeking", "caa", "vector", "--mode", "generate")
     return base
 
@@ -81,14 +85,13 @@ def test_the_tree_of_hparams_is_the_table() -> None:
 
 def test_every_combination_is_fitted(fitted: Path) -> None:
     store = Store(fitted)
-    combinations = pairs_of("all", "all")[0]
-    assert len(combinations) == 10
-    for method, form in combinations:
+    assert len(pairs_of("all", "all")[0]) == 10
+    for method, form in FITTED:
         cell = Cell(MODEL, "psychopathy", method, form, (hparams.LAYER,))
         assert store.vector(cell, hparams.LAYER).is_file()
 
 
-@pytest.mark.parametrize(("method", "form"), TRAINED)
+@pytest.mark.parametrize(("method", "form"), STEERED)
 def test_yes_no_answers_are_steered(fitted: Path, method: str, form: str) -> None:
     """From 50% to over 95% matching on held-out items, at the strength that is best on training items; under 5% at the opposite."""
     run(fitted, "psychopathy", method, form, "--mode", "loss", "--multipliers", *STRENGTHS[form], "0")

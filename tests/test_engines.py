@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import EOS, FAMILY_NAMES, LAYERS, READS, build, intervention, model
+from families import EOS, FAMILY_NAMES, LAYERS, build, intervention, model, reads_of
 from test_generation import how, rows
 from test_suffix import answer_pairs
 
@@ -36,11 +36,12 @@ def fast_losses(tiny: Any, value: Steering, positions: str = "skip_prefix") -> A
     return torch.as_tensor(score.losses(score.Recorded(tiny, value, cache, positions, PREFIX), STRENGTHS).total)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("write_point", ["block", "down_proj"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_losses(family: str, write_point: str) -> None:
     tiny = model(family)
-    for form, read_point in READS:
+    for form, read_point in reads_of(family):
         value = steering(form, read_point, write_point=write_point, scale=0.2)
         plain = whole.losses(tiny, value, STRENGTHS, answer_pairs(), PAD, "skip_prefix", PREFIX)
         torch.testing.assert_close(fast_losses(tiny, value), plain, atol=1e-4, rtol=1e-5)
@@ -59,7 +60,7 @@ def test_losses_where_tokens_are_steered(form: str, positions: str) -> None:
 def test_losses_in_bfloat16(family: str) -> None:
     """Equal up to that dtype's rounding: as far from each other as either is from float32."""
     tiny = build(family).to(torch.bfloat16)
-    for form, read_point in READS:
+    for form, read_point in reads_of(family):
         value = steering(form, read_point, scale=0.2)
         plain = whole.losses(tiny, value, STRENGTHS, answer_pairs(), PAD, "skip_prefix", PREFIX)
         exact = whole.losses(model(family), value, STRENGTHS, answer_pairs(), PAD, "skip_prefix", PREFIX)
@@ -71,7 +72,7 @@ def test_losses_in_bfloat16(family: str) -> None:
 def test_gradients_of_a_minibatch(family: str) -> None:
     tiny, sequences = model(family), answer_pairs()
     cache = activations.record(tiny, LAYER, sequences, ["mlp_mid", "mlp", "attn", "block"], PAD, together=2)
-    for form, read_point in READS:
+    for form, read_point in reads_of(family):
         for method in ("sft", "spilt", "reps") if read_point in (None, "mlp_mid") else ("sft",):
             s = settings(method, form, **({"intervention_components": read_point} if read_point else {}))
             made = intervention(form, read_point, scale=0.2)
@@ -86,12 +87,13 @@ def test_gradients_of_a_minibatch(family: str) -> None:
                 torch.testing.assert_close(a, b, atol=2e-4 * max(1.0, float(b.abs().max())), rtol=1e-3)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_greedy_texts(family: str, cache: bool) -> None:
     """The library's own `generate` under hooks, with and without its cache: the same tokens."""
     tiny, wanted = model(family), rows()
-    for form, read_point in READS:
+    for form, read_point in reads_of(family):
         value = steering(form, read_point)
         fast = dict(generation.generate(tiny, value, wanted, how(), 4))
         prompts, strengths = [row.prompt for row in wanted], [row.multiplier for row in wanted]
@@ -104,7 +106,7 @@ def test_greedy_texts(family: str, cache: bool) -> None:
 def test_greedy_texts_in_bfloat16(family: str) -> None:
     """Each token is the likeliest of a plain uncached forward over what came before it, up to what that dtype rounds."""
     tiny, wanted = build(family).to(torch.bfloat16), rows()
-    for form, read_point in READS:
+    for form, read_point in reads_of(family):
         value = steering(form, read_point)
         for i, new in generation.generate(tiny, value, wanted, how(), 4):
             row = wanted[i]

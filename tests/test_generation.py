@@ -67,6 +67,7 @@ def common_end(tiny: nn.Module, made: Intervention, wanted: list[Row]) -> int:
     return next(token for token, count in inside.most_common() if 0 < count < len(wanted))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_batch_equals_the_rows_alone(family: str, form: str) -> None:

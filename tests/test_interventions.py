@@ -215,6 +215,7 @@ def test_dropout_acts_only_while_fitting_and_where_the_method_says(form: str) ->
     assert alike == (form == "vector")
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 @pytest.mark.parametrize(("form", "read_point"), READS)
 def test_in_every_family_the_stream_moves_by_the_equation(family: str, form: str, read_point: str | None) -> None:

@@ -13,7 +13,7 @@ import pytest
 from counts import count
 
 ROOT = Path(__file__).resolve().parents[1]
-PROMPTS, CELLS = count(1000, 300), count(50, 14)
+PROMPTS, CELLS = count(1000, 200), count(50, 12)
 
 # In a process of its own: what the other tests keep does not count. The resident size is taken after each step.
 LONG_RUN = """

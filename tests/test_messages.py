@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def error_lines(said: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(prepared: families.Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:  # noqa: F811
+def checkpoint(prepared: families.Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The state in the middle of a fit, and the vector that the whole fit gives."""
     base = families.make_base(tmp_path_factory.mktemp("kept") / "base", train=24)
     path = base.path / "vectors/tiny/sft/mine/sft_vector/layer_2.unfinished.pt"
@@ -57,7 +57,7 @@ def cut_off(tmp_path: Path, checkpoint: dict[str, bytes], monkeypatch: pytest.Mo
     """A base folder in which that fit was killed."""
     base = families.make_base(tmp_path / "base", train=24)
     monkeypatch.setattr(runner, "_report", no_report)
-    here = Here(base, capsys)  # noqa: F811
+    here = Here(base, capsys)
     here.vector().parent.mkdir(parents=True)
     here.vector().with_name("layer_2.unfinished.pt").write_bytes(checkpoint["state"])
     return here
@@ -142,7 +142,7 @@ def broken_model(base: families.Base, value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_model_of_nan_fails_by_name(here: Here, value: float) -> None:  # noqa: F811
+def test_a_model_of_nan_fails_by_name(here: Here, value: float) -> None:
     for path in (*here.path("generation").rglob("*.json"), *here.path("vectors/tiny/get_sft_loss").rglob("*.csv")):
         path.unlink()
     broken_model(here.base, value)
@@ -157,7 +157,7 @@ def test_a_model_of_nan_fails_by_name(here: Here, value: float) -> None:  # noqa
     assert here.run("--mode", "generate", "--force", method="caa")[0] in (0, 1)  # its blocks are sound: the last norm is behind them
 
 
-def test_losses_that_overflow_at_one_multiplier(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_losses_that_overflow_at_one_multiplier(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sound multipliers are stored, the other is named; the command and --verify agree that nothing is damaged."""
     assert here.run("--mode", "loss", "--multipliers", "3", "1e6", "--dtype", "float16")[0] in (0, 1)
     state = torch.load(here.vector(), weights_only=True)
@@ -173,7 +173,7 @@ def test_losses_that_overflow_at_one_multiplier(here: Here, monkeypatch: pytest.
     assert code == 1 and "smaller multiplier" in error_lines(said)[0] and not here.texts(1e6).exists()
 
 
-def test_a_vector_of_nan_is_never_used(here: Here) -> None:  # noqa: F811
+def test_a_vector_of_nan_is_never_used(here: Here) -> None:
     torch.save(torch.full((32,), float("nan")), here.vector())
     manifest.manifest_path(here.vector()).unlink()
     before = here.listing()
@@ -184,7 +184,7 @@ def test_a_vector_of_nan_is_never_used(here: Here) -> None:  # noqa: F811
     assert here.states()["vectors/tiny/sft/mine/sft_vector/layer_2.pt"] == "damaged"
 
 
-def test_a_fit_that_gives_nan_stores_nothing(bare: Here, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_fit_that_gives_nan_stores_nothing(bare: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     infinite = METHODS["caa"]._replace(estimate=lambda a, b: torch.full_like(a[0], float("inf")))
     monkeypatch.setitem(METHODS, "caa", infinite)
     code, said = bare.run(*FIT, method="caa")
@@ -196,7 +196,7 @@ def test_a_fit_that_gives_nan_stores_nothing(bare: Here, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("error", [ValueError("odd"), KeyError("k"), RuntimeError("no memory matter"), ZeroDivisionError("z")])
-def test_an_error_in_one_fit_is_its_own(bare: Here, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:  # noqa: F811
+def test_an_error_in_one_fit_is_its_own(bare: Here, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     real = training.Fit.gradients
 
     def gradients(self: Any, *args: Any) -> Any:
@@ -214,17 +214,34 @@ def test_an_error_in_one_fit_is_its_own(bare: Here, monkeypatch: pytest.MonkeyPa
 # ---------------------------------------------------------------- the environment
 
 
-def with_environment(base: families.Base, **values: str) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    words = [sys.executable, str(ROOT / "run_spilt.py"), *base.argv("caa", "vector", *FIT), "--quiet"]
-    return subprocess.run(
-        words, env={**env, "OMP_NUM_THREADS": "1", **values}, cwd=ROOT, text=True, capture_output=True, timeout=200, check=False
-    )
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def with_environment(here: Here, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], tuple[int, str]]:
+    """A fit under these variables: exit code and everything said."""
+
+    def run(values: dict[str, str]) -> tuple[int, str]:
+        for name in LAUNCHERS:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+        return here.run(*FIT, method="caa")
+
+    return run
 
 
 @pytest.mark.parametrize("values", [{"RANK": "1"}, {"RANK": "3", "WORLD_SIZE": "1"}, {"WORLD_SIZE": "", "RANK": ""}])
-def test_a_rank_without_a_launcher_is_one_process(here: Here, values: dict[str, str]) -> None:  # noqa: F811
-    ended = with_environment(here.base, **values)
+def test_a_rank_without_a_launcher_is_one_process(with_environment: Any, values: dict[str, str]) -> None:
+    code, said = with_environment(values)
+    assert code == 0 and "1 done" in said and "layer_2.pt" in said, said
+
+
+def test_a_really_started_process_with_a_rank_and_without_a_launcher(here: Here) -> None:
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCHERS}
+    words = [sys.executable, str(ROOT / "run_spilt.py"), *here.base.argv("caa", "vector", *FIT), "--quiet"]
+    env |= {"OMP_NUM_THREADS": "1", "RANK": "3", "WORLD_SIZE": "1"}
+    ended = subprocess.run(words, env=env, cwd=ROOT, text=True, capture_output=True, timeout=200, check=False)
     assert ended.returncode == 0 and "1 done" in ended.stdout and "layer_2.pt" in ended.stdout, ended
 
 
@@ -240,10 +257,10 @@ def test_a_rank_without_a_launcher_is_one_process(here: Here, values: dict[str, 
         ({"WORLD_SIZE": "2.5"}, "WORLD_SIZE='2.5'"),
     ],
 )
-def test_odd_values_are_one_message(bare: Here, values: dict[str, str], word: str) -> None:  # noqa: F811
-    ended = with_environment(bare.base, **values)
-    assert ended.returncode == 2 and word in ended.stderr and "unset RANK WORLD_SIZE" in ended.stderr, ended
-    assert len(error_lines(ended.stderr)) == 1 and "Traceback" not in ended.stderr
+def test_odd_values_are_one_message(with_environment: Any, values: dict[str, str], word: str) -> None:
+    code, said = with_environment(values)
+    assert code == 2 and word in said and "unset RANK WORLD_SIZE" in said, said
+    assert len(error_lines(said)) == 1 and "Traceback" not in said
 
 
 # ---------------------------------------------------------------- links
@@ -265,7 +282,7 @@ def test_unfinished_lines_are_not_followed(tmp_path: Path, caplog: pytest.LogCap
     assert outside.exists() and not link.exists()
 
 
-def test_a_run_does_not_write_through_a_link(here: Here, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+def test_a_run_does_not_write_through_a_link(here: Here, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Texts, losses, and the other files beside them: each is replaced, what the link points to stays."""
     outside = tmp_path / "outside"
     outside.write_text("mine")
@@ -296,7 +313,7 @@ def forget() -> Iterator[None]:
     fresh()
 
 
-def test_the_table_has_a_line_for_each(bare: Here, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_the_table_has_a_line_for_each(bare: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error that nobody foresaw in the report too: table and exit code are there."""
     from spilt import report
 

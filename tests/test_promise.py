@@ -10,13 +10,15 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import families
 import pytest
 import torch
-from torch import Tensor
+from counts import count
+from torch import Tensor, nn
 
 from spilt import cli, report
 from spilt.engine import decode as generation
@@ -35,7 +37,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wide(folder: Path) -> families.Base:
     """A base dir with a model so wide that the number of rows of a matrix product shows in its rounding."""
-    base = families.make_base(folder, train=12, test=6)
+    base = families.make_base(folder, train=count(12, 6), test=6)
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     families.build("qwen2", **sizes).save_pretrained(base.path / "models" / base.model)
     return base
@@ -70,6 +72,7 @@ def tables(base: families.Base) -> dict[str, bytes]:
 # ---------------------------------------------------------------- fits and losses: bytes
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("form", ["vector", "lora", "local_weight"])
 def test_losses_do_not_depend_on_the_other_multipliers(fitted: tuple[families.Base, str], form: str, tmp_path: Path) -> None:
     """One request, or one multiplier first and the rest later: the same tables."""
@@ -106,6 +109,7 @@ def test_losses_of_a_cell_do_not_depend_on_the_other_cells(fitted: tuple[familie
     assert found and found == {name: wanted[name] for name in found}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("cell", [("caa", "vector"), ("sft", "lora"), ("spilt", "vector"), ("reps", "local_weight")], ids=" ".join)
 def test_a_fit_does_not_depend_on_the_other_fits(fitted: tuple[families.Base, str], cell: tuple[str, str], tmp_path: Path) -> None:
     base, dtype = fitted
@@ -118,11 +122,16 @@ def test_a_fit_does_not_depend_on_the_other_fits(fitted: tuple[families.Base, st
 # ---------------------------------------------------------------- texts: each token is what its number picks
 
 
-def probabilities(base: families.Base, dtype: str, prompt: list[int], new: list[int], multiplier: float) -> Tensor:
-    """[n, V] of each new token, by transformers and a hook alone: the whole text in one forward of one row."""
+@cache
+def library_model(path: Path, dtype: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base.path / "models" / base.model, dtype=getattr(torch, dtype)).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+
+
+def probabilities(base: families.Base, dtype: str, prompt: list[int], new: list[int], multiplier: float) -> Tensor:
+    """[n, V] of each new token, by transformers and a hook alone: the whole text in one forward of one row."""
+    model = library_model(base.path / "models" / base.model, dtype)
     path = base.path / "vectors" / base.model / "sft" / base.one / "sft_vector" / f"layer_{base.layer}.pt"
     vector = torch.load(path, weights_only=True).to(model.dtype).reshape(-1)
 
@@ -193,6 +202,7 @@ def texts(
     return made
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 def test_each_token_is_what_its_number_picks(
     fitted: tuple[families.Base, str], sampled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

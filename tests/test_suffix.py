@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILY_NAMES, HIDDEN, LAYERS, PLACES, READS, build, intervention, model, token_rows
+from families import FAMILY_NAMES, HIDDEN, LAYERS, PLACES, build, intervention, model, reads_of, token_rows
 from torch import Tensor, nn
 
 from spilt.data.batches import pad, position_mask
@@ -100,6 +100,7 @@ def assert_same(one: Result, other: Result) -> None:
         torch.testing.assert_close(a, b, atol=ATOL * max(1.0, float(b.abs().max())), rtol=0)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -110,7 +111,7 @@ def test_suffix_equals_hooks(family: str, place: str, attention: str) -> None:
     tiny, layer = model(family, attention), PLACES[place]
     assert tiny.config._attn_implementation == attention
     factors = torch.tensor([1.5, -0.7, 0.4])[:, None, None]
-    for number, (form, read_point) in enumerate(READS):
+    for number, (form, read_point) in enumerate(reads_of(family)):
         made = intervention(form, read_point, seed=number)
         positions = position_mask([Encoded(tuple(range(n)), p, 0) for n, p in zip(LENGTHS, PROMPTS, strict=True)], "skip_prefix", 2)
         for where in (None, positions) if form == "vector" else (None,):
@@ -123,7 +124,7 @@ def test_suffix_equals_hooks(family: str, place: str, attention: str) -> None:
 def test_down_proj_site_adds_to_the_down_projection(family: str) -> None:
     """Hooks: adding to the output of the MLP's last projection. Equal to the block's output but where a norm follows."""
     tiny, layer = model(family), PLACES["middle"]
-    for form, read_point in READS:
+    for form, read_point in reads_of(family):
         at_block, at_down = (intervention(form, read_point, write_point=site, scale=0.2) for site in ("block", "down_proj"))
         whole, inner = by_hooks(tiny, layer, at_block, 1.0, None), by_hooks(tiny, layer, at_down, 1.0, None)
         difference = (whole[0] - inner[0]).abs().max()
@@ -136,6 +137,7 @@ def fit_settings(form: str, read_point: str | None, **more: Any) -> FitSettings:
     return FitSettings(method="sft", intervention_method=form, **given)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("site", ["block", "down_proj"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -144,7 +146,7 @@ def test_measuring_equals_hooks_at_either_site(family: str, site: str, layout: s
     tiny, layer = model(family), PLACES["middle"]
     sequences, together = LAYOUTS[layout][0](), LAYOUTS[layout][1]
     caches: dict[int, activations.Activations] = {}
-    for form, read_point in READS:
+    for form, read_point in reads_of(family):
         made = intervention(form, read_point, write_point=site, scale=0.2)
         below = hooks.base(layer, made)
         if below not in caches:
@@ -167,6 +169,7 @@ def plain_losses(tiny: nn.Module, sequences: list[Encoded]) -> Tensor:
     return answer_logprobs(logits, ids, answer, real.sum(1)).losses()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("site", ["block", "down_proj"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -175,7 +178,7 @@ def test_fitting_equals_hooks_at_either_site(family: str, site: str, layout: str
     tiny, layer = model(family), PLACES["middle"]
     sequences, together = LAYOUTS[layout][0](), LAYOUTS[layout][1]
     caches: dict[int, activations.Activations] = {}
-    for form, read_point in READS:
+    for form, read_point in reads_of(family):
         made = intervention(form, read_point, write_point=site, scale=0.2)
         below = hooks.base(layer, made)
         if below not in caches:

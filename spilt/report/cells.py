@@ -26,7 +26,7 @@ from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.manifest import digest, identity
 from spilt.artifacts.store import Store
 from spilt.artifacts.texts import Row
-from spilt.cell import FORMS, Cell
+from spilt.cell import FORMS, Cell, seeded
 from spilt.errors import UserError, printable, unknown
 
 log = logging.getLogger("spilt")
@@ -41,7 +41,8 @@ CONCEPT = re.compile(r"_concept_(\d+)$")
 
 def label(method: str, form: str) -> str:
     """A method and form as they are shown; a folder that somebody made may be called anything."""
-    return printable(f"{method} {FORMS[form].label if form in FORMS else form}").strip()
+    own, seed = seeded(form)
+    return printable(f"{method} {FORMS[own].label if own in FORMS else own}{'' if seed is None else f', seed {seed}'}").strip()
 
 
 def name_of(cell: str) -> str:
@@ -77,6 +78,11 @@ class Place:
     @property
     def name(self) -> str:
         return printable(f"{self.method} {self.intervention}")
+
+    @property
+    def form(self) -> str:
+        """`intervention` without the seed of one of several fits."""
+        return seeded(self.intervention)[0]
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,7 @@ def find(base_dir: str | Path, model: str, dataset: str) -> list[Place]:
         Place(base, model, dataset, method, form, root / method / dataset / f"{method}_{form}", dict(sorted(concepts.items())))
         for (method, form), concepts in found.items()
     ]
-    return sorted(places, key=lambda place: (_rank(place.intervention, list(FORMS)), _rank(place.method, list(METHODS))))
+    return sorted(places, key=lambda place: (_rank(place.form, list(FORMS)), _rank(place.method, list(METHODS)), place.intervention))
 
 
 def _rank(name: str, order: Sequence[str]) -> tuple[int, str]:
@@ -198,7 +204,10 @@ def frame_of(place: Place, norm: odds.Norm = "mean", seed: int = 0) -> tuple[pd.
                 frames.append(frame if concept is None else frame.assign(concept=concept))
     if frames:
         every = pd.concat(frames, ignore_index=True)
-        return every, odds.summarise(every, seed), notes
+        neutral = [odds.collect_neutral(folder) for _, folder in folders]
+        notes += [note for texts in neutral for note in texts.attrs["notes"]]
+        there = [texts for texts in neutral if len(texts)]
+        return every, odds.summarise(every, seed, neutral=pd.concat(there) if there else None), notes
     stored = place.folder / losses.SUMMARY_FILE
     if notes or not stored.is_file():  # a summary of rows that were left out is as old as they are
         why = f" ({'; '.join(notes)})" if notes else ""
@@ -260,7 +269,7 @@ def _both_ranges(place: Place, summary: pd.DataFrame, stored: dict[str, Any], se
     """RANGES -> curve -> {fit, r2_test}: the fit of the questions that choices are made on, scored on the test questions' points."""
     split = split_of(summary)
     rows, test = summary[summary["split"] == split], summary[summary["split"] == "test"] if split != "test" else summary[:0]
-    top = trained_range(place.intervention, list(rows["multiplier"])) * (1 + 1e-9)
+    top = trained_range(place.form, list(rows["multiplier"])) * (1 + 1e-9)
     out: dict[str, Any] = {}
     for extent, end in zip(RANGES, (top, math.inf), strict=True):
         some, other = (table[table["multiplier"].abs() <= end] for table in (rows, test))

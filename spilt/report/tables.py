@@ -61,7 +61,7 @@ def fits(cells: Sequence[Measured], model: str, dataset: str) -> pd.DataFrame:
     """One row per cell, range and curve: R^2, held out, on the test questions' points, the paper's; bound hits, warnings, parameters."""
     rows = []
     for cell in cells:
-        reference = paper.r2(model, dataset, cell.place.method, cell.place.intervention) or (None, None)
+        reference = paper.r2(model, dataset, cell.place.method, cell.place.form) or (None, None)
         for extent in RANGES:
             for kind, theirs in zip(KINDS, reference, strict=True):
                 fit, on_test = cell.fitted(extent, kind)
@@ -126,9 +126,7 @@ def claimed(cells: Sequence[Measured], split: str, seed: int = 0) -> pd.DataFram
     cases = {}
     for cell in cells:
         frame, wanted = cell.frame, cell.split_for(split)
-        fitted = [cell.fitted("trained", kind) for kind in KINDS]
-        elsewhere = [r2_test if r2_test is not None else fit.r2_held_out for fit, r2_test in fitted]
-        r2 = tuple(zip((fit.r2 for fit, _ in fitted), elsewhere, strict=True))
+        r2 = tuple((fit.r2, fit.r2_held_out) for fit in (cell.fitted("trained", kind)[0] for kind in KINDS))
         questions = Questions.of(frame[frame["split"] == wanted])
         cases[cell.name] = claims.Case(cell.place.method, cell.place.intervention, questions, cell.random_curves, r2)
     return claims.judge(cases, seed)

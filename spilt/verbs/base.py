@@ -27,10 +27,13 @@ class Request:
     intervention: str
     mode: str = "both"
     device: str = "cuda:0"
-    multipliers: tuple[float, ...] | str | None = None  # 'sweep' (loss mode); None: the YAML's, else 1.0
+    # 'sweep' (loss mode), 'recommended' (apply: 0 and that of `recommended`); None: the YAML's, else 1.0
+    multipliers: tuple[float, ...] | str | None = None
+    recommended: Mapping[tuple[str, str], float | str] = field(default_factory=dict)  # (method, form) -> it, or why there is none
     base_dir: Path = Path(".")
     overrides: Mapping[str, Any] = field(default_factory=dict)  # --set, --seed, --dtype
     concepts: tuple[int, ...] | None = None
+    seeds: tuple[int | None, ...] = (None,)  # of several fits of each cell; None: the settings'
     limit: int | None = None
     split: str | None = None  # of loss mode: train, test, both; None: both where dataset_format.yaml has a `valid` entry
     batch_size: int | None = None
@@ -43,6 +46,11 @@ class Request:
     engine: str = "fast"  # 'plain': hooks and the library's own forward everywhere
     flags: tuple[str, ...] = ()  # our own flags as they were typed, for the copy-paste command lines
     program: str = "python run_spilt.py"  # what was called, for the same
+
+
+def with_seed(overrides: Mapping[str, Any], seed: int | None) -> Mapping[str, Any]:
+    """The command line's settings with the seed of one of several fits."""
+    return overrides if seed is None else {**overrides, "seed": str(seed)}
 
 
 class Step(NamedTuple):

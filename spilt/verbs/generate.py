@@ -12,6 +12,8 @@ from spilt.model import identity
 from spilt.verbs.base import Request, Step, Verb, output_parts
 from spilt.verbs.estimate import TEMPLATE, Cost, Shape, tokens
 
+RECOMMENDED = "recommended"  # a word for --multipliers
+
 
 class Generate(Verb):
     name, mode = "generate", "apply"

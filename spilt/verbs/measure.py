@@ -49,7 +49,9 @@ class Measure(Verb):
         if path.name not in TABLES.values():
             return True
         notes = (manifest.read(path) or {}).get("notes", {})
-        return bool(notes.get("swept")) if step.sweep else set(step.multipliers) <= set(notes.get("multipliers", ()))
+        if step.sweep:
+            return bool(notes.get("swept")) and len(notes["multipliers"]) >= step.settings.sweep_points
+        return set(step.multipliers) <= set(notes.get("multipliers", ()))
 
     def unfinished(self, step: Step, limit: int | None, seen: identity.Seen) -> set[str]:
         signed = [sign * m + 0.0 for m in step.multipliers for sign in (1, -1)]
@@ -92,12 +94,6 @@ def loss_identities(
         manifest.identity(parts_of(step, split, {**own(step, m, "unfinished", split), "positions": positions}, limit, seen))
         for m in multipliers
     ]
-
-
-def with_multipliers(step: Step, store: Store, multipliers: tuple[float, ...]) -> Step:
-    """The same step at other strengths."""
-    step = step._replace(multipliers=multipliers)
-    return step._replace(outputs=tuple(Measure().outputs(store, step)))
 
 
 def sweep_multipliers(factors: tuple[float, ...], points: int, widen: float = 1.0) -> tuple[float, ...]:
