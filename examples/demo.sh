@@ -32,5 +32,6 @@ every() {
     done
 }
 every --mode both
-every --mode loss --multipliers sweep --limit 16 --control_pairs "${CONTROL:-0}"
+every --mode loss --multipliers sweep --limit 16 --control_pairs "${CONTROL:-0}" --no_report
+"$PYTHON" -m spilt report --base_dir "$BASE_DIR" --model_name "$MODEL" --dataset "$DATASET"
 "$PYTHON" tools/story.py --base_dir "$BASE_DIR" --model_name "$MODEL" --dataset "$DATASET"

@@ -33,13 +33,13 @@ def found(**changed: object) -> story.Found:
 
 def test_it_is_short_and_shows_what_changed() -> None:
     lines = story.lines(found())
-    assert len(lines) == 10 and max(map(len, lines)) <= 160
+    assert len(lines) == 11 and max(map(len, lines)) <= 140
     assert [line.split(None, 1)[1] for line in lines[:2]] == ["prompt 0", "Home."] and lines[2].endswith("A boat!")
     assert lines[3].endswith("prompt 2"), "the prompt whose answer had the word before comes last"
     assert lines[6].startswith("counted     answers of 3 with a keyword (") and {"sea", "boat", "wave"} <= set(words(lines[6]))
     assert lines[6].endswith(": 0 at m = -3, 1 at m = 0, 3 at m = 3, 3 at m = 12")
-    assert "+1.16 [1.01, 1.33] nat" in lines[7] and "-0.49 [0.40, 0.60] nat" in lines[7] and "24 test questions" in lines[7]
-    assert "rank 1 of 41" in lines[8] and "m = 12: sea sea" in lines[9]
+    assert "24 test questions" in lines[7] and "+1.16 [1.01, 1.33] nat" in lines[8] and "-0.49 [0.40, 0.60] nat" in lines[8]
+    assert "rank 1 of 41" in lines[9] and "m = 12: sea sea" in lines[10]
 
 
 def test_what_was_not_measured_is_not_said() -> None:
@@ -49,4 +49,4 @@ def test_what_was_not_measured_is_not_said() -> None:
 
 def test_long_texts_are_cut() -> None:
     long = found()._replace(texts={0.0: rows("word " * 99), 3.0: rows("sea " * 99)})
-    assert all(len(line) <= 160 for line in story.lines(long))
+    assert all(len(line) <= 140 for line in story.lines(long))

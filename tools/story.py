@@ -81,7 +81,7 @@ def lines(found: Found) -> list[str]:
         out.append(f"{'counted':<12}answers of {len(order)} with {named}: {counts}")
     gain, drop = (_change(numbers, name, split) for name in ("gain", "drop"))
     at = f"{found.method} {found.form} at m = {best:.3g}, the largest gain of {found.of} combinations, on {numbers[f'n_{split}']:.0f}"
-    out.append(f"{'measured':<12}{at} {split} questions: preference +{gain} nat, utility -{drop} nat")
+    out += [f"{'measured':<12}{at} {split} questions:", f"{'':<12}preference +{gain} nat, utility -{drop} nat"]
     if numbers.get("chance_rank"):
         beside = f"rank {numbers['chance_rank']:.0f} of {numbers['chance_of']:.0f} beside random directions of its size"
         out.append(f"{'by chance?':<12}{beside}, p = {numbers['chance_p']:.2g}")
