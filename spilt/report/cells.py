@@ -36,12 +36,19 @@ STEPS = 10  # of a sweep, from 0 to the end of the trained range (verbs.measure.
 RANGES = ("trained", "sweep")
 METHODS = ("caa", "sft", "reps", "spilt")  # order of tables and legends; other names follow
 KINDS: tuple[Kind, ...] = ("preference", "utility")
+SEED = "@seed"  # between form and number, where several fits of a cell are stored
 CONCEPT = re.compile(r"_concept_(\d+)$")
 
 
 def label(method: str, form: str) -> str:
-    """A method and form as they are shown; a folder that somebody made may be called anything."""
-    return printable(f"{method} {FORMS[form].label if form in FORMS else form}").strip()
+    """A method and form ('vector@seed2' -> 'vector, seed 2') as shown; a folder that somebody made may be called anything."""
+    form, _, seed = form.partition(SEED)
+    return printable(f"{method} {FORMS[form].label if form in FORMS else form}{f', seed {seed}' if seed else ''}").strip()
+
+
+def anchor(cell: str) -> str:
+    """Where a cell's details are on the page: as an id and in an address, another one for each name."""
+    return "cell-" + re.sub(r"[^A-Za-z0-9]", lambda hit: f"-{ord(hit[0]):x}-", cell)
 
 
 def name_of(cell: str) -> str:
@@ -77,6 +84,16 @@ class Place:
     @property
     def name(self) -> str:
         return printable(f"{self.method} {self.intervention}")
+
+    @property
+    def form(self) -> str:
+        """Without the seed of one of several fits."""
+        return self.intervention.partition(SEED)[0]
+
+    @property
+    def folders(self) -> list[Path]:
+        """Those with losses."""
+        return [*self.concepts.values()] or [self.folder]
 
 
 @dataclass(frozen=True)
@@ -173,7 +190,7 @@ def find(base_dir: str | Path, model: str, dataset: str) -> list[Place]:
         Place(base, model, dataset, method, form, root / method / dataset / f"{method}_{form}", dict(sorted(concepts.items())))
         for (method, form), concepts in found.items()
     ]
-    return sorted(places, key=lambda place: (_rank(place.intervention, list(FORMS)), _rank(place.method, list(METHODS))))
+    return sorted(places, key=lambda p: (_rank(p.form, list(FORMS)), _rank(p.method, list(METHODS)), p.intervention))
 
 
 def _rank(name: str, order: Sequence[str]) -> tuple[int, str]:
@@ -187,7 +204,7 @@ def _measured(leaf: Path) -> bool:
 
 def frame_of(place: Place, norm: odds.Norm = "mean", seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """(frame, summary, notes on what could not be used). Without loss rows, the stored preference_utility.csv is both."""
-    frames, notes = [], []
+    frames, notes, neutral = [], [], []
     folders: list[tuple[int | None, Path]] = [*place.concepts.items()] or [(None, place.folder)]
     for concept, folder in folders:
         for split in losses.SPLITS:
@@ -196,9 +213,11 @@ def frame_of(place: Place, norm: odds.Norm = "mean", seed: int = 0) -> tuple[pd.
             notes += [where + note for note in frame.attrs["notes"]]
             if len(frame):
                 frames.append(frame if concept is None else frame.assign(concept=concept))
+        neutral.append(odds.collect_neutral(folder))
+        notes += [where + note for note in neutral[-1].attrs["notes"]]
     if frames:
         every = pd.concat(frames, ignore_index=True)
-        return every, odds.summarise(every, seed), notes
+        return every, odds.summarise(every, seed, neutral=pd.concat(neutral, ignore_index=True)), notes
     stored = place.folder / losses.SUMMARY_FILE
     if notes or not stored.is_file():  # a summary of rows that were left out is as old as they are
         why = f" ({'; '.join(notes)})" if notes else ""
@@ -260,7 +279,7 @@ def _both_ranges(place: Place, summary: pd.DataFrame, stored: dict[str, Any], se
     """RANGES -> curve -> {fit, r2_test}: the fit of the questions that choices are made on, scored on the test questions' points."""
     split = split_of(summary)
     rows, test = summary[summary["split"] == split], summary[summary["split"] == "test"] if split != "test" else summary[:0]
-    top = trained_range(place.intervention, list(rows["multiplier"])) * (1 + 1e-9)
+    top = trained_range(place.form, list(rows["multiplier"])) * (1 + 1e-9)
     out: dict[str, Any] = {}
     for extent, end in zip(RANGES, (top, math.inf), strict=True):
         some, other = (table[table["multiplier"].abs() <= end] for table in (rows, test))
@@ -315,7 +334,7 @@ def plain(value: dict[str, Any]) -> dict[str, Any]:
 def _tables(place: Place, name: str, keys: Sequence[str], columns: Sequence[str]) -> tuple[list[pd.DataFrame], list[str]]:
     """A control's file of each concept (or the one there is), and a sentence for each that is broken or of another vector: left out."""
     parts, notes, way_out = [], [], "--mode loss --multipliers sweep makes it again"
-    for path in (folder / name for folder in place.concepts.values() or [place.folder]):
+    for path in (folder / name for folder in place.folders):
         if not path.is_file():
             continue
         try:
