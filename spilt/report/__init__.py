@@ -152,7 +152,7 @@ def _report(
     html = page.render(
         "report.html",
         **{"model": model, "dataset": dataset, "split": split, "norm": measured[0].fit["norm"], "good_r2": f"{GOOD_R2:g}"},
-        **{"version": __version__, "synthetic": about.synthetic(base, model), "shared": common},
+        **{"header": {"model": model, **common, "page": f"by spilt {__version__}"}, "synthetic": about.synthetic(base, model)},
         **{"up": about.address(Store(base).index(model), freshness.page(base, model, dataset))},
         **{"own": {name: {k: v for k, v in facts.items() if k not in common} for name, facts in told.items()}},
         **{"first": first[0] if first else None, "headline": headline, "numbers": numbers},

@@ -79,8 +79,9 @@ def _drawing(name: str, narrow: bool, size: tuple[float, float]) -> Iterator[Fig
 
 def _laid_out(figure: Figure) -> Figure:
     """With its places fixed: laid out once, however often it is drawn."""
-    if figure.get_layout_engine() is not None:
-        figure.draw_without_rendering()
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
         figure.set_layout_engine("none")
     return figure
 
@@ -284,13 +285,19 @@ def control_figure(cells: Sequence[Measured], split: str, narrow: bool = False) 
     n = len(some)
     if not n:
         return None
-    size = (NARROW, 2.1 * n + 1.0) if narrow else ((5.5, 8.0, 9.0, 11.0)[min(n, 4) - 1], 5.2)
+    wide = 1 if narrow else min(n, 4)  # cells beside each other
+    high = -(-n // wide)
+    size = (NARROW, 2.1 * n + 1.0) if narrow else ((5.5, 8.0, 9.0, 11.0)[wide - 1], 4.6 * high + 0.6)
     with _drawing("control", narrow, size) as figure:
-        axes = figure.subplots(n, 2, squeeze=False, sharey="col").T if narrow else figure.subplots(2, n, squeeze=False, sharey="row")
+        shape = (n, 2) if narrow else (2 * high, wide)
+        grid = figure.subplots(*shape, squeeze=False, sharey="col" if narrow else "row")
+        pairs = [grid[i] if narrow else grid[2 * (i // wide) : 2 * (i // wide) + 2, i % wide] for i in range(high * wide)]
+        for empty in (ax for pair in pairs[n:] for ax in pair):
+            empty.remove()
         for column, (cell, table) in enumerate(some):
             style = look(cell.place.method, cell.place.form)
             rows = cell.rows(split)
-            for kind, ax, face in zip(KINDS, axes[:, column], (style["color"], GROUND), strict=True):
+            for kind, ax, face in zip(KINDS, pairs[column], (style["color"], GROUND), strict=True):
                 draws = table.groupby("multiplier")[kind]
                 mean = draws.mean()
                 ax.fill_between(mean.index, draws.quantile(0.05), draws.quantile(0.95), color=BAND, linewidth=0, zorder=1)
@@ -298,10 +305,11 @@ def control_figure(cells: Sequence[Measured], split: str, narrow: bool = False) 
                 points = {"color": style["color"], "marker": style["marker"], "linewidth": 1.2, "markersize": 3.2}
                 ax.plot(rows["multiplier"], rows[kind], markerfacecolor=face, zorder=3, **points)
                 ax.fill_between(rows["multiplier"], rows[f"{kind}_low"], rows[f"{kind}_high"], color=style["color"], **INTERVAL)
-                ax.set_title(cell.place.method if kind == "preference" else "")
+                ax.set_title(cell.label if kind == "preference" else "")
+                ax.locator_params(axis="x", nbins=5)
                 if (column == n - 1) if narrow else (kind == "utility"):
                     ax.set_xlabel("m (dimensionless)" if narrow else "multiplier m (dimensionless)")
-                if narrow or column == 0:
+                if narrow or column % wide == 0:
                     ax.set_ylabel(f"{kind} (nats)" if narrow else f"{kind} log-odds (nats)")
         keys = [
             _key("the stored vector", color=INK, marker="o", markersize=4),
