@@ -36,10 +36,11 @@ def _recommend(args: argparse.Namespace) -> int:
     for note in table.attrs["notes"]:
         complain(f"warning: {note}")
     if args.json:
-        say(json.dumps(json.loads(table.to_json(orient="records", double_precision=15)), indent=1, ensure_ascii=False))
+        text = json.dumps(json.loads(table.to_json(orient="records", double_precision=15)), indent=1, ensure_ascii=False).splitlines()
     else:
-        for line in table.to_csv(index=False, lineterminator="\n").splitlines() if args.csv else lines(table):
-            say(line)
+        text = table.to_csv(index=False, lineterminator="\n").splitlines() if args.csv else lines(table)
+    for line in text:
+        say(line)
     return 0
 
 

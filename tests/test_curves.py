@@ -10,11 +10,10 @@ import pytest
 
 from spilt.analysis import paper
 from spilt.analysis.curves import (
-    equal_preference,
+    checked,
     evaluate,
     fit_curve,
     flattened,
-    recommendation,
     regions,
     utility_drops,
     utility_peak,
@@ -183,35 +182,6 @@ def summary_of(split: str, m: list[float], preference: list[float], utility: lis
     return frame.assign(accuracy=0.5, utility_low=frame["utility"] - 0.1, utility_high=frame["utility"] + 0.1)
 
 
-def test_recommendation_is_chosen_on_train_and_reported_on_test() -> None:
-    train = summary_of("train", [-1, 0, 1, 2], [0, 1, 2, 5], [4, 4, 3.6, 3.4])
-    test = summary_of("test", [-1, 0, 1, 2], [0, 1, 1.5, 5], [4, 4, 3.2, 3.4])
-    best = recommendation(pd.concat([train, test]), budget=0.5)
-    assert best["multiplier"] == 1 and best["chosen"]["preference_gain"] == 1 and best["chosen"]["utility_drop"] == pytest.approx(0.4)
-    assert best["reported_on"] == "test" and best["reported"]["preference_gain"] == 0.5
-    assert best["reported"]["utility_drop"] == pytest.approx(0.8)  # over the budget on test items, and said so
-    wide = recommendation(pd.concat([train, test]), budget=1.0)
-    assert wide["multiplier"] == 2 and "end of the sweep" in wide["reason"]
-    assert recommendation(train, budget=0.1)["multiplier"] == 0
-
-
-def test_recommendation_without_a_base_or_with_undefined_utilities() -> None:
-    assert recommendation(summary_of("train", [1, 2], [1, 2], [1, 1]))["multiplier"] is None
-    most = summary_of("train", [0, 1, 2], [0, 1, 2], [1, 1, 1])
-    most.loc[2, "n_undefined"] = 6
-    best = recommendation(most)
-    assert best["multiplier"] == 1 and best["left_out"] == [2.0]
-    gone = recommendation(summary_of("train", [0, 1], [0, 1], [np.nan, 1]))
-    assert gone["multiplier"] is None and "m = 0" in gone["reason"]
-
-
-def test_a_gain_within_chance_is_said() -> None:
-    summary = summary_of("train", [0, 1, 2], [0, 0.1, 0.05], [1, 1, 1]).assign(gain_low=[0, -0.1, -0.2], gain_high=[0, 0.3, 0.3])
-    best = recommendation(summary)
-    assert best["multiplier"] == 1 and best["within_chance"] and "within its 95% interval of 0" in best["reason"]
-    assert not recommendation(summary.assign(gain_low=[0, 0.02, -0.2]))["within_chance"]
-
-
 def test_flattened_wants_both_tails_of_both_curves() -> None:
     flat, rising = np.tanh(M / 3), M / 20
     hill = 1 / (1 + (M / 2) ** 4)
@@ -225,14 +195,19 @@ def test_flattened_wants_both_tails_of_both_curves() -> None:
     assert flattened(summary_of("train", list(M), list(broken), list(hill)))
 
 
-def test_equal_preference_ranks_by_utility_kept() -> None:
-    cheap = summary_of("train", [0, 1, 2], [0, 2, 4], [4, 3.5, 3])
-    dear = summary_of("train", [0, 1, 2], [0, 2, 6], [4, 2, 0])
-    table = equal_preference({"dear": dear, "cheap": cheap})
-    assert table["cell"].tolist() == ["cheap", "dear"] and table["from"].tolist() == [0, 0] and table["to"].tolist() == [4, 4]
-    # over preference 0..4: cheap keeps 4 - p / 4, dear 4 - p to p = 2 and 2 - (p - 2) / 2 beyond
-    assert table["utility"].tolist() == pytest.approx([3.5, 2.25], abs=0.02) and table["half_interval"][0] == pytest.approx(0.1)
-    assert equal_preference({"cheap": cheap}).empty
+def test_a_fit_that_misses_zero_or_is_a_trough_is_not_read() -> None:
+    y = 4 - (M / 10) ** 2
+    fit = fit_curve(M, y, "utility")
+    assert checked(fit, M, y, y - 0.1, y + 0.1) == fit and checked(fit, M, y, y * np.nan, y * np.nan) == fit
+    off = checked(fit, M, y + 1, y + 0.9, y + 1.1)
+    assert names(off)[-1] == "misses_zero"
+    assert utility_drops(off, M, y, 1.0) == {"drop": 1.0, "minus": -10.0, "plus": 10.0, "source": "points"}
+    assert utility_peak(off, M, y) == {"multiplier": 0.0, "utility": 4.0, "source": "points"}
+    trough = fit_curve(M, -y, "utility")
+    assert "upside_down" in names(checked(trough, M, -y, -y, -y)) and "upside_down" not in names(trough)
+    step = fit_curve(M, np.tanh(M / 6), "preference")
+    found = regions(checked(step, M, np.tanh(M / 6), M, M + 1e-9), M, np.tanh(M / 6))
+    assert found is not None and found["source"] == "points" and -8 < found["linear"][0] < 0 < found["linear"][1] < 8
 
 
 def test_papers_numbers() -> None:

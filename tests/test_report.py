@@ -91,14 +91,14 @@ def write_losses(
     return cell
 
 
-def write_control(cell: Path, end: float, draws: int = 16) -> None:
+def write_control(cell: Path, end: float, draws: int = 40, n: int = 16) -> None:
     rng = np.random.default_rng(1)
     m = np.linspace(-end, end, 21)
     rows = []
     for draw in range(draws):
         slope = rng.normal() * 0.6
         utility = 3.5 - (2.2 + 0.4 * rng.normal()) * (m / end) ** 2
-        rows += [("train", draw, x, 0.3 + slope * x / end, u, 40, 0) for x, u in zip(m, utility, strict=True)]
+        rows += [("test", draw, x, 0.3 + slope * x / end, u, n, 0) for x, u in zip(m, utility, strict=True)]
     columns = ["split", "draw", "multiplier", "preference", "utility", "n", "n_undefined"]
     pd.DataFrame(rows, columns=columns).to_csv(cell / "control.csv", index=False)
 
@@ -288,24 +288,35 @@ def test_nothing_is_fitted_again_when_nothing_changed(stored: Path, built: Path,
 @pytest.mark.slow
 def test_page_has_the_papers_numbers_and_words_on_top(built: Path) -> None:
     page = text_of(built)
-    assert "What was found" in page and "Among vector cells" in page and "chosen on train questions" in page
+    assert "What was found" in page and "pairs of methods within a form" in page and "chosen on train questions" in page
     assert "<small>paper</small>" in page and "Gemma-2-9B-IT" in page
     fits = pd.read_csv(built.parent / "fits.csv")
     row = fits[(fits["method"] == "reps") & (fits["intervention"] == "lora") & (fits["curve"] == "preference")]
-    assert (row["r2_paper"] == 0.83).all() and fits[fits["method"] == "spilt"]["r2_paper"].isna().all()
+    assert row["range"].tolist() == ["trained", "sweep"] and row["r2_paper"].tolist()[0] == 0.83 and row["r2_test"].notna().all()
+    assert fits[fits["method"] == "spilt"]["r2_paper"].isna().all()
     control = pd.read_csv(built.parent / "control.csv")
-    assert control["no_slope"].all() and (control["draws"] == 16).all() and (control["utility_drop_at_ends"] > 1).all()
+    assert (control["draws"] == 40).all() and (control["gain_of"] == 41).all() and (control["utility_drop_at_ends"] > 1).all()
+    # tile, table and CSV say the same
+    claims = pd.read_csv(built.parent / "claims.csv")
+    pairs = claims[claims["than"].notna()]
+    assert len(pairs) == 6 + 1 + 1 and set(claims["verdict"]) <= {"holds", "does not hold", "undecided"}
+    assert f"{(pairs['verdict'] != 'undecided').sum()} of 8 pairs differ" in page
+    assert f"{control['beyond'].sum()} of 4 cells" in page
 
 
 @pytest.mark.slow
 def test_recommend_reads_only(stored: Path) -> None:
     files = {path: path.stat().st_mtime_ns for path in stored.rglob("*") if path.is_file()}
     table = report.recommend(stored, MODEL, DATASET, 0.5)
-    assert len(table) == 8 and table["multiplier"].notna().all()
-    assert (
-        (table["utility_drop_train"] <= 0.5).all() and (table["preference_gain_train"] >= 0).all() and table["accuracy_test"].notna().all()
-    )
-    wider = report.recommend(stored, MODEL, DATASET, 3.0)
+    assert len(table) == 8
+    # caa gains no more than random directions do, so that it gets none, and the reason says so
+    assert table["multiplier"].isna().tolist() == [True] + [False] * 7 and "gain at equal drop ranks 3 of 41" in table["reason"][0]
+    table = table[1:]
+    # met between two measured points: to the digits of the multiplier
+    assert np.allclose(table["utility_drop_train"], 0.5, atol=0.02) and (table["gain_low_test"] > 0).all()
+    assert (table["multiplier_low"] < table["multiplier"]).all() and (table["multiplier"] < table["multiplier_high"]).all()
+    assert (table["usable_from"] == 0).all() and table["choice_stands"].sum() == pytest.approx(1) and table["accuracy_test"].notna().all()
+    wider = report.recommend(stored, MODEL, DATASET, 3.0)[1:]
     assert (wider["preference_gain_train"] >= table["preference_gain_train"]).all()
     assert files == {path: path.stat().st_mtime_ns for path in stored.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="unknown model with stored losses 'gemma'; have: gemma-2-9b-it"):
@@ -324,11 +335,11 @@ def test_a_poor_fit_a_broken_cell_and_few_points_are_said(tmp_path: Path) -> Non
     broken = write_losses(tmp_path, "reps", "vector", 2.0, {"train": 4}, model="tiny", points=2)
     (broken / "vector_reps_m2.0_winning_only" / "train_losses.csv").write_text("a,b\n1,2\n")
     page = text_of(report.update(tmp_path, "tiny", DATASET))
-    assert re.search(r"Short of it: .*sft vector", page) and "is below 0.95: read the points, not the line" in page
-    assert re.search(r"Not fitted: .*caa vector", page) and "the preference curve needs 11 at least" in page
+    assert re.search(r"short of it: .*sft vector", page) and "is below 0.95: read the points, not the line" in page
+    assert re.search(r"not fitted: .*caa vector", page) and "the preference curve needs 11 at least" in page
     assert "Left out" in page and "no column &#39;pos_steer_loss&#39;; have: a, b" in page
     assert "paper</small>" not in page  # the paper has no numbers for this model
-    assert "No random-direction control is stored" in page and "No generations are stored" in page
+    assert "No random control is stored" in page and "No generations are stored" in page
 
 
 def test_released_losses_and_somebody_elses_csv(tmp_path: Path) -> None:
@@ -435,11 +446,10 @@ def test_tables_sort_by_mouse_and_keyboard(built: Path, browser: Browser) -> Non
     browser.js(f"{table}.querySelector('thead button').click()")
     names = browser.js(first)
     assert names == sorted(names, key=str.lower)
-    ranks = "[...document.querySelectorAll('#trade-off tbody')][0]"
-    head = "document.querySelectorAll('#trade-off thead')[0].querySelectorAll('button')[3]"
+    chance = browser.js(f"[...{table}.querySelectorAll('thead th')].findIndex((h) => h.textContent.startsWith('chance'))")
     for _ in range(2):
-        browser.js(f"{head}.click()")
-        assert browser.js(f"[...{ranks}.rows].slice(-3).every((r) => r.children[3].dataset.v === '')")
+        browser.js(f"{table}.querySelectorAll('thead button')[{chance}].click()")
+        assert browser.js(f"[...{table}.tBodies[0].rows].map((r) => r.children[{chance}].dataset.v === '')") == [False] * 4 + [True] * 4
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 
 import families
@@ -59,8 +61,13 @@ def test_recommend_prints_a_row_per_cell(base: families.Base, capsys: pytest.Cap
     capsys.readouterr()
     assert cli.main(["recommend", *words(base)]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert "multiplier" in table[0] and len(table) == 2
-    assert table[1].split()[:2] == ["sft", "vector"]
+    assert table[0].split()[:3] == ["cell", "m", "usable"] and table[2] == "" and all(len(line) <= 100 for line in table[:2])
+    assert table[1].split()[:2] == ["sft", "vector"] and table[3].startswith("1: ")
+    assert cli.main(["recommend", *words(base), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert cli.main(["recommend", *words(base), "--csv"]) == 0
+    (again,) = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert again.keys() == row.keys() and float(again["solved"]) == row["solved"] and row["budget"] == 0.5
     assert cli.main(["recommend", "--base_dir", str(base.path), "--model_name", base.model, "--dataset", "none"]) == 2
 
 

@@ -31,6 +31,7 @@ def curves(frame: pd.DataFrame, control: pd.DataFrame | None) -> Curves | None:
     """None where the user's own cannot be put beside them: other items, stored averages only, no m = 0, no two common strengths."""
     if control is None or not len(control):
         return None
+    control = control.assign(multiplier=[float(f"{m:.9g}") for m in control["multiplier"]])  # +m and -m are found as such
     own = frame[frame["split"] == str(control["split"].iloc[0])]
     n = int(control["n"].max()) if "n" in control else 0
     if own.empty or not n or "example" not in own:

@@ -29,7 +29,7 @@ Parts = Callable[[Array, Array, Array], Array]
 
 
 class Case(NamedTuple):
-    """One cell: its questions (one split), its random ones, and per curve R^2 of the fit and of points that were not fitted."""
+    """One cell: its questions (one split), its random ones, and per curve R^2 and held-out R^2 of its fit."""
 
     method: str
     form: str
@@ -78,14 +78,14 @@ CLAIMS: dict[str, tuple[Parts, bool]] = {
     f"utility is highest at m = 0 (beyond {NEAR_ZERO:.0%} of the sweep it is lower)": (_peaks, False),
     "+m and −m are not mirror images": (_mirror, True),
 }
-FITS = f"both fits reach R² {GOOD_R2:g}, also on points that were not fitted"
+FITS = f"both fits reach R² {GOOD_R2:g}, also between the points fitted (held out)"
 KEEPS = "at equal preference {} keeps more utility than {}"
 
 
 def kept(m: Array, preference: Array, utility: Array, levels: Array) -> Array:
     """Largest utility change from m = 0 at any m with a preference gain of at least each level, or the largest gain [draws, level]."""
     zero = np.flatnonzero(m == 0)
-    fine = np.union1d(np.linspace(m[0], m[-1], 201), m)
+    fine = np.union1d(np.linspace(m[0], m[-1], 101), m)
     right = np.clip(np.searchsorted(m, fine), 1, len(m) - 1)
     share = (fine - m[right - 1]) / (m[right] - m[right - 1])
     gain, change = (

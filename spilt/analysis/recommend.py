@@ -103,7 +103,9 @@ def _has_base(questions: Questions) -> bool:
     return questions.zero >= 0 and bool(questions.usable[questions.zero])
 
 
-def recommendation(frame: pd.DataFrame, budget: float = BUDGET, seed: int = 0, chance: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def recommendation(
+    frame: pd.DataFrame, budget: float = BUDGET, seed: int = 0, chance: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What is recommended for one cell, chosen on training items, reported on test items where they were measured.
 
     solved: m*, with its 95% interval low..high (m* solved again in every resample of the questions). multiplier: m*, 0 where no
@@ -174,6 +176,8 @@ def _usable(chosen: Questions, told: Questions, star: float, budget: float, seed
     drawn = told.mean("preference", told.resamples(seed))
     low = told.interval(drawn - drawn[:, [told.zero]])[0]
     known = np.isfinite(low)
+    if not known.any():  # stored averages
+        return None
     side = np.abs(np.linspace(0, np.abs(chosen.multipliers).max(), 2001)) * np.sign(star)
     side = np.union1d(side, [star])[:: int(np.sign(star))]
     side = side[(side >= chosen.multipliers[0]) & (side <= chosen.multipliers[-1])]
@@ -186,14 +190,15 @@ def _usable(chosen: Questions, told: Questions, star: float, budget: float, seed
         return None
     bad = np.flatnonzero(~good)
     first, last = (bad[bad < at].max() + 1 if (bad < at).any() else 0), (bad[bad > at].min() - 1 if (bad > at).any() else rows - 1)
-    return sorted((float(f"{side[first]:.4g}"), float(f"{side[last]:.4g}")))
+    ends = (side[0 if first == 1 else first], side[last])
+    return sorted(float(f"{end:.4g}") + 0.0 for end in ends)
 
 
 def choice(frames: Mapping[str, pd.DataFrame], budget: float = BUDGET, seed: int = 0) -> pd.DataFrame:
     """Among cells, on the questions that all were measured on (the same resamples for all): index cell, columns gain, share, tied.
 
     share: of resamples in which the cell has the largest gain within the budget, solved again in each. tied: it cannot be told
-    from the best: no other cell is ahead of it by more than the 95% simultaneous limit of paired differences (Hsu 1984).
+    from the best: no other cell is ahead of it by more than the 95% simultaneous limit of all paired differences (Tukey).
     """
     parts = {name: frame[frame["split"] == split_of(frame)] for name, frame in frames.items()}
     keys = [Questions.of(part).keys for part in parts.values()]
@@ -222,17 +227,11 @@ def choice(frames: Mapping[str, pd.DataFrame], budget: float = BUDGET, seed: int
 
 def with_the_best(questions: Questions, value: Array, drawn: Array) -> npt.NDArray[np.bool_]:
     """Which of the cells cannot be told from the best: value [cell], drawn [cell, draws]. The best itself is among them when it ties."""
-    out = np.zeros(len(value), dtype=bool)
-    for i in range(len(value)):
-        ahead = np.delete(value - value[i], i)
-        noise = np.delete(drawn - drawn[i], i, axis=0)
-        spread = questions.spread(noise.T)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            pivots = np.nan_to_num((noise - ahead[:, None]) / noise.std(axis=1)[:, None])
-            limit = float(np.quantile(pivots.max(axis=0), 0.975)) if len(pivots) else 0.0
-            # few questions: as much wider as Student's t is
-            limit *= stats.t.ppf(0.975, questions.freedom) / stats.norm.ppf(0.975)
-            out[i] = bool((ahead <= limit * spread).all())
-    if out.sum() == 1:  # it stands alone
-        out[:] = False
-    return out
+    ahead, noise = value[None] - value[:, None], drawn[None] - drawn[:, None]  # [cell, other, ...]: the other's lead
+    spread = questions.spread(np.moveaxis(noise, -1, 0))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        pivots = np.nan_to_num((noise - ahead[..., None]) / noise.std(axis=-1, keepdims=True))
+    # few questions: as much wider as Student's t is
+    limit = np.quantile(pivots.max(axis=(0, 1)), 0.95) * stats.t.ppf(0.975, questions.freedom) / stats.norm.ppf(0.975)
+    out = np.asarray((ahead <= limit * spread).all(axis=1))
+    return out if out.sum() > 1 else np.zeros_like(out)  # it stands alone

@@ -240,7 +240,7 @@ def analyse(place: Place, norm: odds.Norm = "mean", budget: float = BUDGET, seed
     """Summarise, judge and fit one place; writes preference_utility.csv and fit.json. Nothing is fitted again when nothing changed."""
     cell = judged(place, norm, budget, seed)
     summary, fit = cell.summary, _stored(place.folder / FIT_FILE)
-    source = digest(f"{VERSION} {norm} {seed} {budget} {cell.fit} {summary.to_csv(float_format='%.10g')}".encode())
+    source = digest(f"{VERSION} {norm} {seed} {budget} {cell.fit} {summary.round(9).replace(0.0, 0.0).to_csv()}".encode())
     if fit.get("source") != source:
         names = {name: getattr(place, name) for name in ("model", "dataset", "method", "intervention")}
         fit = {
@@ -327,8 +327,8 @@ def _stored(path: Path) -> dict[str, Any]:
 
 
 def plain(value: dict[str, Any]) -> dict[str, Any]:
-    """The same nested value as strict JSON holds it: nan and infinity become None, tuples lists."""
-    return dict(json.loads(json.dumps(value), parse_constant=lambda name: None))
+    """The same nested value as strict JSON holds it: nan and infinity become None, tuples lists; 10 decimals, beyond which sums differ."""
+    return dict(json.loads(json.dumps(value), parse_constant=lambda name: None, parse_float=lambda text: round(float(text), 10) + 0.0))
 
 
 def _tables(place: Place, name: str, keys: Sequence[str], columns: Sequence[str]) -> tuple[list[pd.DataFrame], list[str]]:

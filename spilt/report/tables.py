@@ -180,9 +180,7 @@ def claimed(cells: Sequence[Measured], split: str, seed: int = 0) -> pd.DataFram
     cases = {}
     for cell in cells:
         frame, wanted = cell.frame, cell.split_for(split)
-        fitted = [cell.fitted("trained", kind) for kind in KINDS]
-        elsewhere = [r2_test if r2_test is not None else fit.r2_held_out for fit, r2_test in fitted]
-        r2 = tuple(zip((fit.r2 for fit, _ in fitted), elsewhere, strict=True))
+        r2 = tuple((fit.r2, fit.r2_held_out) for fit in (cell.fitted("trained", kind)[0] for kind in KINDS))
         questions = Questions.of(frame[frame["split"] == wanted])
         cases[cell.name] = claims.Case(cell.place.method, cell.place.intervention, questions, cell.random_curves, r2)
     return claims.judge(cases, seed)

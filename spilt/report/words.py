@@ -154,7 +154,7 @@ def _fits(frames: Mapping[str, pd.DataFrame]) -> Finding:
             named = [f"{label(row['method'], row['intervention'])} ({row['curve']})" for row in some.to_dict("records")]
             sentences[-1] += f"; {why}: {_list(named)}" if named else ""
     verdicts = claims.loc[claims["claim"] == FITS, "verdict"]
-    sentences.append(f"Both curves reach it, and on points that were not fitted, in {(verdicts == HOLDS).sum()} of {len(verdicts)} cells")
+    sentences.append(f"Both curves reach it over the trained range, and held out, in {(verdicts == HOLDS).sum()} of {len(verdicts)} cells")
     return Finding("Curve fits", figures[0], ". ".join(sentences) + ".", bool((verdicts != HOLDS).any() or verdicts.empty))
 
 
