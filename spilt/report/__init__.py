@@ -23,8 +23,8 @@ from spilt.analysis.recommend import BUDGET
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.store import Store
 from spilt.errors import UserError, unknown
-from spilt.report import cells as stored
 from spilt.report import about, figures, page, tables, words
+from spilt.report import cells as stored
 from spilt.terminal import complain, program, say
 
 if TYPE_CHECKING:

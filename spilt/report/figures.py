@@ -324,7 +324,7 @@ OVER_CELLS = {"paper": paper_figure, "dose": dose_figure, "trade_off": trade_off
 
 
 def cell_figure(cell: Measured, split: str, narrow: bool = False) -> Figure:
-    """curves.png: one cell with its own regions and the recommended multiplier; below, losses and probability held, which both come from."""
+    """curves.png: one cell with its own regions and the recommended multiplier; below, the losses and the probability behind it."""
     parts = cell.rows(split)["loss_matching"].notna().any()
     size = ((NARROW, 8.6) if narrow else (8.2, 6.8)) if parts else ((NARROW, 4.4) if narrow else (8.2, 4.6))
     with _drawing(f"cell {cell.name}", narrow, size) as figure:
@@ -357,14 +357,14 @@ def cell_figure(cell: Measured, split: str, narrow: bool = False) -> Figure:
 def _parts_of_odds(loss: Axes, mass: Axes, cell: Measured, split: str) -> None:
     """Mean losses of both answers and of neutral text, and what probability the two answers hold, against m."""
     rows, colour = cell.rows(split), look(cell.place.method, cell.place.form)["color"]
-    names = {"loss_matching": ("matching answer", "-"), "loss_not_matching": ("not-matching answer", DASHED), "neutral_loss": ("neutral text", DOTTED)}
-    for name, (said, line) in names.items():
+    answers = [("loss_matching", "matching answer", colour, "-"), ("loss_not_matching", "not-matching answer", colour, DASHED)]
+    for name, said, drawn_in, line in [*answers, ("neutral_loss", "neutral text", RANDOM, DOTTED)]:
         if rows[name].notna().any():
-            loss.plot(rows["multiplier"], rows[name], label=said, color=RANDOM if name == "neutral_loss" else colour, linestyle=line, linewidth=1.5)
+            loss.plot(rows["multiplier"], rows[name], label=said, color=drawn_in, linestyle=line, linewidth=1.5)
     mass.plot(rows["multiplier"], rows["answer_mass"], color=colour, linewidth=1.5)
     loss.set_title("loss (nats)", fontsize="medium")
     mass.set_title("probability of both answers, summed", fontsize="medium")
-    loss.legend(loc="best", fontsize="x-small")
+    loss.legend(loc="best", fontsize="x-small", frameon=True, framealpha=0.75, facecolor=GROUND, edgecolor="none")
     for axes in (loss, mass):
         axes.set_ylim(bottom=0)
         axes.set_xlabel("m")

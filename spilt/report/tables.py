@@ -103,7 +103,8 @@ def seeds(cells: Sequence[Measured], table: pd.DataFrame) -> pd.DataFrame:
     for (method, form), part in table.groupby(["method", "intervention"], sort=False):
         on = "test" if (part["reported_on"] == "test").all() else "train"
         names = {"multiplier": "multiplier", "gain": f"preference_gain_{on}", "drop": f"utility_drop_{on}"}
-        row: Row = {"method": method, "intervention": form, "fits": len(part), "recommended": part["multiplier"].fillna(0).ne(0).sum(), "on": on}
+        row: Row = {"method": method, "intervention": form, "fits": len(part), "on": on}
+        row |= {"recommended": part["multiplier"].fillna(0).ne(0).sum()}
         for name, column in names.items():
             of = part[column].astype(float)
             row |= {name: of.mean(), f"{name}_least": of.min(), f"{name}_most": of.max()}

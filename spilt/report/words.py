@@ -11,7 +11,6 @@ from spilt.analysis.claims import FITS, HOLDS, OPEN
 from spilt.analysis.curves.fitting import GOOD_R2
 from spilt.report.cells import RANGES, Measured, label, name_of, shown
 
-
 GAIN = "Preference gain"
 
 
@@ -64,7 +63,7 @@ def _kept(pairs: pd.DataFrame) -> Finding | None:
 def winner(cells: Sequence[Measured], table: pd.DataFrame) -> tuple[Measured, pd.Series] | None:
     """The cell with the largest gain of those with a recommended multiplier, and its row of `recommendations`."""
     some = table[table["multiplier"].fillna(0) != 0].assign(gain=table["preference_gain_train"].astype(float))
-    best = some.sort_values("gain", na_position="first", kind="stable").index[-1:]
+    best = some.sort_values(["gain", "choice_stands"], na_position="first", kind="stable").index[-1:]
     return (cells[best[0]], table.loc[best[0]]) if len(best) else None
 
 
