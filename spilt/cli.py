@@ -91,6 +91,7 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
     add("--batch_size", type=_positive, help="texts decoded side by side (changes no result beyond rounding)")
     add("--limit", type=_positive, help="rows of each data file, from the first")
     add("--seed", type=int, help="over the YAML's")
+    add("--seeds", nargs="+", type=_count, metavar="N", help="a fit with each of these seeds, in folders of their own")
     add("--concepts", nargs="+", type=int, metavar="ID", help=f"ids of a dataset with concepts; default: first {plan.FIRST_CONCEPTS}")
     splits = ", ".join(SPLITS)
     add("--split", help=f"{'' if verb else 'loss mode: '}{splits} or both; default: what dataset_format.yaml has")
@@ -178,6 +179,8 @@ def _seconds(text: str) -> float:
 def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -> verbs.Request:
     """Checked words, or a UserError."""
     overrides = parse_overrides(args.overrides)
+    if args.seeds and (args.seed is not None or "seed" in overrides):
+        raise UserError("--seeds and --seed both say the seed of the fits; give one of them")
     flags = [word for item in args.overrides for word in ("--set", item)]
     for name in ("seed", "dtype"):
         value = getattr(args, name)
@@ -207,6 +210,7 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
         base_dir=args.base_dir,
         overrides=overrides,
         concepts=tuple(args.concepts) if args.concepts else None,
+        seeds=tuple(dict.fromkeys(args.seeds)) if args.seeds else (None,),
         limit=args.limit,
         split=args.split,
         batch_size=args.batch_size,

@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from spilt.artifacts import manifest
 from spilt.artifacts.losses import NEUTRAL, SPLITS
 from spilt.artifacts.store import Store
-from spilt.cell import FORMS, Cell
+from spilt.cell import FORMS, SEED, Cell
 from spilt.data import readers, sense
 from spilt.engine import choice
 from spilt.errors import Mistakes, UserError, nearest, printable, unknown
@@ -23,6 +24,7 @@ from spilt.model import checkpoint, identity
 from spilt.settings import resolve_fit
 from spilt.settings.fields import intervention_name, method_name
 from spilt.verbs import MODES, VERBS, Request, Step, Verb
+from spilt.verbs.base import with_seed
 from spilt.verbs.generate import RECOMMENDED
 from spilt.verbs.measure import SWEEP
 
@@ -30,6 +32,9 @@ log = logging.getLogger("spilt")
 ALL = "all"
 FIRST_CONCEPTS = 10
 AGAIN = "to be made again"  # of a stored result: asked for with --force, or what it is made from is made again
+
+
+Wanted = tuple[str, str, int | None]  # method, form, seed of the fit
 
 
 class LeftOut(NamedTuple):
@@ -84,8 +89,10 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     combinations, left_out = pairs_of(request.method, request.intervention)
     if request.mode not in MODES:
         raise unknown("mode", request.mode, MODES)
+    # a closed form has nothing that a seed decides
+    wanted_cells = [(m, f, seed) for m, f in combinations for seed in (request.seeds if METHODS[m].estimate is None else (None,))]
     if request.multipliers == RECOMMENDED:
-        combinations, none = _with_a_recommendation(request, combinations)
+        wanted_cells, none = _with_a_recommendation(request, wanted_cells)
         left_out += none
     model = store.model(request.model)
     if not dry:
@@ -109,8 +116,8 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     for name, names in sections.items():
         groups: list[Step] = []
         data = {purpose: formats[section].path for purpose, section in names.items()}
-        for method, form in combinations:
-            made = _steps(request, store, VERBS[name], method, form, concepts, data, model)
+        for method, form, seed in wanted_cells:
+            made = _steps(request, store, VERBS[name], method, form, seed, concepts, data, model)
             groups += [step._replace(columns={purpose: columns(formats[section]) for purpose, section in names.items()}) for step in made]
         # cells of one concept side by side: they share what is recorded
         groups.sort(
@@ -121,14 +128,19 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     return Plan(steps, left_out)
 
 
-def _with_a_recommendation(request: Request, combinations: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[LeftOut]]:
+def _with_a_recommendation(request: Request, cells: list[Wanted]) -> tuple[list[Wanted], list[LeftOut]]:
     """The cells that have one, and why the others have none. Raises UserError where no cell has."""
     unmeasured = "not measured; --mode loss --multipliers sweep measures it"
-    none = {pair: why for pair in combinations if isinstance(why := request.recommended.get(pair, unmeasured), str)}
-    left_out = [LeftOut(" ".join(pair), f"no recommended multiplier: {why}") for pair, why in none.items()]
-    if len(none) == len(combinations):
+    none = {cell: why for cell in cells if isinstance(why := request.recommended.get(_shown(*cell), unmeasured), str)}
+    left_out = [LeftOut(" ".join(_shown(*cell)), f"no recommended multiplier: {why}") for cell, why in none.items()]
+    if len(none) == len(cells):
         raise UserError("; ".join(f"{item.name}: {item.why}" for item in left_out))
-    return [pair for pair in combinations if pair not in none], left_out
+    return [cell for cell in cells if cell not in none], left_out
+
+
+def _shown(method: str, form: str, seed: int | None) -> tuple[str, str]:
+    """Method and form as the report names a cell."""
+    return method, form if seed is None else f"{form}{SEED}{seed}"
 
 
 def columns(fmt: readers.DatasetFormat) -> dict[str, Any]:
@@ -224,13 +236,25 @@ def _rows(fmt: readers.DatasetFormat, concept: int | None, limit: int | None) ->
 
 
 def _steps(
-    request: Request, store: Store, verb: Verb, method: str, form: str, concepts: list[int | None], data: dict[str, Path], model: Path
+    request: Request,
+    store: Store,
+    verb: Verb,
+    method: str,
+    form: str,
+    seed: int | None,
+    concepts: list[int | None],
+    data: dict[str, Path],
+    model: Path,
 ) -> list[Step]:
-    """The steps of one (method, form) and verb: one per concept, or one for all concepts together."""
-    found = verb.settings(request, method, form)
+    """The steps of one (method, form, seed) and verb: one per concept, or one for all concepts together."""
+    found = verb.settings(replace(request, overrides=with_seed(request.overrides, seed)) if verb.fits else request, method, form)
     settings: Any = found.settings
-    cells = tuple(Cell(request.model, request.dataset, method, form, tuple(settings.layers), concept) for concept in concepts)
-    multipliers, sweep = verb.multipliers(request, settings), request.multipliers == SWEEP
+    cells = tuple(Cell(request.model, request.dataset, method, form, tuple(settings.layers), concept, seed) for concept in concepts)
+    sweep = request.multipliers == SWEEP
+    if request.multipliers == RECOMMENDED:
+        multipliers: tuple[float, ...] = (0.0, float(request.recommended[_shown(method, form, seed)]))
+    else:
+        multipliers = verb.multipliers(request, settings)
     released = not sweep if request.released_files is None else request.released_files
     steps = []
     for group in [cells] if verb.together else [(cell,) for cell in cells]:
@@ -249,6 +273,8 @@ def _command(
     words += ["--intervention_method", form, "--mode", verb.mode, "--device", request.device, "--base_dir", str(request.base_dir)]
     if not verb.fits:
         words += ["--multipliers", *(["sweep"] if sweep else [str(m) for m in multipliers])]
+    if group[0].seed is not None:
+        words += ["--seeds", str(group[0].seed)]
     if group[0].concept is not None:
         words += ["--concepts", *(str(cell.concept) for cell in group)]
     return " ".join(map(_quoted, [*words, *request.flags]))
@@ -316,8 +342,9 @@ def doubts(cell: Cell, layer: int, settings: Any, request: Request, seen: identi
         said.append(f"was fitted jointly with layer {others}, and acts here with other layers")
     if parts.get("model") != seen.of(store.model(cell.model)):
         said.append(f"was fitted on another model than {store.relative(store.model(cell.model))} holds now")
+    given = with_seed(request.overrides, cell.seed)
     try:
-        found_now = resolve_fit(request.base_dir, cell.model, cell.dataset, cell.method, cell.intervention, request.overrides, cell.layers)
+        found_now = resolve_fit(request.base_dir, cell.model, cell.dataset, cell.method, cell.intervention, given, cell.layers)
         data = readers.dataset_format(request.base_dir, cell.dataset, VERBS["fit"].sections["train"]).path
     except UserError:  # a vector needs no settings of its fit to be used
         return said

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-EVERY = 60.0  # seconds between two lines within a cell
+EVERY, REDRAWN = 60.0, 0.25  # seconds between two lines within a cell; between two pictures of a bar
 NEVER = 1e9
 Work = tuple[str, float]  # its kind, and its cost in any unit
 log = logging.getLogger("spilt")
@@ -58,16 +58,21 @@ class Progress:
         self.all.close()
 
     def _watch(self) -> None:
-        while not self.stop.wait(1.0 if self.lively else EVERY):
+        """All drawing is done here: ^C stops the main thread, and never in the middle of a bar."""
+        while not self.stop.wait(REDRAWN if self.lively else EVERY):
             if self.lively:
-                self.all.set_postfix_str(self._left())
+                with tqdm.get_lock():
+                    self.all.set_postfix_str(self._left(), refresh=False)
+                    for bar in (self.all, self.inner):
+                        if bar is not None and not bar.disable:  # closed
+                            bar.refresh(nolock=True)
             elif self.name:
                 self.tell(self._line())
 
     def bar(self, items: Iterable[Any] | None = None, **given: Any) -> Any:
         """A tqdm over a part of the cell in work; outside a terminal it only counts."""
-        how = {"position": 1} if self.lively else {"file": io.StringIO(), "mininterval": NEVER, "maxinterval": NEVER}
-        self.inner = tqdm(items, **{"leave": False, "disable": self.quiet, **how, **given})
+        how = {"position": 1} if self.lively else {"file": io.StringIO()}
+        self.inner = tqdm(items, leave=False, disable=self.quiet, mininterval=NEVER, maxinterval=NEVER, **how, **given)
         return self.inner
 
     def begin(self, name: str) -> None:

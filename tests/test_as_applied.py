@@ -239,14 +239,14 @@ def test_answers_along_random_interventions_at_the_same_dose(
     cell = Cell("demo-qwen2", "psychopathy", "sft", "vector", (2,))
     path = Store(demo).control_texts(cell)
     found = pd.read_csv(path).set_index("draw")
-    assert list(found.index) == [-1, *range(control.DRAWS)] and set(found["n"]) == {control.PROMPTS}
+    assert list(found.index) == [-1, *range(control.DRAWS)] and set(found["n"]) == {control.FIRST_WORD[0]}
     assert found.loc[-1, "score"] == 1, "the demo's vector works"
     assert found.loc[0:, "score"].mean() < 0.8 and found.loc[0:, "score"].nunique() > 2
     m = found.loc[-1, "multiplier"]
-    assert cli.main([*words, "--mode", "apply", "--multipliers", str(m), "--limit", str(control.PROMPTS)]) == 0
+    assert cli.main([*words, "--mode", "apply", "--multipliers", str(m), "--limit", str(control.FIRST_WORD[0])]) == 0
     rows = texts.read(Store(demo).results(cell, m))
     assert look.agreement(rows) == found.loc[-1, "score"]
-    assert cli.main([*words, "--mode", "apply", "--multipliers", "recommended", "--limit", str(control.PROMPTS)]) == 0
+    assert cli.main([*words, "--mode", "apply", "--multipliers", "recommended", "--limit", str(control.FIRST_WORD[0])]) == 0
     assert {at for at, _ in Store(demo).generated(cell)} == {0.0, m}
     others = [word if word != "sft" else "all" for word in words]
     assert cli.main([*others, "--mode", "apply", "--multipliers", "recommended", "--dry_run"]) == 0

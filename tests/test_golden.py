@@ -98,6 +98,7 @@ def test_losses_of_loss_mode(dataset: str, state: str) -> None:
     assert (losses[0] - losses[-1]).abs().max() > 0.01  # the strengths do differ
 
 
+@pytest.mark.matrix
 @every_dataset
 @pytest.mark.parametrize("state", [*STATES, "caa_vector"])
 def test_losses_under_generation_hooks(dataset: str, state: str) -> None:
@@ -123,6 +124,7 @@ def test_losses_under_generation_hooks(dataset: str, state: str) -> None:
 # ---------------------------------------------------------------- texts
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 @every_dataset
 @pytest.mark.parametrize(("batch_size", "rows_each"), [(1, 2), (8, 8)])

@@ -57,7 +57,13 @@ def test_its_make_targets_and_flags_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert targets >= {"demo", "demo-small", "test"}
     assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.M)] == []
-    known = {flag for action in parser()._actions for flag in action.option_strings} | {"--source", "--input", "--name", "--steering"}
-    used = set(re.findall(r"(?<![\w-])--[a-z_]+", TEXT))
+    known = {flag for action in parser()._actions for flag in action.option_strings} | {
+        "--source",
+        "--input",
+        "--name",
+        "--steering",
+        "--csv",
+    }
+    used = set(re.findall(r"(?<![\w-])--[a-z_]+(?:-[a-z_]+)?", TEXT))
     assert len(used) > 10
     assert used - known == set()

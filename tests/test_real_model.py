@@ -110,7 +110,7 @@ def test_the_words_of_the_trait_come_with_the_multiplier(steered: Path) -> None:
     keywords = dataset_format(steered, "sea", "generation").keywords
     texts = look.results(Store(steered), CELL)
     assert {m: len(rows) for m, rows in texts.items()} == {0: 12, 3: 12}
-    plain, sea = (story.with_keyword(texts[m], keywords) for m in (0, 3))
+    plain, sea = (story.count(texts[m], keywords) for m in (0, 3))
     assert sea - plain >= 6, (plain, sea)
 
 

@@ -73,7 +73,7 @@ def stored(base: families.Base) -> dict[str, bytes]:
     """Vectors, texts, losses and their manifests, without the time of day and without the report's files."""
     found = {}
     for path in sorted([*base.path.glob("vectors/**/*"), *base.path.glob("generation/**/*")]):
-        if not path.is_file():
+        if not path.is_file() or path.name == "report.manifest.json":  # a page shows texts too, where there are some
             continue
         data = path.read_bytes()
         if path.name.endswith(".manifest.json"):

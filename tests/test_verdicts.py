@@ -103,9 +103,11 @@ def test_a_strong_intervention_is_beyond_chance_and_a_weak_one_gets_no_recommend
     base = rng.normal(size=(24, 2))
     frame, control = control_of(rng, base, Population(rng, 24, 0.5, base))
     strong = chance.beyond_chance(chance.curves(frame, control))
-    assert strong is not None and strong["beyond"] and strong["tests"]["gain"] | {"own": 0, "random": 0} == {
-        **{"own": 0, "random": 0, "rank": 1, "of": 41, "p": 1 / 41}
-    }
+    assert (
+        strong is not None
+        and strong["beyond"]
+        and strong["tests"]["gain"] | {"own": 0, "random": 0} == {**{"own": 0, "random": 0, "rank": 1, "of": 41, "p": 1 / 41}}
+    )
     assert recommendation(frame, chance=strong)["multiplier"] == recommendation(frame)["solved"]
     frame, control = control_of(rng, base, Population(rng, 24, 0.03, base))
     weak = chance.beyond_chance(chance.curves(frame, control))

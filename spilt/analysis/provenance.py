@@ -9,7 +9,7 @@ from typing import Any
 
 from spilt import verbs
 from spilt.artifacts import manifest, store, texts
-from spilt.cell import FORMS, Cell
+from spilt.cell import FORMS, Cell, seeded
 from spilt.data import readers
 from spilt.errors import UserError
 
@@ -46,9 +46,7 @@ class Artifact:
 
     @property
     def form(self) -> str | None:
-        if self.leaf == "caa_vector":
-            return "vector"
-        form = self.leaf.removeprefix(f"{self.method}_")
+        form, _ = seeded(self.leaf.removeprefix(f"{self.method}_"))
         return form if form in FORMS else None
 
     def data(self) -> readers.DatasetFormat:
@@ -63,7 +61,8 @@ class Artifact:
             return []
         layers = tuple(self.settings.get("layers", ()))
         concepts = self.parts.get("concepts", [self.parts.get("concept")])
-        cells = [Cell(self.model, self.dataset, self.method, self.form, layers, concept) for concept in concepts]
+        seed = seeded(self.leaf)[1]
+        cells = [Cell(self.model, self.dataset, self.method, self.form, layers, concept, seed) for concept in concepts]
         return [store.Store(self.base_dir).vector(cell, layer) for cell in cells for layer in layers]
 
     @property

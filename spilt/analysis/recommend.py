@@ -103,9 +103,7 @@ def _has_base(questions: Questions) -> bool:
     return questions.zero >= 0 and bool(questions.usable[questions.zero])
 
 
-def recommendation(
-    frame: pd.DataFrame, budget: float = BUDGET, seed: int = 0, chance: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def recommendation(frame: pd.DataFrame, budget: float = BUDGET, seed: int = 0, chance: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What is recommended for one cell, chosen on training items, reported on test items where they were measured.
 
     solved: m*, with its 95% interval low..high (m* solved again in every resample of the questions). multiplier: m*, 0 where no

@@ -38,10 +38,6 @@ class Store:
         return sorted(p.parent.name for p in folder.glob("*/config.json")) if folder.is_dir() else []
 
     @staticmethod
-    def leaf(cell: Cell) -> str:
-        return f"{cell.method}_{cell.intervention}"
-
-    @staticmethod
     def dataset_folder(cell: Cell) -> str:
         """axbench keeps one folder per concept."""
         name = checked_name("dataset", cell.dataset)
@@ -49,7 +45,7 @@ class Store:
 
     def vector_folder(self, cell: Cell) -> Path:
         folder = self.base_dir / "vectors" / checked_name("model name", cell.model) / cell.method / self.dataset_folder(cell)
-        return folder / self.leaf(cell)
+        return folder / cell.leaf
 
     def vector(self, cell: Cell, layer: int) -> Path:
         return self.vector_folder(cell) / f"layer_{layer}.pt"
@@ -66,7 +62,7 @@ class Store:
 
     def generation_folder(self, cell: Cell) -> Path:
         folder = self.base_dir / "generation" / checked_name("model name", cell.model) / cell.method
-        return folder / checked_name("dataset", cell.dataset) / f"{cell.method}_{cell.intervention}"
+        return folder / checked_name("dataset", cell.dataset) / cell.leaf
 
     def results(self, cell: Cell, multiplier: float) -> Path:
         """One file per multiplier; with concepts, one file for all of them."""
@@ -108,7 +104,7 @@ class Store:
         return self.base_dir / "vectors" / "report.html" if model is None else self.pages(model) / "index.html"
 
     def loss_folder(self, cell: Cell) -> Path:
-        return self.loss_root(cell.model) / cell.method / self.dataset_folder(cell) / f"{cell.method}_{cell.intervention}"
+        return self.loss_root(cell.model) / cell.method / self.dataset_folder(cell) / cell.leaf
 
     def losses(self, cell: Cell, multiplier: float, preference_type: str, split: str) -> Path:
         name = f"{cell.intervention}_{cell.method}_m{float(multiplier)}_{preference_type}"

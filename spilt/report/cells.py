@@ -26,7 +26,7 @@ from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.manifest import digest, identity
 from spilt.artifacts.store import Store
 from spilt.artifacts.texts import Row
-from spilt.cell import FORMS, Cell
+from spilt.cell import FORMS, Cell, seeded
 from spilt.errors import UserError, printable, unknown
 
 log = logging.getLogger("spilt")
@@ -36,14 +36,13 @@ STEPS = 10  # of a sweep, from 0 to the end of the trained range (verbs.measure.
 RANGES = ("trained", "sweep")
 METHODS = ("caa", "sft", "reps", "spilt")  # order of tables and legends; other names follow
 KINDS: tuple[Kind, ...] = ("preference", "utility")
-SEED = "@seed"  # between form and number, where several fits of a cell are stored
 CONCEPT = re.compile(r"_concept_(\d+)$")
 
 
 def label(method: str, form: str) -> str:
-    """A method and form ('vector@seed2' -> 'vector, seed 2') as shown; a folder that somebody made may be called anything."""
-    form, _, seed = form.partition(SEED)
-    return printable(f"{method} {FORMS[form].label if form in FORMS else form}{f', seed {seed}' if seed else ''}").strip()
+    """A method and form as they are shown; a folder that somebody made may be called anything."""
+    own, seed = seeded(form)
+    return printable(f"{method} {FORMS[own].label if own in FORMS else own}{'' if seed is None else f', seed {seed}'}").strip()
 
 
 def anchor(cell: str) -> str:
@@ -87,8 +86,8 @@ class Place:
 
     @property
     def form(self) -> str:
-        """Without the seed of one of several fits."""
-        return self.intervention.partition(SEED)[0]
+        """`intervention` without the seed of one of several fits."""
+        return seeded(self.intervention)[0]
 
     @property
     def folders(self) -> list[Path]:
@@ -190,7 +189,7 @@ def find(base_dir: str | Path, model: str, dataset: str) -> list[Place]:
         Place(base, model, dataset, method, form, root / method / dataset / f"{method}_{form}", dict(sorted(concepts.items())))
         for (method, form), concepts in found.items()
     ]
-    return sorted(places, key=lambda p: (_rank(p.form, list(FORMS)), _rank(p.method, list(METHODS)), p.intervention))
+    return sorted(places, key=lambda place: (_rank(place.form, list(FORMS)), _rank(place.method, list(METHODS)), place.intervention))
 
 
 def _rank(name: str, order: Sequence[str]) -> tuple[int, str]:
@@ -204,7 +203,7 @@ def _measured(leaf: Path) -> bool:
 
 def frame_of(place: Place, norm: odds.Norm = "mean", seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """(frame, summary, notes on what could not be used). Without loss rows, the stored preference_utility.csv is both."""
-    frames, notes, neutral = [], [], []
+    frames, notes = [], []
     folders: list[tuple[int | None, Path]] = [*place.concepts.items()] or [(None, place.folder)]
     for concept, folder in folders:
         for split in losses.SPLITS:
@@ -213,11 +212,12 @@ def frame_of(place: Place, norm: odds.Norm = "mean", seed: int = 0) -> tuple[pd.
             notes += [where + note for note in frame.attrs["notes"]]
             if len(frame):
                 frames.append(frame if concept is None else frame.assign(concept=concept))
-        neutral.append(odds.collect_neutral(folder))
-        notes += [where + note for note in neutral[-1].attrs["notes"]]
     if frames:
         every = pd.concat(frames, ignore_index=True)
-        return every, odds.summarise(every, seed, neutral=pd.concat(neutral, ignore_index=True)), notes
+        neutral = [odds.collect_neutral(folder) for _, folder in folders]
+        notes += [note for texts in neutral for note in texts.attrs["notes"]]
+        there = [texts for texts in neutral if len(texts)]
+        return every, odds.summarise(every, seed, neutral=pd.concat(there) if there else None), notes
     stored = place.folder / losses.SUMMARY_FILE
     if notes or not stored.is_file():  # a summary of rows that were left out is as old as they are
         why = f" ({'; '.join(notes)})" if notes else ""

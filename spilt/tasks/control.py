@@ -27,8 +27,8 @@ from spilt.verbs import Step
 
 DRAWS = 40  # so that p = .05 can be reached, with two to spare
 DOSES = (0.1, 0.3, 0.9)  # |delta| / |h|, both signs
-PROMPTS = 8  # whose answers are read, and how far: a keyword may stand anywhere, a one-word answer comes first
-KEYWORD_TOKENS, FIRST_WORD_TOKENS = 32, 6
+# prompts whose answers are read, and how many tokens of each: a keyword may stand anywhere, a one-word answer comes first
+KEYWORDS, FIRST_WORD = (8, 32), (32, 6)
 Losses = Callable[[int, Steering, Sequence[float]], score.Losses]  # (draw, steering, multipliers) -> losses of both answers
 
 
@@ -91,13 +91,14 @@ def texts(step: Step, steering: Steering, seen: Sequence[dose.Seen], multiplier:
         fmt = readers.dataset_format(request.base_dir, cell.dataset, verbs.VERBS["generate"].sections["prompts"])
     except UserError:  # the dataset has no prompts
         return None
-    prompts = readers.read_prompts(fmt, cell.concept, PROMPTS)
+    count, length = KEYWORDS if fmt.keywords else FIRST_WORD
+    prompts = readers.read_prompts(fmt, cell.concept, count)
     if share((("", prompt.reference_response) for prompt in prompts), fmt.keywords) is None:
         return None
     s: Any = verbs.VERBS["generate"].settings(request, cell.method, cell.intervention).settings
     chat, model = run.host.chat(s.use_chat_template, s.system_prompt), run.host.model
     how = decode.decoding(s.generation_params.as_kwargs(), model, run.host.tokenizer)
-    how = how._replace(max_new_tokens=min(how.max_new_tokens, KEYWORD_TOKENS if fmt.keywords else FIRST_WORD_TOKENS))
+    how = how._replace(max_new_tokens=min(how.max_new_tokens, length))
     ids = [tuple(chat.prompt_ids(prompt.input)) for prompt in prompts]
     amount, units = abs(multiplier) * dose.of(steering, seen), {}
 

@@ -400,7 +400,7 @@ def _control(step: Step, steering: Steering, run: Run, unfinished: Unfinished) -
     splits = [split for split in step.data if split in SPLITS]
     split, where = splits[-1], s.applied_positions  # test items where they are measured
     path = run.store.control(cell)
-    asked = {"draws": control.DRAWS, "doses": list(control.DOSES), "pairs": run.request.control_pairs}
+    asked = {"draws": control.DRAWS, "doses": list(control.DOSES), "pairs": run.request.control_pairs, "answers": control.FIRST_WORD}
     parts = {"control": asked, **verbs.parts_of(step, split, measure_verb.of_table(step, split), run.request.limit, run.seen)}
     if run.team.on_main(lambda: not run.request.force and manifest.standing(path, parts) == "done"):
         return False

@@ -33,6 +33,7 @@ class Request:
     base_dir: Path = Path(".")
     overrides: Mapping[str, Any] = field(default_factory=dict)  # --set, --seed, --dtype
     concepts: tuple[int, ...] | None = None
+    seeds: tuple[int | None, ...] = (None,)  # of several fits of each cell; None: the settings'
     limit: int | None = None
     split: str | None = None  # of loss mode: train, test, both; None: both where dataset_format.yaml has a `valid` entry
     batch_size: int | None = None
@@ -45,6 +46,11 @@ class Request:
     engine: str = "fast"  # 'plain': hooks and the library's own forward everywhere
     flags: tuple[str, ...] = ()  # our own flags as they were typed, for the copy-paste command lines
     program: str = "python run_spilt.py"  # what was called, for the same
+
+
+def with_seed(overrides: Mapping[str, Any], seed: int | None) -> Mapping[str, Any]:
+    """The command line's settings with the seed of one of several fits."""
+    return overrides if seed is None else {**overrides, "seed": str(seed)}
 
 
 class Step(NamedTuple):

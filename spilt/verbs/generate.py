@@ -24,12 +24,6 @@ class Generate(Verb):
     together = True
     not_deciding = ("multipliers", "batch_size")
 
-    def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:
-        if request.multipliers != RECOMMENDED:
-            return super().multipliers(request, settings)
-        found = request.recommended[settings.method, settings.intervention_method]
-        return (0.0, float(found))
-
     def outputs(self, store: Store, step: Step) -> list[Path]:
         return [store.results(step.cells[0], m) for m in step.multipliers]
 

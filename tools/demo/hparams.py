@@ -139,6 +139,7 @@ def dataset_format() -> dict:
                 "file_path": f"data/{dataset}/{split}.{suffix[dataset]}",
                 "field_names": fields | (concept if dataset == "axbench" else {}),
             } | ({"multi_concept": True} if dataset == "axbench" else {})
+    out["neutral"] = {dataset: {"file_path": "data/neutral.jsonl"} for dataset in names}
     return out
 
 
