@@ -40,13 +40,13 @@ SEEDS = [
 ]
 
 
-def records(frame: pd.DataFrame) -> list[Row]:
-    """A table's rows with their cell, and its form, by the printed names."""
+def records(frame: pd.DataFrame, linked: bool = True) -> list[Row]:
+    """A table's rows with their cell, and its form, by the printed names; linked: with the place of the cell on the page."""
     out = []
     for row in frame.to_dict("records"):
         method, form = (row["method"], row["intervention"]) if "method" in row else row.get("cell", "all cells").split(" ", 1)
         shown = {"cell": label(method, form), "form": label("", form)}
-        shown |= {"anchor": anchor(printable(f"{method} {form}"))} if method != "all" else {}
+        shown |= {"anchor": anchor(printable(f"{method} {form}"))} if linked and method != "all" else {}
         if "bound_hits" in row:  # in words; the CSV keeps the fit's own names
             shown |= {"at_bound": ", ".join(PARAMETERS.get(name, name) for name in row["bound_hits"].split())}
             shown |= {"warned": row["warnings"].replace(" ", ", ").replace("_", " ")}
