@@ -62,7 +62,7 @@ def _kept(pairs: pd.DataFrame) -> Finding | None:
 
 def winner(cells: Sequence[Measured], table: pd.DataFrame) -> tuple[Measured, pd.Series] | None:
     """The cell with the largest gain of those with a recommended multiplier, and its row of `recommendations`."""
-    some = table[table["multiplier"].fillna(0) != 0].assign(gain=table["preference_gain_train"].astype(float))
+    some = table.assign(gain=table["preference_gain_train"].astype(float))[table["multiplier"].fillna(0) != 0]
     best = some.sort_values(["gain", "choice_stands"], na_position="first", kind="stable").index[-1:]
     return (cells[best[0]], table.loc[best[0]]) if len(best) else None
 
