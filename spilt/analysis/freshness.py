@@ -18,7 +18,12 @@ DERIVED = ("fit.json", "curves.png", losses.SUMMARY_FILE)  # of a cell's folder:
 
 
 def page(base_dir: Path, model: str, dataset: str) -> Path:
-    return Store(base_dir).loss_root(model) / "report" / dataset / "report.html"
+    return Store(base_dir).pages(model) / dataset / "report.html"
+
+
+def card(base_dir: Path, model: str) -> Path:
+    """The model's own, which may say that it is synthetic."""
+    return Store(base_dir).model(model) / "README.md"
 
 
 def made_from(base_dir: Path, model: str, dataset: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,12 +32,12 @@ def made_from(base_dir: Path, model: str, dataset: str, settings: Mapping[str, A
     return {"verb": "report", "settings": dict(settings), "code": _code(), "inputs": manifest.identity(files)}
 
 
-def write(base_dir: Path, model: str, dataset: str, html: str, parts: dict[str, Any], problems: list[str]) -> Path:
-    """Store the page, last of all that is drawn; problems: what is told again when nothing has changed."""
+def write(base_dir: Path, model: str, dataset: str, html: str, parts: dict[str, Any], problems: list[str], best: dict[str, str]) -> Path:
+    """Store the page, last of all that is drawn; problems: what is told again when nothing has changed; best: for the list of pages."""
     path = page(base_dir, model, dataset)
     drawn = [*path.parent.iterdir(), *(leaf / name for leaf in _leaves(base_dir, model, dataset) for name in DERIVED)]
     outputs = _hashes(base_dir, (file for file in drawn if file not in (path, manifest.manifest_path(path))))
-    manifest.write(path, html, parts, {"outputs": outputs, "problems": problems})
+    manifest.write(path, html, parts, {"outputs": outputs, "problems": problems, "best": best})
     return path
 
 
@@ -70,6 +75,7 @@ def _leaves(base_dir: Path, model: str, dataset: str) -> list[Path]:
 
 def _inputs(base_dir: Path, model: str, dataset: str) -> Iterator[Path]:
     store, cells = Store(base_dir), dict[Cell, list[Path]]()
+    yield card(base_dir, model)
     for leaf in _leaves(base_dir, model, dataset):
         method, folder = leaf.parts[-3:-1]
         form = leaf.name.removeprefix(f"{method}_")

@@ -266,7 +266,7 @@ def summarise(frame: pd.DataFrame, seed: int = 0, draws: int = DRAWS, neutral: p
     out = pd.concat(parts, ignore_index=True)
     out["utility_pooled"] = utility_log_odds(out["loss_matching"], out["loss_not_matching"])
     if neutral is not None and len(neutral):
-        out["neutral_loss"] = out["multiplier"].map(neutral.groupby("multiplier")["loss"].mean())
+        out["neutral_loss"] = out["multiplier"].map(neutral.groupby(neutral["multiplier"].round(9) + 0.0)["loss"].mean())
     return out.reindex(columns=[*SUMMARY])
 
 

@@ -95,6 +95,14 @@ class Store:
         """Those that there are, of all models."""
         return sorted((self.base_dir / "vectors").glob("*/get_sft_loss"))
 
+    def pages(self, model: str) -> Path:
+        """A folder per dataset, each with the page of its losses."""
+        return self.loss_root(model) / "report"
+
+    def index(self, model: str | None = None) -> Path:
+        """The list of a model's pages, or of all."""
+        return self.base_dir / "vectors" / "report.html" if model is None else self.pages(model) / "index.html"
+
     def loss_folder(self, cell: Cell) -> Path:
         return self.loss_root(cell.model) / cell.method / self.dataset_folder(cell) / cell.leaf
 

@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from spilt import __version__
 from spilt.analysis import freshness, paper
 from spilt.analysis.curves.fitting import GOOD_R2
 from spilt.analysis.odds import Norm
 from spilt.analysis.recommend import BUDGET
 from spilt.artifacts.atomic import atomic_write
+from spilt.artifacts.store import Store
 from spilt.errors import UserError, unknown
+from spilt.report import about, figures, page, tables, words
 from spilt.report import cells as stored
-from spilt.report import figures, page, tables, words
 from spilt.terminal import complain, program, say
 
 if TYPE_CHECKING:
@@ -114,7 +116,9 @@ def _report(
     folder = freshness.page(base, model, dataset).parent
     claimed, fits = tables.claimed(measured, split, seed), tables.fits(measured, model, dataset)
     frames = {
-        "recommendations": tables.recommendations(measured, seed),
+        "recommendations": (recommendations := tables.recommendations(measured, seed)),
+        "makeup": tables.makeup(measured),
+        "seeds": tables.seeds(measured, recommendations),
         "fits": fits,
         "fit_averages": tables.fit_averages(fits),
         "readings": tables.readings(measured, split),
@@ -126,7 +130,7 @@ def _report(
         atomic_write(folder / f"{name}.csv", frame.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
 
     pictures = {}
-    for name, draw in {"paper": figures.paper_figure, "trade_off": figures.trade_off_figure, "control": figures.control_figure}.items():
+    for name, draw in figures.OVER_CELLS.items():
         wide, narrow = draw(measured, split), draw(measured, split, narrow=True)
         if wide is not None and narrow is not None:
             pictures[name] = _picture(wide, narrow, folder / f"{name}.png", folder / f"{name}.svg")
@@ -137,19 +141,33 @@ def _report(
     for unread in filter(None, (stored.left_out_texts(cell.place) for cell in measured)):
         problems = [*problems, unread]
         log.warning("report: %s", unread)
+    told = {cell.name: about.facts(cell) for cell in measured}
+    common = about.shared(told)
+    first = words.winner(measured, recommendations)
+    headline = words.recommended(measured, recommendations)
+    numbers = words.numbers(*first, frames["makeup"].loc[first[1].name]) if first else []
     texts = [(cell, samples) for cell in measured if (samples := stored.samples(cell.place, SAMPLES))]
-    rows = {name: tables.records(frame) for name, frame in frames.items() if name != "claims"}
+    rows = {name: tables.records(frame, name != "seeds") for name, frame in frames.items() if name != "claims"}
     remarks = [f"{cell.name}: {note}" for cell in measured for note in cell.fit["notes"]]
     html = page.render(
         "report.html",
         **{"model": model, "dataset": dataset, "split": split, "norm": measured[0].fit["norm"], "good_r2": f"{GOOD_R2:g}"},
+        **{"header": {"model": model, **common, "page": f"by spilt {__version__}"}, "synthetic": about.synthetic(base, model)},
+        **{"up": about.address(Store(base).index(model), freshness.page(base, model, dataset))},
+        **{"own": {name: {k: v for k, v in facts.items() if k not in common} for name, facts in told.items()}},
+        **{"first": first[0] if first else None, "headline": headline, "numbers": numbers},
+        **{"asked": about.side_by_side(texts, first[0] if first else None)},
+        **{"files": {cell.name: about.files(cell, freshness.page(base, model, dataset)) for cell in measured}},
         **{"cells": measured, "pictures": pictures, "texts": texts, "coverage": words.coverage(measured)},
         **{"rows": rows, "claims": tables.judged(claimed)},
-        **{"main_results": tables.records(pd.DataFrame(paper.main_results(model, dataset)))},
+        **{"main_results": tables.records(pd.DataFrame(paper.main_results(model, dataset)), linked=False)},
         **{"findings": words.findings(measured, split, frames), "shortfalls": tables.shortfalls(measured, split)},
         **{"problems": problems, "remarks": [remark for remark in remarks if remark not in problems]},
     )
-    return freshness.write(base, model, dataset, html, parts, problems)
+    best = {"cell": headline.figure, "gain": next((f"{n.value} ({n.beside})" for n in numbers if n.name == words.GAIN), "")}
+    out = freshness.write(base, model, dataset, html, parts, problems, best)
+    about.write_indexes(base, model)
+    return out
 
 
 def _picture(wide: Figure, narrow: Figure, png: Path, svg: Path | None = None) -> page.Picture:

@@ -45,6 +45,11 @@ def label(method: str, form: str) -> str:
     return printable(f"{method} {FORMS[own].label if own in FORMS else own}{'' if seed is None else f', seed {seed}'}").strip()
 
 
+def anchor(cell: str) -> str:
+    """Where a cell's details are on the page: as an id and in an address, another one for each name."""
+    return "cell-" + re.sub(r"[^A-Za-z0-9]", lambda hit: f"-{ord(hit[0]):x}-", cell)
+
+
 def name_of(cell: str) -> str:
     """'spilt local_weight' -> 'spilt local weight', as printed."""
     method, _, form = cell.partition(" ")
@@ -83,6 +88,11 @@ class Place:
     def form(self) -> str:
         """`intervention` without the seed of one of several fits."""
         return seeded(self.intervention)[0]
+
+    @property
+    def folders(self) -> list[Path]:
+        """Those with losses."""
+        return [*self.concepts.values()] or [self.folder]
 
 
 @dataclass(frozen=True)
@@ -324,7 +334,7 @@ def plain(value: dict[str, Any]) -> dict[str, Any]:
 def _tables(place: Place, name: str, keys: Sequence[str], columns: Sequence[str]) -> tuple[list[pd.DataFrame], list[str]]:
     """A control's file of each concept (or the one there is), and a sentence for each that is broken or of another vector: left out."""
     parts, notes, way_out = [], [], "--mode loss --multipliers sweep makes it again"
-    for path in (folder / name for folder in place.concepts.values() or [place.folder]):
+    for path in (folder / name for folder in place.folders):
         if not path.is_file():
             continue
         try:

@@ -48,6 +48,8 @@ STYLE: dict[Any, Any] = {
     **{"axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True},
     **{"axes.facecolor": "none", "figure.facecolor": "none"},
 }
+DOSE = "|Δ| / |h|"
+INTERVAL: dict[str, Any] = {"alpha": 0.16, "linewidth": 0, "zorder": 1.5}  # 95% over questions
 UNDEFINED: dict[str, Any] = {"linestyle": "none", "marker": "x", "color": INK}
 
 
@@ -75,13 +77,23 @@ def _drawing(name: str, narrow: bool, size: tuple[float, float]) -> Iterator[Fig
         yield figure
 
 
+def _laid_out(figure: Figure) -> Figure:
+    """With its places fixed: laid out once, however often it is drawn."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine("none")
+    return figure
+
+
 def svg_of(figure: Figure) -> str:
     import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     out = io.StringIO()
     # ids from the figure's own label: the same figure gives the same bytes
     with matplotlib.rc_context({"svg.hashsalt": str(figure.get_label()), "svg.fonttype": "path"}):
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        FigureCanvasSVG(_laid_out(figure)).print_svg(out, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     text = re.sub(r"^\s+", "", text[text.index("<svg") :], flags=re.MULTILINE)
     # two decimals are a hundredth of a point; transforms keep theirs, glyphs are scaled by them
@@ -89,8 +101,12 @@ def svg_of(figure: Figure) -> str:
 
 
 def png_of(figure: Figure, dpi: int = 160) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    _laid_out(figure).set(dpi=dpi, facecolor="white")
+    FigureCanvasAgg(figure).print_png(out, metadata={"Software": None})
+    figure.set(facecolor="none")
     return out.getvalue()
 
 
@@ -108,16 +124,14 @@ def _key(name: str, **style: Any) -> Any:
     return Line2D([], [], label=name, **style)
 
 
-def _curve_pair(axes: Axes, cell: Measured, split: str, unit: float = 1.0, bars: bool = False) -> None:
-    """One cell's preference (solid, filled) and utility (dashed, open): points measured, lines fitted where there is a fit."""
-    style = look(cell.place.method, cell.place.intervention)
+def _curve_pair(axes: Axes, cell: Measured, split: str, unit: float = 1.0) -> None:
+    """One cell's preference (solid, filled) and utility (dashed, open): points with 95% bands, lines fitted where there is a fit."""
+    style = look(cell.place.method, cell.place.form)
     colour, rows = style["color"], cell.rows(split)
     x = rows["multiplier"].to_numpy(float) / unit
     for kind, line, face in (("preference", "-", colour), ("utility", DASHED, GROUND)):
         y = rows[kind].to_numpy(float)
-        if bars and rows[f"{kind}_low"].notna().any():
-            spread = np.abs(np.stack([y - rows[f"{kind}_low"].to_numpy(float), rows[f"{kind}_high"].to_numpy(float) - y]))
-            axes.errorbar(x, y, yerr=spread, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.7, zorder=2)
+        axes.fill_between(x, *(rows[f"{kind}_{end}"].to_numpy(float) for end in ("low", "high")), color=colour, **INTERVAL)
         point = {"color": colour, "markerfacecolor": face, "markersize": 4.2, "markeredgewidth": 0.9, "zorder": 3}
         axes.plot(x, y, linestyle="none", marker=style["marker"], **point)
         fit = cell.curve(split, kind)
@@ -176,24 +190,40 @@ def _units(cells: Sequence[Measured], split: str) -> tuple[list[float], str]:
     return [1.0] * len(ends), "multiplier m (dimensionless)"
 
 
-def paper_figure(cells: Sequence[Measured], split: str, narrow: bool = False) -> Figure:
+def dose_per_m(cell: Measured, split: str) -> float | None:
+    """Relative dose |delta| / |h| per unit of m; None where it is unknown, or not proportional to m within 5%."""
+    rows = cell.rows(split)
+    rows = rows[(rows["multiplier"] != 0) & rows["dose"].notna()]
+    each = (rows["dose"] / rows["multiplier"].abs()).to_numpy(float)
+    return float(np.median(each)) if len(each) and (np.abs(each / np.median(each) - 1) <= 0.05).all() else None
+
+
+def dose_figure(cells: Sequence[Measured], split: str, narrow: bool = False) -> Figure | None:
+    """Picture 1 against the relative dose, on which cells and layers compare; None where it is known of no cell."""
+    known = [cell for cell in cells if dose_per_m(cell, split)]
+    return paper_figure(known, split, narrow, dose=True) if known else None
+
+
+def paper_figure(cells: Sequence[Measured], split: str, narrow: bool = False, dose: bool = False) -> Figure:
     """Picture 1: forms that read nothing (vector) above, those that do below; in a panel each when narrow."""
-    there = list(dict.fromkeys(cell.place.intervention for cell in cells))  # in the order of FORMS
+    there = list(dict.fromkeys(cell.place.form for cell in cells))  # in the order of FORMS
     bare = [form for form in there if form in FORMS and not FORMS[form].reads]
     groups = [[form] for form in there] if narrow else [bare, [form for form in there if form not in bare]]
-    panels = [(forms, some) for forms in groups if (some := [cell for cell in cells if cell.place.intervention in forms])]
+    panels = [(forms, some) for forms in groups if (some := [cell for cell in cells if cell.place.form in forms])]
     size = (NARROW, 4.3 * len(panels)) if narrow else (10.2, 4.1 * len(panels))
-    with _drawing("paper", narrow, size) as figure:
+    with _drawing("dose" if dose else "paper", narrow, size) as figure:
         for axes, (forms, some) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
             units, x_label = _units(some, split)
+            if dose:
+                units, x_label = [1 / (dose_per_m(cell, split) or np.nan) for cell in some], f"relative dose {DOSE}, signed as m"
             keys: list[Any] = []
             for cell, unit in zip(some, units, strict=True):
                 _curve_pair(axes, cell, split, unit)
                 name = cell.place.method if len(forms) == 1 else cell.label
-                name += f" (end m = {unit:g})" if set(units) != {1.0} else ""
+                name += f" (end m = {unit:g})" if set(units) != {1.0} and not dose else ""
                 name += "  " if narrow else "\n"
                 name += f"R² {_r2(cell, split, 'preference')} | {_r2(cell, split, 'utility')}"
-                keys.append(_key(name, markersize=5, **look(cell.place.method, cell.place.intervention)))
+                keys.append(_key(name, markersize=5, **look(cell.place.method, cell.place.form)))
             axes.set_title(" and ".join(label("", form) for form in forms), pad=18)
             axes.axhline(0, color=MUTED, linewidth=0.6, zorder=1)
             _shade(axes, _panel_regions(some, split, units))
@@ -209,16 +239,19 @@ def paper_figure(cells: Sequence[Measured], split: str, narrow: bool = False) ->
 
 def trade_off_figure(cells: Sequence[Measured], split: str, narrow: bool = False) -> Figure:
     """Picture 2: utility against preference along m, a panel per form; further right and higher is better."""
-    forms = list(dict.fromkeys(cell.place.intervention for cell in cells))
+    forms = list(dict.fromkeys(cell.place.form for cell in cells))
     n = len(forms)
     size = (NARROW, 3.5 * n + 0.6) if narrow else ((5.5, 8.0, 10.5)[min(n, 3) - 1], 4.4)
     with _drawing("trade_off", narrow, size) as figure:
         all_axes = figure.subplots(*((n, 1) if narrow else (1, n)), squeeze=False, sharex=True, sharey=True).ravel()
         for axes, form in zip(all_axes, forms, strict=True):
-            for cell in (cell for cell in cells if cell.place.intervention == form):
+            for cell in (cell for cell in cells if cell.place.form == form):
                 style = look(cell.place.method, form)
                 rows = cell.rows(split).sort_values("multiplier")
                 x, y, m = (rows[name].to_numpy(float) for name in (*KINDS, "multiplier"))
+                low_high = (rows[f"{kind}_{end}"].to_numpy(float) for kind in KINDS for end in ("low", "high"))
+                left, right, down, up = (np.abs(edge - at) for edge, at in zip(low_high, (x, x, y, y), strict=True))
+                axes.errorbar(x, y, (down, up), (left, right), fmt="none", ecolor=style["color"], elinewidth=0.7, alpha=0.35, zorder=1.5)
                 axes.plot(x[m >= 0], y[m >= 0], linestyle="-", markersize=4, markerfacecolor=style["color"], **style)
                 axes.plot(x[m <= 0], y[m <= 0], linestyle=":", markersize=3, markerfacecolor=GROUND, alpha=0.75, **style)
                 if (at := m == cell.best["multiplier"]).any():
@@ -252,23 +285,31 @@ def control_figure(cells: Sequence[Measured], split: str, narrow: bool = False) 
     n = len(some)
     if not n:
         return None
-    size = (NARROW, 2.1 * n + 1.0) if narrow else ((5.5, 8.0, 9.0, 11.0)[min(n, 4) - 1], 5.2)
+    wide = 1 if narrow else min(n, 4)  # cells beside each other
+    high = -(-n // wide)
+    size = (NARROW, 2.1 * n + 1.0) if narrow else ((5.5, 8.0, 9.0, 11.0)[wide - 1], 4.6 * high + 0.6)
     with _drawing("control", narrow, size) as figure:
-        axes = figure.subplots(n, 2, squeeze=False, sharey="col").T if narrow else figure.subplots(2, n, squeeze=False, sharey="row")
+        shape = (n, 2) if narrow else (2 * high, wide)
+        grid = figure.subplots(*shape, squeeze=False, sharey="col" if narrow else "row")
+        pairs = [grid[i] if narrow else grid[2 * (i // wide) : 2 * (i // wide) + 2, i % wide] for i in range(high * wide)]
+        for empty in (ax for pair in pairs[n:] for ax in pair):
+            empty.remove()
         for column, (cell, table) in enumerate(some):
-            style = look(cell.place.method, cell.place.intervention)
+            style = look(cell.place.method, cell.place.form)
             rows = cell.rows(split)
-            for kind, ax, face in zip(KINDS, axes[:, column], (style["color"], GROUND), strict=True):
+            for kind, ax, face in zip(KINDS, pairs[column], (style["color"], GROUND), strict=True):
                 draws = table.groupby("multiplier")[kind]
                 mean = draws.mean()
                 ax.fill_between(mean.index, draws.quantile(0.05), draws.quantile(0.95), color=BAND, linewidth=0, zorder=1)
                 ax.plot(mean.index, mean, color=RANDOM, linestyle=DASHED, linewidth=1.6, zorder=2)
                 points = {"color": style["color"], "marker": style["marker"], "linewidth": 1.2, "markersize": 3.2}
                 ax.plot(rows["multiplier"], rows[kind], markerfacecolor=face, zorder=3, **points)
-                ax.set_title(cell.place.method if kind == "preference" else "")
+                ax.fill_between(rows["multiplier"], rows[f"{kind}_low"], rows[f"{kind}_high"], color=style["color"], **INTERVAL)
+                ax.set_title(cell.label if kind == "preference" else "")
+                ax.locator_params(axis="x", nbins=5)
                 if (column == n - 1) if narrow else (kind == "utility"):
                     ax.set_xlabel("m (dimensionless)" if narrow else "multiplier m (dimensionless)")
-                if narrow or column == 0:
+                if narrow or column % wide == 0:
                     ax.set_ylabel(f"{kind} (nats)" if narrow else f"{kind} log-odds (nats)")
         keys = [
             _key("the stored vector", color=INK, marker="o", markersize=4),
@@ -279,22 +320,51 @@ def control_figure(cells: Sequence[Measured], split: str, narrow: bool = False) 
         return figure
 
 
+OVER_CELLS = {"paper": paper_figure, "dose": dose_figure, "trade_off": trade_off_figure, "control": control_figure}
+
+
 def cell_figure(cell: Measured, split: str, narrow: bool = False) -> Figure:
-    """curves.png: one cell with 95% intervals, its own regions and the recommended multiplier."""
-    with _drawing(f"cell {cell.name}", narrow, (NARROW, 4.4) if narrow else (8.2, 4.6)) as figure:
-        axes = figure.subplots()
-        _curve_pair(axes, cell, split, bars=True)
+    """curves.png: one cell with its own regions and the recommended multiplier; below, the losses and the probability behind it."""
+    parts = cell.rows(split)["loss_matching"].notna().any()
+    size = ((NARROW, 8.6) if narrow else (8.2, 6.8)) if parts else ((NARROW, 4.4) if narrow else (8.2, 4.6))
+    with _drawing(f"cell {cell.name}", narrow, size) as figure:
+        shape: Any = [["odds"], ["loss"], ["mass"]] if narrow else [["odds", "odds"], ["loss", "mass"]]
+        panels = figure.subplot_mosaic(shape if parts else [["odds"]], height_ratios=[5, *[3] * (len(shape) - 1)] if parts else None)
+        axes = panels["odds"]
+        _curve_pair(axes, cell, split)
         axes.axhline(0, color=MUTED, linewidth=0.6, zorder=1)
         if found := cell.stored(split)["regions"]:
             _shade(axes, {"linear": [found["linear"]], "transitional": found["transitional"], "convergence": found["convergence"]})
         keys = _style_keys([cell], split, [f"{kind}, R² {_r2(cell, split, kind)}" for kind in KINDS])
-        best = cell.best["multiplier"]
+        best, per_m = cell.best["multiplier"], dose_per_m(cell, split)
         if best is not None:
             line: dict[str, Any] = {"color": INK, "linewidth": 1.1, "linestyle": DOTTED}
-            axes.axvline(best, zorder=1, **line)
+            for panel in panels.values():
+                panel.axvline(best, zorder=1, **line)
             keys.append(_key(f"recommended m = {best:g}", **line))
         axes.set_title(f"{cell.place.dataset}: {cell.label}", pad=18)
         axes.set_xlabel("multiplier m (dimensionless)")
         axes.set_ylabel("log-odds (nats)")
+        if per_m:
+            second = axes.secondary_xaxis(-0.22 if parts else -0.17, functions=(lambda m: m * per_m, lambda h: h / per_m))
+            second.set_xlabel(f"relative dose {DOSE}, signed as m")
+        if parts:
+            _parts_of_odds(panels["loss"], panels["mass"], cell, split)
         figure.legend(handles=keys, loc="outside lower center", ncols=1 if narrow else 4)
         return figure
+
+
+def _parts_of_odds(loss: Axes, mass: Axes, cell: Measured, split: str) -> None:
+    """Mean losses of both answers and of neutral text, and what probability the two answers hold, against m."""
+    rows, colour = cell.rows(split), look(cell.place.method, cell.place.form)["color"]
+    answers = [("loss_matching", "matching answer", colour, "-"), ("loss_not_matching", "not-matching answer", colour, DASHED)]
+    for name, said, drawn_in, line in [*answers, ("neutral_loss", "neutral text", RANDOM, DOTTED)]:
+        if rows[name].notna().any():
+            loss.plot(rows["multiplier"], rows[name], label=said, color=drawn_in, linestyle=line, linewidth=1.5)
+    mass.plot(rows["multiplier"], rows["answer_mass"], color=colour, linewidth=1.5)
+    loss.set_title("loss (nats)", fontsize="medium")
+    mass.set_title("probability of both answers, summed", fontsize="medium")
+    loss.legend(loc="best", fontsize="x-small", frameon=True, framealpha=0.75, facecolor=GROUND, edgecolor="none")
+    for axes in (loss, mass):
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("m")

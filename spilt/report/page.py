@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from spilt.errors import printable
-from spilt.report.cells import absent, shown
+from spilt.report.cells import absent, anchor, shown
 from spilt.report.figures import dark
 
 
@@ -73,7 +73,7 @@ def _sha256(text: str) -> str:
 def _environment() -> Environment:
     loader = PackageLoader("spilt.report")
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, auto_reload=False, trim_blocks=True, lstrip_blocks=True)
-    made.filters |= {"shown": shown, "sha256": _sha256}
+    made.filters |= {"shown": shown, "sha256": _sha256, "anchor": anchor}
     made.tests |= {"absent": absent}
     files = {"style": "style.css", "script": "sort.js"}  # no templates: taken as they are
     made.globals |= {name: Markup(loader.get_source(made, file)[0]) for name, file in files.items()}

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from spilt.analysis import claims, paper
 from spilt.analysis.curves.fitting import GOOD_R2
 from spilt.analysis.questions import Questions
 from spilt.analysis.recommend import choice
-from spilt.report.cells import KINDS, RANGES, Measured, label, name_of
+from spilt.errors import printable
+from spilt.report.cells import KINDS, RANGES, Measured, anchor, label, name_of
 
 Row = dict[str, Any]
 OF_SPLITS = (
@@ -27,12 +29,27 @@ CONTROL = [
 ]
 
 
-def records(frame: pd.DataFrame) -> list[Row]:
-    """A table's rows with their cell, and its form, by the printed names."""
+PARAMETERS = {
+    f"{letter}_{end}": f"{name} (m {sign} 0)"
+    for letter, name in {"m": "centre", "L": "width", "p": "power"}.items()
+    for end, sign in {"plus": ">", "minus": "<"}.items()
+}
+SEEDS = [
+    *("method", "intervention", "fits", "recommended", "on"),
+    *(f"{name}{what}" for name in ("multiplier", "gain", "drop") for what in ("", "_least", "_most")),
+]
+
+
+def records(frame: pd.DataFrame, linked: bool = True) -> list[Row]:
+    """A table's rows with their cell, and its form, by the printed names; linked: with the place of the cell on the page."""
     out = []
     for row in frame.to_dict("records"):
         method, form = (row["method"], row["intervention"]) if "method" in row else row.get("cell", "all cells").split(" ", 1)
         shown = {"cell": label(method, form), "form": label("", form)}
+        shown |= {"anchor": anchor(printable(f"{method} {form}"))} if linked and method != "all" else {}
+        if "bound_hits" in row:  # in words; the CSV keeps the fit's own names
+            shown |= {"at_bound": ", ".join(PARAMETERS.get(name, name) for name in row["bound_hits"].split())}
+            shown |= {"warned": row["warnings"].replace(" ", ", ").replace("_", " ")}
         out.append({**row, **shown, **({"than": name_of(row["than"])} if "than" in row else {})})
     return out
 
@@ -55,6 +72,44 @@ def recommendations(cells: Sequence[Measured], seed: int = 0) -> pd.DataFrame:
         row |= among.loc[cell.name, ["share", "tied"]].to_dict() if cell.name in among.index else {"share": None, "tied": False}
         rows.append(row | {name: best[name] for name in ("chosen_on", "reported_on", "budget", "reason")})
     return pd.DataFrame(rows).rename(columns={"share": "choice_stands"})
+
+
+CHANGES = ("loss_matching", "loss_not_matching", "answer_mass", "neutral_loss")
+
+
+def makeup(cells: Sequence[Measured]) -> pd.DataFrame:
+    """One row per cell: what gain and drop are made of at its solved multiplier (nan: none), on the questions that they are reported on;
+    CHANGES at m = 0 and there, between measured points by interpolation; the drop averaged per question, and of the mean losses."""
+    rows = []
+    for cell in cells:
+        best = cell.best
+        split, m = best["reported_on"] or best["chosen_on"], float("nan") if best["solved"] is None else best["solved"]
+        part = cell.rows(split).sort_values("multiplier")
+
+        def at(name: str, where: float, part: pd.DataFrame = part) -> float:
+            return float(np.interp(where, part["multiplier"].astype(float), part[name].astype(float)))
+
+        row: Row = {"split": split, "at": m} | {name: at(name, m) for name in ("dose", "moved_wrong")}
+        row |= {f"{name}_{where}": at(name, x) for name in CHANGES for where, x in (("at_0", 0.0), ("at_m", m))}
+        drops = {"utility_drop": "utility", "utility_drop_pooled": "utility_pooled"}
+        rows.append(cell.names | row | {name: at(of, 0.0) - at(of, m) for name, of in drops.items()})
+    return pd.DataFrame(rows)
+
+
+def seeds(cells: Sequence[Measured], table: pd.DataFrame) -> pd.DataFrame:
+    """Of `recommendations`: mean and range over the fits of a method and form of which there are several, whatever their seeds."""
+    table = table.assign(intervention=[cell.place.form for cell in cells])
+    rows = []
+    for (method, form), part in table.groupby(["method", "intervention"], sort=False):
+        on = "test" if (part["reported_on"] == "test").all() else "train"
+        names = {"multiplier": "multiplier", "gain": f"preference_gain_{on}", "drop": f"utility_drop_{on}"}
+        row: Row = {"method": method, "intervention": form, "fits": len(part), "on": on}
+        row |= {"recommended": part["multiplier"].fillna(0).ne(0).sum()}
+        for name, column in names.items():
+            of = part[column].astype(float)
+            row |= {name: of.mean(), f"{name}_least": of.min(), f"{name}_most": of.max()}
+        rows += [row] if len(part) > 1 else []
+    return pd.DataFrame(rows, columns=SEEDS)
 
 
 def fits(cells: Sequence[Measured], model: str, dataset: str) -> pd.DataFrame:

@@ -11,6 +11,8 @@ from spilt.analysis.claims import FITS, HOLDS, OPEN
 from spilt.analysis.curves.fitting import GOOD_R2
 from spilt.report.cells import RANGES, Measured, label, name_of, shown
 
+GAIN = "Preference gain"
+
 
 class Finding(NamedTuple):
     """One tile: a short label, the one figure to remember, the sentence that says what it means, and whether it is a warning."""
@@ -23,15 +25,14 @@ class Finding(NamedTuple):
 
 def findings(cells: Sequence[Measured], split: str, frames: Mapping[str, pd.DataFrame]) -> list[Finding]:
     """`frames`: the report's tables; a tile says nothing that they do not."""
-    recommended = _recommended(cells, frames["recommendations"])
-    out = [_kept(frames["equal_preference"]), recommended, _fits(frames), _undefined(cells, split), _control(frames["control"])]
+    out = [_kept(frames["equal_preference"]), _fits(frames), _undefined(cells, split), _control(frames["control"])]
     return [finding for finding in out if finding]
 
 
 def coverage(cells: Sequence[Measured]) -> str:
     """What was measured, in one sentence."""
     methods = dict.fromkeys(cell.place.method for cell in cells)
-    forms = dict.fromkeys(label("", cell.place.intervention) for cell in cells)
+    forms = dict.fromkeys(label("", cell.place.form) for cell in cells)
     asked = {name: max((cell.fit["splits"].get(name, {}).get("n_questions") or [0])[-1] for cell in cells) for name in ("train", "test")}
     questions = _list([f"{n} {name} questions" for name, n in asked.items() if n])
     points = sorted({len(cell.rows("train")) for cell in cells})
@@ -59,14 +60,57 @@ def _kept(pairs: pd.DataFrame) -> Finding | None:
     return Finding("Utility kept at equal preference", f"{many} differ", " ".join(sentences))
 
 
-def _recommended(cells: Sequence[Measured], table: pd.DataFrame) -> Finding:
+def winner(cells: Sequence[Measured], table: pd.DataFrame) -> tuple[Measured, pd.Series] | None:
+    """The cell with the largest gain of those with a recommended multiplier, and its row of `recommendations`."""
+    some = table.assign(gain=table["preference_gain_train"].astype(float))[table["multiplier"].fillna(0) != 0]
+    best = some.sort_values(["gain", "choice_stands"], na_position="first", kind="stable").index[-1:]
+    return (cells[best[0]], table.loc[best[0]]) if len(best) else None
+
+
+class Fact(NamedTuple):
+    """One number of the cell told first: what, how much, and its interval or what else it needs to be read."""
+
+    name: str
+    value: str
+    beside: str = ""
+
+
+def numbers(cell: Measured, row: pd.Series, makeup: pd.Series) -> list[Fact]:
+    """Of the winner: its rows of `recommendations` and `makeup`."""
+    on = "test" if row["reported_on"] == "test" else "train"
+    drop, gain = row[f"utility_drop_{on}"], row[f"preference_gain_{on}"]
+    out = [Fact("Multiplier", f"m = {shown(row['multiplier'], '.4g')}", _between(row["multiplier_low"], row["multiplier_high"], ".3g"))]
+    if pd.notna(row["usable_from"]):
+        ends = shown(row["usable_from"], ".3g"), shown(row["usable_to"], ".3g")
+        out.append(Fact("Usable range", " to ".join(ends), "gain above 0, drop within the budget"))
+    out.append(Fact(GAIN, f"{shown(gain)} nats", _between(row[f"gain_low_{on}"], row[f"gain_high_{on}"])))
+    out.append(Fact("Utility drop", f"{shown(drop)} nat", _between(row[f"drop_low_{on}"], row[f"drop_high_{on}"])))
+    if pd.notna(row[f"accuracy_{on}"]):
+        share = f"{row[f'accuracy_at_0_{on}']:.0%} → {row[f'accuracy_{on}']:.0%}"
+        out.append(Fact("Prefer the matching answer", share, f"of {row[f'n_{on}']:.0f} {on} questions"))
+    if pd.notna(row["chance_p"]):
+        rank = f"gain ranks {row['chance_rank']:.0f} of {row['chance_of']:.0f}, with random ones of its size"
+        out.append(Fact("Chance", f"p = {row['chance_p']:.3f}", rank))
+    if pd.notna(makeup["moved_wrong"]):
+        out.append(Fact("Moved the wrong way", f"{makeup['moved_wrong']:.0%}", "of questions, at this m"))
+    if pd.notna(makeup["dose"]):
+        out.append(Fact("Relative dose", shown(makeup["dose"], ".3g"), "|Δ| / |h| at the steered block"))
+    return out
+
+
+def _between(low: float, high: float, spec: str = ".2f") -> str:
+    return f"95%: {shown(low, spec)} to {shown(high, spec)}" if pd.notna(low) else "no interval"
+
+
+def recommended(cells: Sequence[Measured], table: pd.DataFrame) -> Finding:
+    """The winner in a sentence, or why there is none."""
     title = "Recommended multiplier"
-    table = table.assign(of=[cell.label for cell in cells], gain=table["preference_gain_train"].astype(float))
+    found, table = winner(cells, table), table.assign(of=[cell.label for cell in cells])
     some = table[table["multiplier"].fillna(0) != 0]
-    if some.empty:
+    if found is None:
         reasons = _list([f"{row['of']}: {row['reason']}" for row in table.head(3).to_dict("records")])
         return Finding(title, "none", f"No multiplier can be recommended: {reasons}.", True)
-    best = some.sort_values("gain", na_position="first", kind="stable").iloc[-1]
+    best = table.loc[found[1].name]
     tested, m = best["reported_on"] == "test", shown(best["multiplier"], ".3g")
     on = "test" if tested else "train"
     drop, gain = best[f"utility_drop_{on}"], best[f"preference_gain_{on}"]

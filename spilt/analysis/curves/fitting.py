@@ -154,7 +154,7 @@ def checked(fit: CurveFit, multiplier: npt.ArrayLike, value: npt.ArrayLike, low:
         if at < least[base] or at > most[base]:
             warned.append(Warned("misses_zero", f"it gives {at:.3g} at m = 0, where {y[base]:.3g} was measured, beyond its interval"))
     if fit.kind == "utility" and fit.parameters is not None and fit.parameters["beta_u"] <= 0:
-        warned.append(Warned("upside_down", "beta_u is not above 0: the curve is a trough, not a peak"))
+        warned.append(Warned("upside_down", "its level is not above 0: the curve is a trough, not a peak"))
     return replace(fit, warnings=(*fit.warnings, *warned))
 
 

@@ -17,3 +17,7 @@ for (const button of document.querySelectorAll('thead button')) {
     body.append(...rows.map(([, row]) => row));
   });
 }
+// A link to a cell opens its details.
+const reveal = () => { const at = document.getElementById(location.hash.slice(1)); if (at instanceof HTMLDetailsElement) at.open = true; };
+addEventListener('hashchange', reveal);
+reveal();
