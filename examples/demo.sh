@@ -33,5 +33,8 @@ every() {
 }
 every --mode both
 every --mode loss --multipliers sweep --limit 16 --control_pairs "${CONTROL:-0}" --no_report
+# texts at the recommended multipliers; when no cell has one, the page says why
+"$PYTHON" run_spilt.py --dataset "$DATASET" --method all --model_name "$MODEL" --intervention_method all --device "$DEVICE" \
+    --base_dir "$BASE_DIR" --mode apply --multipliers recommended || [ $? = 2 ]
 "$PYTHON" -m spilt report --base_dir "$BASE_DIR" --model_name "$MODEL" --dataset "$DATASET"
 "$PYTHON" tools/story.py --base_dir "$BASE_DIR" --model_name "$MODEL" --dataset "$DATASET"
