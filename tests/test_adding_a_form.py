@@ -64,7 +64,7 @@ def test_a_toy_form_runs_through_everything(gate: type[Intervention], tmp_path: 
         assert cli.main([*base.argv("sft", "gate", *words, "--dry_run")]) == 0
         assert cli.main([*base.argv("sft", "gate", *words), "--quiet"]) == 0
     assert {found.state for found in verify.check(base.path)} == {verify.OK}
-    (page,) = base.path.rglob("report.html")
+    (page,) = base.path.glob("vectors/*/get_sft_loss/report/*/report.html")
     assert "gate" in page.read_text()
     path = base.path / "vectors" / base.model / "sft" / base.one / "sft_gate" / f"layer_{base.layer}.pt"
     loaded = spilt.Steering.load(path)

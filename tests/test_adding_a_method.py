@@ -44,7 +44,7 @@ def test_a_toy_method_runs_through_everything(number: int, form: str, tmp_path: 
         assert cli.main([*base.argv(row.name, form, *words), "--quiet"]) == 0
         assert cli.main([*base.argv(row.name, form, *words), "--quiet"]) == 0  # already done
     assert {found.state for found in verify.check(base.path)} == {verify.OK}
-    (page,) = base.path.rglob("report.html")
+    (page,) = base.path.glob("vectors/*/get_sft_loss/report/*/report.html")
     assert row.name in page.read_text()
     folder = base.path / "vectors" / base.model / row.name / base.one / f"{row.name}_{form}"
     steering = spilt.Steering.load(folder / f"layer_{base.layer}.pt")

@@ -51,17 +51,20 @@ def test_texts_are_those_of_the_command_line(base: Base, loaded: Any) -> None:
         assert [row["pred"][0] for row in json.loads((folder / f"{base.one}_results.json").read_text())] == list(rows["text"])
 
 
-def test_measured_preference_and_utility_are_those_of_the_command_line(base: Base, loaded: Any) -> None:
+@pytest.mark.parametrize("positions", ["all", "skip_prefix"])
+def test_measured_preference_and_utility_are_those_of_the_command_line(base: Base, loaded: Any, positions: str) -> None:
+    """As text is made (the table of losses), and in the released positions (the released files)."""
     import pandas as pd
 
     assert run(base, "--mode", "generate", "--quiet") == 0
-    assert run(base, "--mode", "loss", "--multipliers", "0", "1", "2", "--quiet") == 0
+    tables = ["--no-released_files"] if positions == "all" else []
+    assert run(base, "--mode", "loss", "--multipliers", "-2", "-1", "0", "1", "2", "--quiet", *tables) == 0
     folder = base.path / "vectors" / base.model / "get_sft_loss" / "sft" / base.one / "sft_vector"
     told = pd.read_csv(folder / "preference_utility.csv").query("split == 'train'").sort_values("multiplier")
-    table = spilt.measure(*loaded, spilt.Steering.load(vector(base)), PAIRS, [-2, -1, 1, 2])
+    table = spilt.measure(*loaded, spilt.Steering.load(vector(base)), PAIRS, [-2, -1, 1, 2], positions=positions)
     for name in ("multiplier", "preference", "utility", "n"):
         assert table[name].to_numpy() == pytest.approx(told[name].to_numpy(), abs=1e-5), name
-    plain = spilt.measure(*loaded, spilt.Steering.load(vector(base)), PAIRS, [-2, -1, 1, 2], engine="plain")
+    plain = spilt.measure(*loaded, spilt.Steering.load(vector(base)), PAIRS, [-2, -1, 1, 2], engine="plain", positions=positions)
     assert plain["preference"].to_numpy() == pytest.approx(table["preference"].to_numpy(), abs=1e-5)
 
 
