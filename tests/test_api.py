@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import logging
 import random
 import subprocess
@@ -57,9 +58,10 @@ def test_measured_preference_and_utility_are_those_of_the_command_line(base: Bas
     import pandas as pd
 
     assert run(base, "--mode", "generate", "--quiet") == 0
-    tables = ["--no-released_files"] if positions == "all" else []
-    assert run(base, "--mode", "loss", "--multipliers", "-2", "-1", "0", "1", "2", "--quiet", *tables) == 0
+    words = ["-2", "-1", "1", "2", "--no-released_files"] if positions == "all" else ["0", "1", "2"]
     folder = base.path / "vectors" / base.model / "get_sft_loss" / "sft" / base.one / "sft_vector"
+    shutil.rmtree(folder, ignore_errors=True)
+    assert run(base, "--mode", "loss", "--multipliers", *words, "--quiet") == 0
     told = pd.read_csv(folder / "preference_utility.csv").query("split == 'train'").sort_values("multiplier")
     table = spilt.measure(*loaded, spilt.Steering.load(vector(base)), PAIRS, [-2, -1, 1, 2], positions=positions)
     for name in ("multiplier", "preference", "utility", "n"):
