@@ -67,7 +67,9 @@ def program(parser: argparse.ArgumentParser, argv: Sequence[str] | None, work: C
             complain(f"error: {error}")
             return 2
         except KeyboardInterrupt:
-            complain("")  # the terminal's ^C has a line of its own
+            complain("")  # the terminal's ^C has a line of its own; what it left of a bar's second line goes
+            if sys.stderr.isatty():
+                sys.stderr.write("\x1b[J")
             complain("interrupted; what was finished is kept, the same command goes on from there")
             return 130
         except BrokenPipeError:

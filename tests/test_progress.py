@@ -140,12 +140,14 @@ def in_terminal(words: list[str], interrupt_at: bytes = b"", columns: int = 110)
 
 
 def screen(written: str) -> list[str]:
-    """The lines that are left to be read: of what a terminal obeys, tqdm uses line feed, return and one line up."""
+    """The lines that are left to be read: of what a terminal obeys, tqdm uses line feed, return and one line up; we erase what is below."""
     lines, row, column = [""], 0, 0
-    for found in re.finditer(r"\x1b\[A|\r|\n|\^C|[^\r\n\x1b^]+", written):
+    for found in re.finditer(r"\x1b\[[AJ]|\r|\n|\^C|[^\r\n\x1b^]+", written):
         word = found[0]
         if word == "\x1b[A":
             row -= 1
+        elif word == "\x1b[J":
+            lines[row:] = [lines[row][:column]]
         elif word == "\r":
             column = 0
         elif word == "\n":
