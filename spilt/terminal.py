@@ -33,13 +33,13 @@ def ready() -> None:
 
 def say(text: str = "", *, lines: bool = False) -> None:
     """One line on stdout; `lines` as in printable."""
-    said.info("%s", text)
+    said.info("%s", printable(text, lines))
     print(printable(text, lines))
 
 
 def complain(text: str) -> None:
     """A message on stderr; its line breaks stay, indented (printable)."""
-    said.log(logging.ERROR if text.startswith(("error", "Traceback")) else logging.INFO, "%s", text)
+    said.log(logging.ERROR if text.startswith(("error", "Traceback")) else logging.INFO, "%s", printable(text, lines=True))
     _print(printable(text, lines=True))
 
 
