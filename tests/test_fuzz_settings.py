@@ -52,6 +52,9 @@ generation:
     file_path: data/mine/valid.jsonl
     field_names: {input: question, reference_response: matching}
     multi_concept: false
+    keywords: [yes_please, gladly]
+neutral:
+  mine: {file_path: data/mine/neutral.jsonl}
 """
 # lines that make a sound settings file surely wrong
 WRONG_LINES = [
@@ -63,7 +66,7 @@ WRONG_LINES = [
     "preference_pairs: [orig_mul]", "substraction_type: odd", "low_rank_dimension: 0", "seed: 1.5", "seed: [1]", "x: &a [*a]",
     "? [1]\n: 2", "lr: !!python/name:os.system",
     "1: 2", "\tlr: 1", "lr: 'open", "lr: [1", "lr: {a: ", "lr: !!float x", "use_chat_template: 3", "torch_dtype: float7",
-    "site: everywhere",
+    "site: everywhere", "steer_positions: everywhere", "steer_positions: 3",
 ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import torch
 from families import write_jsonl, write_yaml
 from golden import DATASETS, LAYER
 
+from spilt.cell import FORMS
 from spilt.data.chat import Chat, Encoded
 from spilt.engine import activations, score
 from spilt.engine import decode as generation
@@ -62,7 +63,8 @@ def recorded(dataset: str, split: str, count: int | None = None) -> activations.
 
 
 def scorer(state: str, cache: activations.Activations) -> score.Recorded:
-    return score.Recorded(golden.host()[0], Steering.of({LAYER: released(state)}), cache, "skip_prefix", chat().prefix_length)
+    where = "skip_prefix" if FORMS[form_of(state)].positional else "all"
+    return score.Recorded(golden.host()[0], Steering.of({LAYER: released(state)}), cache, where, chat().prefix_length)
 
 
 def test_the_released_numbers_are_all_there() -> None:
