@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import families
+import pandas as pd
 import pytest
 import torch
 
@@ -61,3 +62,16 @@ def test_what_a_seed_does_not_decide_is_fitted_once(base: families.Base, capsys:
 )
 def test_seeds_that_contradict_each_other_are_refused(base: families.Base, words: tuple[str, ...]) -> None:
     assert run(base, "generate", *words) == 2
+
+
+def test_claims_are_judged_on_the_mean_over_fits(base: families.Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    words = ["--multipliers", "-2", "-1", "0", "1", "2", "--no_report"]
+    assert run(base, "generate", "--seeds", "1", "2") == run(base, "loss", "--seeds", "1", "2", *words) == 0
+    assert run(base, "generate", method="reps") == run(base, "loss", *words, method="reps") == 0
+    page = report.update(base.path, base.model, base.one)
+    told = pd.read_csv(page.parent / "claims.csv")
+    assert set(told["cell"]) == {"sft vector", "reps vector"}
+    of_pairs = told[told["than"].notna()]
+    assert of_pairs["fits"].tolist() == [1] * len(of_pairs)  # the fewer of the two
+    assert set(told.loc[told["than"].isna() & (told["cell"] == "sft vector"), "fits"].dropna()) == {2}

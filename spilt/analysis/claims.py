@@ -3,12 +3,14 @@
 A claim is a set of parts, functions of the mean curves that it says are > 0. It holds where all are: p = the largest one-sided p
 (intersection-union test, Berger 1982); it does not where one is < 0: p = the smallest, times their number. Standard errors from the
 paired bootstrap over questions, Student's t; Holm's correction over all claims and cells that are tested; 5%, two-sided.
+Several fits of a cell (seeds): their mean curve is judged, with variance s^2_questions + sum s^2_fits / fits, degrees of freedom by
+Welch (1947) and Satterthwaite. Of one fit alone a claim says nothing about other fits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -24,16 +26,17 @@ SMALL, NEAR_ZERO, OUTER = 0.25, 0.1, 0.75  # shares of the sweep's end: around 0
 PLATEAU = 0.25  # of the slope around 0: an outer slope under it is a plateau
 MIRROR = 0.05  # of the curve's range: |P(m) + P(-m) - 2 P(0)| under it at every m is a mirror image
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
-COLUMNS = ["claim", "among", "cell", "than", "verdict", "estimate", "low", "high", "from", "to", "p", "random_pass", "random_draws"]
+COLUMNS = ["claim", "among", "cell", "than", "verdict", "estimate", "low", "high", "from", "to", "p", "fits", "random_pass", "random_draws"]
 Parts = Callable[[Array, Array, Array], Array]
+MeanCurves = tuple[Array, Array, Array]  # multipliers [m], preference and utility [draws, m]
 
 
 class Case(NamedTuple):
-    """One cell: its questions (one split), its random ones, and per curve R^2 and held-out R^2 of its fit."""
+    """One method and form: the questions of each of its fits (one split), its random ones, and per curve R^2 and held-out R^2."""
 
     method: str
     form: str
-    questions: Questions
+    fits: tuple[Questions, ...]
     random: Curves | None = None
     r2: tuple[tuple[float | None, float | None], ...] = ()
 
@@ -96,26 +99,50 @@ def kept(m: Array, preference: Array, utility: Array, levels: Array) -> Array:
     return np.stack(out, axis=1)
 
 
-def _ahead(one: tuple[Array, Array, Array], other: tuple[Array, Array, Array], levels: Array) -> Array:
+def _kept(levels: Array, m: Array, preference: Array, utility: Array) -> Array:
+    """Its mean over the levels [draws, 1]."""
+    return np.asarray(kept(m, preference, utility, levels).mean(axis=1, keepdims=True))
+
+
+def _ahead(one: MeanCurves, other: MeanCurves, levels: Array) -> Array:
     """Mean over the levels of the utility that one keeps more than the other [draws, 1]."""
-    return np.asarray((kept(*one, levels) - kept(*other, levels)).mean(axis=1, keepdims=True))
+    return _kept(levels, *one) - _kept(levels, *other)
 
 
-def _curves(questions: Questions, weights: Array | None = None) -> tuple[Array, Array, Array]:
+def _curves(fits: Sequence[Questions], weights: Array | None = None) -> MeanCurves:
+    """Mean over the fits, at the multipliers that are usable in each."""
+    each = [_of_fit(questions, weights) for questions in fits]
+    m = reduce(np.intersect1d, [own for own, _, _ in each])
+    preference, utility = (np.mean([fit[k][:, np.isin(fit[0], m)] for fit in each], axis=0) for k in (1, 2))
+    return m, preference, utility
+
+
+def _of_fit(questions: Questions, weights: Array | None = None) -> MeanCurves:
     ok = questions.usable
     return questions.multipliers[ok], questions.mean("preference", weights)[:, ok], questions.mean("utility", weights)[:, ok]
 
 
-def _judged(questions: Questions, estimate: Array, drawn: Array, negated: bool) -> dict[str, Any]:
-    """Verdict before correction, of parts [part] and their resamples [draws, part]; the part shown is the one that decides."""
-    spread = questions.spread(drawn)
+def _judged(questions: Questions, estimate: Array, drawn: Array, negated: bool, fits: Sequence[Array] = ()) -> dict[str, Any]:
+    """Verdict before correction, of parts [part] and their resamples [draws, part]; the part shown is the one that decides.
+
+    fits: the parts by each fit [fit, part], an array for each of the cells compared that have several.
+    """
+    spread, freedom = questions.spread(drawn), np.full(len(estimate), float(questions.freedom))
+    if fits:
+        variances = [(spread**2, questions.freedom), *((each.var(axis=0, ddof=1) / len(each), len(each) - 1) for each in fits)]
+        total = sum(variance for variance, _ in variances)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            welch = total**2 / sum(variance**2 / df for variance, df in variances)
+        spread, freedom = np.sqrt(total), np.where(total > 0, welch, freedom)
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(spread > 0, estimate / spread, np.sign(estimate) * np.inf)
     t = np.where(np.isnan(t), 0.0, t)
-    above, below = stats.t.sf(t, questions.freedom), stats.t.cdf(t, questions.freedom)
+    above, below = stats.t.sf(t, freedom), stats.t.cdf(t, freedom)
     holds, fails = float(above.max()), float(min(1.0, len(t) * below.min()))
     weakest = int(t.argmin())
     low, high = questions.interval(drawn[:, weakest])
+    if fits:
+        low, high = estimate[weakest] + spread[weakest] * stats.t.ppf([0.025, 0.975], freedom[weakest])
     verdict = HOLDS if (holds < fails) != negated else FAILS
     sign = -1.0 if negated else 1.0
     low, high = sorted((sign * low, sign * high))
@@ -129,14 +156,16 @@ def judge(cases: Mapping[str, Case], seed: int = 0) -> pd.DataFrame:
     """One row per claim and cell that can be judged (COLUMNS); `than`: the cell that it is compared with. p: after Holm's correction."""
     rows: list[dict[str, Any]] = []
     for name, case in cases.items():
-        questions = case.questions
-        if questions.zero < 0 or not questions.usable[questions.zero] or questions.freedom < 1:
+        case = case._replace(fits=_on_shared(case.fits))
+        if not _can_be_judged(case.fits):
             continue
-        mean, drawn = _curves(questions), _curves(questions, questions.resamples(seed))
+        questions = case.fits[0]
+        mean, drawn = _curves(case.fits), _curves(case.fits, questions.resamples(seed))
         for claim, (parts, negated) in CLAIMS.items():
             estimate = parts(*mean)[0] if len(mean[0]) > 2 else np.empty(0)
             if len(estimate):
-                row = {"claim": claim, "among": case.form, "cell": name} | _judged(questions, estimate, parts(*drawn), negated)
+                row = {"claim": claim, "among": case.form, "cell": name, "fits": len(case.fits)}
+                row |= _judged(questions, estimate, parts(*drawn), negated, _of_fits(parts, case.fits, mean[0]))
                 rows.append(row | _random(case, partial(_passes, parts, negated)))
     rows += [_fits(name, case) for name, case in cases.items() if len(case.r2) and None not in [fit[0] for fit in case.r2]]
     pairs = [pair for pair in combinations(reversed(list(cases.items())), 2) if pair[0][1].form == pair[1][1].form]
@@ -181,14 +210,14 @@ def _fits(name: str, case: Case) -> dict[str, Any]:
 
 def _compared(a: str, one: Case, b: str, other: Case, seed: int) -> dict[str, Any] | None:
     """Does `one` keep more utility than `other` at equal preference? Over the gains that both reach, on the questions of both."""
-    shared = one.questions.keys.intersection(other.questions.keys).sort_values()
-    if len(shared) < 2:
+    both = _on_shared((*one.fits, *other.fits))
+    first, second = both[: len(one.fits)], both[len(one.fits) :]
+    if not _can_be_judged(both):
         return None
-    first, second = (_of(case.questions, shared) for case in (one, other))
-    if first.freedom < 1 or any(q.zero < 0 or not q.usable[q.zero] or q.usable.sum() < 3 for q in (first, second)):
+    weights = both[0].resamples(seed)
+    means = [_curves(fits) for fits in (first, second)]
+    if min(len(m) for m, _, _ in means) < 3:
         return None
-    weights = first.resamples(seed)
-    means = [_curves(q) for q in (first, second)]
     tops = [float((p - p[:, m == 0]).max()) for m, p, _ in means]
     if min(tops) <= 0:
         return None
@@ -196,12 +225,12 @@ def _compared(a: str, one: Case, b: str, other: Case, seed: int) -> dict[str, An
     drawn = _ahead(_curves(first, weights), _curves(second, weights), levels)
     base = float(means[0][1][0, means[0][0] == 0][0])
     row = {"claim": KEEPS.format(one.method, other.method), "among": one.form, "cell": a, "than": b, "from": base, "to": base + min(tops)}
-    row |= _judged(first, _ahead(means[0], means[1], levels)[0], drawn, False)
+    spreads = [each for fits, mean in zip((first, second), means, strict=True) for each in _of_fits(partial(_kept, levels), fits, mean[0])]
+    row |= {"fits": min(len(first), len(second))} | _judged(both[0], _ahead(means[0], means[1], levels)[0], drawn, False, spreads)
 
     def passes(m: Array, preference: Array, utility: Array) -> Array:
         """Random ones in the place of `one`, over what each of them and `other` reach; those that reach nothing do not pass."""
-        there = other.questions.first(one.random.questions if one.random else 0)
-        rival = _curves(there)
+        rival = _curves([questions.first(one.random.questions if one.random else 0) for questions in other.fits])
         out = []
         for p, u in zip(preference, utility, strict=True):
             top = min(float((p - p[m == 0]).max()), float((rival[1] - rival[1][:, rival[0] == 0]).max()))
@@ -210,6 +239,22 @@ def _compared(a: str, one: Case, b: str, other: Case, seed: int) -> dict[str, An
         return np.asarray(out)
 
     return row | _random(one, passes)
+
+
+def _can_be_judged(fits: Sequence[Questions]) -> bool:
+    return fits[0].freedom >= 1 and all(questions.zero >= 0 and questions.usable[questions.zero] for questions in fits)
+
+
+def _of_fits(parts: Parts, fits: Sequence[Questions], m: Array) -> list[Array]:
+    """[[fit, part]] of several fits at these multipliers; of one alone nothing is known."""
+    each = [_of_fit(questions) for questions in fits]
+    return [np.stack([parts(m, *(y[:, np.isin(own, m)] for y in curves))[0] for own, *curves in each])] if len(fits) > 1 else []
+
+
+def _on_shared(fits: Sequence[Questions]) -> tuple[Questions, ...]:
+    """On the questions that all of them were asked."""
+    keys = reduce(lambda some, other: some.intersection(other), [questions.keys for questions in fits]).sort_values()
+    return tuple(_of(questions, keys) for questions in fits)
 
 
 def _of(questions: Questions, keys: pd.MultiIndex) -> Questions:

@@ -20,9 +20,12 @@ from spilt.analysis.questions import Array, Questions, interpolate
 BUDGET = 0.5  # nats of utility that a recommendation may cost
 NEAR = 0.02  # nats: a measured point whose drop is this near to the budget is the point where it is met
 
+SHARP = 0.01  # share of m: a measured point this near to the peak is the peak
+
 
 class Best(NamedTuple):
-    """Per curve: m*, its gain, and between which m it may lie (its neighbours, where it is a measured point that peaks)."""
+    """Per curve: m*, its gain, and between which m it may lie: where it is a measured point with lower ones on both sides, the peak of
+    the parabola through the three; where it is the last within the budget, from its neighbour to where the budget is met."""
 
     multiplier: Array
     gain: Array
@@ -58,11 +61,24 @@ def best(m: Array, preference: Array, utility: Array, budget: float, usable: npt
         after = np.where((end < len(x)) & (at == a) & np.isfinite(met), met, after)
         star = np.where(on_the_way, met, x[at])
         near, far = np.where(on_the_way, met, before), np.where(on_the_way, met, after)
+        bends = ~on_the_way & (at > 0) & (at + 1 < end)
+        vertex = _vertex(x, gain, np.clip(at, 1, max(len(x) - 2, 1))) if len(x) > 2 else star
+        near, far = (np.where(bends, vertex, edge) for edge in (near, far))
         near, far = (np.where(star == 0, 0.0, edge) for edge in (near, far))
         side = Best(star, np.where(on_the_way, there, peak), np.minimum(near, far), np.maximum(near, far))
         better = side.gain > found.gain
         found = Best(*(np.where(better, new, old) for new, old in zip(side, found, strict=True)))
     return found
+
+
+def _vertex(x: Array, y: Array, at: npt.NDArray[np.int64]) -> Array:
+    """Where the parabola through three neighbouring points of each row [draws, x] peaks, the highest in the middle."""
+    rows = np.arange(len(y))
+    a, b, c = (x[at + k] for k in (-1, 0, 1))
+    left, right = ((y[rows, at] - y[rows, at + k]) for k in (-1, 1))  # >= 0: how much lower the outer ones are
+    with np.errstate(invalid="ignore", divide="ignore"):
+        vertex = b - 0.5 * ((b - a) ** 2 * right - (b - c) ** 2 * left) / ((b - a) * right - (b - c) * left)
+    return np.where(np.isfinite(vertex), np.clip(vertex, np.minimum(a, c), np.maximum(a, c)), b)
 
 
 def split_of(frame: pd.DataFrame) -> str | None:
@@ -90,13 +106,19 @@ def solve(frame: pd.DataFrame, budget: float = BUDGET) -> float | None:
 
 
 def next_multiplier(frame: pd.DataFrame, budget: float = BUDGET) -> float | None:
-    """Where to measure next, so that the recommendation is a measured one; None when it is. 4 digits."""
+    """Where to measure next, so that the recommendation is a measured one, or nearer to the peak; None when it is. 4 digits."""
     star = solve(frame, budget)
     if star is None:
         return None
+    questions = Questions.of(frame[frame["split"] == split_of(frame)])
+    m = questions.multipliers
+    if star in m:
+        found = best(m, questions.mean("preference"), questions.mean("utility"), budget, questions.usable)
+        star = float(found.low[0]) if found.low[0] == found.high[0] else star
+        if np.abs(m - star).min() <= SHARP * abs(star):
+            return None
     rounded = float(f"{star:.4g}")
-    measured = frame.loc[frame["split"] == split_of(frame), "multiplier"]
-    return None if star in set(measured) or rounded in set(measured) else rounded
+    return None if star in m or rounded in m else rounded
 
 
 def _has_base(questions: Questions) -> bool:

@@ -147,7 +147,7 @@ def _report(
     headline = words.recommended(measured, recommendations)
     numbers = words.numbers(*first, frames["makeup"].loc[first[1].name]) if first else []
     texts = [(cell, samples) for cell in measured if (samples := stored.samples(cell.place, SAMPLES))]
-    rows = {name: tables.records(frame, name != "seeds") for name, frame in frames.items() if name != "claims"}
+    rows = {name: tables.records(frame, {cell.name for cell in measured}) for name, frame in frames.items() if name != "claims"}
     remarks = [f"{cell.name}: {note}" for cell in measured for note in cell.fit["notes"]]
     html = page.render(
         "report.html",
@@ -160,7 +160,7 @@ def _report(
         **{"files": {cell.name: about.files(cell, freshness.page(base, model, dataset)) for cell in measured}},
         **{"cells": measured, "pictures": pictures, "texts": texts, "coverage": words.coverage(measured)},
         **{"rows": rows, "claims": tables.judged(claimed)},
-        **{"main_results": tables.records(pd.DataFrame(paper.main_results(model, dataset)), linked=False)},
+        **{"main_results": tables.records(pd.DataFrame(paper.main_results(model, dataset)))},
         **{"findings": words.findings(measured, split, frames), "shortfalls": tables.shortfalls(measured, split)},
         **{"problems": problems, "remarks": [remark for remark in remarks if remark not in problems]},
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,13 +40,13 @@ SEEDS = [
 ]
 
 
-def records(frame: pd.DataFrame, linked: bool = True) -> list[Row]:
-    """A table's rows with their cell, and its form, by the printed names; linked: with the place of the cell on the page."""
+def records(frame: pd.DataFrame, linked: Collection[str] = ()) -> list[Row]:
+    """A table's rows with their cell, and its form, by the printed names; of the cells linked: with their place on the page."""
     out = []
     for row in frame.to_dict("records"):
         method, form = (row["method"], row["intervention"]) if "method" in row else row.get("cell", "all cells").split(" ", 1)
         shown = {"cell": label(method, form), "form": label("", form)}
-        shown |= {"anchor": anchor(printable(f"{method} {form}"))} if linked and method != "all" else {}
+        shown |= {"anchor": anchor(name)} if (name := printable(f"{method} {form}")) in linked else {}
         if "bound_hits" in row:  # in words; the CSV keeps the fit's own names
             shown |= {"at_bound": ", ".join(PARAMETERS.get(name, name) for name in row["bound_hits"].split())}
             shown |= {"warned": row["warnings"].replace(" ", ", ").replace("_", " ")}
@@ -178,19 +178,25 @@ def control(cells: Sequence[Measured]) -> pd.DataFrame:
 
 def claimed(cells: Sequence[Measured], split: str, seed: int = 0) -> pd.DataFrame:
     """One row per claim and cell (analysis/claims.py): everything that the page says of claims is read from here."""
-    cases = {}
+    fits: dict[tuple[str, str], list[Measured]] = {}  # those that differ by their seed alone
     for cell in cells:
-        frame, wanted = cell.frame, cell.split_for(split)
-        r2 = tuple((fit.r2, fit.r2_held_out) for fit in (cell.fitted("trained", kind)[0] for kind in KINDS))
-        questions = Questions.of(frame[frame["split"] == wanted])
-        cases[cell.name] = claims.Case(cell.place.method, cell.place.intervention, questions, cell.random_curves, r2)
+        same = fits.setdefault((cell.place.method, cell.place.form), [])
+        if not any(cell.frame.equals(other.frame) for other in same):  # a seed given twice
+            same.append(cell)
+    cases = {}
+    for (method, form), same in fits.items():
+        r2 = tuple((fit.r2, fit.r2_held_out) for cell in same for fit in (cell.fitted("trained", kind)[0] for kind in KINDS))
+        questions = tuple(Questions.of(cell.frame[cell.frame["split"] == cell.split_for(split)]) for cell in same)
+        random = next((curves for cell in same if (curves := cell.random_curves) is not None), None)
+        name = same[0].name if len(same) == 1 else printable(f"{method} {form}")
+        cases[name] = claims.Case(method, form, questions, random, r2)
     return claims.judge(cases, seed)
 
 
 def trade_off(table: pd.DataFrame) -> pd.DataFrame:
     """Of `claimed`: the pairs of methods within a form at equal preference, each over the range that both reach."""
     pairs = table[table["than"].notna()]
-    return pairs[["among", "cell", "than", "verdict", "estimate", "low", "high", "p", "from", "to", "random_pass", "random_draws"]]
+    return pairs[["among", "cell", "than", "verdict", "estimate", "low", "high", "p", "from", "to", "fits", "random_pass", "random_draws"]]
 
 
 def judged(table: pd.DataFrame) -> list[Row]:
