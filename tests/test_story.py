@@ -38,7 +38,7 @@ def test_it_is_short_and_shows_what_changed() -> None:
     assert lines[3].endswith("prompt 2"), "the prompt whose answer had the word before comes last"
     assert lines[6].startswith("counted     answers of 3 with a keyword (") and {"sea", "boat", "wave"} <= set(words(lines[6]))
     assert lines[6].endswith(": 0 at m = -3, 1 at m = 0, 3 at m = 3, 3 at m = 12")
-    assert "24 test questions" in lines[7] and "+1.16 [1.01, 1.33] nat" in lines[8] and "-0.49 [0.40, 0.60] nat" in lines[8]
+    assert "24 test questions" in lines[7] and "+1.16 [+1.01, +1.33] nat" in lines[8] and "-0.49 [-0.60, -0.40] nat" in lines[8]
     assert "rank 1 of 41" in lines[9] and "m = 12: sea sea" in lines[10]
 
 

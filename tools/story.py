@@ -81,7 +81,7 @@ def lines(found: Found) -> list[str]:
         out.append(f"{'counted':<12}answers of {len(order)} with {named}: {counts}")
     gain, drop = (_change(numbers, name, split) for name in ("gain", "drop"))
     at = f"{found.method} {found.form} at m = {best:.3g}, the largest gain of {found.of} combinations, on {numbers[f'n_{split}']:.0f}"
-    out += [f"{'measured':<12}{at} {split} questions:", f"{'':<12}preference +{gain} nat, utility -{drop} nat"]
+    out += [f"{'measured':<12}{at} {split} questions:", f"{'':<12}preference {gain} nat, utility {drop} nat"]
     if numbers.get("chance_rank"):
         beside = f"rank {numbers['chance_rank']:.0f} of {numbers['chance_of']:.0f} beside random directions of its size"
         out.append(f"{'by chance?':<12}{beside}, p = {numbers['chance_p']:.2g}")
@@ -91,8 +91,10 @@ def lines(found: Found) -> list[str]:
 
 
 def _change(numbers: dict[str, Any], name: str, split: str) -> str:
-    value = numbers[f"{'preference' if name == 'gain' else 'utility'}_{name}_{split}"]
-    return f"{value:.2f} [{numbers[f'{name}_low_{split}']:.2f}, {numbers[f'{name}_high_{split}']:.2f}]"
+    """Of preference its gain, of utility the drop with a minus, and the 95% interval."""
+    of, sign = ("preference", 1) if name == "gain" else ("utility", -1)
+    low, high = sorted(sign * numbers[f"{name}_{end}_{split}"] for end in ("low", "high"))
+    return f"{sign * numbers[f'{of}_{name}_{split}']:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def _line(text: str) -> str:

@@ -176,7 +176,7 @@ def _picture(wide: Figure, narrow: Figure, png: Path, svg: Path | None = None) -
     made = figures.svg_of(wide)
     if svg is not None:
         atomic_write(svg, made)
-    return page.picture(made, figures.svg_of(narrow))
+    return page.Picture(page.image(made), page.image(figures.svg_of(narrow)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

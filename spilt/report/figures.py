@@ -1,7 +1,7 @@
 """Pictures from stored results: the paper's figure, the trade-off, the random-direction control, one per cell (analysis.md "Pictures").
 
-Every series differs by marker as well as colour, so that grey prints work. Each picture is drawn once, in light colours; `dark` turns
-an SVG's colours into those for a dark page. PNG files have a white ground and read on any page.
+Every series differs by marker as well as colour, so that grey prints work. Each picture is drawn once, in light colours; `adaptive` gives
+an SVG those for a dark page beside them. PNG files have a white ground and read on any page.
 """
 
 from __future__ import annotations
@@ -53,10 +53,16 @@ INTERVAL: dict[str, Any] = {"alpha": 0.16, "linewidth": 0, "zorder": 1.5}  # 95%
 UNDEFINED: dict[str, Any] = {"linestyle": "none", "marker": "x", "color": INK}
 
 
-def dark(svg: str) -> str:
-    for light, other in DARK.items():
-        svg = svg.replace(light, other)
-    return svg
+def adaptive(svg: str) -> str:
+    """With light and dark colours: the browser takes those that its reader prefers."""
+    names = {light: f"--c{number}" for number, light in enumerate(DARK)}
+    for light, name in names.items():
+        svg = svg.replace(light, f"var({name})")
+    lights, darks = (
+        "".join(f"{name}:{value};" for name, value in zip(names.values(), some, strict=True)) for some in (DARK, DARK.values())
+    )
+    style = f"<style>svg{{{lights}}}@media(prefers-color-scheme:dark){{svg{{{darks}}}}}</style>"
+    return re.sub(r"(<svg[^>]*>)", lambda opened: opened[0] + style, svg, count=1)
 
 
 @contextmanager
@@ -364,7 +370,7 @@ def _parts_of_odds(loss: Axes, mass: Axes, cell: Measured, split: str) -> None:
     mass.plot(rows["multiplier"], rows["answer_mass"], color=colour, linewidth=1.5)
     loss.set_title("loss (nats)", fontsize="medium")
     mass.set_title("probability of both answers, summed", fontsize="medium")
-    loss.legend(loc="best", fontsize="x-small", frameon=True, framealpha=0.75, facecolor=GROUND, edgecolor="none")
+    loss.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=3, fontsize="x-small", columnspacing=1.0, handlelength=1.6)
     for axes in (loss, mass):
         axes.set_ylim(bottom=0)
         axes.set_xlabel("m")

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from spilt.errors import printable
 from spilt.report.cells import absent, anchor, shown
-from spilt.report.figures import dark
+from spilt.report.figures import adaptive
 
 
 class Image(NamedTuple):
@@ -26,10 +26,10 @@ class Image(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """One figure: wide and light, and (CSS media) when a browser shows what instead."""
+    """One figure, and the narrow one for small screens."""
 
     wide: Image
-    others: dict[str, Image]
+    narrow: Image
 
 
 class Column(NamedTuple):
@@ -49,15 +49,10 @@ class Column(NamedTuple):
 
 
 def image(svg: str) -> Image:
+    """Of an SVG in light colours."""
     width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
-    data = base64.b64encode(svg.encode()).decode()
+    data = base64.b64encode(adaptive(svg).encode()).decode()
     return Image(f"data:image/svg+xml;base64,{data}", round(float(width)), round(float(height)))
-
-
-def picture(wide: str, narrow: str) -> Picture:
-    """Of two SVGs in light colours."""
-    small, night = "(max-width: 640px)", "(prefers-color-scheme: dark)"
-    return Picture(image(wide), {f"{small} and {night}": image(dark(narrow)), small: image(narrow), night: image(dark(wide))})
 
 
 def columns(names: Iterable[str], unit: str, spec: str) -> list[Column]:
