@@ -22,7 +22,6 @@ from spilt import memory
 from spilt.engine.kv import PreallocatedKV
 from spilt.engine.prompts import MakeSites, Prompts, Row, Started, forward
 from spilt.errors import NotFinite
-from spilt.steering import hooks
 from spilt.steering.steering import Steering
 
 log = logging.getLogger("spilt")
@@ -229,11 +228,7 @@ def generate(model: nn.Module, steering: Steering, rows: Sequence[Row], how: Dec
 
     Out of memory: the rows under way begin again in batches half as large.
     """
-
-    def sites(multiplier: Tensor) -> list[hooks.Applied]:
-        return [hooks.Applied(site.layer, made, multiplier) for site, made in steering]
-
-    stream = _Stream(model, sites, rows, how, batch_size)
+    stream = _Stream(model, steering.at, rows, how, batch_size)
     while stream.new:
         try:
             stream.advance()

@@ -131,7 +131,7 @@ class Recorded(Scorer):
             return []
         factor = torch.full((rows, 1, 1), strength, dtype=torch.float32, device=self.device)
         where = None if acts is None else acts.to(self.device)
-        return [hooks.Applied(site.layer, made, factor, where) for site, made in self.steering]
+        return self.steering.at(factor, where)
 
     def _stream(self, sites: Sequence[hooks.Applied], seen: suffix.Recorded) -> tuple[Tensor, list[hooks.Applied]]:
         """The recorded rows, steered where the recorded block is; and the sites further up, still to be attached."""

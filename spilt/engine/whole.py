@@ -37,7 +37,7 @@ def steer(model: nn.Module, steering: Steering, multiplier: Multiplier, where: T
     Yields the model.
     """
     strength = per_row(multiplier)
-    with hooks.attach(model, [hooks.Applied(site.layer, made, strength, where) for site, made in steering]):
+    with hooks.attach(model, steering.at(strength, where)):
         yield model
 
 

@@ -20,6 +20,7 @@ from spilt.artifacts.atomic import atomic_write
 from spilt.errors import UserError, first_line
 from spilt.settings.fields import WRITE_POINTS
 from spilt.steering import anatomy, layer_file
+from spilt.steering.hooks import Applied
 from spilt.steering.interventions import INTERVENTIONS, Intervention, Multiplier
 
 SUFFIX = ".safetensors"
@@ -76,6 +77,10 @@ class Steering:
     def parameters(self) -> Iterator[nn.Parameter]:
         for _, intervention in self.entries:
             yield from intervention.parameters()
+
+    def at(self, multiplier: Multiplier, positions: Tensor | None = None) -> list[Applied]:
+        """What `hooks.attach` takes: every entry at this multiplier (or one per row). positions [B, T] bool: where it acts; None: all."""
+        return [Applied(site.layer, made, multiplier, positions) for site, made in self.entries]
 
     def on(self, layer: int) -> Steering:
         """The part of it at one layer."""
