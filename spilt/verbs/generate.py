@@ -22,7 +22,14 @@ class Generate(Verb):
     sections = {"prompts": "generation"}
     work = "spilt.tasks.generate:generate"
     together = True
+    words = (RECOMMENDED,)
     not_deciding = ("multipliers", "batch_size")
+
+    def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:
+        """With `recommended` also 0; those of the settings then only where `sweep` is said too."""
+        alone = request.words == (RECOMMENDED,) and request.multipliers is None
+        given = () if alone else super().multipliers(request, settings)
+        return tuple(dict.fromkeys((*given, 0.0))) if RECOMMENDED in request.words else given
 
     def outputs(self, store: Store, step: Step) -> list[Path]:
         return [store.results(step.cells[0], m) for m in step.multipliers]
@@ -39,7 +46,7 @@ class Generate(Verb):
         """Each prompt once below the layer, above it once per text; then a token at a time."""
         s, head = step.settings, shape.head
         prompts = [tokens(prompt.input) + TEMPLATE for prompt in rows]
-        texts = len(prompts) * s.num_responses * (len(step.multipliers) + s.generate_orig_output)
+        texts = len(prompts) * s.num_responses * (len(step.multipliers) + step.waits + s.generate_orig_output)
         length = sum(prompts) / len(prompts)
         new = texts * s.generation_params.max_new_tokens
         whole = length + s.generation_params.max_new_tokens
