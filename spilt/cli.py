@@ -90,7 +90,7 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
     add("--dry_run", action="store_true", help="print the plan; write nothing, load no model")
     group = made.add_argument_group("ours")
     add("--dtype", DTYPES, help="of the model: float32, bfloat16, float16 (over the YAML's)")
-    add("--batch_size", type=_positive, help="texts decoded side by side (changes no result beyond rounding)")
+    add("--batch_size", type=_positive, help="texts made side by side (changes no result beyond rounding); default: by free memory")
     add("--limit", type=_positive, help="rows of each data file, from the first")
     add("--seed", type=int, help="over the YAML's")
     add("--seeds", nargs="+", type=_count, metavar="N", help="a fit with each of these seeds, in folders of their own")

@@ -241,4 +241,4 @@ def cost(step: Step, request: Request, read: dict[Any, Sequence[Any]] | None = N
             parts.append(verb.cost(step, shape, kept[key], request))
     recorded = max(part.cache for part in parts)  # of one concept at a time
     peak = shape.weights * shape.size(s) + recorded + max(part.peak for part in parts)
-    return Cost(sum(part.tokens for part in parts), sum(part.flops for part in parts), recorded, peak)
+    return Cost(sum(part.tokens for part in parts), sum(part.flops for part in parts), recorded, peak, parts[-1].batch)

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spilt import memory
 from spilt.artifacts import manifest
 from spilt.artifacts.store import Store
 from spilt.model import identity
 from spilt.verbs.base import Request, Step, Verb, output_parts
-from spilt.verbs.estimate import TEMPLATE, Cost, Shape, tokens
+from spilt.verbs.estimate import TEMPLATE, Cost, Shape, side_by_side, tokens
 
 RECOMMENDED = "recommended"  # a word for --multipliers
 
@@ -52,8 +53,11 @@ class Generate(Verb):
         whole = length + s.generation_params.max_new_tokens
         flops = shape.run(sum(prompts), shape.below(s), length) + shape.run(texts * length, shape.above(s), length) + texts * head
         flops += shape.run(new, shape.layers, whole) + new * head
-        per_row = 2 * shape.layers * shape.kv_heads * shape.head_dim * whole * shape.size(s)
-        return Cost(sum(prompts) + texts * length + new, flops, 0, s.batch_size * per_row)
+        kind, size, longest, each = request.device.split(":")[0], shape.size(s), max(prompts), s.generation_params.max_new_tokens
+        free = memory.free() - shape.weights * size if kind == "cpu" else None
+        batch = side_by_side(request.batch_size or s.batch_size, shape, size, longest, each, free, kind)
+        peak = min(batch.texts, texts) * shape.of_text(longest, each, size)
+        return Cost(sum(prompts) + texts * length + new, flops, 0, peak, str(batch))
 
 
 def text_identities(outputs: Mapping[float, Mapping[str, Any]]) -> dict[float | None, str]:
