@@ -19,7 +19,7 @@ from spilt.model import checkpoint
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BYTES_PER_TOKEN, TEMPLATE = 4, 20
 SHARE = 0.5  # of the free memory, for the texts that are made side by side
-MOST, MOST_ON_CPU = 256, 64  # of them: beyond that the weights are read no more often, and on a CPU keys and values leave its caches
+MOST, MOST_ON_CPU = 256, 64  # of them; CPU s of 130 texts of SmolLM2-135M: 46 with 16 at once, 30 with 32, 27 with 64
 
 
 class Shape(NamedTuple):
