@@ -25,16 +25,7 @@ if [ "$got" = 3 ]; then
 fi
 [ "$got" = 0 ] || exit "$got"
 
-every() {
-    for cell in caa,vector sft,vector spilt,vector spilt,lora; do
-        "$PYTHON" run_spilt.py --dataset "$DATASET" --method "${cell%,*}" --model_name "$MODEL" --intervention_method "${cell#*,}" \
-            --device "$DEVICE" --base_dir "$BASE_DIR" "$@"
-    done
-}
-every --mode both
-every --mode loss --multipliers sweep --limit 16 --control_pairs "${CONTROL:-0}" --no_report
-# texts at the recommended multipliers; when no cell has one, the page says why
-"$PYTHON" run_spilt.py --dataset "$DATASET" --method all --model_name "$MODEL" --intervention_method all --device "$DEVICE" \
-    --base_dir "$BASE_DIR" --mode apply --multipliers recommended || [ $? = 2 ]
-"$PYTHON" -m spilt report --base_dir "$BASE_DIR" --model_name "$MODEL" --dataset "$DATASET"
+# fits, losses over a sweep, and texts at the settings' strengths and at what the losses recommend; one process, the model is loaded once
+"$PYTHON" run_spilt.py --dataset "$DATASET" --method caa sft spilt spilt_lora --intervention_method vector --model_name "$MODEL" \
+    --mode all --device "$DEVICE" --base_dir "$BASE_DIR" --control_pairs "${CONTROL:-0}"
 "$PYTHON" tools/story.py --base_dir "$BASE_DIR" --model_name "$MODEL" --dataset "$DATASET"
