@@ -10,63 +10,20 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import DynamicCache, GenerationConfig
-from transformers.generation import logits_process as lp
+from transformers import DynamicCache
 
 from spilt import memory
 from spilt.engine.kv import PreallocatedKV
 from spilt.engine.prompts import MakeSites, Prompts, Row, Started, forward
+from spilt.engine.sampling import Decoding, choose
 from spilt.errors import NotFinite
 from spilt.steering.steering import Steering
 
 log = logging.getLogger("spilt")
-
-
-class Decoding(NamedTuple):
-    """How the next token is chosen. processors see (ids so far [1, t], scores [1, V]); warpers only scores [B, V]."""
-
-    max_new_tokens: int
-    sample: bool
-    eos: tuple[int, ...]
-    pad: int
-    processors: list[Any]
-    warpers: list[Any]
-
-
-def decoding(params: dict[str, Any], model: nn.Module, tokenizer: Any) -> Decoding:
-    """The request's parameters over the checkpoint's generation_config, over the library's defaults, as `generate` does."""
-    own: GenerationConfig = getattr(model, "generation_config", None) or GenerationConfig()
-
-    def value(name: str, default: Any) -> Any:
-        given = params.get(name)
-        given = getattr(own, name, None) if given is None else given
-        return default if given is None else given
-
-    sample = bool(params.get("do_sample", own.do_sample or False))
-    processors: list[Any] = []
-    if value("repetition_penalty", 1.0) != 1.0:
-        processors.append(lp.RepetitionPenaltyLogitsProcessor(float(value("repetition_penalty", 1.0))))
-    if value("no_repeat_ngram_size", 0) > 0:
-        processors.append(lp.NoRepeatNGramLogitsProcessor(int(value("no_repeat_ngram_size", 0))))
-    warpers: list[Any] = []
-    if sample:
-        if value("temperature", 1.0) != 1.0:
-            warpers.append(lp.TemperatureLogitsWarper(float(value("temperature", 1.0))))
-        if value("top_k", 50) > 0:  # 50 is what `generate` takes when nobody says otherwise
-            warpers.append(lp.TopKLogitsWarper(int(value("top_k", 50))))
-        if value("top_p", 1.0) < 1.0:
-            warpers.append(lp.TopPLogitsWarper(float(value("top_p", 1.0))))
-        if value("min_p", 0.0) > 0.0:
-            warpers.append(lp.MinPLogitsWarper(float(value("min_p", 0.0))))
-    eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    ends = tuple(eos) if isinstance(eos, (list, tuple)) else (() if eos is None else (eos,))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
-    return Decoding(int(value("max_new_tokens", 128)), sample, ends, int(pad), processors, warpers)
 
 
 class _Active:
@@ -111,25 +68,6 @@ class _Active:
         self.rows = self.rows + started.rows
 
 
-def choose(scores: Tensor, how: Decoding, uniform: Tensor | None, ids: list[list[int]]) -> Tensor:
-    """The next token of each row [B]: the likeliest, or the inverse of the cumulative distribution at the row's own number."""
-    if how.processors:
-        rows = []
-        for row, so_far in zip(scores.split(1), ids, strict=True):  # one by one: the library would count the padding as text
-            context = torch.tensor([so_far], device=scores.device)
-            for process in how.processors:
-                row = process(context, row)
-            rows.append(row)
-        scores = torch.cat(rows)
-    if uniform is None:
-        return scores.argmax(-1)
-    for warp in how.warpers:
-        scores = warp(None, scores)
-    cumulative = scores.double().softmax(-1).cumsum(-1)
-    picked = torch.searchsorted(cumulative, (uniform[:, None] * cumulative[:, -1:]), right=True)[:, 0]
-    return picked.clamp(max=scores.shape[-1] - 1)
-
-
 def refuse_not_finite(scores: Tensor, rows: Sequence[Row]) -> None:
     """Raises NotFinite unless the largest score of each row is a number: NaN goes through max, among infinite ones none is likeliest."""
     good = torch.isfinite(scores.amax(-1))
@@ -167,7 +105,7 @@ class _Stream:
         assert active is not None
         refuse_not_finite(active.scores, [self.rows[i] for i in active.rows])
         draws = [self.draws[i].random() for i in active.rows] if self.how.sample else None
-        uniform = None if draws is None else torch.tensor(draws, dtype=torch.float64, device=self.device)
+        uniform = None if draws is None else torch.tensor(draws, dtype=torch.float64)
         ids = [[*self.rows[i].prompt, *self.new[i]] for i in active.rows] if self.how.processors else []
         tokens = choose(active.scores, self.how, uniform, ids)
         keep = []
