@@ -1,8 +1,8 @@
 """Text from a steered model: one stream of rows, each with its own prompt, multiplier and seed.
 
 Rows of any prompt and multiplier share a batch. A finished row leaves, waiting rows take its place (their keys and values
-go to free places beside the running ones, padded on the left), so the batch stays full until the stream ends. What a row gets does not
-depend on its company: left padding is masked, positions count real tokens, random numbers belong to the row.
+go to free places beside the running ones), so the batch stays full until the stream ends. What a row gets does not
+depend on its company: what lies right of its tokens is masked, positions count its own tokens, random numbers belong to the row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import DynamicCache
 
 from spilt import memory
@@ -27,43 +26,36 @@ log = logging.getLogger("spilt")
 
 
 class _Active:
-    """The rows that are being decoded: their tokens, cache and masks."""
+    """The rows that are being decoded, their cache, and the scores of their next tokens."""
 
-    def __init__(self, started: Started, capacity: int) -> None:
-        self.rows, self.multiplier, self.mask, self.scores = started.rows, started.multiplier, started.mask, started.scores
-        self.rooms: list[PreallocatedKV] = []
-        for keys, values in started.pairs:
-            room = PreallocatedKV(capacity)
-            room.join(keys, values, keys.shape[2])
-            self.rooms.append(room)
+    def __init__(self, started: Started, capacity: int, columns: int) -> None:
+        self.rows: list[int] = []
+        self.multiplier, self.scores = started.multiplier[:0], started.scores[:0]
+        self.places = capacity, columns
+        self.layers: list[PreallocatedKV] = []
         self.cache = DynamicCache()
-        self.cache.layers = list(self.rooms)  # every layer keeps all positions: windows are masks
+        self.join(started)
 
-    def select(self, keep: list[int]) -> Tensor:
-        """Only these rows stay, the last ones in the places of those that go: returns their order.
-
-        Columns on the left that no row needs any more go.
-        """
+    def select(self, keep: list[int], width: int) -> Tensor:
+        """Only these rows stay, the last ones in the places of those that go: returns their order."""
         order = list(range(len(keep)))
         holes = sorted(set(order) - set(keep))
         movers = [row for row in keep if row >= len(keep)]
         for hole, mover in zip(holes, movers, strict=True):
             order[hole] = mover
-        index = torch.tensor(order, device=self.mask.device)
-        self.rows = [self.rows[i] for i in order]
-        self.multiplier, self.mask, self.scores = self.multiplier[index], self.mask[index], self.scores[index]
-        dropped = int(self.mask.any(0).int().argmax())
-        self.mask = self.mask[:, dropped:]
-        for room in self.rooms:
-            room.keep(torch.tensor(holes, device=index.device), torch.tensor(movers, device=index.device), len(keep), dropped)
+        index = torch.tensor(order, device=self.multiplier.device)
+        self.rows, self.multiplier = [self.rows[i] for i in order], self.multiplier[index]
+        for layer in self.layers if holes else []:
+            layer.keep(torch.tensor(holes), torch.tensor(movers), width)
         return index
 
     def join(self, started: Started) -> None:
-        """Others come in; whose mask is shorter is padded on the left."""
-        width = max(self.mask.shape[1], started.mask.shape[1])
-        for room, (keys, values) in zip(self.rooms, started.pairs, strict=True):
-            room.join(keys, values, width)
-        self.mask = torch.cat([functional.pad(mask, (width - mask.shape[1], 0)) for mask in (self.mask, started.mask)])
+        """Others come in, after those that are there."""
+        for number, (keys, values) in enumerate(started.pairs):
+            if number == len(self.layers):
+                self.layers.append(PreallocatedKV(*self.places))
+            self.layers[number].join(keys, values, len(self.rows))
+        self.cache.layers = list(self.layers)  # every layer keeps all positions: windows are masks
         self.multiplier, self.scores = torch.cat([self.multiplier, started.multiplier]), torch.cat([self.scores, started.scores])
         self.rows = self.rows + started.rows
 
@@ -91,6 +83,7 @@ class _Stream:
         self.draws: dict[int, random.Random] = {}
         self.active: _Active | None = None
         self.finished: list[tuple[int, list[int]]] = []
+        self.columns = max((len(row.prompt) for row in rows), default=0) + how.max_new_tokens
         self.wait(range(len(rows)))
         self.prompts = Prompts(model, make_sites, rows, how.pad, self.device)
 
@@ -119,9 +112,13 @@ class _Stream:
             self.active = None
             return
         if len(keep) < len(active.rows):
-            tokens = tokens[active.select(keep)]
-        active.mask = torch.cat([active.mask, active.mask.new_ones(len(keep), 1)], 1)
-        active.scores = forward(self.model, self.make_sites(active.multiplier), tokens[:, None], active.mask, active.cache)
+            tokens = tokens[active.select(keep, max(self._held(active.rows[place]) for place in keep))]
+        lengths = [self._held(i) for i in active.rows]
+        active.scores = forward(self.model, self.make_sites(active.multiplier), tokens, lengths, active.cache)
+
+    def _held(self, i: int) -> int:
+        """Tokens of a row whose keys and values are there: all but the last."""
+        return len(self.rows[i].prompt) + len(self.new[i]) - 1
 
     def _fill(self) -> None:
         free = self.batch_size - (len(self.active.rows) if self.active else 0)
@@ -133,7 +130,7 @@ class _Stream:
             self.draws.update({i: random.Random(self.rows[i].seed) for i in fresh})
         started = self.prompts.start(self.rows, fresh)
         if self.active is None:
-            self.active = _Active(started, min(self.batch_size, len(self.rows)))
+            self.active = _Active(started, min(self.batch_size, len(self.rows)), self.columns)
         else:
             self.active.join(started)
 
