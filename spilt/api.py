@@ -22,7 +22,7 @@ from spilt import plan
 from spilt.analysis import odds
 from spilt.data.chat import Chat, Encoded
 from spilt.data.readers import PAIR_FIELDS, Pair
-from spilt.engine import activations, choice, score, whole
+from spilt.engine import activations, choice, sampling, score, whole
 from spilt.engine import decode as generation
 from spilt.engine import train as training
 from spilt.errors import UserError, unknown
@@ -266,7 +266,7 @@ def generate(
     for name in params:
         if name not in known:
             raise unknown("generation parameter", name, known)
-    how = generation.decoding(GenerationParams(**params).as_kwargs(), model, tokenizer)
+    how = sampling.decoding(GenerationParams(**params).as_kwargs(), model, tokenizer)
     check_context(model, "generate, prompts", [*enumerate(map(len, ids))], "shorten them or lower max_new_tokens", how.max_new_tokens)
 
     with _frozen(model):

@@ -11,7 +11,9 @@ from families import EOS, FAMILY_NAMES, FORMS, LAYERS, PAD, READS, SPECIAL, VOCA
 from torch import Tensor, nn
 
 from spilt.engine import decode as generation
-from spilt.engine.decode import Decoding, Row
+from spilt.engine import sampling
+from spilt.engine.decode import Row
+from spilt.engine.sampling import Decoding
 from spilt.steering import hooks
 from spilt.steering.interventions import Intervention
 from spilt.steering.steering import Steering
@@ -30,7 +32,7 @@ def rows(seed: int = 0) -> list[Row]:
 
 def how(sample: bool = False, eos: tuple[int, ...] = (EOS,), new: int = NEW, **params: Any) -> Decoding:
     """What the stages make of generation_params, with the end tokens of the test."""
-    made = generation.decoding({"do_sample": sample, "max_new_tokens": new, **params}, model("qwen2"), tokenizer())
+    made = sampling.decoding({"do_sample": sample, "max_new_tokens": new, **params}, model("qwen2"), tokenizer())
     return made._replace(eos=eos)
 
 
@@ -154,7 +156,7 @@ def test_end_tokens_come_from_the_checkpoint(own: Any, of_tokenizer: int | None,
     tiny, words = build("qwen2"), tokenizer()
     tiny.generation_config.eos_token_id = own  # type: ignore[union-attr]
     words.eos_token = None if of_tokenizer is None else words.convert_ids_to_tokens(of_tokenizer)
-    assert generation.decoding({}, tiny, words).eos == expected
+    assert sampling.decoding({}, tiny, words).eos == expected
 
 
 @pytest.mark.parametrize("new", [1, 2, 7])
@@ -249,10 +251,10 @@ def test_unsteered_texts_are_those_of_the_library(family: str) -> None:
 def test_settings_default_to_the_checkpoint_then_the_library() -> None:
     tiny, words = build("qwen2"), tokenizer()
     tiny.generation_config.top_k, tiny.generation_config.repetition_penalty = 7, 1.3  # type: ignore[union-attr]
-    names = [type(w).__name__ for w in generation.decoding({"do_sample": True}, tiny, words).warpers]
+    names = [type(w).__name__ for w in sampling.decoding({"do_sample": True}, tiny, words).warpers]
     assert names == ["TopKLogitsWarper"]
-    made = generation.decoding({"do_sample": True, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "temperature": 0.5}, tiny, words)
-    assert [type(w).__name__[: -len("LogitsWarper")] for w in made.warpers] == ["Temperature", "TopK", "TopP", "MinP"]
+    made = sampling.decoding({"do_sample": True, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "temperature": 0.5}, tiny, words)
+    assert [type(w).__name__[: -len("LogitsWarper")] for w in made.warpers] == ["Temperature", "TopK", "StableTopP", "MinP"]
     assert made.warpers[1].top_k == 3 and [type(p).__name__ for p in made.processors] == ["RepetitionPenaltyLogitsProcessor"]
-    greedy = generation.decoding({"do_sample": False, "top_k": 3}, tiny, words)
+    greedy = sampling.decoding({"do_sample": False, "top_k": 3}, tiny, words)
     assert greedy.warpers == [] and not greedy.sample and greedy.max_new_tokens == 128

@@ -19,7 +19,7 @@ from golden import DATASETS, LAYER
 
 from spilt.cell import FORMS
 from spilt.data.chat import Chat, Encoded
-from spilt.engine import activations, score
+from spilt.engine import activations, sampling, score
 from spilt.engine import decode as generation
 from spilt.engine import train as training
 from spilt.methods import LOSS_TYPES, METHODS
@@ -139,7 +139,7 @@ def test_greedy_texts(dataset: str, batch_size: int, rows_each: int) -> None:
     want = golden.numbers("generations.json")
     names = sorted({key.split("/")[1] for key in want if key.startswith(dataset)})
     assert len(names) == 7
-    how = generation.decoding({"do_sample": False, "max_new_tokens": 24}, model, tokenizer)
+    how = sampling.decoding({"do_sample": False, "max_new_tokens": 24}, model, tokenizer)
     for name in names:
         made = released(name, dataset)
         expected, rows = [], []

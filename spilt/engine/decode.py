@@ -1,8 +1,8 @@
 """Text from a steered model: one stream of rows, each with its own prompt, multiplier and seed.
 
 Rows of any prompt and multiplier share a batch. A finished row leaves, waiting rows take its place (their keys and values
-go to free places beside the running ones, padded on the left), so the batch stays full until the stream ends. What a row gets does not
-depend on its company: left padding is masked, positions count real tokens, random numbers belong to the row.
+go to free places beside the running ones), so the batch stays full until the stream ends. What a row gets does not
+depend on its company: what lies right of its tokens is masked, positions count its own tokens, random numbers belong to the row.
 """
 
 from __future__ import annotations
@@ -10,124 +10,54 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import DynamicCache, GenerationConfig
-from transformers.generation import logits_process as lp
+from transformers import DynamicCache
 
 from spilt import memory
 from spilt.engine.kv import PreallocatedKV
 from spilt.engine.prompts import MakeSites, Prompts, Row, Started, forward
+from spilt.engine.sampling import Decoding, choose
 from spilt.errors import NotFinite
 from spilt.steering.steering import Steering
 
 log = logging.getLogger("spilt")
 
 
-class Decoding(NamedTuple):
-    """How the next token is chosen. processors see (ids so far [1, t], scores [1, V]); warpers only scores [B, V]."""
-
-    max_new_tokens: int
-    sample: bool
-    eos: tuple[int, ...]
-    pad: int
-    processors: list[Any]
-    warpers: list[Any]
-
-
-def decoding(params: dict[str, Any], model: nn.Module, tokenizer: Any) -> Decoding:
-    """The request's parameters over the checkpoint's generation_config, over the library's defaults, as `generate` does."""
-    own: GenerationConfig = getattr(model, "generation_config", None) or GenerationConfig()
-
-    def value(name: str, default: Any) -> Any:
-        given = params.get(name)
-        given = getattr(own, name, None) if given is None else given
-        return default if given is None else given
-
-    sample = bool(params.get("do_sample", own.do_sample or False))
-    processors: list[Any] = []
-    if value("repetition_penalty", 1.0) != 1.0:
-        processors.append(lp.RepetitionPenaltyLogitsProcessor(float(value("repetition_penalty", 1.0))))
-    if value("no_repeat_ngram_size", 0) > 0:
-        processors.append(lp.NoRepeatNGramLogitsProcessor(int(value("no_repeat_ngram_size", 0))))
-    warpers: list[Any] = []
-    if sample:
-        if value("temperature", 1.0) != 1.0:
-            warpers.append(lp.TemperatureLogitsWarper(float(value("temperature", 1.0))))
-        if value("top_k", 50) > 0:  # 50 is what `generate` takes when nobody says otherwise
-            warpers.append(lp.TopKLogitsWarper(int(value("top_k", 50))))
-        if value("top_p", 1.0) < 1.0:
-            warpers.append(lp.TopPLogitsWarper(float(value("top_p", 1.0))))
-        if value("min_p", 0.0) > 0.0:
-            warpers.append(lp.MinPLogitsWarper(float(value("min_p", 0.0))))
-    eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    ends = tuple(eos) if isinstance(eos, (list, tuple)) else (() if eos is None else (eos,))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
-    return Decoding(int(value("max_new_tokens", 128)), sample, ends, int(pad), processors, warpers)
-
-
 class _Active:
-    """The rows that are being decoded: their tokens, cache and masks."""
+    """The rows that are being decoded, their cache, and the scores of their next tokens."""
 
-    def __init__(self, started: Started, capacity: int) -> None:
-        self.rows, self.multiplier, self.mask, self.scores = started.rows, started.multiplier, started.mask, started.scores
-        self.rooms: list[PreallocatedKV] = []
-        for keys, values in started.pairs:
-            room = PreallocatedKV(capacity)
-            room.join(keys, values, keys.shape[2])
-            self.rooms.append(room)
+    def __init__(self, started: Started, capacity: int, columns: int) -> None:
+        self.rows: list[int] = []
+        self.multiplier, self.scores = started.multiplier[:0], started.scores[:0]
+        self.places = capacity, columns
+        self.layers: list[PreallocatedKV] = []
         self.cache = DynamicCache()
-        self.cache.layers = list(self.rooms)  # every layer keeps all positions: windows are masks
+        self.join(started)
 
-    def select(self, keep: list[int]) -> Tensor:
-        """Only these rows stay, the last ones in the places of those that go: returns their order.
-
-        Columns on the left that no row needs any more go.
-        """
+    def select(self, keep: list[int], width: int) -> Tensor:
+        """Only these rows stay, the last ones in the places of those that go: returns their order."""
         order = list(range(len(keep)))
         holes = sorted(set(order) - set(keep))
         movers = [row for row in keep if row >= len(keep)]
         for hole, mover in zip(holes, movers, strict=True):
             order[hole] = mover
-        index = torch.tensor(order, device=self.mask.device)
-        self.rows = [self.rows[i] for i in order]
-        self.multiplier, self.mask, self.scores = self.multiplier[index], self.mask[index], self.scores[index]
-        dropped = int(self.mask.any(0).int().argmax())
-        self.mask = self.mask[:, dropped:]
-        for room in self.rooms:
-            room.keep(torch.tensor(holes, device=index.device), torch.tensor(movers, device=index.device), len(keep), dropped)
+        index = torch.tensor(order, device=self.multiplier.device)
+        self.rows, self.multiplier = [self.rows[i] for i in order], self.multiplier[index]
+        for layer in self.layers if holes else []:
+            layer.keep(torch.tensor(holes), torch.tensor(movers), width)
         return index
 
     def join(self, started: Started) -> None:
-        """Others come in; whose mask is shorter is padded on the left."""
-        width = max(self.mask.shape[1], started.mask.shape[1])
-        for room, (keys, values) in zip(self.rooms, started.pairs, strict=True):
-            room.join(keys, values, width)
-        self.mask = torch.cat([functional.pad(mask, (width - mask.shape[1], 0)) for mask in (self.mask, started.mask)])
+        """Others come in, after those that are there."""
+        for number, (keys, values) in enumerate(started.pairs):
+            if number == len(self.layers):
+                self.layers.append(PreallocatedKV(*self.places))
+            self.layers[number].join(keys, values, len(self.rows))
+        self.cache.layers = list(self.layers)  # every layer keeps all positions: windows are masks
         self.multiplier, self.scores = torch.cat([self.multiplier, started.multiplier]), torch.cat([self.scores, started.scores])
         self.rows = self.rows + started.rows
-
-
-def choose(scores: Tensor, how: Decoding, uniform: Tensor | None, ids: list[list[int]]) -> Tensor:
-    """The next token of each row [B]: the likeliest, or the inverse of the cumulative distribution at the row's own number."""
-    if how.processors:
-        rows = []
-        for row, so_far in zip(scores.split(1), ids, strict=True):  # one by one: the library would count the padding as text
-            context = torch.tensor([so_far], device=scores.device)
-            for process in how.processors:
-                row = process(context, row)
-            rows.append(row)
-        scores = torch.cat(rows)
-    if uniform is None:
-        return scores.argmax(-1)
-    for warp in how.warpers:
-        scores = warp(None, scores)
-    cumulative = scores.double().softmax(-1).cumsum(-1)
-    picked = torch.searchsorted(cumulative, (uniform[:, None] * cumulative[:, -1:]), right=True)[:, 0]
-    return picked.clamp(max=scores.shape[-1] - 1)
 
 
 def refuse_not_finite(scores: Tensor, rows: Sequence[Row]) -> None:
@@ -153,6 +83,7 @@ class _Stream:
         self.draws: dict[int, random.Random] = {}
         self.active: _Active | None = None
         self.finished: list[tuple[int, list[int]]] = []
+        self.columns = max((len(row.prompt) for row in rows), default=0) + how.max_new_tokens
         self.wait(range(len(rows)))
         self.prompts = Prompts(model, make_sites, rows, how.pad, self.device)
 
@@ -167,7 +98,7 @@ class _Stream:
         assert active is not None
         refuse_not_finite(active.scores, [self.rows[i] for i in active.rows])
         draws = [self.draws[i].random() for i in active.rows] if self.how.sample else None
-        uniform = None if draws is None else torch.tensor(draws, dtype=torch.float64, device=self.device)
+        uniform = None if draws is None else torch.tensor(draws, dtype=torch.float64)
         ids = [[*self.rows[i].prompt, *self.new[i]] for i in active.rows] if self.how.processors else []
         tokens = choose(active.scores, self.how, uniform, ids)
         keep = []
@@ -181,9 +112,13 @@ class _Stream:
             self.active = None
             return
         if len(keep) < len(active.rows):
-            tokens = tokens[active.select(keep)]
-        active.mask = torch.cat([active.mask, active.mask.new_ones(len(keep), 1)], 1)
-        active.scores = forward(self.model, self.make_sites(active.multiplier), tokens[:, None], active.mask, active.cache)
+            tokens = tokens[active.select(keep, max(self._held(active.rows[place]) for place in keep))]
+        lengths = [self._held(i) for i in active.rows]
+        active.scores = forward(self.model, self.make_sites(active.multiplier), tokens, lengths, active.cache)
+
+    def _held(self, i: int) -> int:
+        """Tokens of a row whose keys and values are there: all but the last."""
+        return len(self.rows[i].prompt) + len(self.new[i]) - 1
 
     def _fill(self) -> None:
         free = self.batch_size - (len(self.active.rows) if self.active else 0)
@@ -195,7 +130,7 @@ class _Stream:
             self.draws.update({i: random.Random(self.rows[i].seed) for i in fresh})
         started = self.prompts.start(self.rows, fresh)
         if self.active is None:
-            self.active = _Active(started, min(self.batch_size, len(self.rows)))
+            self.active = _Active(started, min(self.batch_size, len(self.rows)), self.columns)
         else:
             self.active.join(started)
 

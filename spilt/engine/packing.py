@@ -30,7 +30,7 @@ The last prompt token <a> belongs to the branches: its logits score the first an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -116,25 +116,30 @@ def visible(rows: Rows, prefix: int, window: int | None = None) -> Tensor:
 
 
 def attention_inputs(model: nn.Module, rows: Rows, prefix: int, copies: int = 1) -> dict[str, Any]:
-    """position_ids and the 4-dimensional attention_mask (per kind of layer where the model has two), for a library forward.
+    """position_ids and attention_mask for a library forward. copies: the whole batch stands that many times one after the other
+    (once per multiplier)."""
+    mask = attention_masks(model, lambda window: visible(rows, prefix, window).repeat(copies, 1, 1))
+    return {"position_ids": rows.positions.repeat(copies, 1), "attention_mask": mask, "use_cache": True}
 
-    copies: the whole batch stands that many times one after the other (once per multiplier).
+
+def attention_masks(model: nn.Module, visible: Callable[[int | None], Tensor]) -> Any:
+    """What is added to attention scores [B, 1, queries, keys], per kind of layer where the model has two.
+
+    visible: [B, queries, keys] bool, for layers that see so many tokens back (None: all).
     """
     config: Any = model.config
     text = config.get_text_config()
     dtype = next(model.parameters()).dtype
 
     def additive(window: int | None) -> Tensor:
-        mask = torch.zeros((), dtype=dtype, device=rows.positions.device).where(visible(rows, prefix, window), torch.finfo(dtype).min)
-        return mask[:, None].repeat(copies, 1, 1, 1)
+        seen = visible(window)
+        return torch.zeros((), dtype=dtype, device=seen.device).where(seen, torch.finfo(dtype).min)[:, None]
 
     kinds = set(getattr(text, "layer_types", None) or ())
     window = getattr(text, "sliding_window", None)
     if "sliding_attention" in kinds:
-        mask: Any = {"full_attention": additive(None), "sliding_attention": additive(window)}
-    else:  # one kind: with a window everywhere (Mistral), or without
-        mask = additive(None if kinds else window)
-    return {"position_ids": rows.positions.repeat(copies, 1), "attention_mask": mask, "use_cache": True}
+        return {"full_attention": additive(None), "sliding_attention": additive(window)}
+    return additive(None if kinds else window)  # one kind: with a window everywhere (Mistral), or without
 
 
 def cache_of(pairs: KeysValues, index: Tensor | None = None) -> DynamicCache:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,21 +33,32 @@ class Row(NamedTuple):
 
 
 class Started(NamedTuple):
-    """Rows whose prompts have been read: left-padded to one length T."""
+    """Rows whose prompts have been read: right-padded to one length T."""
 
     rows: list[int]  # numbers in the request
     multiplier: Tensor  # [B, 1, 1]
-    mask: Tensor  # [B, T] long, 1 = real token
     pairs: Iterable[tuple[Tensor, Tensor]]  # keys and values [B, H, T, d] of each layer, read once
     scores: Tensor  # [B, V] of the next token
 
 
-def forward(model: nn.Module, sites: list[hooks.Applied], ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-    """Scores [B, V] of the token after ids [B, t]; the cache grows by t."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+def forward(model: nn.Module, sites: list[hooks.Applied], tokens: Tensor, lengths: list[int], cache: DynamicCache) -> Tensor:
+    """Scores [B, V] of the token after tokens [B], which come behind `lengths` others each: into the cache's PreallocatedKV."""
+    width, place = max(lengths) + 1, torch.tensor(lengths, device=tokens.device)[:, None]
+    columns = torch.arange(width, device=tokens.device)
+
+    def visible(window: int | None) -> Tensor:
+        seen = columns <= place
+        return (seen if window is None else seen & (columns > place - window))[:, None]
+
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        layer.begin(place[:, 0], width)
+    masks = packing.attention_masks(model, visible)
     with hooks.attach(model, sites):
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return out.logits[:, -1].float().to(ids.device)
+        out = model(
+            input_ids=tokens[:, None], position_ids=place, attention_mask=masks, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+    return out.logits[:, -1].float().to(tokens.device)
 
 
 class Prompts:
@@ -115,23 +126,29 @@ class Prompts:
         multiplier = torch.tensor([rows[i].multiplier for i in numbers], dtype=torch.float32, device=self.device)[:, None, None]
         prompts = [rows[i].prompt for i in numbers]
         if self.base < 0:  # the first block's inside is steered: nothing can be shared
-            return _prefill(self.model, self.make_sites(multiplier), prompts, list(numbers), multiplier, self.pad, self.device)
+            return self._whole(list(numbers), prompts, multiplier)
         if new := list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.kept)):
             self._record(new)
         seen, below = zip(*(self.kept[prompt] for prompt in prompts), strict=True)
         self._forget(prompts)
         scores, above = self._above(prompts, seen, multiplier)
-        to_left = _ToLeft([len(prompt) for prompt in prompts], self.device)
 
         def in_order() -> Iterator[tuple[Tensor, Tensor]]:
             """One layer at a time, so that no second copy of the whole cache is ever there."""
             for layer in below[0]:
-                yield to_left(self._joined(layer, 0, below)), to_left(self._joined(layer, 1, below))
+                yield self._joined(layer, 0, below), self._joined(layer, 1, below)
             for layer in sorted(above):
-                keys, values = above.pop(layer)
-                yield to_left(keys), to_left(values)
+                yield above.pop(layer)
 
-        return Started(list(numbers), multiplier, to_left.mask, in_order(), scores)
+        return Started(list(numbers), multiplier, in_order(), scores)
+
+    def _whole(self, numbers: list[int], prompts: list[tuple[int, ...]], multiplier: Tensor) -> Started:
+        """The plain way: whole prompts through the whole model."""
+        rows, cache = self._rows(prompts), DynamicCache()
+        inputs = packing.attention_inputs(self.model, rows, 0)
+        with hooks.attach(self.model, self.make_sites(multiplier)), suffix.head_rows(self.model, _last(rows)):
+            scores = self.model(input_ids=rows.input_ids, past_key_values=cache, **inputs).logits[0].float().to(self.device)
+        return Started(numbers, multiplier, packing.pairs_of(cache).values(), scores)
 
     def _above(
         self, prompts: Sequence[tuple[int, ...]], recorded: Sequence[suffix.Recorded], multiplier: Tensor
@@ -143,14 +160,12 @@ class Prompts:
         )
         stream, above = self._steered(seen, multiplier)
         rows = self._rows(prompts)
-        lengths = (rows.branch != packing.PADDING).sum(1)
-        last = torch.arange(rows.branch.shape[1], device=self.device) == (lengths - 1)[:, None]
         heads = [self._head(m) for m in multiplier.flatten().tolist()]
         begun = {layer: tuple(torch.cat([head[layer][kv] for head in heads]) for kv in (0, 1)) for layer in heads[0]}
         cache = packing.cache_of(begun)  # type: ignore[arg-type]
         inputs = packing.attention_inputs(self.model, rows, self.prefix)
         with hooks.attach(self.model, above):
-            scores = suffix.logits(self.model, self.base, stream, last, past_key_values=cache, **inputs).float().to(self.device)
+            scores = suffix.logits(self.model, self.base, stream, _last(rows), past_key_values=cache, **inputs).float().to(self.device)
         return scores, packing.pairs_of(cache)
 
     def _joined(self, layer: int, kv: int, below: Sequence[packing.KeysValues]) -> Tensor:
@@ -167,36 +182,7 @@ class Prompts:
                 self.kept.pop(prompt, None)
 
 
-class _ToLeft:
-    """From right to left padding: row b moves right by what it is shorter.
-
-    a b c . .        . . a b c
-    d e f g h   ->   d e f g h
-    """
-
-    def __init__(self, lengths: list[int], device: torch.device) -> None:
-        width = max(lengths)
-        place = torch.arange(width, device=device) - (width - torch.tensor(lengths, device=device))[:, None]
-        self.place, self.mask = place.clamp(min=0), (place >= 0).long()  # [B, T]; mask: 1 = real token
-
-    def __call__(self, t: Tensor) -> Tensor:
-        """t [B, H, T, d]; what comes to lie in the padding is masked."""
-        return t.gather(2, self.place.to(t.device)[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))
-
-
-def _prefill(
-    model: nn.Module,
-    sites: list[hooks.Applied],
-    prompts: list[tuple[int, ...]],
-    numbers: list[int],
-    multiplier: Tensor,
-    pad: int,
-    device: torch.device,
-) -> Started:
-    """The plain way: whole prompts through the whole model."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    cache = DynamicCache()
-    scores = forward(model, sites, ids, mask, cache)
-    return Started(numbers, multiplier, mask, packing.pairs_of(cache).values(), scores)
+def _last(rows: packing.Rows) -> Tensor:
+    """[B, T] bool: the last token of each row."""
+    lengths = (rows.branch != packing.PADDING).sum(1, keepdim=True)
+    return torch.arange(rows.branch.shape[1], device=lengths.device) == lengths - 1

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from spilt.data.batches import pad, position_mask
 from spilt.data.chat import Encoded
-from spilt.engine import decode
+from spilt.engine import decode, sampling
 from spilt.engine import score as scoring
 from spilt.engine import train as training
-from spilt.engine.decode import Decoding, Row
+from spilt.engine.decode import Row
+from spilt.engine.sampling import Decoding
 from spilt.methods import Method
 from spilt.methods.scoring import AnswerLogProbs, answer_logprobs, scored_positions
 from spilt.settings.fields import FitSettings
@@ -142,7 +143,7 @@ def texts(
 ) -> Iterator[tuple[int, list[int]]]:
     """Yields (row number, new token ids), one row after the other: the model's own forward and cache, a token at a time.
 
-    The next token is chosen as decode.choose says, by the row's own random numbers. m = 0: no intervention runs.
+    The next token is chosen as sampling.choose says, by the row's own random numbers. m = 0: no intervention runs.
     positions: which tokens are steered (`steer_positions`); prefix: tokens of the template before the prompt.
     """
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
@@ -155,8 +156,8 @@ def texts(
                 out = model(input_ids=torch.tensor([ids], device=device), past_key_values=cache, use_cache=True)
             cache, scores = out.past_key_values, out.logits[:, -1].float()
             decode.refuse_not_finite(scores, [row])
-            uniform = torch.tensor([draw.random()], dtype=torch.float64, device=device) if how.sample else None
-            ids = decode.choose(scores, how, uniform, [[*row.prompt, *new]]).tolist()
+            uniform = torch.tensor([draw.random()], dtype=torch.float64) if how.sample else None
+            ids = sampling.choose(scores, how, uniform, [[*row.prompt, *new]]).tolist()
             new += ids
         yield number, new
 

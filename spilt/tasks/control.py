@@ -18,7 +18,7 @@ from spilt.analysis import odds
 from spilt.analysis.behaviour import share
 from spilt.artifacts.losses import CONTROL, CONTROL_TEXTS
 from spilt.data import readers
-from spilt.engine import decode, dose, score, whole
+from spilt.engine import decode, dose, sampling, score, whole
 from spilt.errors import UserError
 from spilt.steering.interventions import Intervention
 from spilt.steering.steering import Steering
@@ -97,7 +97,7 @@ def texts(step: Step, steering: Steering, seen: Sequence[dose.Seen], multiplier:
         return None
     s: Any = verbs.VERBS["generate"].settings(request, cell.method, cell.intervention).settings
     chat, model = run.host.chat(s.use_chat_template, s.system_prompt), run.host.model
-    how = decode.decoding(s.generation_params.as_kwargs(), model, run.host.tokenizer)
+    how = sampling.decoding(s.generation_params.as_kwargs(), model, run.host.tokenizer)
     how = how._replace(max_new_tokens=min(how.max_new_tokens, length))
     ids = [tuple(chat.prompt_ids(prompt.input)) for prompt in prompts]
     amount, units = abs(multiplier) * dose.of(steering, seen), {}

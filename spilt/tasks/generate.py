@@ -15,7 +15,7 @@ from spilt.artifacts.texts import CONCEPT_KEYS, ROW_KEYS
 from spilt.cell import Cell
 from spilt.data import readers
 from spilt.engine import decode as generation
-from spilt.engine import whole
+from spilt.engine import sampling, whole
 from spilt.tasks.context import check_context, texts_at_once
 from spilt.tasks.recordings import Run, stored, tell_replaced
 from spilt.verbs import Step
@@ -107,7 +107,7 @@ def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinishe
 
     strengths = [*([None] if s.generate_orig_output else []), *multipliers]
     every = [Text(m, cell.concept, i, k) for m in strengths for i in range(len(ids)) for k in range(s.num_responses)]
-    how = generation.decoding(s.generation_params.as_kwargs(), run.host.model, run.host.tokenizer)
+    how = sampling.decoding(s.generation_params.as_kwargs(), run.host.model, run.host.tokenizer)
     lengths = [(prompt.row, len(tokens)) for prompt, tokens in zip(prompts, ids, strict=True)]
     way_out = "shorten the prompt or lower generation_params.max_new_tokens"
     check_context(run.host.model, f"apply {cell}, prompts", lengths, way_out, how.max_new_tokens)

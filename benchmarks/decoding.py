@@ -1,0 +1,134 @@
+"""Decoding alone: this package's stream of rows beside a good plain way, batched `generate` with one hook and a multiplier per row.
+
+    OMP_NUM_THREADS=1 python benchmarks/decoding.py --batch 8 32 64 --new_tokens 32
+    OMP_NUM_THREADS=1 python benchmarks/decoding.py --against ../other-checkout
+
+Greedy, a vector, the same rows on both sides in turns; medians of processor seconds, prompts read included. Both must give the same texts.
+--against: ours beside another checkout of this package instead, in processes of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(os.environ.get("SPILT_CHECKOUT", Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(HERE))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+from benchmarks import inprocess, world  # noqa: E402
+from spilt.data.chat import Chat  # noqa: E402
+from spilt.engine import decode  # noqa: E402
+from spilt.steering import anatomy  # noqa: E402
+from spilt.steering.interventions import Vector  # noqa: E402
+from spilt.steering.steering import Steering  # noqa: E402
+
+STRENGTHS = (-1.0, 0.0, 1.0, 2.0)
+
+
+@torch.no_grad()
+def plain(model: Any, layer: int, vector: torch.Tensor, rows: Sequence[decode.Row], new: int, batch: int) -> list[list[int]]:
+    """What one writes in an afternoon: left padding, a forward hook, `generate`."""
+    texts: list[list[int]] = []
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
+    for start in range(0, len(rows), batch):
+        part = [rows[i] for i in order[start : start + batch]]
+        width = max(len(row.prompt) for row in part)
+        ids = torch.tensor([[0] * (width - len(row.prompt)) + list(row.prompt) for row in part])
+        mask = torch.tensor([[0] * (width - len(row.prompt)) + [1] * len(row.prompt) for row in part])
+        added = torch.tensor([row.multiplier for row in part])[:, None, None] * vector
+
+        def add(_: Any, __: Any, output: Any, added: torch.Tensor = added) -> Any:
+            return (output[0] + added, *output[1:]) if isinstance(output, tuple) else output + added
+
+        handle = anatomy.block(model, layer).register_forward_hook(add)
+        made = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0)
+        handle.remove()
+        texts += made[:, width:].tolist()
+    return [text for _, text in sorted(zip(order, texts, strict=True))]
+
+
+def ours(model: Any, layer: int, vector: torch.Tensor, rows: Sequence[decode.Row], new: int, batch: int) -> list[list[int]]:
+    made = Vector(len(vector))
+    made.load_state_dict({"v": vector})
+    how = decode.Decoding(new, False, (), 0, [], [])
+    return [text for _, text in sorted(decode.generate(model, Steering.of({layer: made}), rows, how, batch))]
+
+
+def rows_of(shape: world.Shape, count: int) -> list[decode.Row]:
+    """`count` rows: questions of the benchmarks' world, each at four strengths."""
+    chat = Chat.of(world.tokenizer(shape.config["vocab_size"]))
+    asked = world.questions(-(-count // len(STRENGTHS)), shape.config["vocab_size"], 0)
+    return [decode.Row(tuple(chat.prompt_ids(question)), m, "") for question in asked for m in STRENGTHS][:count]
+
+
+def cpu_seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.process_time()
+    found = work()
+    return time.process_time() - start, found
+
+
+def one(shape_name: str, count: int, new: int, batch: int, way: str) -> dict[str, Any]:
+    """One run of one side, after a small one that warms up."""
+    shape = world.SHAPES[shape_name]
+    model = world.model(shape)
+    vector = torch.randn(shape.config["hidden_size"], generator=torch.Generator().manual_seed(0)) / 10
+    rows, side = rows_of(shape, count), {"ours": ours, "plain": plain}[way]
+    side(model, shape.layer, vector, rows[:2], 2, 2)
+    seconds, texts = cpu_seconds(lambda: side(model, shape.layer, vector, rows, new, batch))
+    return {"seconds": seconds, "texts": texts, "mb": inprocess.peak_mb()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="qwen2-12x512", choices=list(world.SHAPES))
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 32, 64, 128])
+    parser.add_argument("--new_tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--against", type=Path, help="another checkout")
+    parser.add_argument("--only", choices=["ours", "plain"], help="one run in this process; prints JSON")
+    args = parser.parse_args(argv)
+    if args.only:
+        print(json.dumps(one(args.shape, args.rows, args.new_tokens, args.batch[0], args.only)))
+        return 0
+    other = "other checkout" if args.against else "plain hook"
+    print(f"| batch | times faster | ours CPU s | {other} CPU s | ours MB | {other} MB | equal texts |\n|---|---|---|---|---|---|---|")
+    for batch in args.batch:
+        found: dict[str, list[dict[str, Any]]] = {"ours": [], other: []}
+        for _ in range(args.repeats):
+            for name in found:
+                checkout = args.against.resolve() if args.against and name == other else HERE
+                words = ["--shape", args.shape, "--rows", args.rows, "--batch", batch, "--new_tokens", args.new_tokens]
+                words += ["--only", "plain" if name == "plain hook" else "ours"]
+                done = subprocess.run(
+                    [sys.executable, __file__, *map(str, words)],
+                    env={**os.environ, "SPILT_CHECKOUT": str(checkout)}, stdout=subprocess.PIPE, text=True, check=True,
+                )  # fmt: skip
+                found[name].append(json.loads(done.stdout.splitlines()[-1]))
+        took = {name: statistics.median(run["seconds"] for run in runs) for name, runs in found.items()}
+        mb = {name: statistics.median(run["mb"] for run in runs) for name, runs in found.items()}
+        same = sum(a == b for a, b in zip(found["ours"][0]["texts"], found[other][0]["texts"], strict=True))
+        cells = [
+            f"**{took[other] / took['ours']:.2f}**",
+            f"{took['ours']:.1f}",
+            f"{took[other]:.1f}",
+            f"{mb['ours']:.0f}",
+            f"{mb[other]:.0f}",
+        ]
+        print(f"| {batch} | {' | '.join(cells)} | {same} of {args.rows} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
