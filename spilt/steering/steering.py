@@ -19,7 +19,7 @@ from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write
 from spilt.errors import UserError, first_line
 from spilt.settings.fields import WRITE_POINTS
-from spilt.steering import anatomy, layer_file
+from spilt.steering import anatomy, foreign, layer_file
 from spilt.steering.hooks import Applied
 from spilt.steering.interventions import INTERVENTIONS, Intervention, Multiplier
 
@@ -178,25 +178,24 @@ class Steering:
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> Steering:
-        """A stored Steering, a released layer_{id}.pt (its name says the layer), or a folder of them.
+    def load(cls, path: str | Path, layer: int | None = None) -> Steering:
+        """A stored Steering, a released layer_{id}.pt (its name says the layer), a folder of them, or what another program wrote.
 
+        layer: the block of a vector that does not say it, or the one to take of several. foreign.py says what is read of others.
         Raises UserError for anything else, with what was found.
         """
         path = Path(path)
-        if path.is_dir():
-            files = {int(hit[1]): file for file in sorted(path.iterdir()) if (hit := LAYER_FILE.fullmatch(file.name))}
-            if not files:
-                raise UserError(f"{path}: no layer_{{id}}.pt in this folder; give a stored Steering ({SUFFIX}) or such a folder")
+        files = {int(hit[1]): file for file in sorted(path.iterdir()) if (hit := LAYER_FILE.fullmatch(file.name))} if path.is_dir() else {}
+        if files:
             parts = [cls.load(files[layer]) for layer in sorted(files)]
             about = {key: value for key, value in parts[0].about.items() if all(part.about.get(key) == value for part in parts)}
             return cls((entry for part in parts for entry in part.entries), about)
         if hit := LAYER_FILE.fullmatch(path.name):
             read = partial(_released, layer=int(hit[1]))
-        elif path.suffix == SUFFIX:
+        elif path.suffix == SUFFIX and _says_steering(path):
             read = partial(_stored)
         else:
-            raise UserError(f"{path}: is neither a stored Steering ({SUFFIX}) nor a layer_{{id}}.pt of the released format")
+            read = partial(_foreign, layer=layer)
         with torch.random.fork_rng(devices=[]):  # an intervention draws its first values, whatever is put in their place
             return read(path)
 
@@ -211,6 +210,22 @@ def _copy(intervention: Intervention) -> Intervention:
     import copy
 
     return copy.deepcopy(intervention)
+
+
+def _says_steering(path: Path) -> bool:
+    """Whether a safetensors file is ours, or cannot be read at all, which _stored tells."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return "steering" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return True
+
+
+def _foreign(path: Path, layer: int | None) -> Steering:
+    found = [(Site(n, made.read_point, made.write_point), made.eval().requires_grad_(False)) for n, made in foreign.read(path, layer)]
+    return Steering(found, {"source": path.name})
 
 
 def _stored(path: Path) -> Steering:
