@@ -48,8 +48,8 @@ def which_flags(parser: argparse.ArgumentParser) -> None:
         added: Any = parser.add_argument(flag, default="", help=", ".join(table))
         added.completer = lambda table=table, **_: tuple(table)
     parser.add_argument("--concept", type=int, metavar="ID", help="of a dataset with concepts")
-    parser.add_argument("--steering", type=Path, metavar="FILE", help="a stored Steering or layer_{id}.pt instead of the cell's")
-    parser.add_argument("--layers", nargs="+", type=int, metavar="N", help="default: the settings'")
+    parser.add_argument("--steering", type=Path, metavar="FILE", help="a file instead of the cell's: a Steering, layer_{id}.pt, GGUF, ...")
+    parser.add_argument("--layers", nargs="+", type=int, metavar="N", help="default: the settings', or the file's")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="a setting of apply; repeatable")
     parser.add_argument("--device", help="default: cuda:0 where there is one, else cpu")
 
@@ -92,13 +92,14 @@ def ready(args: argparse.Namespace, max_new_tokens: int | None = None, dtype: st
     """
     store = Store(args.base_dir)
     plan.check_model(store, args.model_name)
-    more = [("layers", ",".join(map(str, args.layers or ()))), ("generation_params.max_new_tokens", max_new_tokens)]
+    layers = [] if args.steering is not None else args.layers or []
+    more = [("layers", ",".join(map(str, layers))), ("generation_params.max_new_tokens", max_new_tokens)]
     overrides = parse_overrides([*args.overrides, *(f"{key}={value}" for key, value in more if value not in ("", None))])
     named = [flag for flag in ("dataset", "method", "intervention_method") if getattr(args, flag)]
     if len(named) < 3 and (named or args.steering is None):
         raise UserError("which vector? give --dataset, --method and --intervention_method of a stored cell, or --steering FILE")
-    if args.steering is not None and args.layers:
-        raise UserError("--layers: the file of --steering says where it acts; leave --layers out")
+    if args.steering is not None and len(args.layers or ()) > 1:
+        raise UserError("--layers: of the file of --steering one layer can be taken; give one, or leave --layers out")
     cell, steering = None, None
     settings: Any = None
     if named:
@@ -123,7 +124,7 @@ def ready(args: argparse.Namespace, max_new_tokens: int | None = None, dtype: st
     from spilt.tasks.recordings import stored
 
     if args.steering is not None:
-        steering = Steering.load(args.steering)
+        steering = Steering.load(args.steering, *(args.layers or ()))
         settings = settings or _of_steering(steering, overrides)
     quiet_libraries()
     device = args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")

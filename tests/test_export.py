@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from families import FAMILY_NAMES, LAYERS, checkpoint, intervention, make_base, token_rows
+from test_real_model import FOLDER, WHY
 from transformers import AutoModelForCausalLM
 
 from spilt import cli
@@ -235,7 +236,8 @@ def test_a_cell_at_the_recommended_strength(tmp_path: Path, capsys: pytest.Captu
     words = base.argv("sft", "lora", "--format", "peft", "--output", str(tmp_path / "out"))
     capsys.readouterr()
     assert cli.main(["export", *words]) == 2 and "no recommended multiplier" in capsys.readouterr().err
-    assert cli.main(base.argv("sft", "lora", "--mode", "loss", "--multipliers", "sweep", "--control_pairs", "0", "--quiet")) == 0
+    few = ["--multipliers", "sweep", "--set", "sweep_points=5", "--control_pairs", "0", "--quiet"]
+    assert cli.main(base.argv("sft", "lora", "--mode", "loss", *few)) == 0
     capsys.readouterr()
     code = cli.main(["export", *words])
     said = capsys.readouterr()
@@ -247,3 +249,26 @@ def test_a_cell_at_the_recommended_strength(tmp_path: Path, capsys: pytest.Captu
     for part in ("- method: `sft`", "- data: `mine`", "- multiplier: `", "lora at layer 2", "logits on 3 texts", "![preference"):
         assert part in text
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(not (FOLDER / "config.json").is_file(), reason=WHY)
+def test_the_real_model_in_peft_and_merged(tmp_path: Path) -> None:
+    """A LoRA and a vector on SmolLM2-135M: both libraries' logits are ours."""
+    from peft import AutoPeftModelForCausalLM
+
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "real").symlink_to(FOLDER.resolve())
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    hidden, middle = model.config.hidden_size, model.config.intermediate_size
+    lora, vector = intervention("lora", None, hidden, middle, scale=0.05), intervention("vector", None, hidden)
+    value = Steering([(Site(20, "mlp_mid"), lora), (Site(12), vector)])
+    plain = logits(model)
+    with whole.steer(model, value, M):
+        ours = logits(model)
+    assert (ours - plain).abs().max() > 0.02 * ours.abs().max()
+    for kind, library in (("peft", AutoPeftModelForCausalLM), ("merged", AutoModelForCausalLM)):
+        assert run(tmp_path, "real", value, kind) == 0
+        theirs = library.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+        assert_same(logits(theirs), ours)
+        shutil.rmtree(tmp_path / "out")

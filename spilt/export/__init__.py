@@ -6,8 +6,8 @@ import argparse
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +19,7 @@ from spilt.settings.fields import STRONGEST
 from spilt.terminal import program, say
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 TEXTS = (  # that exported and own logits are compared on
     "The ship left the harbour early in the morning, and nobody on the quay knew when it would be back.",
@@ -33,18 +33,17 @@ VISIBLE = 10  # times the difference is what steering must change, or the compar
 class Format(NamedTuple):
     """A kind of export: a file of this room with `write(job, folder)`, which returns the card's words, and `reload(job, folder)`."""
 
-    does: str
     module: str
-    suffix: str = ""  # of the two functions' names
+    does: str
 
 
 FORMATS: dict[str, Format] = {
-    "safetensors": Format("the Steering itself with all that is known of it; exact for every form and family", "stored"),
-    "peft": Format("an adapter for PEFT: LoRA at the down projections, vectors as biases", "peft"),
-    "merged": Format("a checkpoint in float32 with the update in its weights", "merged"),
-    "gguf": Format("control_vector.gguf and lora.gguf for llama.cpp", "gguf"),
-    "vllm": Format("a LoRA for vLLM, with the line that serves it", "vllm", "_lora"),
-    "vllm-hook": Format("a vector for vLLM-Hook, per request, with its configuration", "vllm", "_hook"),
+    "safetensors": Format("stored", "the Steering itself with all that is known of it; exact for every form and family"),
+    "peft": Format("peft", "an adapter for PEFT: LoRA at the down projections, vectors as biases"),
+    "merged": Format("merged", "a checkpoint in float32 with the update in its weights"),
+    "gguf": Format("gguf", "control_vector.gguf and lora.gguf for llama.cpp"),
+    "vllm": Format("vllm", "a LoRA for vLLM, with the line that serves it"),
+    "vllm-hook": Format("vllm_hook", "a vector for vLLM-Hook, per request, with its configuration"),
 }
 
 
@@ -115,18 +114,15 @@ def export(job: Any, kind: str, facts: dict[str, Any], picture: Path | None = No
     from spilt.engine import whole
     from spilt.export import card
 
-    row = FORMATS[kind]
-    module = _module(row.module)
-    write: Callable[[Any, Path], str] = getattr(module, f"write{row.suffix}")
-    reload: Callable[[Any, Path], AbstractContextManager[nn.Module]] = getattr(module, f"reload{row.suffix}")
+    module: Any = import_module(f"spilt.export.{FORMATS[kind].module}")
     plain = logits(job.model, job.tokenizer)
     with whole.steer(job.model, job.steering, job.multiplier):
         ours = logits(job.model, job.tokenizer)
     job.place.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{job.place.name}.", dir=job.place.parent))
     try:
-        loading = write(job, folder)
-        with reload(job, folder) as model:
+        loading = module.write(job, folder)
+        with module.reload(job, folder) as model:
             theirs = logits(model, job.tokenizer)
         size = float(ours.abs().max())
         error, effect = (float((ours - other).abs().max()) / size for other in (theirs, plain))
@@ -150,12 +146,6 @@ def export(job: Any, kind: str, facts: dict[str, Any], picture: Path | None = No
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return [f"{job.place}", f"multiplier {job.multiplier:g}, every token is steered", checked, "README.md says how it is loaded"]
-
-
-def _module(name: str) -> Any:
-    from importlib import import_module
-
-    return import_module(f"spilt.export.{name}")
 
 
 def logits(model: Any, tokenizer: Any) -> Tensor:

@@ -56,7 +56,7 @@ def write(job: Job, folder: Path) -> str:
                 b.weight.copy_(pairs[layer][1].T)
             if layer in constants:
                 b.bias.copy_(constants[layer])
-    adapted.peft_config["default"].base_model_name_or_path = job.base
+    setattr(adapted.peft_config["default"], "base_model_name_or_path", job.base)  # noqa: B010 - get_peft_model has put another one there
     with warnings.catch_warnings():  # it takes the bias of lora_B for a matrix that is not whole
         warnings.filterwarnings("ignore", message=".*LoRA tensor.*invalid shape.*bias")
         adapted.save_pretrained(folder, save_embedding_layers=False)

@@ -99,7 +99,7 @@ def _vectors(held: Any, path: Path, layer: int | None) -> dict[int, Tensor]:
     if layer is None:
         shape = list(held.shape)
         what = "a vector, which does not say where it acts" if held.ndim == 1 else f"a tensor {shape}, one row for each layer"
-        raise UserError(f"{path}: holds {what}; give the layer (0-based block whose output it is added to)")
+        raise UserError(f"{path}: holds {what}; give the layer, the 0-based block whose output it is added to (--layers N)")
     if held.ndim == 2:
         if not 0 <= layer < len(held):
             raise UserError(f"{path}: holds a tensor {list(held.shape)}: rows 0 to {len(held) - 1}, not {layer}")
