@@ -145,7 +145,7 @@ def export(job: Any, kind: str, facts: dict[str, Any], picture: Path | None = No
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return [f"{job.place}", f"multiplier {job.multiplier:g}, every token is steered", checked, "README.md says how it is loaded"]
+    return [f"{job.place}: multiplier {job.multiplier:g}, every token is steered", checked, "README.md in it says how it is loaded"]
 
 
 def logits(model: Any, tokenizer: Any) -> Tensor:

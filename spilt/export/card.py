@@ -18,9 +18,10 @@ PICTURE = "curves.png"
 
 def text(job: Job, kind: str, loading: str, facts: Mapping[str, Any], checked: str, picture: bool) -> str:
     """facts: what is known of the fit, shown as a list; whatever comes from names or files is shown as code."""
-    head = {"base_model": Path(job.base).name, "tags": ["steering", "spilt"]} | ({"library_name": "peft"} if kind == "peft" else {})
+    name = Path(job.base).name if Path(job.base).is_absolute() else job.base  # where it lies on this machine is nobody's business
+    head = {"base_model": name, "tags": ["steering", "spilt"]} | ({"library_name": "peft"} if kind == "peft" else {})
     where = ", ".join(f"{made.form} at layer {site.layer} ({site.write_point})" for site, made in job.steering)
-    known = {"base model": job.base, "what": where, **facts, "multiplier": f"{job.multiplier:g}"}
+    known = {"base model": name, "what": where, **facts, "multiplier": f"{job.multiplier:g}"}
     if RECOMMENDED in job.steering.about:
         known["recommended multiplier"] = f"{job.steering.about[RECOMMENDED]:g}"
     return "\n".join(
@@ -28,7 +29,7 @@ def text(job: Job, kind: str, loading: str, facts: Mapping[str, Any], checked: s
             "---",
             yaml.safe_dump(head, allow_unicode=True).strip(),
             "---",
-            f"# A steered `{_code(Path(job.base).name)}`",
+            f"# A steered `{_code(name)}`",
             "",
             f"Made by spilt {__version__}, `--format {kind}`. Every token is steered.",
             "",

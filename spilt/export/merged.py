@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,9 @@ def write(job: Job, folder: Path) -> str:
                 kept = parameter.bfloat16().double() - before.bfloat16().double()
                 wrong += float((kept - change.double().to(kept.device)).square().sum())
                 whole += float(change.double().square().sum())
-    job.model.save_pretrained(folder)  # type: ignore[operator]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the library's, about names of its own
+        job.model.save_pretrained(folder)  # type: ignore[operator]
     job.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
     return ABOUT.format(lost=f"{(wrong / whole) ** 0.5:.1%}" if whole else "nothing")
 

@@ -44,7 +44,8 @@ def write(job: Job, folder: Path) -> str:
         fan_in_fan_out=any(transposed(module) for module in modules.values()),
         inference_mode=True,
     )
-    adapted: Any = get_peft_model(job.model, config)  # type: ignore[arg-type]
+    with quiet():
+        adapted: Any = get_peft_model(job.model, config)  # type: ignore[arg-type]
     with torch.no_grad():
         for layer in layers:
             made: Any = anatomy.down_proj(adapted.get_base_model(), layer)
@@ -57,11 +58,18 @@ def write(job: Job, folder: Path) -> str:
             if layer in constants:
                 b.bias.copy_(constants[layer])
     setattr(adapted.peft_config["default"], "base_model_name_or_path", job.base)  # noqa: B010 - get_peft_model has put another one there
-    with warnings.catch_warnings():  # it takes the bias of lora_B for a matrix that is not whole
-        warnings.filterwarnings("ignore", message=".*LoRA tensor.*invalid shape.*bias")
+    with quiet():
         adapted.save_pretrained(folder, save_embedding_layers=False)
     adapted.unload()
     return ABOUT.format(bias=BIAS if constants else "")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the library's warnings about a bias of lora_B: it can't be merged, which the card says, and is no matrix that was cut off."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*(lora_bias|lora_B.bias)")
+        yield
 
 
 @contextmanager
@@ -69,6 +77,7 @@ def reload(job: Job, folder: Path) -> Iterator[nn.Module]:
     """The library's model, of the base model in memory and the folder."""
     from peft import PeftModel
 
-    adapted: Any = PeftModel.from_pretrained(job.model, str(folder))  # type: ignore[arg-type]
+    with quiet():
+        adapted: Any = PeftModel.from_pretrained(job.model, str(folder))  # type: ignore[arg-type]
     yield adapted.eval()
     adapted.unload()

@@ -31,6 +31,8 @@ INSIDE = ("layer_activations", "directions")  # where libraries keep {block: vec
 PROJECTION = r"(?:mlp\.(?:down_proj|c_proj|fc2|dense_4h_to_h)|ffn_down\.weight)"
 DOWN = re.compile(rf"(?:.{{0,200}}\.)?(\d{{1,9}})\.{PROJECTION}\.lora_([ab])(\.weight|\.bias)?")
 LAYER_KEY = re.compile(r"(?:layers?|blocks?|direction|v)?[._ ]?(\d{1,9})")
+WANTED = re.compile(r"direction\.|.*\.lora_[ab]$")  # tensors of a GGUF file
+LARGEST = 2**31  # bytes of a vector file; a checkpoint's are as large, and would be read whole to be refused
 KINDS = "wanted a stored Steering, layer_{id}.pt, a GGUF control vector or LoRA, a PEFT folder, or tensors [D], [layers, D] or {layer: [D]}"
 
 
@@ -50,6 +52,8 @@ def read(path: Path, layer: int | None) -> Found:
 
 def _content(path: Path) -> Any:
     """A tensor, {name: tensor}, or a list of (block, LoRA)."""
+    if (size := path.stat().st_size) > LARGEST and path.suffix != ".gguf":
+        raise UserError(f"{path}: has {size / 2**30:.1f} GiB, which is no vector; {KINDS}")
     with path.open("rb") as file:
         head = file.read(9)
     if head.startswith(b"GGUF"):
@@ -138,7 +142,8 @@ def _gguf(path: Path) -> Any:
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+        small = [tensor for tensor in reader.tensors if WANTED.match(tensor.name)]  # not a whole model
+        tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in small}
     except Exception as error:  # noqa: BLE001 - of any kind: the file is junk
         raise UserError(f"{path}: cannot be read as GGUF ({type(error).__name__}: {first_line(error)})") from None
     if fields.get("adapter.type") == "lora":
@@ -146,7 +151,7 @@ def _gguf(path: Path) -> Any:
     directions = {name: value for name, value in tensors.items() if name.startswith("direction.")}
     if not directions:
         what = fields.get("general.architecture")
-        raise UserError(f"{path}: a GGUF file of {what!r} with {len(tensors)} tensors, no control vector or LoRA")
+        raise UserError(f"{path}: a GGUF file of {what!r} with {len(reader.tensors)} tensors, no control vector or LoRA")
     return directions
 
 
