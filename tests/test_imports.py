@@ -7,13 +7,16 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from families import HIDDEN, LAYERS, MIDDLE, checkpoint, token_rows
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+import spilt
 from spilt import cli
 from spilt.engine import whole
 from spilt.errors import UserError
@@ -137,16 +140,45 @@ def logits(model: Any) -> torch.Tensor:
         return torch.as_tensor(model(input_ids=token_rows([9, 9])[0], use_cache=False).logits)
 
 
-@pytest.mark.parametrize("words", [{}, {"use_rslora": True}, {"lora_bias": True}, {"alpha_pattern": {"layers.3.mlp.down_proj": 40}}])
+ADAPTERS: tuple[dict[str, Any], ...] = (
+    {},
+    {"use_rslora": True},
+    {"lora_bias": True},
+    {"alpha_pattern": {"layers.3.mlp.down_proj": 40}},
+    {"target_modules": "all-linear", "layers_to_transform": None},
+    {"target_modules": ["k_proj", "gate_proj", "o_proj"], "rank_pattern": {"layers.1.mlp.gate_proj": 5}, "lora_bias": True},
+)
+
+
+@pytest.mark.parametrize("words", ADAPTERS, ids=str)
 def test_a_peft_folder(tmp_path: Path, words: dict[str, Any]) -> None:
-    """LoRA on down projections, with the scale that PEFT gives it."""
+    """LoRA on any linear map, with the scale that PEFT gives it; it is stored and attached as every Steering."""
     folder, theirs = adapter(tmp_path / "adapter", **words)
     value = Steering.load(folder)
-    assert value.layers == (1, 3) and {site.write_point for site, _ in value} == {"down_proj"}
+    assert value.layers == ((1, 3) if words.get("layers_to_transform", True) else tuple(range(LAYERS)))
+    assert Steering.load(value.save(tmp_path / "mine.safetensors")) == value
     model = AutoModelForCausalLM.from_pretrained(checkpoint("qwen2"), dtype=torch.float32).eval()
     with whole.steer(model, value, 1.0):
         ours = logits(model)
     assert (ours - logits(theirs)).abs().max() <= 1e-4 * ours.abs().max() < (ours - logits(model)).abs().max()
+
+
+def test_text_from_an_adapter(tmp_path: Path) -> None:
+    """Each row of a batch at a strength of its own, by the plain engine: that of the library at 1, the base model's at 0."""
+    folder, theirs = adapter(tmp_path / "adapter", target_modules=["q_proj", "v_proj"], layers_to_transform=None)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("qwen2"), dtype=torch.float32).eval()
+    tokenizer = families.tokenizer()
+    table = spilt.generate(model, tokenizer, Steering.load(folder), ["is 0 odd?"], [0, 1], max_new_tokens=6, do_sample=False)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "is 0 odd?"}], add_generation_prompt=True, tokenize=False)
+    ids = torch.tensor([tokenizer(chat, add_special_tokens=False)["input_ids"]])
+    for one, text in zip((model, theirs), table["text"], strict=True):
+        made = one.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+        assert tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True) == text
+    assert table["text"].nunique() == 2
+    with pytest.raises(UserError, match="shape"):
+        Steering.load(folder).check(families.build("qwen2", num_key_value_heads=4))
+    with pytest.raises(UserError, match="unknown place in a block 'self_attn.q_proj'"):
+        Steering.load(folder).check(families.model("gpt2"))
 
 
 def test_a_gguf_lora(tmp_path: Path) -> None:
@@ -161,7 +193,7 @@ def test_a_gguf_lora(tmp_path: Path) -> None:
 def test_adapters_that_are_none_of_these(tmp_path: Path) -> None:
     for number, (words, said) in enumerate(
         [
-            ({"target_modules": ["q_proj"]}, "adapts other places than the MLPs' down projections.*q_proj"),
+            ({"target_modules": ["lm_head"], "layers_to_transform": None}, "adapts places that a Steering can't.*lm_head"),
             ({"use_dora": True}, "of another kind .DoRA."),
             ({"modules_to_save": ["lm_head"]}, "with whole modules"),
         ]
@@ -233,3 +265,27 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out = tmp_path / "out"
     assert cli.main(["export", *words, "--layers", "2", "--format", "safetensors", "--multiplier", "1", "--output", str(out)]) == 0
     assert Steering.load(out / "steering.safetensors").layers == (2,)
+
+
+def test_an_imported_vector_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--format released into a cell's folder: the losses are those of this vector."""
+    base = families.make_base(tmp_path / "base", train=4)
+    path = torch_file(tmp_path / "v.pt", V[1])
+    out = base.path / "vectors" / base.model / "caa" / base.one / "caa_vector"
+    words = ["--base_dir", str(base.path), "--model_name", base.model, "--device", "cpu", "--multiplier", "1", "--output", str(out)]
+    assert cli.main(["export", "--format", "released", "--steering", str(path), "--layers", "2", *words]) == 0
+    assert torch.equal(torch.load(out / "layer_2.pt", weights_only=True), V[1])
+    measured = base.argv("caa", "vector", "--mode", "loss", "--multipliers", "0", "2", "--no-released_files", "--no_report", "--quiet")
+    assert cli.main(measured) == 0
+    table = pd.read_csv(base.path / "vectors" / base.model / "get_sft_loss" / "caa" / base.one / "caa_vector" / "losses_train.csv")
+    model, tokenizer = spilt.load(base.path / "models" / base.model)
+    rows = [(row["question"], row["matching"], row["not_matching"]) for row in families.pairs(4)]
+    ours = spilt.measure(model, tokenizer, Steering.load(path, 2), rows, multipliers=[2])
+    loss = (table["answer_loss_sum"] / table["answer_tokens"]).groupby([table["multiplier"], table["target"]]).mean()
+    preference = {m: loss[m, "not_matching"] - loss[m, "matching"] for m in (0.0, 2.0)}
+    assert dict(zip(ours["multiplier"], ours["preference"], strict=True)) == pytest.approx(preference, rel=1e-4)
+    assert abs(preference[2.0] - preference[0.0]) > 0.01
+    capsys.readouterr()
+    folder, _ = adapter(tmp_path / "adapter")
+    assert cli.main(["export", "--format", "released", "--steering", str(folder), *words[:-1], str(tmp_path / "no")]) == 2
+    assert "at the output of one block" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spilt.errors import UserError
+from spilt.settings.fields import WRITE_POINTS
 from spilt.steering import anatomy
 from spilt.steering.steering import Site, Steering
 
@@ -62,6 +63,8 @@ def biases(job: Job, at: str) -> Biases:
     found: Biases = {}
     for site, made in job.steering:
         if (bias := made.folded()[1]) is not None and bias.any():
+            if site.write_point not in WRITE_POINTS:
+                raise UserError(f"the {made.form} of layer {site.layer} is added inside the block, at {site.write_point}; {ANYTHING}")
             _same_place(job.model, site, made.form, at)
             found[site.layer] = found.get(site.layer, 0) + job.multiplier * bias.float().cpu()
     return dict(sorted(found.items()))

@@ -7,7 +7,7 @@ What a file means is said by its content, not its name:
   fields of steering_vectors.SteeringVector) or `directions` (those of repeng.ControlVector).
 - [D], in .pt, .npy or JSON: the block is asked for, unless a .json beside it has `layer_index` (rotalabs_steer.SteeringVector.save).
 - [n_layers, D] (hidden_directions and many others): row `layer` is taken. Also {"dir": [D]} of vLLM-Hook.
-- a PEFT folder with LoRA on down projections: W + s B A, s = alpha / r, or alpha / sqrt(r) where it says use_rslora.
+- a PEFT folder with LoRA on linear maps of blocks: W + s B A, s = alpha / r, or alpha / sqrt(r) where it says use_rslora.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from spilt.steering.interventions import Intervention, LoRA, Vector
 Found = list[tuple[int, Intervention]]
 ADAPTER = "adapter_config.json"
 INSIDE = ("layer_activations", "directions")  # where libraries keep {block: vector}
-PROJECTION = r"(?:mlp\.(?:down_proj|c_proj|fc2|dense_4h_to_h)|ffn_down\.weight)"
-DOWN = re.compile(rf"(?:.{{0,200}}\.)?(\d{{1,9}})\.{PROJECTION}\.lora_([ab])(\.weight|\.bias)?")
+PART = re.compile(r"(?:.{0,200}\.)?(?:layers|h|blk)\.(\d{1,9})\.((?:\w{1,50}\.){1,5})lora_([ab])(?:\.(weight|bias))?", re.I)
+DOWN = ("ffn_down.weight", "mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc2")  # down projections, by their names
 LAYER_KEY = re.compile(r"(?:layers?|blocks?|direction|v)?[._ ]?(\d{1,9})")
 WANTED = re.compile(r"direction\.|.*\.lora_[ab]$")  # tensors of a GGUF file
 LARGEST = 2**31  # bytes of a vector file; a checkpoint's are as large, and would be read whole to be refused
@@ -181,27 +181,30 @@ def _peft(folder: Path) -> Found:
 
 
 def _pairs(path: Path, tensors: Mapping[str, Tensor], scale: Any) -> Found:
-    """LoRA at the down projections: a [r, F], b [D, r], and a bias of b as a vector."""
-    names: dict[int, dict[str, str]] = {}
+    """LoRA of linear maps: a [r, F], b [D, r], and a bias of b as a vector."""
+    places: dict[tuple[int, str], dict[str, str]] = {}
     others = []
     for name in tensors:
-        if (hit := DOWN.fullmatch(name.lower())) is None:
+        hit = PART.fullmatch(name)
+        where = hit[2].removesuffix(".") if hit else ""
+        if hit is None or ".experts." in name or (where.endswith(".weight") and where not in DOWN):  # GGUF has rows of q and k elsewhere
             others.append(name)
         else:
-            names.setdefault(int(hit[1]), {})[hit[2] + ("bias" if hit[3] == ".bias" else "")] = name
-    if others or not names:
+            places.setdefault((int(hit[1]), where), {})[hit[3].lower() + (hit[4] or "weight")] = name
+    if others or not places:
         shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "") or "none"
-        raise UserError(f"{path}: adapts other places than the MLPs' down projections, which a Steering can't: {shown}")
+        raise UserError(f"{path}: adapts places that a Steering can't: {shown}; wanted LoRA of linear maps inside the decoder blocks")
     found: Found = []
-    for layer, pair in sorted(names.items()):
-        a, b = (tensors.get(pair.get(side, "")) for side in "ab")
+    for (layer, where), names in sorted(places.items()):
+        a, b = (tensors.get(names.get(f"{side}weight", "")) for side in "ab")
         if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-            shapes = {name: list(tensors[name].shape) for name in pair.values()}
+            shapes = {name: list(tensors[name].shape) for name in names.values()}
             raise UserError(f"{path}: the LoRA of block {layer} is not whole: {shapes}; wanted a [r, F] and b [D, r]")
-        strength = scale(pair["b"], len(a))
+        read, write = ("mlp_mid", "down_proj") if where in DOWN else (where, where)
+        strength = scale(names["bweight"], len(a))
         state = {"lora_A": a.float().T.contiguous(), "lora_B": strength * b.float().T.contiguous()}
-        found.append((layer, LoRA.from_state(state, read_point="mlp_mid", write_point="down_proj")))
-        if "bbias" in pair:
-            bias = strength * _one(tensors[pair["bbias"]], path, "the bias")
-            found.append((layer, Vector.from_state(bias, write_point="down_proj")))
+        found.append((layer, LoRA.from_state(state, read_point=read, write_point=write)))
+        if "bbias" in names:
+            bias = strength * _one(tensors[names["bbias"]], path, "the bias")
+            found.append((layer, Vector.from_state(bias, write_point=write)))
     return found

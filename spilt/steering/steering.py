@@ -24,6 +24,7 @@ from spilt.steering.hooks import Applied
 from spilt.steering.interventions import INTERVENTIONS, Intervention, Multiplier
 
 SUFFIX = ".safetensors"
+LINEAR = re.compile(r"[a-z]\w{0,50}(\.\w{1,50}){0,5}", re.ASCII)  # the path of a linear map
 FORMAT = 1  # of the stored file
 RECOMMENDED = "recommended_multiplier"  # of `about`: a strength, so it scales the other way round
 
@@ -32,7 +33,10 @@ LAYER_FILE = re.compile(r"layer_(\d{1,9})\.pt")
 
 
 class Site(NamedTuple):
-    """Where an intervention acts. read_point: anatomy.COMPONENTS, None when it reads nothing; write_point: 'block' | 'down_proj'."""
+    """Where an intervention acts. read_point: anatomy.COMPONENTS, None when it reads nothing; write_point: 'block' | 'down_proj'.
+
+    Both may be the path of a linear map inside the block instead, such as self_attn.q_proj: its input, its output.
+    """
 
     layer: int
     read_point: str | None = None
@@ -101,9 +105,8 @@ class Steering:
         if other := {key: value for key, value in here.items() if known.get(key, value) != value}:
             was = {key: known[key] for key in other}
             log.warning("this Steering was fitted on another base model: %s; this one has %s", was, other)
-        hidden = anatomy.hidden_size(model)
         for site, intervention in self.entries:
-            anatomy.block(model, site.layer)
+            hidden = anatomy.write_width(model, site.layer, site.write_point)
             read = anatomy.read_width(model, site.layer, site.read_point) if site.read_point else hidden
             for name, shape in intervention.shapes(hidden, read, intervention.describe()["rank"]).items():
                 found = tuple(intervention.get_parameter(name).shape)
@@ -253,7 +256,9 @@ def _entry(path: Path, number: int, row: dict[str, Any], tensors: dict[str, Tens
     if row["form"] not in INTERVENTIONS:
         raise UserError(f"{path}: entry {number} has the form {row['form']!r}; have: {', '.join(INTERVENTIONS)}")
     site = Site(int(row["layer"]), row["read_point"], row["write_point"])
-    if site.layer < 0 or site.write_point not in WRITE_POINTS or site.read_point not in (None, *anatomy.COMPONENTS):
+    places = (site.read_point, *anatomy.COMPONENTS), (site.write_point, *WRITE_POINTS)
+    known = all(name in (None, *names) or LINEAR.fullmatch(str(name)) for name, *names in places)
+    if site.layer < 0 or site.write_point is None or not known:
         raise UserError(f"{path}: entry {number} has no usable site: {site}")
     kind = INTERVENTIONS[row["form"]]
     own = {name.partition(".")[2]: value for name, value in tensors.items() if name.partition(".")[0] == str(number)}
