@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import families
@@ -12,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from counts import CI
 from families import HIDDEN, LAYERS, MIDDLE, checkpoint, token_rows
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -249,6 +252,50 @@ def test_junk_is_one_message(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(heads.get(name, b"") + b"junk" * 10)
     with pytest.raises(UserError):
         Steering.load(tmp_path / name, 1)
+
+
+@pytest.mark.parametrize("kind", ["repeng, llama.cpp", "npz", "safetensors", "json", "a dict by layer"])
+def test_damaged_files_are_one_message(tmp_path: Path, kind: str) -> None:
+    """Bytes changed or cut off at random: vectors of finite numbers, or a UserError."""
+    path = LAYERED[kind](tmp_path)
+    whole_file, random = path.read_bytes(), Random(kind)
+    for _ in range(60 if CI else 20):
+        data = bytearray(whole_file[: random.choice([len(whole_file), random.randrange(len(whole_file))])])
+        for _ in range(random.choice([0, 1, 8])):
+            if data:
+                data[random.randrange(min(len(data), random.choice([400, 10**6])))] = random.randrange(256)
+        path.write_bytes(data)
+        try:
+            value = Steering.load(path)
+        except UserError:
+            continue
+        assert all(torch.isfinite(parameter).all() for parameter in value.parameters())
+
+
+def test_damaged_adapters(tmp_path: Path) -> None:
+    folder, _ = adapter(tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for change, said in (
+        ({"lora_alpha": None}, "no PEFT configuration"),
+        ({"lora_alpha": "much"}, "no PEFT configuration"),
+        ({"alpha_pattern": [1]}, "no PEFT configuration"),
+        ({"alpha_pattern": {"(a+)+$": 3}}, "regular expressions"),
+        ({"peft_type": "IA3"}, "of another kind .IA3."),
+    ):
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(UserError, match=said):
+            Steering.load(folder)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="no adapter_model.safetensors"):
+        Steering.load(folder)
+
+
+def test_without_the_gguf_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "v.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match="pip install gguf"):
+        Steering.load(tmp_path / "v.gguf")
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

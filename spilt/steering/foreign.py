@@ -159,11 +159,13 @@ def _peft(folder: Path) -> Found:
     try:
         config = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
         kind = config["peft_type"]
+        alphas = {**(config.get("alpha_pattern") or {}), "": config["lora_alpha"]} if kind == "LORA" else {}
+        numbers = {str(key): float(value) for key, value in alphas.items()}
     except FileNotFoundError:
         raise UserError(f"{folder}: holds neither layer_{{id}}.pt nor {ADAPTER}; {KINDS}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder / ADAPTER}: is no PEFT configuration ({type(error).__name__})") from None
-    if any(not re.fullmatch(r"[\w.]+", key) for key in config.get("alpha_pattern") or ()):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder / ADAPTER}: is no PEFT configuration ({type(error).__name__}: {first_line(error)})") from None
+    if not all(re.fullmatch(r"[\w.]*", key) for key in numbers):
         raise UserError(f"{folder}: alpha_pattern has regular expressions, which are not followed; write names of modules")
     if kind != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
         what = "DoRA" if config.get("use_dora") else "with whole modules" if config.get("modules_to_save") else kind
@@ -174,8 +176,9 @@ def _peft(folder: Path) -> Found:
     held = _content(file)
 
     def scale(name: str, rank: int) -> float:
-        own = [value for key, value in (config.get("alpha_pattern") or {}).items() if f".{name}".split(".lora_B")[0].endswith(f".{key}")]
-        return float((own or [config.get("lora_alpha")])[0]) / (rank**0.5 if config.get("use_rslora") else rank)
+        module = f".{name}".split(".lora_B")[0]
+        own = [value for key, value in numbers.items() if key and module.endswith(f".{key}")]
+        return (own or [numbers[""]])[0] / (rank**0.5 if config.get("use_rslora") else rank)
 
     return _pairs(file, held, scale)
 
@@ -197,11 +200,13 @@ def _pairs(path: Path, tensors: Mapping[str, Tensor], scale: Any) -> Found:
     found: Found = []
     for (layer, where), names in sorted(places.items()):
         a, b = (tensors.get(names.get(f"{side}weight", "")) for side in "ab")
-        if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not len(a):
             shapes = {name: list(tensors[name].shape) for name in names.values()}
             raise UserError(f"{path}: the LoRA of block {layer} is not whole: {shapes}; wanted a [r, F] and b [D, r]")
         read, write = ("mlp_mid", "down_proj") if where in DOWN else (where, where)
         strength = scale(names["bweight"], len(a))
+        if not all(value.is_floating_point() and torch.isfinite(value.float()).all() for value in (a, b)):
+            raise UserError(f"{path}: the LoRA of block {layer} holds what is no finite number")
         state = {"lora_A": a.float().T.contiguous(), "lora_B": strength * b.float().T.contiguous()}
         found.append((layer, LoRA.from_state(state, read_point=read, write_point=write)))
         if "bbias" in names:
