@@ -64,6 +64,7 @@ def test_its_make_targets_and_flags_exist() -> None:
         "--steering",
         "--csv",
         "--format",
+        "--layers",
         "--output",
         "--multiplier",
     }

@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="spilt export",
         description=__doc__,
-        epilog="formats: " + "; ".join(f"{name}: {row.does}" for name, row in FORMATS.items()),
+        epilog="\n".join(["formats:", *(f"  {name:12} {row.does}" for name, row in FORMATS.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="a folder that is not there yet")
@@ -71,6 +72,7 @@ def _export(args: argparse.Namespace) -> int:
     host, steering, settings, cell = ready(args, dtype="float32")
     multiplier = args.multiplier if args.multiplier is not None else _recommended(args, steering, cell)
     from spilt.export.folding import Job
+    from spilt.report.cells import CURVES_FILE
 
     base = args.base_model or str(Store(args.base_dir).model(args.model_name).resolve())
     job = Job(host.model, host.tokenizer, steering.to(host.model), multiplier, base, args.output.resolve())
@@ -80,7 +82,7 @@ def _export(args: argparse.Namespace) -> int:
         "concept": args.concept,
         "positions of the fit": settings.steer_positions,
     }
-    picture = Store(args.base_dir).loss_folder(cell) / "curves.png" if cell else None
+    picture = Store(args.base_dir).loss_folder(cell) / CURVES_FILE if cell else None
     for line in export(job, args.format, facts, picture):
         say(line)
     return 0
@@ -138,8 +140,8 @@ def export(job: Any, kind: str, facts: dict[str, Any], picture: Path | None = No
             f"(float32); steering changes them by {effect:.1e}."
         )
         if picture is not None and picture.is_file():
-            shutil.copyfile(picture, folder / card.PICTURE)
-        words = card.text(job, kind, loading, facts, checked, (folder / card.PICTURE).exists())
+            shutil.copyfile(picture, folder / picture.name)
+        words = card.text(job, kind, loading, facts, checked, picture is not None and picture.is_file())
         (folder / "README.md").write_text(words, encoding="utf-8")
         folder.chmod(0o755)  # of a temporary one: 0700
         folder.rename(job.place)

@@ -11,9 +11,8 @@ import yaml
 from spilt import __version__
 from spilt.errors import printable
 from spilt.export.folding import Job
+from spilt.report.cells import CURVES_FILE
 from spilt.steering.steering import RECOMMENDED
-
-PICTURE = "curves.png"
 
 
 def text(job: Job, kind: str, loading: str, facts: Mapping[str, Any], checked: str, picture: bool) -> str:
@@ -43,7 +42,7 @@ def text(job: Job, kind: str, loading: str, facts: Mapping[str, Any], checked: s
             "",
             checked,
             "",
-            *(["## What it buys and costs", "", f"![preference and utility against the multiplier]({PICTURE})", ""] if picture else []),
+            *(["## What it buys and costs", "", f"![preference and utility against the multiplier]({CURVES_FILE})", ""] if picture else []),
             "## Limits",
             "",
             "Made for this base model alone; another checkpoint of the same shape takes it and does something else. Stronger than the",
