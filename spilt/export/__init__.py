@@ -104,7 +104,7 @@ def _recommended(args: argparse.Namespace, steering: Any, cell: Cell | None) -> 
             rows, why = [], str(error)
         for row in rows:
             if (row["method"], row["intervention"]) == (cell.method, cell.intervention):
-                if math.isfinite(row["multiplier"]) and row["multiplier"]:
+                if row["multiplier"] is not None and math.isfinite(row["multiplier"]) and row["multiplier"]:
                     return float(row["multiplier"])
                 why = str(row["reason"])
     raise UserError(f"no recommended multiplier ({why}); give --multiplier M")
