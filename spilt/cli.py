@@ -47,6 +47,7 @@ PROGRAMS = {
     "recommend": "print the strength of each measured cell by a utility budget",
     "report": "draw curves and report.html anew from stored losses",
     "say": "try a sentence on a stored vector, at any strength",
+    "export": "write a stored vector for PEFT, llama.cpp, vLLM and others, checked",
     "prepare": "make data/ from the public source files",
     "verify": "check everything that is stored",
 }

@@ -32,6 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="spilt say", description=__doc__)
     parser.add_argument("prompt", nargs="?", help="what is said to the model; left out: each line of the standard input")
     parser.add_argument("--multipliers", nargs="+", type=float, metavar="M", help="default: 0 and the settings'")
+    which_flags(parser)
+    parser.add_argument("--max_new_tokens", type=int, metavar="N")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead")
+    return program(parser, argv, _say)
+
+
+def which_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that name a model and a stored vector, as `ready` reads them."""
     parser.add_argument("--base_dir", default=".", type=Path)
     parser.add_argument("--model_name", required=True)
     parser.add_argument("--dataset", default="", help="with --method and --intervention_method: the cell")
@@ -40,13 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         added: Any = parser.add_argument(flag, default="", help=", ".join(table))
         added.completer = lambda table=table, **_: tuple(table)
     parser.add_argument("--concept", type=int, metavar="ID", help="of a dataset with concepts")
-    parser.add_argument("--steering", type=Path, metavar="FILE", help="a stored Steering or layer_{id}.pt instead of the cell's")
-    parser.add_argument("--layers", nargs="+", type=int, metavar="N", help="default: the settings'")
-    parser.add_argument("--max_new_tokens", type=int, metavar="N")
+    parser.add_argument("--steering", type=Path, metavar="FILE", help="a file instead of the cell's: a Steering, layer_{id}.pt, GGUF, ...")
+    parser.add_argument("--layers", nargs="+", type=int, metavar="N", help="default: the settings', or the file's")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="a setting of apply; repeatable")
     parser.add_argument("--device", help="default: cuda:0 where there is one, else cpu")
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead")
-    return program(parser, argv, _say)
 
 
 def _say(args: argparse.Namespace) -> int:
@@ -58,7 +63,7 @@ def _say(args: argparse.Namespace) -> int:
     strengths = args.multipliers
     if strengths and not all(abs(m) <= STRONGEST for m in strengths):  # nan is not
         raise UserError(f"--multipliers: wanted finite numbers within +-{STRONGEST:g}")
-    host, steering, s, cell = _ready(args)
+    host, steering, s, cell = ready(args, args.max_new_tokens)
     strengths = [m + 0.0 for m in dict.fromkeys(strengths or (0.0, *s.multipliers))]
     params: GenerationParams = s.generation_params
     about = {name: getattr(s, name) for name in ("layers", *ABOUT)} | {"generation_params": params.as_kwargs()}
@@ -80,17 +85,21 @@ def _say(args: argparse.Namespace) -> int:
     return 0
 
 
-def _ready(args: argparse.Namespace) -> tuple[Any, Any, Any, Cell | None]:
-    """The model, the Steering, the settings, and the cell where one is named; wrong words are told before anything is loaded."""
+def ready(args: argparse.Namespace, max_new_tokens: int | None = None, dtype: str = "") -> tuple[Any, Any, Any, Cell | None]:
+    """The model, the Steering, the settings, and the cell where one is named; wrong words are told before anything is loaded.
+
+    dtype: of the model, over the settings'.
+    """
     store = Store(args.base_dir)
     plan.check_model(store, args.model_name)
-    more = [("layers", ",".join(map(str, args.layers or ()))), ("generation_params.max_new_tokens", args.max_new_tokens)]
+    layers = [] if args.steering is not None else args.layers or []
+    more = [("layers", ",".join(map(str, layers))), ("generation_params.max_new_tokens", max_new_tokens)]
     overrides = parse_overrides([*args.overrides, *(f"{key}={value}" for key, value in more if value not in ("", None))])
     named = [flag for flag in ("dataset", "method", "intervention_method") if getattr(args, flag)]
     if len(named) < 3 and (named or args.steering is None):
         raise UserError("which vector? give --dataset, --method and --intervention_method of a stored cell, or --steering FILE")
-    if args.steering is not None and args.layers:
-        raise UserError("--layers: the file of --steering says where it acts; leave --layers out")
+    if args.steering is not None and len(args.layers or ()) > 1:
+        raise UserError("--layers: of the file of --steering one layer can be taken; give one, or leave --layers out")
     cell, steering = None, None
     settings: Any = None
     if named:
@@ -115,11 +124,11 @@ def _ready(args: argparse.Namespace) -> tuple[Any, Any, Any, Cell | None]:
     from spilt.tasks.recordings import stored
 
     if args.steering is not None:
-        steering = Steering.load(args.steering)
+        steering = Steering.load(args.steering, *(args.layers or ()))
         settings = settings or _of_steering(steering, overrides)
     quiet_libraries()
     device = args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    loaded = host.load(store.model(args.model_name), settings.dtype, device)
+    loaded = host.load(store.model(args.model_name), dtype or settings.dtype, device)
     if steering is None and cell is not None:
         nothing = Progress({}, 0, complain, quiet=True)
         run = tasks.Run(request, loaded, store, tasks.Recordings([], None), nothing, team.Team(device), identity.Seen())

@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plan", "analysis"),
     ("report", "tasks"),
     ("api", "prepare", "look", "recommend", "say", "verify", "run", "summary"),
+    ("export",),
     ("cli",),
     ("__main__",),
 )

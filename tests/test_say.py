@@ -135,7 +135,7 @@ def test_mistakes_are_told(
         (["x", *given, "--set", "max_tokens=3"], "unknown"),
         (["x", *given, "--max_new_tokens", "0"], "max_new_tokens"),
         (["x", *model, "--steering", str(tmp_path / "no.safetensors")], "no such file"),
-        (["x", *given, "--steering", "a.safetensors", "--layers", "2"], "leave --layers out"),
+        (["x", *given, "--steering", "a.safetensors", "--layers", "1", "2"], "leave --layers out"),
         (["x", *model, "--steering", folder, "--set", "lr=1"], "unknown setting of apply 'lr'"),
     ):
         assert cli.main(["say", *asked]) == 2, asked

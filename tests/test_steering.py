@@ -100,8 +100,8 @@ def words(**changes: Any) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("name", "tensors", "metadata", "said"),
     [
-        ("a.pt", {}, {}, "is neither a stored Steering"),
-        ("a.safetensors", {"weight": torch.ones(3)}, {}, "no Steering of format 1 .* tensors found: weight"),
+        ("a.pt", {}, {}, "cannot be read .*; wanted a stored Steering"),
+        ("a.safetensors", {"weight": torch.ones(3)}, {}, "a vector, which does not say where it acts; give the layer"),
         ("a.safetensors", {"0.v": torch.ones(3)}, words(form="vectr"), "has the form 'vectr'; have: vector, lora, local_weight"),
         ("a.safetensors", {"0.v": torch.ones(3)}, words(form="lora"), "a lora, wants the tensors lora_A, lora_B; found: v"),
         ("a.safetensors", {"0.v": torch.ones(3, 3)}, words(), r"wants the tensors v; found: v \[3, 3\]"),
@@ -123,7 +123,7 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
         Steering.load(path)
     with pytest.raises(UserError, match="no such file"):
         Steering.load(tmp_path / "b.safetensors")
-    with pytest.raises(UserError, match="no layer_"):
+    with pytest.raises(UserError, match="holds neither layer_{id}.pt nor"):
         Steering.load(tmp_path)
     with pytest.raises(UserError, match="is stored as a .safetensors file"):
         every().save(tmp_path / "a.pt")

@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 from spilt.cell import FORMS  # noqa: E402
 from spilt.cli import first_words, parser  # noqa: E402
+from spilt.export import FORMATS  # noqa: E402
 from spilt.methods import METHODS  # noqa: E402
 from spilt.steering.anatomy import COMPONENTS, FAMILIES  # noqa: E402
 
@@ -52,7 +53,12 @@ def families() -> str:
     return f"Model families (`model_type` in config.json): {names}. Read points: {', '.join(f'`{c}`' for c in COMPONENTS)}."
 
 
-TABLES = {"arguments": arguments, "words": words, "methods": methods, "forms": forms, "families": families}
+def formats() -> str:
+    """One row per kind of export."""
+    return "\n".join(["| `--format` | what it writes |", "|---|---|", *(f"| `{name}` | {row.does} |" for name, row in FORMATS.items())])
+
+
+TABLES = {"arguments": arguments, "words": words, "methods": methods, "forms": forms, "families": families, "formats": formats}
 
 
 def rendered(text: str) -> str:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from spilt.errors import unknown
+from spilt.settings.fields import WRITE_POINTS
 
 FAST, PLAIN = ENGINES = ("fast", "plain")
 ASKED = "asked for with --engine plain"
@@ -21,6 +22,8 @@ def why_plain(sites: Iterable[tuple[int, str]], verb: str, *, engine: str = FAST
     places = list(sites)
     if engine == PLAIN:
         return ASKED
+    if inside := [f"{path} of block {layer}" for layer, path in places if path not in WRITE_POINTS]:
+        return f"{inside[0]} is steered"
     twice = [layer for layer, count in Counter(layer for layer, _ in places).items() if count > 1]
     if twice:
         return f"block {twice[0]} is steered twice"

@@ -77,12 +77,26 @@ def check_layer(layer: int, count: int) -> None:
 
 
 def read_point(model: nn.Module, layer: int, component: str) -> nn.Module:
-    """The module whose input is read: the down projection ('mlp_mid'), the MLP, the attention or the block itself."""
+    """The module whose input is read: the down projection ('mlp_mid'), the MLP, the attention, the block, or a linear by its path."""
     row, at = family(model), block(model, layer)
     paths = {"mlp_mid": row.down_proj, "mlp": row.mlp, "attn": row.attention, "block": ""}
     if component not in paths:
-        raise unknown("intervention component", component, COMPONENTS)
+        return _linear(at, component)
     return at.get_submodule(paths[component])
+
+
+def write_point(model: nn.Module, layer: int, name: str) -> nn.Module:
+    """The module whose output is written: the block, its down projection ('down_proj'), or a linear by its path."""
+    at = block(model, layer)
+    return at if name == "block" else down_proj(model, layer) if name == "down_proj" else _linear(at, name)
+
+
+def _linear(at: nn.Module, path: str) -> nn.Module:
+    """A linear map inside a block, such as self_attn.q_proj, as adapters of other programs name them."""
+    found = {name: module for name, module in at.named_modules() if getattr(getattr(module, "weight", None), "ndim", 0) == 2}
+    if path not in found:
+        raise unknown("place in a block", path, (*COMPONENTS, *found))
+    return found[path]
 
 
 def down_proj(model: nn.Module, layer: int) -> nn.Module:
@@ -119,9 +133,18 @@ def context(model: nn.Module) -> int | None:
 
 
 def read_width(model: nn.Module, layer: int, component: str) -> int:
-    """F, the width of the read point: MLP intermediate size for 'mlp_mid', else D."""
-    if component != "mlp_mid":
-        return hidden_size(model)
-    module: Any = down_proj(model, layer)
-    # GPT-2's Conv1D keeps its weight transposed and has no in_features
-    return int(module.in_features) if hasattr(module, "in_features") else int(module.weight.shape[0])
+    """F, the width of the read point: MLP intermediate size for 'mlp_mid', that of a linear, else D."""
+    return hidden_size(model) if component in ("mlp", "attn", "block") else _widths(read_point(model, layer, component))[0]
+
+
+def write_width(model: nn.Module, layer: int, name: str) -> int:
+    """D, or the width of what a linear gives."""
+    at = write_point(model, layer, name)
+    return hidden_size(model) if name == "block" else _widths(at)[1]
+
+
+def _widths(linear: Any) -> tuple[int, int]:
+    """In, out. GPT-2's Conv1D keeps its weight transposed and has no in_features."""
+    if hasattr(linear, "in_features"):
+        return int(linear.in_features), int(linear.out_features)
+    return int(linear.weight.shape[0]), int(linear.weight.shape[1])

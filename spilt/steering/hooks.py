@@ -70,6 +70,6 @@ def attach(model: nn.Module, applied: Sequence[Applied]) -> Iterator[None]:
             def write(_: nn.Module, args: tuple[Any, ...], output: Any, one: Applied = one, seen: list[Tensor] = seen) -> Any:
                 return like(output, steer(one, first(output), seen.pop() if seen else None))
 
-            here = anatomy.down_proj(model, one.layer) if one.intervention.write_point == "down_proj" else anatomy.block(model, one.layer)
+            here = anatomy.write_point(model, one.layer, one.intervention.write_point)
             handles.callback(here.register_forward_hook(write).remove)
         yield

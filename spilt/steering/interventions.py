@@ -85,6 +85,10 @@ class Intervention(nn.Module):
                 self.get_parameter(name).mul_(factor)
         return self
 
+    def folded(self) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+        """((A [F, r], B [r, D]), db [D]) with delta = m ((x A) B + db); None for what it does not have."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is written as weights")
+
     def describe(self) -> dict[str, Any]:
         """The fields of metadata_layer_{id}.jsonl that belong to the form."""
         return {"intervention_components": self.read_point, "rank": None, "alpha": None}
@@ -127,6 +131,9 @@ class Vector(Intervention):
 
     def norm(self) -> float:
         return self.v.detach().norm().item()
+
+    def folded(self) -> tuple[None, Tensor]:
+        return None, self.v.detach()
 
     def state(self) -> State:
         return self.v.detach().float().cpu().clone()
@@ -174,6 +181,9 @@ class LoRA(Intervention):
         a, b = self.lora_A.detach().double(), self.lora_B.detach().double()
         return float(((a.T @ a) * (b @ b.T)).sum().clamp(min=0).sqrt())  # |A B|, without the product [F, D]
 
+    def folded(self) -> tuple[tuple[Tensor, Tensor], None]:
+        return (self.lora_A.detach(), self.lora_B.detach()), None
+
     def state(self) -> State:
         return {
             "lora_A": self.lora_A.detach().float().cpu().clone(),
@@ -214,6 +224,12 @@ class LocalWeight(Intervention):
 
     def norm(self) -> float:
         return math.hypot(self.weight.detach().norm().item(), self.bias.detach().norm().item())
+
+    def folded(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """dW is dW times 1, of rank D, or 1 times dW where F is smaller: nothing is rounded."""
+        dW = self.weight.detach()
+        one = torch.eye(min(dW.shape), device=dW.device)
+        return ((one, dW) if len(dW) < dW.shape[1] else (dW, one)), self.bias.detach()
 
     def state(self) -> State:
         return {

@@ -177,7 +177,7 @@ def one_concept(stored: Any, path: Path, form: str, concept: int | None) -> Any:
 
     if FORMS[form].bare:
         if not isinstance(stored, torch.Tensor):
-            raise UserError(f"{path}: holds {_described(stored, path)}; a {form} is a tensor [D] (several concepts: [n, D])")
+            raise UserError(f"{path}: holds {described(stored, path)}; a {form} is a tensor [D] (several concepts: [n, D])")
         if stored.ndim == 2 and len(stored) > 1:
             if concept is None or not 0 <= concept < len(stored):
                 raise _which_concept(path, concept, list(range(len(stored))))
@@ -185,9 +185,9 @@ def one_concept(stored: Any, path: Path, form: str, concept: int | None) -> Any:
         return stored[0] if stored.ndim == 2 and len(stored) else stored
     keys_of = set(FORMS[form].tensors)
     if not isinstance(stored, dict) or not stored:
-        raise UserError(f"{path}: holds {_described(stored, path)}; {form} is a dict of tensors")
+        raise UserError(f"{path}: holds {described(stored, path)}; {form} is a dict of tensors")
     if keys_of.isdisjoint(stored) and any(isinstance(value, torch.Tensor) for value in stored.values()):
-        raise UserError(f"{path}: holds {_described(stored, path)}; {form} is a dict with {' and '.join(sorted(keys_of))}")
+        raise UserError(f"{path}: holds {described(stored, path)}; {form} is a dict with {' and '.join(sorted(keys_of))}")
     if not all(isinstance(value, dict) for value in stored.values()):
         return stored
     keys = {str(key): key for key in stored}
@@ -198,7 +198,7 @@ def one_concept(stored: Any, path: Path, form: str, concept: int | None) -> Any:
     return stored[keys[str(concept)]]
 
 
-def _described(stored: Any, path: Path) -> str:
+def described(stored: Any, path: Path) -> str:
     """What a file holds that is not what was wanted, and what to do with it."""
     import torch
 

@@ -19,11 +19,12 @@ from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write
 from spilt.errors import UserError, first_line
 from spilt.settings.fields import WRITE_POINTS
-from spilt.steering import anatomy, layer_file
+from spilt.steering import anatomy, foreign, layer_file
 from spilt.steering.hooks import Applied
 from spilt.steering.interventions import INTERVENTIONS, Intervention, Multiplier
 
 SUFFIX = ".safetensors"
+LINEAR = re.compile(r"[a-z]\w{0,50}(\.\w{1,50}){0,5}", re.ASCII)  # the path of a linear map
 FORMAT = 1  # of the stored file
 RECOMMENDED = "recommended_multiplier"  # of `about`: a strength, so it scales the other way round
 
@@ -32,7 +33,10 @@ LAYER_FILE = re.compile(r"layer_(\d{1,9})\.pt")
 
 
 class Site(NamedTuple):
-    """Where an intervention acts. read_point: anatomy.COMPONENTS, None when it reads nothing; write_point: 'block' | 'down_proj'."""
+    """Where an intervention acts. read_point: anatomy.COMPONENTS, None when it reads nothing; write_point: 'block' | 'down_proj'.
+
+    Both may be the path of a linear map inside the block instead, such as self_attn.q_proj: its input, its output.
+    """
 
     layer: int
     read_point: str | None = None
@@ -101,9 +105,8 @@ class Steering:
         if other := {key: value for key, value in here.items() if known.get(key, value) != value}:
             was = {key: known[key] for key in other}
             log.warning("this Steering was fitted on another base model: %s; this one has %s", was, other)
-        hidden = anatomy.hidden_size(model)
         for site, intervention in self.entries:
-            anatomy.block(model, site.layer)
+            hidden = anatomy.write_width(model, site.layer, site.write_point)
             read = anatomy.read_width(model, site.layer, site.read_point) if site.read_point else hidden
             for name, shape in intervention.shapes(hidden, read, intervention.describe()["rank"]).items():
                 found = tuple(intervention.get_parameter(name).shape)
@@ -178,25 +181,24 @@ class Steering:
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> Steering:
-        """A stored Steering, a released layer_{id}.pt (its name says the layer), or a folder of them.
+    def load(cls, path: str | Path, layer: int | None = None) -> Steering:
+        """A stored Steering, a released layer_{id}.pt (its name says the layer), a folder of them, or what another program wrote.
 
+        layer: the block of a vector that does not say it, or the one to take of several. foreign.py says what is read of others.
         Raises UserError for anything else, with what was found.
         """
         path = Path(path)
-        if path.is_dir():
-            files = {int(hit[1]): file for file in sorted(path.iterdir()) if (hit := LAYER_FILE.fullmatch(file.name))}
-            if not files:
-                raise UserError(f"{path}: no layer_{{id}}.pt in this folder; give a stored Steering ({SUFFIX}) or such a folder")
+        files = {int(hit[1]): file for file in sorted(path.iterdir()) if (hit := LAYER_FILE.fullmatch(file.name))} if path.is_dir() else {}
+        if files:
             parts = [cls.load(files[layer]) for layer in sorted(files)]
             about = {key: value for key, value in parts[0].about.items() if all(part.about.get(key) == value for part in parts)}
             return cls((entry for part in parts for entry in part.entries), about)
         if hit := LAYER_FILE.fullmatch(path.name):
             read = partial(_released, layer=int(hit[1]))
-        elif path.suffix == SUFFIX:
+        elif path.suffix == SUFFIX and _says_steering(path):
             read = partial(_stored)
         else:
-            raise UserError(f"{path}: is neither a stored Steering ({SUFFIX}) nor a layer_{{id}}.pt of the released format")
+            read = partial(_foreign, layer=layer)
         with torch.random.fork_rng(devices=[]):  # an intervention draws its first values, whatever is put in their place
             return read(path)
 
@@ -211,6 +213,22 @@ def _copy(intervention: Intervention) -> Intervention:
     import copy
 
     return copy.deepcopy(intervention)
+
+
+def _says_steering(path: Path) -> bool:
+    """Whether a safetensors file is ours, or cannot be read at all, which _stored tells."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return "steering" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return True
+
+
+def _foreign(path: Path, layer: int | None) -> Steering:
+    found = [(Site(n, made.read_point, made.write_point), made.eval().requires_grad_(False)) for n, made in foreign.read(path, layer)]
+    return Steering(found, {"source": path.name})
 
 
 def _stored(path: Path) -> Steering:
@@ -238,7 +256,9 @@ def _entry(path: Path, number: int, row: dict[str, Any], tensors: dict[str, Tens
     if row["form"] not in INTERVENTIONS:
         raise UserError(f"{path}: entry {number} has the form {row['form']!r}; have: {', '.join(INTERVENTIONS)}")
     site = Site(int(row["layer"]), row["read_point"], row["write_point"])
-    if site.layer < 0 or site.write_point not in WRITE_POINTS or site.read_point not in (None, *anatomy.COMPONENTS):
+    places = (site.read_point, *anatomy.COMPONENTS), (site.write_point, *WRITE_POINTS)
+    known = all(name in (None, *names) or LINEAR.fullmatch(str(name)) for name, *names in places)
+    if site.layer < 0 or site.write_point is None or not known:
         raise UserError(f"{path}: entry {number} has no usable site: {site}")
     kind = INTERVENTIONS[row["form"]]
     own = {name.partition(".")[2]: value for name, value in tensors.items() if name.partition(".")[0] == str(number)}

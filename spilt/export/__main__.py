@@ -1,0 +1,5 @@
+import sys
+
+from spilt.export import main
+
+sys.exit(main())

@@ -1,0 +1,43 @@
+"""A PEFT adapter for vLLM, and the line that serves it.
+
+vLLM applies LoRA weights alone, no biases (its pull request 25807 took `bias_enabled` away), of rank at most 512.
+"""
+
+from __future__ import annotations
+
+import shlex
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from torch import nn
+
+from spilt.errors import UserError
+from spilt.export import peft
+from spilt.export.folding import ANYTHING, Job, biases, factors
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
+ADAPTER = "adapter"
+ABOUT = """```sh
+{line}
+```
+
+Run in this folder; requests then name the model `steered` (or the base model, for unsteered answers)."""
+
+
+def write(job: Job, folder: Path) -> str:
+    pairs = factors(job)
+    if not pairs or biases(job, "down_proj"):
+        why = "vLLM's LoRA has no biases, and this Steering adds a constant"
+        raise UserError(f"{why}; --format merged, --format vllm-hook for a vector, or {ANYTHING}")
+    rank = next(iter(pairs.values()))[0].shape[1]
+    if rank > RANKS[-1]:
+        raise UserError(f"this Steering is a LoRA of rank {rank}, and vLLM takes {RANKS[-1]} at most; --format merged, or {ANYTHING}")
+    peft.write(job, folder / ADAPTER)
+    most = next(n for n in RANKS if n >= rank)
+    words = ["vllm", "serve", job.base, "--enable-lora", "--max-lora-rank", str(most), "--lora-modules", f"steered={ADAPTER}"]
+    return ABOUT.format(line=shlex.join(words))
+
+
+def reload(job: Job, folder: Path) -> AbstractContextManager[nn.Module]:
+    """By PEFT: vLLM itself needs a GPU."""
+    return peft.reload(job, folder / ADAPTER)
