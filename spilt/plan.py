@@ -152,11 +152,12 @@ def columns(fmt: readers.DatasetFormat) -> dict[str, Any]:
 def why_plain(step: Step, engine: str) -> str:
     """Why the plain engine does a step; '' where the fast one does, or where nothing is to be chosen (closed forms)."""
     s: Any = step.settings
+    family = str(checkpoint.optional_json(step.model / checkpoint.CONFIG).get("model_type") or "")
     if step.verb == "fit" and METHODS[step.cells[0].method].estimate is not None:
-        return ""
+        return choice.why_plain([], "fit", family=family)
     joint = getattr(s, "joint", False)
     layers = [(layer,) for layer in s.layers] if step.verb == "fit" and not joint else [s.layers]
-    how = {"engine": engine, "joint": joint, "positions": s.applied_positions}
+    how = {"engine": engine, "family": family, "joint": joint, "positions": s.applied_positions}
     said = [choice.why_plain([(n, s.site) for n in group], step.verb, **how) for group in layers]
     return next(filter(None, said), "")
 

@@ -119,7 +119,7 @@ def _ready(args: argparse.Namespace) -> tuple[Any, Any, Any, Cell | None]:
         settings = settings or _of_steering(steering, overrides)
     quiet_libraries()
     device = args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    loaded = host.load(store.model(args.model_name), settings.dtype, device)
+    loaded = host.load(store.model(args.model_name), settings.dtype, device, settings.anatomy)
     if steering is None and cell is not None:
         nothing = Progress({}, 0, complain, quiet=True)
         run = tasks.Run(request, loaded, store, tasks.Recordings([], None), nothing, team.Team(device), identity.Seen())

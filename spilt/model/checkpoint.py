@@ -175,8 +175,9 @@ def check(folder: Path, layers: Iterable[int] = ()) -> None:
         return
     config = read_json(path)
     if config.get("model_type") is None:
-        raise UserError(f"{path}: no model_type; have: {', '.join(sorted(anatomy.FAMILIES))}; take the checkpoint's own config.json")
-    anatomy.family_of(config["model_type"])
+        raise UserError(f"{path}: no model_type, so its family is not known; take the checkpoint's own config.json")
+    if not isinstance(config["model_type"], str):
+        raise UserError(f"{path}: model_type = {json.dumps(config['model_type'])[:80]} is no name; take the checkpoint's own config.json")
     for name in SIZES:
         value = text_config(config).get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

@@ -187,7 +187,7 @@ def stored(cell: Cell, settings: Any, run: Run) -> Steering:
     refuse_parts_of_two_fits(cell, run)
     found = {}
     for layer in cell.layers:
-        widths = {name: anatomy.read_width(run.host.model, layer, name) for name in anatomy.COMPONENTS}
+        widths = anatomy.read_widths(run.host.model, layer)
         path = run.store.vector(cell, layer)
         refuse_changed(path)
         for doubt in plan.doubts(cell, layer, settings, run.request, run.seen):
