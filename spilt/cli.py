@@ -43,6 +43,7 @@ log = logging.getLogger("spilt")
 
 # `spilt WORD ...`: besides the verbs, another program of the package (spilt/WORD), and its line in --help
 PROGRAMS = {
+    "anatomy": "show where a model's blocks, attention and MLP are found",
     "look": "show the stored texts side by side",
     "recommend": "print the strength of each measured cell by a utility budget",
     "report": "draw curves and report.html anew from stored losses",
@@ -90,6 +91,7 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
     add("--dtype", DTYPES, help="of the model: float32, bfloat16, float16 (over the YAML's)")
     add("--batch_size", type=_positive, help="texts decoded side by side (changes no result beyond rounding)")
     add("--limit", type=_positive, help="rows of each data file, from the first")
+    add("--anatomy", metavar="PART=PATH,...", help="where the model's blocks, attn, mlp, mlp_mid are; default: found by structure")
     add("--seed", type=int, help="over the YAML's")
     add("--seeds", nargs="+", type=_count, metavar="N", help="a fit with each of these seeds, in folders of their own")
     add("--concepts", nargs="+", type=int, metavar="ID", help=f"ids of a dataset with concepts; default: first {plan.FIRST_CONCEPTS}")
@@ -182,7 +184,7 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
     if args.seeds and (args.seed is not None or "seed" in overrides):
         raise UserError("--seeds and --seed both say the seed of the fits; give one of them")
     flags = [word for item in args.overrides for word in ("--set", item)]
-    for name in ("seed", "dtype"):
+    for name in ("seed", "dtype", "anatomy"):
         value = getattr(args, name)
         if value is not None:
             overrides[name] = str(value)

@@ -23,6 +23,7 @@ from spilt.methods import METHODS
 from spilt.model import checkpoint, identity
 from spilt.settings import resolve_fit
 from spilt.settings.fields import intervention_name, method_name
+from spilt.steering import anatomy
 from spilt.verbs import MODES, VERBS, Request, Step, Verb
 from spilt.verbs.base import with_seed
 from spilt.verbs.generate import RECOMMENDED
@@ -124,8 +125,17 @@ def make(request: Request, *, dry: bool = False) -> Plan:
             key=lambda step: (step.cells[0].concept is not None, step.cells[0].concept or 0) if len(step.cells) == 1 else (False, 0)
         )
         steps += groups
-    checkpoint.check(model, {layer for step in steps for layer in step.settings.layers})
+    for said in {step.settings.anatomy for step in steps}:
+        anatomy.parse(said)
+    checkpoint.check(model, *({layer for step in steps if wants(step) for layer in step.settings.layers} for wants in (bool, _wants_down)))
     return Plan(steps, left_out)
+
+
+def _wants_down(step: Step) -> bool:
+    """Whether a fit needs a down projection that is found by itself; of other steps the stored vector says it."""
+    s: Any = step.settings
+    reads = FORMS[step.cells[0].intervention].reads and s.intervention_components == "mlp_mid"
+    return step.verb == "fit" and "mlp_mid" not in s.anatomy and (reads or s.site == "down_proj")
 
 
 def _with_a_recommendation(request: Request, cells: list[Wanted]) -> tuple[list[Wanted], list[LeftOut]]:

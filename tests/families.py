@@ -66,7 +66,7 @@ def config(model_type: str, **changes: Any) -> Any:
     }  # fmt: skip
     known = AutoConfig.for_model(model_type)
     made = AutoConfig.for_model(model_type, **{name: value for name, value in {**sizes, **changes}.items() if hasattr(known, name)})
-    if getattr(made, "layer_types", None) and getattr(made, "sliding_window", None) and not anatomy.FAMILIES[model_type].plain:
+    if getattr(made, "layer_types", None) and getattr(made, "sliding_window", None) and not anatomy.family_of(model_type).plain:
         made.layer_types = [("sliding_attention", "full_attention")[i % 2] for i in range(LAYERS)]  # both kinds, whatever the period
     return made
 

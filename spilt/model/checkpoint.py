@@ -165,8 +165,10 @@ def blocks(config: dict[str, Any]) -> int | None:
     return next((n for n in (text_config(config).get(name) for name in BLOCKS) if isinstance(n, int)), None)
 
 
-def check(folder: Path, layers: Iterable[int] = ()) -> None:
-    """Refuse what config.json already shows cannot run: an unknown family, an odd size, a layer that is not there, an adapter.
+def check(folder: Path, layers: Iterable[int] = (), down: Iterable[int] = ()) -> None:
+    """Refuse what config.json already shows cannot run: no family, an odd size, a layer that is not there, an adapter.
+
+    down: the layers whose down projection is read or written, which a mixture of experts does not have.
 
     A folder without config.json passes: a dry run calls it missing.
     """
@@ -191,3 +193,5 @@ def check(folder: Path, layers: Iterable[int] = ()) -> None:
     if count is not None:
         for layer in sorted(layers):
             anatomy.check_layer(layer, count)
+    for layer in sorted(down):
+        anatomy.refuse_no_down_proj(text_config(config), layer)

@@ -62,13 +62,13 @@ def load(path: Path, dtype: str, device: str, said: str = "") -> Host:
     Local files only, no code from the checkpoint. Raises UserError for a folder that is no such checkpoint, for weights that are not
     those of its config.json, for too little memory, or a device that is not there.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _check_device(device)
     try:
         checkpoint.check(path)
         checkpoint.check_weights(path)
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = configuration(path)
         if said or config.model_type not in anatomy.FAMILIES:
             anatomy.find(skeleton(config), said)  # where nothing can be found, nothing is loaded
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -94,6 +94,20 @@ def load(path: Path, dtype: str, device: str, said: str = "") -> Host:
     if device == "cpu" and config.get_text_config().hidden_size < SMALL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     return Host(model.eval().requires_grad_(False), tokenizer, path)
+
+
+def configuration(path: Path) -> Any:
+    """The library's reading of config.json. Raises UserError for a family that it does not know."""
+    from transformers import CONFIG_MAPPING, AutoConfig, __version__
+
+    name = checkpoint.read_json(path / checkpoint.CONFIG).get("model_type")
+    if name not in CONFIG_MAPPING:
+        way_out = "a newer transformers may have it; a checkpoint's own code is never run"
+        raise UserError(f"{path / checkpoint.CONFIG}: transformers {__version__} has no model family {name!r}; {way_out}")
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the library raises on a configuration that it does not understand
+        raise UserError(_why(path, "", "", error)) from error
 
 
 def skeleton(config: Any) -> nn.Module:

@@ -114,6 +114,8 @@ def find(model: nn.Module, said: str = "") -> Anatomy:
     for name, value in inside.items():
         if all(getattr(part, name) is None for part in parts):
             raise UserError(f"no block of {path} has {value!r}, which --anatomy calls {name}{WAY_OUT}")
+        if name == "mlp_mid" and not all(_widths(at.get_submodule(value))[0] for at in blocks if _has(at, value)):
+            raise UserError(f"{value!r}, which --anatomy calls mlp_mid, is no projection, whose width would be known{WAY_OUT}")
     return Anatomy(path, parts, _absolute_positions(model, path))
 
 
@@ -296,10 +298,8 @@ def context(model: nn.Module) -> int | None:
 
 
 def read_width(model: nn.Module, layer: int, component: str) -> int:
-    """F, the width of the read point: MLP intermediate size for 'mlp_mid', else D."""
-    if component != "mlp_mid":
-        return hidden_size(model)
-    return _widths(down_proj(model, layer))[0]
+    """F, the width of the read point: what a projection takes in (MLP intermediate size for 'mlp_mid'), else D."""
+    return _widths(read_point(model, layer, component))[0] or hidden_size(model)
 
 
 def read_widths(model: nn.Module, layer: int) -> dict[str, int]:

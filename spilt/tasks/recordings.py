@@ -120,7 +120,8 @@ class Recordings:
                 known.add(read_point)
             sequences = encoded(key, host, fmt)
             together = 1 if readers.has_prompts(fmt.section) else 2
-            self.kept[key] = activations.record(host.model, key.layer, sequences, sorted(known), host.pad_id, together)
+            there = [name for name in sorted(known) if name in anatomy.read_widths(host.model, key.layer)]  # what a step's settings name
+            self.kept[key] = activations.record(host.model, key.layer, sequences, there, host.pad_id, together)
         return self.kept[key]
 
     def clear(self) -> None:
