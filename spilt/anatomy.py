@@ -10,6 +10,7 @@ from pathlib import Path
 from spilt import plan
 from spilt.artifacts.store import Store
 from spilt.model import checkpoint
+from spilt.model.locate import locate
 from spilt.steering import anatomy
 from spilt.terminal import program, say
 
@@ -24,9 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    store = Store(args.base_dir)
-    plan.check_model(store, args.model)
-    checkpoint.check(folder := store.model(args.model))
+    name, folder = locate(args.base_dir, args.model)
+    if name == args.model:
+        plan.check_model(Store(args.base_dir), name)
+    checkpoint.check(folder)
     anatomy.parse(args.anatomy)
     from spilt.model import host
     from spilt.run import quiet_libraries

@@ -30,6 +30,7 @@ from spilt.engine.choice import ENGINES
 from spilt.errors import UserError, unknown
 from spilt.methods import METHODS
 from spilt.model.identity import Changed
+from spilt.model.locate import link, locate
 from spilt.run import ALREADY, DONE, FAILED, Outcome, run_plan
 from spilt.settings import parse_overrides
 from spilt.settings.fields import DTYPES, INTERVENTION_ALIASES, METHOD_ALIASES, STRONGEST, intervention_name, method_name
@@ -75,7 +76,8 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
 
     add("--dataset", required=True, help="a name in hparams/Steer/dataset_format.yaml, such as psychopathy, powerseeking, axbench")
     add("--method", (*METHODS, plan.ALL), required=True, help=f"{', '.join(METHODS)} or all ({_spellings(METHOD_ALIASES)})")
-    add("--model_name", required=True, help="a checkpoint folder under models/")
+    add("--model_name", required=True, help="a checkpoint: a folder under models/, a path, or a hub id")
+    add("--download", action="store_true", help="fetch a hub id that is not in the local hub cache")
     add("--intervention_method", (*FORMS, plan.ALL), required=True, help=f"{', '.join(FORMS)} or all ({_spellings(INTERVENTION_ALIASES)})")
     if verb:
         made.set_defaults(mode=verbs.VERBS[verb].mode)
@@ -201,10 +203,12 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
         raise UserError(f"unknown device {args.device!r}; have: cpu, auto, cuda, cuda:0 and the like")
     if args.split is not None and args.split not in splits:
         raise unknown("split", args.split, splits)
+    name, folder = locate(args.base_dir, args.model_name, args.download)
     return verbs.Request(
         dataset=args.dataset,
         method=method_name(args.method),
-        model=args.model_name,
+        model=name,
+        **({} if name == args.model_name else {"model_said": args.model_name, "folder": folder}),
         intervention=intervention_name(args.intervention_method),
         mode=args.mode,
         device=args.device,
@@ -333,6 +337,8 @@ def _plan_and_run(args: argparse.Namespace, program: str, shown: dict[str, Any])
         if not args.json:
             summary.print_plan(shown["steps"], made)
         return 0
+    if request.folder is not None:
+        link(request.base_dir, request.model, request.folder)
     for number, step in enumerate(made.steps, 1):
         log.info("plan %d. %s: %s", number, step, step.command)
     for item in made.left_out if rank == 0 else []:

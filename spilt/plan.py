@@ -82,10 +82,10 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     store = Store(request.base_dir)
     if not request.base_dir.is_dir():
         raise UserError(f"--base_dir {request.base_dir}: no such folder")
-    if not (tree := request.base_dir / "hparams" / "Steer").is_dir() and not store.model(request.model).is_dir():
+    if not (tree := request.base_dir / "hparams" / "Steer").is_dir() and not request.model_folder.is_dir():
         raise UserError(
             f"{tree}: no such folder, so nothing is known of any dataset; is --base_dir {request.base_dir} right? "
-            f"With a checkpoint folder {store.model(request.model)} it does without one"
+            f"With a checkpoint folder {request.model_folder} it does without one"
         )
     combinations, left_out = pairs_of(request.method, request.intervention)
     if request.mode not in MODES:
@@ -95,8 +95,8 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     if request.multipliers == RECOMMENDED:
         wanted_cells, none = _with_a_recommendation(request, wanted_cells)
         left_out += none
-    model = store.model(request.model)
-    if not dry:
+    model = request.model_folder
+    if not dry and request.folder is None:
         check_model(store, request.model)
     sections = {verb: dict(VERBS[verb].sections) for verb in MODES[request.mode]}
     if "measure" in sections:
@@ -162,7 +162,7 @@ def columns(fmt: readers.DatasetFormat) -> dict[str, Any]:
 def why_plain(step: Step, engine: str) -> str:
     """Why the plain engine does a step; '' where the fast one does, or where nothing is to be chosen (closed forms)."""
     s: Any = step.settings
-    family = str(checkpoint.optional_json(step.model / checkpoint.CONFIG).get("model_type") or "")
+    family = checkpoint.family(step.model)
     if step.verb == "fit" and METHODS[step.cells[0].method].estimate is not None:
         return choice.why_plain([], "fit", family=family)
     joint = getattr(s, "joint", False)
@@ -174,7 +174,7 @@ def why_plain(step: Step, engine: str) -> str:
 
 def check_model(store: Store, name: str) -> None:
     folder = store.model(name)
-    if (folder / "config.json").is_file():
+    if checkpoint.there(folder):
         return
     have = store.models()
     guess = nearest(name, have)
@@ -280,7 +280,7 @@ def _steps(
 def _command(
     request: Request, verb: Verb, group: tuple[Cell, ...], method: str, form: str, multipliers: tuple[float, ...], sweep: bool
 ) -> str:
-    words = [*request.program.split(), "--dataset", request.dataset, "--method", method, "--model_name", request.model]
+    words = [*request.program.split(), "--dataset", request.dataset, "--method", method, "--model_name", request.model_said or request.model]
     words += ["--intervention_method", form, "--mode", verb.mode, "--device", request.device, "--base_dir", str(request.base_dir)]
     if not verb.fits:
         words += ["--multipliers", *(["sweep"] if sweep else [str(m) for m in multipliers])]

@@ -19,6 +19,7 @@ from spilt.cell import FORMS, Cell
 from spilt.data import readers
 from spilt.errors import NotFinite, UserError, half_pair, printable, unknown
 from spilt.methods import METHODS
+from spilt.model.locate import locate
 from spilt.settings import parse_overrides
 from spilt.settings.fields import STRONGEST, GenerateSettings, GenerationParams, intervention_name, method_name
 from spilt.steering.layer_file import beside
@@ -83,7 +84,10 @@ def _say(args: argparse.Namespace) -> int:
 def _ready(args: argparse.Namespace) -> tuple[Any, Any, Any, Cell | None]:
     """The model, the Steering, the settings, and the cell where one is named; wrong words are told before anything is loaded."""
     store = Store(args.base_dir)
-    plan.check_model(store, args.model_name)
+    name, folder = locate(args.base_dir, args.model_name)
+    if name == args.model_name:
+        plan.check_model(store, name)
+    args.model_name = name
     more = [("layers", ",".join(map(str, args.layers or ()))), ("generation_params.max_new_tokens", args.max_new_tokens)]
     overrides = parse_overrides([*args.overrides, *(f"{key}={value}" for key, value in more if value not in ("", None))])
     named = [flag for flag in ("dataset", "method", "intervention_method") if getattr(args, flag)]
@@ -119,7 +123,7 @@ def _ready(args: argparse.Namespace) -> tuple[Any, Any, Any, Cell | None]:
         settings = settings or _of_steering(steering, overrides)
     quiet_libraries()
     device = args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    loaded = host.load(store.model(args.model_name), settings.dtype, device, settings.anatomy)
+    loaded = host.load(folder, settings.dtype, device, settings.anatomy)
     if steering is None and cell is not None:
         nothing = Progress({}, 0, complain, quiet=True)
         run = tasks.Run(request, loaded, store, tasks.Recordings([], None), nothing, team.Team(device), identity.Seen())

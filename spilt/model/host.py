@@ -71,11 +71,13 @@ def load(path: Path, dtype: str, device: str, said: str = "") -> Host:
         config = configuration(path)
         if said or config.model_type not in anatomy.FAMILIES:
             anatomy.find(skeleton(config), said)  # where nothing can be found, nothing is loaded
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        file = checkpoint.gguf(path)
+        whole = {"gguf_file": file.name} if file else {}
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False, **whole)
         # sdpa leaves out the soft cap on Gemma-2's attention scores
         eager = {"attn_implementation": "eager"} if getattr(config.get_text_config(), "attn_logit_softcapping", None) else {}
         placed = {"device_map": "auto"} if device == "auto" else {"device_map": {"": device}}
-        given = {"config": config, "dtype": getattr(torch, dtype), "local_files_only": True, "trust_remote_code": False, **placed, **eager}
+        given = {"config": config, "dtype": getattr(torch, dtype), "local_files_only": True, "trust_remote_code": False, **placed, **eager, **whole}
         # with sizes ignored it tells which ones differ; nothing that it makes up is used
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **given, ignore_mismatched_sizes=True, output_loading_info=True)
     except UserError:
@@ -100,12 +102,12 @@ def configuration(path: Path) -> Any:
     """The library's reading of config.json. Raises UserError for a family that it does not know."""
     from transformers import CONFIG_MAPPING, AutoConfig, __version__
 
-    name = checkpoint.read_json(path / checkpoint.CONFIG).get("model_type")
-    if name not in CONFIG_MAPPING:
+    file, name = checkpoint.gguf(path), checkpoint.config(path).get("model_type")
+    if not file and name not in CONFIG_MAPPING:
         way_out = "a newer transformers may have it; a checkpoint's own code is never run"
         raise UserError(f"{path / checkpoint.CONFIG}: transformers {__version__} has no model family {name!r}; {way_out}")
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False, **({"gguf_file": file.name} if file else {}))
     except Exception as error:  # whatever the library raises on a configuration that it does not understand
         raise UserError(_why(path, "", "", error)) from error
 

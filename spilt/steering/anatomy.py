@@ -112,7 +112,7 @@ def find(model: nn.Module, said: str = "") -> Anatomy:
         raise UserError(f"{type(model).__name__} has no list of blocks {path!r}{WAY_OUT}") from None
     parts = tuple(_parts(block, hidden_size(model), inside) for block in blocks)
     for name, value in inside.items():
-        if all(getattr(part, name) is None for part in parts):
+        if not any(_has(block, value) for block in blocks):
             raise UserError(f"no block of {path} has {value!r}, which --anatomy calls {name}{WAY_OUT}")
         if name == "mlp_mid" and not all(_widths(at.get_submodule(value))[0] for at in blocks if _has(at, value)):
             raise UserError(f"{value!r}, which --anatomy calls mlp_mid, is no projection, whose width would be known{WAY_OUT}")
@@ -162,8 +162,6 @@ def _parts(block: nn.Module, hidden: int, given: Mapping[str, str]) -> Parts:
     single = [name for name in children if name not in (*mixers, *whole)]  # fc1, fc2 beside attention (OPT)
     keep = [name for name in mixers if "cache_params" not in _arguments(children[name])]  # attention before a state space beside it
     named = {name: path for name, path in given.items() if _has(block, path)}
-    if "mlp" in given:
-        whole, single = [], []
     attn = named.get("attn") or next(iter([*keep, *mixers]), None)
     mlp = named.get("mlp") or max(whole, key=lambda name: (_experts(children[name]), _size(children[name])), default=None)
     down, why = named.get("mlp_mid"), ""

@@ -91,7 +91,7 @@ class Cost(NamedTuple):
 def shape_of(model: Path) -> Shape | None:
     """From config.json; None when it is not there or is of an unknown make."""
     try:
-        config = checkpoint.text_config(checkpoint.read_json(model / checkpoint.CONFIG))
+        config = checkpoint.text_config(checkpoint.config(model))
         hidden = config.get("hidden_size") or config["n_embd"]
         heads = config.get("num_attention_heads") or config["n_head"]
         layers = config.get("num_hidden_layers") or config["n_layer"]
