@@ -280,7 +280,15 @@ def _steps(
 def _command(
     request: Request, verb: Verb, group: tuple[Cell, ...], method: str, form: str, multipliers: tuple[float, ...], sweep: bool
 ) -> str:
-    words = [*request.program.split(), "--dataset", request.dataset, "--method", method, "--model_name", request.model_said or request.model]
+    words = [
+        *request.program.split(),
+        "--dataset",
+        request.dataset,
+        "--method",
+        method,
+        "--model_name",
+        request.model_said or request.model,
+    ]
     words += ["--intervention_method", form, "--mode", verb.mode, "--device", request.device, "--base_dir", str(request.base_dir)]
     if not verb.fits:
         words += ["--multipliers", *(["sweep"] if sweep else [str(m) for m in multipliers])]

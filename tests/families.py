@@ -13,8 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import counts
 import torch
-from counts import CI, count
 from torch import Tensor, nn
 
 from spilt.cell import FORMS
@@ -102,7 +102,7 @@ def known(model_type: str) -> bool:
 EVERY = tuple(name for name in FAMILIES if known(name))
 FAST = tuple(name for name in EVERY if not FAMILIES[name].plain)
 # without CI=true those that differ most from each other; test_families.py has the rest
-FAMILY_NAMES = count(FAST, ("mistral", "qwen2", "gemma2", "gemma3_text", "gpt2"))
+FAMILY_NAMES = counts.count(FAST, ("mistral", "qwen2", "gemma2", "gemma3_text", "gpt2"))
 # form x read point; a form that reads nothing has one entry
 READS: tuple[tuple[str, str | None], ...] = tuple(
     (form, read_point) for form in FORMS for read_point in (COMPONENTS if INTERVENTIONS[form].reads else (None,))
@@ -112,7 +112,7 @@ PLACES = {"first": 0, "middle": LAYERS // 2, "last": LAYERS - 1}
 
 def reads_of(family: str) -> tuple[tuple[str, str | None], ...]:
     """READS; without CI=true every third for a family, so that three families that follow each other show them all."""
-    shown = READS if CI else READS[(*FAMILY_NAMES, *EVERY).index(family) % 3 :: 3]
+    shown = READS if counts.CI else READS[(*FAMILY_NAMES, *EVERY).index(family) % 3 :: 3]
     return tuple(read for read in shown if read[1] in (None, *anatomy.read_widths(model(family), LAYERS // 2)))
 
 

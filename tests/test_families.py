@@ -141,19 +141,27 @@ def test_experts_have_no_down_projection(family: str) -> None:
 def renamed(tiny: nn.Module, names: dict[str, str]) -> nn.Module:
     """The same arithmetic under other names: the modules answer to both, but only the new ones are listed."""
     for module in list(tiny.modules()):
-        for old, new in names.items():
+        for old in names:
             if old in module._modules:
                 kind = type(module)
                 both = {o: property(lambda self, n=n: self._modules[n]) for o, n in names.items() if o in module._modules}
                 made = type(f"Other{kind.__name__}", (kind,), both)
                 module._modules = {names.get(name, name): child for name, child in module._modules.items()}
-                module.__class__ = made
+                object.__setattr__(module, "__class__", made)
                 break
     tiny.config.model_type = "nobody-knows"
     return tiny
 
 
-LLAMA = {"layers": "stack", "self_attn": "look", "mlp": "think", "down_proj": "back", "gate_proj": "door", "up_proj": "out", "o_proj": "join"}
+LLAMA = {
+    "layers": "stack",
+    "self_attn": "look",
+    "mlp": "think",
+    "down_proj": "back",
+    "gate_proj": "door",
+    "up_proj": "out",
+    "o_proj": "join",
+}
 NEOX = {"layers": "rungs", "attention": "gaze", "mlp": "inner", "dense_4h_to_h": "narrow", "dense_h_to_4h": "widen", "dense": "mixdown"}
 
 

@@ -26,7 +26,6 @@ from spilt import cli, verify
 from spilt.errors import UserError
 from spilt.model import checkpoint, identity
 from spilt.model.host import load
-from spilt.steering import anatomy
 
 FIT = ("--mode", "generate", "--quiet")
 

@@ -113,7 +113,11 @@ def test_a_download_asks_for_what_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert locate(tmp_path, ID, download=True) == ("some-model", tmp_path / "got")
-    assert asked[0]["local_files_only"] is False and "*.safetensors" in asked[0]["allow_patterns"] and "*.bin" not in asked[0]["allow_patterns"]
+    assert (
+        asked[0]["local_files_only"] is False
+        and "*.safetensors" in asked[0]["allow_patterns"]
+        and "*.bin" not in asked[0]["allow_patterns"]
+    )
     assert len(asked) == 2 and asked[1]["allow_patterns"] == ["*.bin"]
 
 
@@ -145,7 +149,12 @@ def as_gguf(folder: Path, path: Path) -> None:
     out.add_chat_template(families.TEMPLATE)
     short = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output"}
     short |= {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm"}
-    short |= {"post_attention_layernorm": "ffn_norm", "model.layers": "blk", "model.embed_tokens": "token_embd", "model.norm": "output_norm"}
+    short |= {
+        "post_attention_layernorm": "ffn_norm",
+        "model.layers": "blk",
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+    }
     for name, value in model.state_dict().items():
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         if heads:  # the two halves of a head's rotary pairs, side by side

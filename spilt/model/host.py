@@ -77,7 +77,15 @@ def load(path: Path, dtype: str, device: str, said: str = "") -> Host:
         # sdpa leaves out the soft cap on Gemma-2's attention scores
         eager = {"attn_implementation": "eager"} if getattr(config.get_text_config(), "attn_logit_softcapping", None) else {}
         placed = {"device_map": "auto"} if device == "auto" else {"device_map": {"": device}}
-        given = {"config": config, "dtype": getattr(torch, dtype), "local_files_only": True, "trust_remote_code": False, **placed, **eager, **whole}
+        given = {
+            "config": config,
+            "dtype": getattr(torch, dtype),
+            "local_files_only": True,
+            "trust_remote_code": False,
+            **placed,
+            **eager,
+            **whole,
+        }
         # with sizes ignored it tells which ones differ; nothing that it makes up is used
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **given, ignore_mismatched_sizes=True, output_loading_info=True)
     except UserError:
@@ -107,7 +115,9 @@ def configuration(path: Path) -> Any:
         way_out = "a newer transformers may have it; a checkpoint's own code is never run"
         raise UserError(f"{path / checkpoint.CONFIG}: transformers {__version__} has no model family {name!r}; {way_out}")
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False, **({"gguf_file": file.name} if file else {}))
+        return AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False, **({"gguf_file": file.name} if file else {})
+        )
     except Exception as error:  # whatever the library raises on a configuration that it does not understand
         raise UserError(_why(path, "", "", error)) from error
 
