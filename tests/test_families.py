@@ -141,14 +141,11 @@ def test_experts_have_no_down_projection(family: str) -> None:
 def renamed(tiny: nn.Module, names: dict[str, str]) -> nn.Module:
     """The same arithmetic under other names: the modules answer to both, but only the new ones are listed."""
     for module in list(tiny.modules()):
-        for old in names:
-            if old in module._modules:
-                kind = type(module)
-                both = {o: property(lambda self, n=n: self._modules[n]) for o, n in names.items() if o in module._modules}
-                made = type(f"Other{kind.__name__}", (kind,), both)
-                module._modules = {names.get(name, name): child for name, child in module._modules.items()}
-                object.__setattr__(module, "__class__", made)
-                break
+        if old := [name for name in names if name in module._modules]:
+            both = {name: property(lambda self, n=names[name]: self._modules[n]) for name in old}
+            made = type(f"Other{type(module).__name__}", (type(module),), both)
+            module._modules = {names.get(name, name): child for name, child in module._modules.items()}
+            object.__setattr__(module, "__class__", made)
     tiny.config.model_type = "nobody-knows"
     return tiny
 

@@ -79,7 +79,7 @@ def test_experts_in_every_mode(base: Base, capsys: pytest.CaptureFixture[str]) -
     )
     for form in ("vector", "lora"):
         for mode in ("both", "loss"):
-            code, said = run(base, capsys, "--mode", mode, "--multipliers", "0", "2", form=form)
+            code, said = run(base, capsys, "--mode", mode, "--multipliers", "0", "2", "--no_report", form=form)
             assert code == 0, said
     read = Steering.load(base.path / "vectors" / base.model / "sft" / base.one / "sft_lora")
     assert read.entries[0][0].read_point == "attn"
