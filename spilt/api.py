@@ -34,7 +34,7 @@ from spilt.settings.fields import DTYPE_ALIASES, DTYPES, STRONGEST, GenerationPa
 from spilt.settings.keys import KEY_ALIASES
 from spilt.steering.interventions import INTERVENTIONS, Intervention, Multiplier
 from spilt.steering.steering import Steering, base_model
-from spilt.tasks.context import check_context
+from spilt.tasks.context import check_context, texts_at_once
 from spilt.verbs import measure as measure_verb
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def generate(
     *,
     num_responses: int = 1,
     seed: int = 42,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     engine: str = choice.FAST,
     use_chat_template: bool = True,
     system_prompt: str = "",
@@ -255,13 +255,14 @@ def generate(
 
     params: generation parameters (max_new_tokens 128, do_sample true, temperature, top_p ...), else the checkpoint's.
     A prompt's random numbers are its own: the same at every multiplier, whatever else is asked for. first: the number of the first
-    prompt, which decides them: that of its row in a file gives the text of the command line.
+    prompt, which decides them: that of its row in a file gives the text of the command line. batch_size: texts made side by side; left
+    out: as many as memory allows.
     """
     import pandas as pd
 
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     strengths = _strengths(multipliers)
-    for name, value in (("num_responses", num_responses), ("batch_size", batch_size)):
+    for name, value in (("num_responses", num_responses), ("batch_size", 1 if batch_size is None else batch_size)):
         _whole(name, value, 1)
     chat = Chat.of(tokenizer, use_chat_template, system_prompt)
     placed = steering.to(model)
@@ -277,7 +278,8 @@ def generate(
 
     with _frozen(model):
         plain = choice.why_plain(placed.places, "generate", family=_family(model), engine=engine)
-        made = dict(whole.texts(model, placed, rows, how) if plain else generation.generate(model, placed, rows, how, batch_size))
+        at_once = texts_at_once(model, batch_size, ids, how.max_new_tokens).texts
+        made = dict(whole.texts(model, placed, rows, how) if plain else generation.generate(model, placed, rows, how, at_once))
     out = [
         {"prompt": texts[i], "multiplier": m, "response": k, "text": tokenizer.decode(made[n], skip_special_tokens=True)}
         for n, (i, m, k) in enumerate(asked)

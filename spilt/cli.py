@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -31,18 +30,19 @@ from spilt.errors import UserError, unknown
 from spilt.methods import METHODS
 from spilt.model.identity import Changed
 from spilt.model.locate import link, locate
-from spilt.run import ALREADY, DONE, FAILED, Outcome, run_plan
+from spilt.run import ALREADY, DONE, FAILED, Outcome, run_plan, with_recommended
 from spilt.settings import parse_overrides
-from spilt.settings.fields import DTYPES, INTERVENTION_ALIASES, METHOD_ALIASES, STRONGEST, intervention_name, method_name
+from spilt.settings.fields import DTYPES, INTERVENTION_ALIASES, METHOD_ALIASES, STRONGEST
 from spilt.team import place
 from spilt.terminal import COMPLETING, complain, say, words_so_far
 from spilt.terminal import program as speak
-from spilt.verbs import measure as measure_verb
 from spilt.verbs.generate import RECOMMENDED
+from spilt.verbs.measure import SWEEP
 
 log = logging.getLogger("spilt")
 
 # `spilt WORD ...`: besides the verbs, another program of the package (spilt/WORD), and its line in --help
+MODES_SAY = "fit / produce text / measure / fit and produce text / all three"  # of verbs.MODES, in their order
 PROGRAMS = {
     "anatomy": "show where a model's blocks, attention and MLP are found",
     "look": "show the stored texts side by side",
@@ -75,23 +75,25 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
             group.add_argument(flag, **given).completer = lambda **_: words  # type: ignore[attr-defined]
 
     add("--dataset", required=True, help="a name in hparams/Steer/dataset_format.yaml, such as psychopathy, powerseeking, axbench")
-    add("--method", (*METHODS, plan.ALL), required=True, help=f"{', '.join(METHODS)} or all ({_spellings(METHOD_ALIASES)})")
+    known = f"{', '.join(METHODS)} or all ({_spellings(METHOD_ALIASES)}); several, or with a form of its own: spilt_lora"
+    add("--method", (*METHODS, plan.ALL), required=True, nargs="+", metavar="NAME", help=known)
     add("--model_name", required=True, help="a checkpoint: a folder under models/, a path, or a hub id")
     add("--download", action="store_true", help="fetch a hub id that is not in the local hub cache")
-    add("--intervention_method", (*FORMS, plan.ALL), required=True, help=f"{', '.join(FORMS)} or all ({_spellings(INTERVENTION_ALIASES)})")
+    known = f"{', '.join(FORMS)} or all ({_spellings(INTERVENTION_ALIASES)}); several"
+    add("--intervention_method", (*FORMS, plan.ALL), required=True, nargs="+", metavar="NAME", help=known)
     if verb:
         made.set_defaults(mode=verbs.VERBS[verb].mode)
     else:
-        add("--mode", verbs.MODES, default="both", help=f"{', '.join(verbs.MODES)}: fit / produce text / both / measure (default both)")
+        add("--mode", verbs.MODES, default="both", help=f"{', '.join(verbs.MODES)}: {MODES_SAY} (default both)")
     add("--device", default="cuda:0", help="a torch device, cpu, or auto (accelerate's device map); default cuda:0")
-    words = {"generate": ", or 'recommended': 0 and what `recommend` says", "measure": ", or 'sweep': over the range that was trained"}
-    measures = words.get(verb, "; loss mode also takes 'sweep', apply mode 'recommended'")
-    add("--multipliers", nargs="+", metavar="M", help=f"strengths m, signed{measures}; default: the YAML's, else 1.0")
+    words = {"generate": "; also 'recommended': 0 and what `recommend` says", "measure": ", or 'sweep': over the range that was trained"}
+    more = words.get(verb, "; loss mode also takes 'sweep', apply mode 'recommended', all mode (default) 'sweep recommended'")
+    add("--multipliers", nargs="+", metavar="M", help=f"strengths m, signed{more}; default: the YAML's, else 1.0")
     add("--base_dir", default=base_dir, type=Path, help="every relative path is below it; default: this folder")
     add("--dry_run", action="store_true", help="print the plan; write nothing, load no model")
     group = made.add_argument_group("ours")
     add("--dtype", DTYPES, help="of the model: float32, bfloat16, float16 (over the YAML's)")
-    add("--batch_size", type=_positive, help="texts decoded side by side (changes no result beyond rounding)")
+    add("--batch_size", type=_positive, help="texts made side by side (changes no result beyond rounding); default: by free memory")
     add("--limit", type=_positive, help="rows of each data file, from the first")
     add("--anatomy", metavar="PART=PATH,...", help="where the model's blocks, attn, mlp, mlp_mid are; default: found by structure")
     add("--seed", type=int, help="over the YAML's")
@@ -203,16 +205,18 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
         raise UserError(f"unknown device {args.device!r}; have: cpu, auto, cuda, cuda:0 and the like")
     if args.split is not None and args.split not in splits:
         raise unknown("split", args.split, splits)
+    strengths, words = _multipliers(args.multipliers, args.mode)
     name, folder = locate(args.base_dir, args.model_name, args.download)
     return verbs.Request(
         dataset=args.dataset,
-        method=method_name(args.method),
+        method=tuple(args.method),
         model=name,
         **({} if name == args.model_name else {"model_said": args.model_name, "folder": folder}),
-        intervention=intervention_name(args.intervention_method),
+        intervention=tuple(args.intervention_method),
         mode=args.mode,
         device=args.device,
-        multipliers=_multipliers(args.multipliers, args.mode),
+        multipliers=strengths,
+        words=words,
         base_dir=args.base_dir,
         overrides=overrides,
         concepts=tuple(args.concepts) if args.concepts else None,
@@ -232,19 +236,24 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
     )
 
 
-def _multipliers(words: Sequence[str] | None, mode: str) -> tuple[float, ...] | str | None:
-    if words is None:
-        return None
-    if list(words) == [measure_verb.SWEEP]:
-        if mode != "loss":
-            raise UserError(f"--multipliers sweep goes with --mode loss; --mode {mode} wants numbers, such as --multipliers -1 0 1")
-        return measure_verb.SWEEP
-    if list(words) == [RECOMMENDED]:
-        if mode != "apply":
-            raise UserError(f"--multipliers recommended goes with --mode apply; --mode {mode} wants numbers, such as --multipliers -1 0 1")
-        return RECOMMENDED
-    values = []
+def _words_of(mode: str) -> list[str]:
+    """Those of --multipliers that a mode takes: what older losses recommend says nothing of a new fit."""
+    names = verbs.MODES.get(mode, ())
+    return [] if "fit" in names and "measure" not in names else [word for name in names for word in verbs.VERBS[name].words]
+
+
+def _multipliers(given: Sequence[str] | None, mode: str) -> tuple[tuple[float, ...] | None, tuple[str, ...]]:
+    """Numbers (None: none are given) and words. Of a sweep alone, numbers would say nothing."""
+    taken = _words_of(mode)
+    if given is None:
+        return None, tuple(taken) if mode == "all" else ()
+    words = tuple(word for word in (SWEEP, RECOMMENDED) if word in given)
     for word in words:
+        if word not in taken or (mode == "loss" and len(given) > 1):
+            have = " or ".join(name for name in verbs.MODES if word in _words_of(name)) + (", alone" if word in taken else "")
+            raise UserError(f"--multipliers {word} goes with --mode {have}; --mode {mode} wants numbers, such as --multipliers -1 0 1")
+    values = []
+    for word in (word for word in given if word not in words):
         try:
             value = float(word)
         except ValueError:
@@ -252,7 +261,7 @@ def _multipliers(words: Sequence[str] | None, mode: str) -> tuple[float, ...] | 
         if not math.isfinite(value) or abs(value) > STRONGEST:
             raise UserError(f"--multipliers: {word} is not a usable strength; wanted a finite number within +-{STRONGEST:g}")
         values.append(value + 0.0)  # -0.0 is 0.0
-    return tuple(dict.fromkeys(values))
+    return tuple(dict.fromkeys(values)) or None, words
 
 
 def main(argv: Sequence[str] | None = None, base_dir: Path = Path("."), program: str = verbs.Request.program) -> int:
@@ -281,20 +290,6 @@ def main(argv: Sequence[str] | None = None, base_dir: Path = Path("."), program:
 def console() -> int:
     """The installed command, `spilt`."""
     return main(program="spilt")
-
-
-def _recommended(request: verbs.Request) -> verbs.Request:
-    """The request with what the stored losses recommend, where it asks for that."""
-    if request.multipliers != RECOMMENDED:
-        return request
-    from spilt.report import recommend
-
-    rows = recommend(request.base_dir, request.model, request.dataset).to_dict("records")
-    found = {
-        (row["method"], row["intervention"]): row["multiplier"] if row["multiplier"] > 0 or row["multiplier"] < 0 else row["reason"]
-        for row in rows
-    }
-    return replace(request, recommended=found)
 
 
 def _run(args: argparse.Namespace, program: str, words: Sequence[str]) -> int:
@@ -327,7 +322,9 @@ def _run(args: argparse.Namespace, program: str, words: Sequence[str]) -> int:
 def _plan_and_run(args: argparse.Namespace, program: str, shown: dict[str, Any]) -> int:
     """The exit code. shown: is told what --json shows."""
     rank, start = place()[0], time.monotonic()
-    request = _recommended(request_of(args, program))
+    request = request_of(args, program)
+    if RECOMMENDED in request.words and request.mode != "all":  # `all` measures first
+        request = with_recommended(request)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before torch looks for it
     made = plan.make(request, dry=args.dry_run)

@@ -1,10 +1,11 @@
-"""Out of memory is no end: the work is halved and goes on."""
+"""How much memory is free; and out of memory is no end: the work is halved and goes on."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 log = logging.getLogger("spilt")
 Item = TypeVar("Item")
@@ -22,6 +23,41 @@ def max_tokens(device: str, backward: bool = False) -> int:
     if device == "cpu":
         return 512  # fits the processor's caches
     return 1024 if backward else 16384
+
+
+def free(device: Any = None) -> int:
+    """Bytes that can still be had: of a torch device with memory of its own, else of this machine, as far as its control groups allow."""
+    if device is not None and device.type != "cpu":
+        import torch
+
+        own: Any = getattr(torch, device.type, None)
+        if hasattr(own, "mem_get_info"):
+            return int(own.mem_get_info(device)[0] + own.memory_reserved(device) - own.memory_allocated(device))
+    import psutil
+
+    return int(min(psutil.virtual_memory().available, *_of_groups()))
+
+
+def _of_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """What is left to each control group that this process is in: a container, a job of a scheduler. Pages of files count as free."""
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:  # not Linux
+        return
+    for _, kinds, path in lines:
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        top = root / "memory" if kinds else root
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
+        inside = top / path.lstrip("/")
+        for folder in (inside, *inside.parents):
+            if folder.is_relative_to(top):
+                try:
+                    most, used = (int((folder / name).read_text()) for name in names)
+                    about = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                    yield most - used + int(about.get("inactive_file", 0))
+                except (OSError, ValueError):  # no such file, or 'max'
+                    continue
 
 
 def ran_out(error: Exception) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ Wanted = tuple[str, str, int | None]  # method, form, seed of the fit
 
 
 class LeftOut(NamedTuple):
-    """A combination of `all` that does not exist."""
+    """A combination of several that does not exist, or has no recommended multiplier."""
 
     name: str
     why: str
@@ -50,27 +50,36 @@ class Plan(NamedTuple):
     left_out: list[LeftOut]
 
 
-def pairs_of(method: str, intervention: str) -> tuple[list[tuple[str, str]], list[LeftOut]]:
-    """(method, form) combinations of a request, and those of `all` that do not exist. Impossible by name: UserError."""
-    method, intervention = method_name(method), intervention_name(intervention)
-    if method not in (*METHODS, ALL):
-        raise unknown("method", method, METHODS)
-    if intervention not in (*FORMS, ALL):
-        raise unknown("intervention_method", intervention, FORMS)
-    methods = list(METHODS) if method == ALL else [method]
-    forms = list(FORMS) if intervention == ALL else [intervention]
-    valid, left_out = [], []
-    for name in methods:
-        for form in forms:
-            if form in METHODS[name].forms:
-                valid.append((name, form))
-            elif ALL in (method, intervention) and (method != name or intervention == ALL):
-                left_out.append(LeftOut(f"{name} {form}", METHODS[name].why))
-            else:
-                raise UserError(f"{name} + {form} does not exist: {METHODS[name].why}; {name} goes with: {', '.join(METHODS[name].forms)}")
+def pairs_of(method: str | Sequence[str], intervention: str | Sequence[str]) -> tuple[list[tuple[str, str]], list[LeftOut]]:
+    """(method, form) combinations of a request, and those of several that do not exist. Impossible by name: UserError.
+
+    Of several words, one that names both (`spilt_lora`, as the folders do) is that combination alone.
+    """
+    words = [intervention] if isinstance(intervention, str) else intervention
+    forms = [form for word in words for form in _named("intervention_method", intervention_name(word), FORMS)]
+    asked: list[tuple[str, str]] = []
+    for word in [method] if isinstance(method, str) else method:
+        name, _, form = (method_name(part) for part in word.partition("_"))
+        if not isinstance(method, str) and name in METHODS and (form := intervention_name(form)) in FORMS:
+            asked.append((name, form))
+        else:
+            asked += [(name, form) for name in _named("method", method_name(word), METHODS) for form in forms]
+    asked = list(dict.fromkeys(asked))
+    valid = [(name, form) for name, form in asked if form in METHODS[name].forms]
+    left_out = [LeftOut(f"{name} {form}", METHODS[name].why) for name, form in asked if (name, form) not in valid]
+    if len(asked) == 1 and left_out:
+        ((name, form),) = asked
+        raise UserError(f"{name} + {form} does not exist: {METHODS[name].why}; {name} goes with: {', '.join(METHODS[name].forms)}")
     if not valid:
         raise UserError(f"nothing to do: {'; '.join(f'{x.name}: {x.why}' for x in left_out)}")
     return valid, left_out
+
+
+def _named(kind: str, word: str, table: Mapping[str, Any]) -> list[str]:
+    """The rows of a table that a word means."""
+    if word not in (*table, ALL):
+        raise unknown(kind, word, table)
+    return list(table) if word == ALL else [word]
 
 
 def make(request: Request, *, dry: bool = False) -> Plan:
@@ -92,7 +101,7 @@ def make(request: Request, *, dry: bool = False) -> Plan:
         raise unknown("mode", request.mode, MODES)
     # a closed form has nothing that a seed decides
     wanted_cells = [(m, f, seed) for m, f in combinations for seed in (request.seeds if METHODS[m].estimate is None else (None,))]
-    if request.multipliers == RECOMMENDED:
+    if RECOMMENDED in request.words and "measure" not in MODES[request.mode]:
         wanted_cells, none = _with_a_recommendation(request, wanted_cells)
         left_out += none
     model = request.model_folder
@@ -139,16 +148,35 @@ def _wants_down(step: Step) -> bool:
 
 
 def _with_a_recommendation(request: Request, cells: list[Wanted]) -> tuple[list[Wanted], list[LeftOut]]:
-    """The cells that have one, and why the others have none. Raises UserError where no cell has."""
-    unmeasured = "not measured; --mode loss --multipliers sweep measures it"
-    none = {cell: why for cell in cells if isinstance(why := request.recommended.get(_shown(*cell), unmeasured), str)}
-    left_out = [LeftOut(" ".join(_shown(*cell)), f"no recommended multiplier: {why}") for cell, why in none.items()]
+    """The cells that there is something to do for, and why others have none. Raises UserError where no cell has."""
+    none = {cell: why for cell in cells if isinstance(why := recommended(request, *cell), str)}
+    left_out = [LeftOut(" ".join(shown(*cell)), why) for cell, why in none.items()]
+    if request.multipliers is not None:  # texts at other strengths are asked for too
+        return cells, left_out
     if len(none) == len(cells):
         raise UserError("; ".join(f"{item.name}: {item.why}" for item in left_out))
     return [cell for cell in cells if cell not in none], left_out
 
 
-def _shown(method: str, form: str, seed: int | None) -> tuple[str, str]:
+def recommended(request: Request, method: str, form: str, seed: int | None) -> float | str:
+    """What the stored losses recommend for a cell, or why it has none."""
+    unmeasured = "not measured; --mode loss --multipliers sweep measures it"
+    found = request.recommended.get(shown(method, form, seed), unmeasured)
+    return f"no recommended multiplier: {found}" if isinstance(found, str) else found
+
+
+def settled(step: Step, request: Request) -> tuple[Step, str]:
+    """A step that waited, with what its losses recommend by now, and why that is nothing; without outputs if nothing else was asked for."""
+    cell, verb = step.cells[0], VERBS[step.verb]
+    found = recommended(request, cell.method, cell.intervention, cell.seed)
+    if isinstance(found, str):
+        alone = request.words == (RECOMMENDED,) and request.multipliers is None
+        return step._replace(waits=False, outputs=() if alone else step.outputs), found
+    step = step._replace(waits=False, multipliers=tuple(dict.fromkeys((*step.multipliers, found))))
+    return step._replace(outputs=tuple(verb.outputs(Store(request.base_dir), step))), ""
+
+
+def shown(method: str, form: str, seed: int | None) -> tuple[str, str]:
     """Method and form as the report names a cell."""
     return method, form if seed is None else f"{form}{SEED}{seed}"
 
@@ -261,37 +289,32 @@ def _steps(
     found = verb.settings(replace(request, overrides=with_seed(request.overrides, seed)) if verb.fits else request, method, form)
     settings: Any = found.settings
     cells = tuple(Cell(request.model, request.dataset, method, form, tuple(settings.layers), concept, seed) for concept in concepts)
-    sweep = request.multipliers == SWEEP
-    if request.multipliers == RECOMMENDED:
-        multipliers: tuple[float, ...] = (0.0, float(request.recommended[_shown(method, form, seed)]))
-    else:
-        multipliers = verb.multipliers(request, settings)
+    sweep = SWEEP in verb.words and bool(request.words)  # what is recommended stands in one
+    multipliers = verb.multipliers(request, settings)
+    applied = RECOMMENDED in request.words and RECOMMENDED in verb.words
+    waits = applied and "measure" in MODES[request.mode]
+    if applied and not waits and not isinstance(found_one := recommended(request, method, form, seed), str):
+        multipliers = tuple(dict.fromkeys((*multipliers, found_one)))
     released = not sweep if request.released_files is None else request.released_files
     steps = []
     for group in [cells] if verb.together else [(cell,) for cell in cells]:
-        read = () if verb.fits else tuple(store.vector(cell, layer) for cell in group for layer in cell.layers)
-        command = _command(request, verb, group, method, form, multipliers, sweep)
+        read: tuple[Path, ...] = () if verb.fits else tuple(store.vector(cell, layer) for cell in group for layer in cell.layers)
+        command = _command(request, verb, group, method, form, multipliers, SWEEP if sweep else RECOMMENDED if waits else "")
         notes = tuple(found.unused)
-        step = Step(verb.name, group, settings, found.files, model, data, read, (), command, multipliers, sweep, released, notes)
+        step = Step(verb.name, group, settings, found.files, model, data, read, (), command, multipliers, sweep, waits, released, notes)
         steps.append(step._replace(origin=found.origin, outputs=tuple(verb.outputs(store, step))))
     return steps
 
 
 def _command(
-    request: Request, verb: Verb, group: tuple[Cell, ...], method: str, form: str, multipliers: tuple[float, ...], sweep: bool
+    request: Request, verb: Verb, group: tuple[Cell, ...], method: str, form: str, multipliers: tuple[float, ...], word: str
 ) -> str:
-    words = [
-        *request.program.split(),
-        "--dataset",
-        request.dataset,
-        "--method",
-        method,
-        "--model_name",
-        request.model_said or request.model,
-    ]
+    """word: of --multipliers."""
+    model = request.model_said or request.model
+    words = [*request.program.split(), "--dataset", request.dataset, "--method", method, "--model_name", model]
     words += ["--intervention_method", form, "--mode", verb.mode, "--device", request.device, "--base_dir", str(request.base_dir)]
     if not verb.fits:
-        words += ["--multipliers", *(["sweep"] if sweep else [str(m) for m in multipliers])]
+        words += ["--multipliers", *([] if word == SWEEP else map(str, multipliers)), *([word] if word else [])]
     if group[0].seed is not None:
         words += ["--seeds", str(group[0].seed)]
     if group[0].concept is not None:
@@ -312,7 +335,7 @@ def splits_of(request: Request) -> tuple[str, ...]:
         return (str(request.split),)
     there = readers.sections_of(request.base_dir, request.dataset)
     splits = tuple(split for split in SPLITS if request.split == "both" or VERBS["measure"].sections[split] in there) or ("train",)
-    tables = request.multipliers == SWEEP or request.released_files is False
+    tables = bool(request.words) or request.released_files is False
     return (*splits, NEUTRAL) if tables and NEUTRAL in there else splits
 
 

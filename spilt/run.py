@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,17 +60,17 @@ def run_plan(made: plan.Plan, request: verbs.Request, tell: Tell = lambda text: 
             tell(f"error: {step}: {reason}")
             broken.update(step.outputs)
             outcomes.append(Outcome(str(step), FAILED, reason, 0.0, "", wrong_request=True))
-        elif not request.force and not step.sweep and again.isdisjoint(step.vectors) and _all_done(step, request, seen):
+        elif not request.force and not step.sweep and not step.waits and again.isdisjoint(step.vectors) and _all_done(step, request, seen):
             outcomes.append(Outcome(str(step), ALREADY, "", 0.0, _shown(step, request)))
             _tidy(step, request, seen)
         else:
             waiting.append(step)
             again.update(step.outputs if step.verb == "fit" else ())
-    draws = request.mode == "loss" and request.report
+    draws = "measure" in verbs.MODES[request.mode] and request.report
     work = {**_work(waiting, request, quiet), **({"report": ("report", 0.0)} if draws else {})}
     with Progress(work, len(outcomes), tell, quiet=quiet) as progress:
         if waiting or place()[1] > 1:
-            outcomes = _run_waiting(waiting, outcomes, request, tell, progress, seen)
+            outcomes = _run_waiting(waiting, outcomes, made, request, tell, progress, seen)
         if draws and any(outcome.outcome in (DONE, ALREADY) for outcome in outcomes):
             outcomes.append(_report(request, tell, progress))
     return outcomes
@@ -113,9 +114,15 @@ def _tidy(step: verbs.Step, request: verbs.Request, seen: Seen) -> None:
 
 
 def _run_waiting(
-    waiting: list[verbs.Step], before: list[Outcome], request: verbs.Request, tell: Tell, progress: Progress, seen: Seen
+    waiting: list[verbs.Step],
+    before: list[Outcome],
+    made: plan.Plan,
+    request: verbs.Request,
+    tell: Tell,
+    progress: Progress,
+    seen: Seen,
 ) -> list[Outcome]:
-    """The steps that are to run: fits dealt out over the processes, the others done together."""
+    """The steps that are to run: fits dealt out over the processes, the others done together. made: is told what was waited for."""
     from spilt import tasks as stages
     from spilt.team import Team
 
@@ -142,13 +149,46 @@ def _run_waiting(
     for step in waiting:
         if step.verb == "fit":
             continue
-        if failed.isdisjoint(step.vectors):
-            after[str(step)] = one(step)
-        else:  # an older vector may lie there: what it would give is not what was asked for
-            after[str(step)] = Outcome(str(step), SKIPPED, "its fit failed", 0.0, "")
+        # an older vector may lie there: what it would give is not what was asked for
+        why = "" if failed.isdisjoint(step.vectors) else "its fit failed"
+        if step.waits and not why:
+            if not request.recommended:
+                request = team.on_main(partial(_after_the_losses, request, waiting, after))
+            settled, none = plan.settled(step, request)
+            made.steps[made.steps.index(step)] = step = settled
+            why = "" if step.outputs else none
+            if none and not why:
+                log.warning("%s: %s", step, none)
+        if why:
+            after[str(step)] = Outcome(str(step), SKIPPED, why, 0.0, "")
             progress.end(*after[str(step)][:4])
+        else:
+            after[str(step)] = one(step)
     team.end()
     return [*before, *(after[str(step)] for step in waiting)]
+
+
+def with_recommended(request: verbs.Request) -> verbs.Request:
+    """The request with what the stored losses recommend."""
+    from spilt.report import recommend
+
+    rows = recommend(request.base_dir, request.model, request.dataset).to_dict("records")
+    found = {
+        (row["method"], row["intervention"]): row["multiplier"] if row["multiplier"] > 0 or row["multiplier"] < 0 else row["reason"]
+        for row in rows
+    }
+    return replace(request, recommended=found)
+
+
+def _after_the_losses(request: verbs.Request, steps: Sequence[verbs.Step], after: Mapping[str, Outcome]) -> verbs.Request:
+    """The same for a run that has just measured: older losses of a cell whose measurement failed recommend nothing."""
+    cells = [(step, plan.shown(cell.method, cell.intervention, cell.seed)) for step in steps for cell in step.cells]
+    failed = {name for step, name in cells if step.verb == "measure" and after[str(step)].outcome == FAILED}
+    try:
+        known = dict(with_recommended(request).recommended)
+    except (UserError, OSError) as error:
+        known = dict.fromkeys((name for _, name in cells), str(error))
+    return replace(request, recommended=known | dict.fromkeys(failed, "its losses could not be measured"))
 
 
 class _Hosts:

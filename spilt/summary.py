@@ -14,6 +14,7 @@ from spilt.model.identity import Seen
 from spilt.run import ALREADY, DONE, FAILED, SKIPPED, Outcome, keeps_what_is_unusable
 from spilt.terminal import say
 from spilt.verbs import measure as measure_verb
+from spilt.verbs.generate import RECOMMENDED
 
 SCHEMA = 1  # raised when a key of the document is renamed, removed or changes its meaning
 
@@ -32,7 +33,7 @@ def _about(step: verbs.Step) -> dict[str, Any]:
     """What a step is."""
     first, concepts = step.cells[0], [cell.concept for cell in step.cells if cell.concept is not None]
     names = {name: getattr(first, name) for name in ("model", "dataset", "method", "intervention", "layers")}
-    strengths = measure_verb.SWEEP if step.sweep else step.multipliers
+    strengths = measure_verb.SWEEP if step.sweep else [*step.multipliers, *([RECOMMENDED] if step.waits else [])]
     return {"step": str(step), "verb": step.verb, **names, "concepts": concepts, "multipliers": strengths}
 
 
@@ -100,6 +101,8 @@ def print_plan(rows: Sequence[Mapping[str, Any]], made: plan.Plan) -> None:
             say(f"   output   {item['path']}{word}")
         if len(outputs) > 12:
             say(f"            ({len(outputs)} files in all)")
+        if RECOMMENDED in row["multipliers"]:
+            say("            (and those of the multiplier that the losses will recommend)")
         if row["multipliers"] == measure_verb.SWEEP:
             say(f"            (widened by half while a tail still moves, up to {measure_verb.SWEEP_MOST} multipliers)")
         why = row["plain_engine"]

@@ -113,11 +113,12 @@ def test_yes_no_answers_are_steered(fitted: Path, method: str, form: str) -> Non
 
 
 def test_caa_on_yes_no_stays_where_the_paper_has_it(fitted: Path) -> None:
-    """The difference of means over the answer tokens Yes and No cancels: caa does not steer this task at a vector's usual strengths."""
+    """The difference of means over the answer tokens Yes and No cancels: caa hardly steers this task at a vector's usual strengths."""
     run(fitted, "psychopathy", "caa", "vector", "--mode", "apply", "--multipliers", "1", "4", "10")
     cell = Cell(MODEL, "psychopathy", "caa", "vector", (hparams.LAYER,))
     shares = {m: look.agreement(rows) for m, rows in look.results(Store(fitted), cell).items()}
-    assert [shares[m] for m in (1.0, 4.0, 10.0)] == [0.5, 0.5, 0.5]
+    assert [shares[m] for m in (1.0, 4.0)] == [0.5, 0.5]
+    assert shares[10.0] < 0.65, "as the paper's 53% and 55%; a trained vector reaches over 95% here"
 
 
 def accepted(base: Path, multiplier: float) -> float:

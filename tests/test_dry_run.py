@@ -15,7 +15,7 @@ import pytest
 from spilt import cli, plan, verbs
 from spilt.verbs import estimate as costs
 
-MODES = ("generate", "apply", "both", "loss")
+MODES = ("generate", "apply", "both", "loss", "all")
 
 
 @pytest.fixture

@@ -155,6 +155,12 @@ def test_a_strong_intervention_is_beyond_chance_and_a_weak_one_gets_no_recommend
     there = chance.curves(*control_of(rng, base, Population(rng, 24, 0.5, base)))
     dull = chance.beyond_chance(there, texts)
     assert dull is not None and not dull["beyond"] and "generated behaviour ranks" in dull["reason"]
+    # of texts that all show it, the larger gain counts
+    full = chance.beyond_chance(there, texts.assign(score=1.0))
+    assert full is not None and full["beyond"] and full["tests"]["behaviour"]["rank"] == full["tests"]["gain"]["rank"] == 1
+    faint = chance.curves(*control_of(rng, base, Population(rng, 24, 0.03, base)))
+    also = chance.beyond_chance(faint, texts.assign(score=1.0))
+    assert also is not None and also["tests"]["behaviour"]["rank"] == also["tests"]["gain"]["rank"] > 2
     few = chance.beyond_chance(chance.curves(*control_of(rng, base, Population(rng, 24, 0.5, base), draws=8)))
     assert few is not None and not few["beyond"] and "8 random ones are too few" in few["reason"]
 

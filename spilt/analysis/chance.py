@@ -63,7 +63,8 @@ def beyond_chance(there: Curves | None, texts: pd.DataFrame | None = None, budge
     """{draws, questions, unit, tests: name -> {own, random, rank, p}, beyond, reason}; None where it was not tested.
 
     slope: |P(h) - P(-h)| / 2h at the smallest strength of the control, h in relative dose (in m where it is unknown).
-    gain: best() on the control's own multipliers, for all alike, either sign of m. behaviour: the largest share over multipliers.
+    gain: best() on the control's own multipliers, for all alike, either sign of m. behaviour: the largest share over multipliers, of
+    equal ones the one with the larger gain first (a share of few answers reaches 1).
     Beyond chance: p <= 5% for gain, and for behaviour where it was scored. random: median of the random ones.
     """
     if there is None:
@@ -73,7 +74,8 @@ def beyond_chance(there: Curves | None, texts: pd.DataFrame | None = None, budge
         score = texts.groupby("draw")["score"].max()
         if -1 in score.index and len(score) > 1:
             tests["behaviour"] = np.append(score[-1], score.drop(-1)).astype(float)
-    found = {name: _ranked(values) for name, values in tests.items() if np.isfinite(values[0])}
+    finer = {"behaviour": tests["gain"]} if len(tests.get("behaviour", ())) == len(tests["gain"]) else {}
+    found = {name: _ranked(values, finer.get(name)) for name, values in tests.items() if np.isfinite(values[0])}
     out: dict[str, Any] = {"draws": len(there.preference) - 1, "questions": there.questions}
     out |= {"unit": "dose" if _has_dose(there) else "m", "tests": found}
     failed = [name for name in ("gain", "behaviour") if name in found and found[name]["p"] > LEVEL]
@@ -83,10 +85,12 @@ def beyond_chance(there: Curves | None, texts: pd.DataFrame | None = None, budge
     return out | {"beyond": not failed and "gain" in found, "reason": reason}
 
 
-def _ranked(values: Array) -> dict[str, Any]:
-    """Of the first among all; a draw without a value is none."""
-    own, random = float(values[0]), values[1:][np.isfinite(values[1:])]
-    above = int((random >= own).sum())
+def _ranked(values: Array, finer: Array | None = None) -> dict[str, Any]:
+    """Of the first among all; a draw without a value is none. finer: decides between equal ones."""
+    own, there = float(values[0]), np.isfinite(values[1:])
+    random = values[1:][there]
+    level = True if finer is None else ~(finer[1:][there] < finer[0])  # ahead, or nothing tells them apart
+    above = int(((random > own) | (random == own) & level).sum())
     middle = float(np.median(random)) if len(random) else None
     return {"own": own, "random": middle, "rank": 1 + above, "of": 1 + len(random), "p": (1 + above) / (1 + len(random))}
 

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -102,10 +101,10 @@ def storage(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> 
     """Room for [rows, width] in the smallest safe place: the device, pinned host memory, a memory-mapped temporary file."""
     size = rows * width * dtype.itemsize
     if device.type == "cuda":
-        if size < SHARE_OF_DEVICE * torch.cuda.mem_get_info(device)[0]:
+        if size < SHARE_OF_DEVICE * memory.free(device):
             return torch.empty(rows, width, dtype=dtype, device=device)
         log.warning("%.1f GiB of activations do not fit beside the model: kept in host memory", size / 2**30)
-    if size < SHARE_OF_HOST * psutil.virtual_memory().available:
+    if size < SHARE_OF_HOST * memory.free():
         return torch.empty(rows, width, dtype=dtype, pin_memory=device.type == "cuda")
     log.warning("%.1f GiB of activations do not fit in memory: kept in a temporary file in %s", size / 2**30, tempfile.gettempdir())
     file = tempfile.NamedTemporaryFile(prefix="spilt-activations-")  # noqa: SIM115 - unlinked when closed; the mapping keeps its pages

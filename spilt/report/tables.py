@@ -71,7 +71,8 @@ def recommendations(cells: Sequence[Measured], seed: int = 0) -> pd.DataFrame:
         row |= {"solved": best["solved"], "chance_rank": gain.get("rank"), "chance_of": gain.get("of"), "chance_p": gain.get("p")}
         row |= among.loc[cell.name, ["share", "tied"]].to_dict() if cell.name in among.index else {"share": None, "tied": False}
         rows.append(row | {name: best[name] for name in ("chosen_on", "reported_on", "budget", "reason")})
-    return pd.DataFrame(rows).rename(columns={"share": "choice_stands"})
+    table = pd.DataFrame(rows).rename(columns={"share": "choice_stands"})
+    return table.astype({"multiplier": float} if len(table) else {})  # nan, also where no cell has one
 
 
 CHANGES = ("loss_matching", "loss_not_matching", "answer_mass", "neutral_loss")

@@ -228,7 +228,7 @@ class GenerateSettings(Common):
     """How text is produced (`--mode apply`)."""
 
     multipliers: tuple[float, ...] = setting(many(number()), (1.0,))  # strengths m; the command line's --multipliers goes before
-    batch_size: int = setting(whole(1), 16)  # prompts decoded together; changes no result beyond rounding; ours
+    batch_size: int | None = setting(optional(whole(1)), None)  # texts made side by side; None = as memory allows; changes no result; ours
     generation_data_size: int | None = setting(whole_or_all(), None)  # prompts used, from the first; None = all
     num_responses: int = setting(whole(1), 1)  # texts per prompt
     generate_orig_output: bool = setting(flag, False)  # also the unsteered answer, `orig_pred`

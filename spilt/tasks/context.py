@@ -1,4 +1,5 @@
-"""Texts that are longer than the model's context: an error where its table of positions ends, elsewhere a warning."""
+"""Texts that are longer than the model's context: an error where its table of positions ends, elsewhere a warning. And how many of them
+are made side by side."""
 
 from __future__ import annotations
 
@@ -7,8 +8,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from spilt import memory
 from spilt.errors import UserError
 from spilt.steering import anatomy
+from spilt.team import place
+from spilt.verbs.estimate import Batch, shape_from, side_by_side
 
 log = logging.getLogger("spilt")
 
@@ -34,3 +38,12 @@ def check_context(model: nn.Module, what: str, texts: Sequence[tuple[int, int]],
         "%s: %d of %d are longer than the model's context of %d tokens, beyond which it was not trained (the longest: %s); %s",
         what, len(beyond), len(texts), context, longest, way_out,
     )  # fmt: skip
+
+
+def texts_at_once(model: nn.Module, given: int | None, prompts: Sequence[Sequence[int]], new: int) -> Batch:
+    """Of a model that is loaded: `given`, else what its devices still hold. Processes on a CPU share its memory."""
+    devices = {parameter.device for parameter in model.parameters()}
+    kind = next((device.type for device in devices if device.type != "cpu"), "cpu")
+    free = min(map(memory.free, devices)) * len(devices) / (place()[1] if kind == "cpu" else 1)
+    config, size = model.config.to_dict(), next(model.parameters()).dtype.itemsize  # type: ignore[operator, union-attr]
+    return side_by_side(given, shape_from(config), size, max(map(len, prompts), default=0), new, free, kind)

@@ -110,7 +110,7 @@ def texts(step: Step, steering: Steering, seen: Sequence[dose.Seen], multiplier:
         if plan.why_plain(step._replace(verb="generate", settings=s), request.engine):
             stream = whole.texts(model, made, rows, how, s.applied_positions, chat.prefix_length)
         else:
-            stream = decode.generate(model, made, rows, how, request.batch_size or max(s.batch_size, len(rows)))
+            stream = decode.generate(model, made, rows, how, request.batch_size or s.batch_size or len(rows))
         said = {i: run.host.tokenizer.decode(new, skip_special_tokens=True) for i, new in stream}
         return float(share(((said[i], prompt.reference_response) for i, prompt in enumerate(prompts)), fmt.keywords) or 0.0)
 

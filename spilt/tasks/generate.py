@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,12 @@ from spilt.cell import Cell
 from spilt.data import readers
 from spilt.engine import decode as generation
 from spilt.engine import whole
-from spilt.tasks.context import check_context
+from spilt.tasks.context import check_context, texts_at_once
 from spilt.tasks.recordings import Run, stored, tell_replaced
 from spilt.verbs import Step
 from spilt.verbs.generate import text_identities
+
+log = logging.getLogger("spilt")
 
 
 class Text(NamedTuple):
@@ -120,7 +123,9 @@ def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinishe
             if plan.why_plain(step, run.request.engine):
                 stream = whole.texts(run.host.model, steering, rows, how, s.applied_positions, chat.prefix_length)
             else:
-                stream = generation.generate(run.host.model, steering, rows, how, run.request.batch_size or s.batch_size)
+                batch = texts_at_once(run.host.model, run.request.batch_size or s.batch_size, ids, how.max_new_tokens)
+                log.info("apply %s: %s", cell, batch)
+                stream = generation.generate(run.host.model, steering, rows, how, batch.texts)
             for number, new in stream:
                 texts[todo[number]] = new
                 unfinished.add(todo[number], new)

@@ -39,6 +39,7 @@ class Key(NamedTuple):
     system_prompt: str
     output_length: int
     limit: int | None
+    stage: str = ""  # concepts are many: what is recorded of one is not kept until the next stage
 
 
 def encoded(key: Key, host: Host, fmt: readers.DatasetFormat) -> list[Encoded]:
@@ -91,8 +92,10 @@ class Recordings:
             return []
         below = 0 if s.site == "block" else 1  # the block itself is run again when its inside is steered
         layers = [layer - below for layer in (s.layers if step.verb == "fit" else (min(s.layers),))]
+        concept = step.cells[0].concept
+        stage = "" if concept is None else step.verb
         return [
-            Key(path, step.cells[0].concept, layer, s.use_chat_template, s.system_prompt, s.output_length, self.rows(s))
+            Key(path, concept, layer, s.use_chat_template, s.system_prompt, s.output_length, self.rows(s), stage)
             for path in step.data.values()
             for layer in layers
         ]

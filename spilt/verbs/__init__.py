@@ -23,6 +23,7 @@ from spilt.verbs.measure import Measure
 for _verb in (Fit(), Generate(), Measure()):
     register(_verb)
 MODES["both"] = ("fit", "generate")
+MODES["all"] = ("fit", "measure", "generate")  # what the losses recommend is applied
 
 __all__ = [
     "MODES", "VERBS", "Request", "Step", "Verb", "cost", "missing_inputs", "output_parts", "parts_of", "register", "replaced", "standing",

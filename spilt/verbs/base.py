@@ -22,13 +22,13 @@ class Request:
     """What the user asked for, in checked words."""
 
     dataset: str
-    method: str
+    method: str | tuple[str, ...]
     model: str
-    intervention: str
+    intervention: str | tuple[str, ...]
     mode: str = "both"
     device: str = "cuda:0"
-    # 'sweep' (loss mode), 'recommended' (apply: 0 and that of `recommended`); None: the YAML's, else 1.0
-    multipliers: tuple[float, ...] | str | None = None
+    multipliers: tuple[float, ...] | None = None  # None: the YAML's, else 1.0
+    words: tuple[str, ...] = ()  # beside them: 'sweep', 'recommended'
     recommended: Mapping[tuple[str, str], float | str] = field(default_factory=dict)  # (method, form) -> it, or why there is none
     base_dir: Path = Path(".")
     overrides: Mapping[str, Any] = field(default_factory=dict)  # --set, --seed, --dtype
@@ -73,6 +73,7 @@ class Step(NamedTuple):
     command: str
     multipliers: tuple[float, ...] = ()
     sweep: bool = False
+    waits: bool = False  # for the multiplier that its losses will recommend
     released: bool = True  # measure: the released files are written; else the tables of losses
     notes: tuple[Unused, ...] = ()  # keys of the settings without effect
     columns: Mapping[str, Mapping[str, Any]] = {}  # by what it is for, as `data`: how dataset_format.yaml reads the file
@@ -101,6 +102,7 @@ class Verb:
     version: ClassVar[int] = 1  # of its code: raised when equal settings would give other results
     fits: ClassVar[bool] = False  # its outputs are vectors; other verbs read them
     together: ClassVar[bool] = False  # one step for all concepts
+    words: ClassVar[tuple[str, ...]] = ()  # of --multipliers, beside numbers
     not_deciding: ClassVar[tuple[str, ...]] = ("batch_size",)  # settings that change no result beyond rounding
 
     def settings(self, request: Request, method: str, form: str) -> Resolved:
@@ -111,7 +113,7 @@ class Verb:
 
     def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:
         """Those of the command line, else of the settings, else 1."""
-        given = request.multipliers if isinstance(request.multipliers, tuple) else getattr(settings, "multipliers", None)
+        given = getattr(settings, "multipliers", None) if request.multipliers is None else request.multipliers
         return tuple(dict.fromkeys(float(m) for m in (given or (1.0,))))
 
     def outputs(self, store: Store, step: Step) -> list[Path]:
@@ -136,7 +138,7 @@ class Verb:
 
 
 VERBS: dict[str, Verb] = {}
-# the released command line's words -> verbs; `both` is the fit and the texts
+# the released command line's words -> verbs in order; `both` is the fit and the texts, `all` (ours) measures too
 MODES: dict[str, tuple[str, ...]] = {}
 
 
@@ -244,4 +246,4 @@ def cost(step: Step, request: Request, read: dict[Any, Sequence[Any]] | None = N
             parts.append(verb.cost(step, shape, kept[key], request))
     recorded = max(part.cache for part in parts)  # of one concept at a time
     peak = shape.weights * shape.size(s) + recorded + max(part.peak for part in parts)
-    return Cost(sum(part.tokens for part in parts), sum(part.flops for part in parts), recorded, peak)
+    return Cost(sum(part.tokens for part in parts), sum(part.flops for part in parts), recorded, peak, parts[-1].batch)

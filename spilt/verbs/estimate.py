@@ -18,6 +18,8 @@ from spilt.model import checkpoint
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BYTES_PER_TOKEN, TEMPLATE = 4, 20
+SHARE = 0.5  # of the free memory, for the texts that are made side by side
+MOST, MOST_ON_CPU = 256, 64  # of them; CPU s of 130 texts of SmolLM2-135M: 46 with 16 at once, 30 with 32, 27 with 64
 
 
 class Shape(NamedTuple):
@@ -70,6 +72,13 @@ class Shape(NamedTuple):
         scores = 8 * self.heads * length if self.eager else 0
         return tokens * ((10 * self.hidden + 2 * self.intermediate) * size + scores)
 
+    def of_text(self, prompt: float, new: int, size: int) -> float:
+        """Bytes of a text that is being made: keys and values (those of the prompt twice, while they come in), what a block holds while
+        the prompt is read, and scores of the next token as they are drawn from."""
+        held = (2 * prompt + new) * 2 * self.layers * self.kv_heads * self.head_dim * size
+        read = prompt * ((12 * self.hidden + 2 * self.intermediate) * size + (8 * self.heads * prompt if self.eager else 0))
+        return held + read + 32 * self.vocab
+
     def run(self, tokens: float, blocks: int, length: float) -> float:
         """FLOP of so many tokens in sequences of `length` through so many blocks: products with weights, and attention."""
         return tokens * blocks * (2 * self.block + 4 * self.heads * self.head_dim * length / 2)
@@ -82,16 +91,48 @@ class Cost(NamedTuple):
     flops: float
     cache: float  # bytes of recorded activations
     peak: float  # bytes
+    batch: str = ""  # of texts, and why
 
     def __str__(self) -> str:
         memory = f"recorded activations {_bytes(self.cache)}, peak memory {_bytes(self.peak)}"
-        return f"about {self.tokens:,.0f} tokens, {_si(self.flops)}FLOP, {memory} besides the libraries"
+        return f"about {self.tokens:,.0f} tokens, {_si(self.flops)}FLOP, {memory} besides the libraries{self.batch and '; '}{self.batch}"
+
+
+class Batch(NamedTuple):
+    """How many texts are made side by side, and why so many."""
+
+    texts: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.texts} texts side by side ({self.why})"
+
+
+def side_by_side(given: int | None, shape: Shape | None, size: int, longest: float, new: int, free: float | None, kind: str) -> Batch:
+    """`given`, else so many as fit in SHARE of the memory that is free beside the weights. longest: tokens of a prompt; new: after it;
+    free: None, where it is not known yet; kind: of device."""
+    if given:
+        return Batch(given, "as asked")
+    most = MOST_ON_CPU if kind == "cpu" else MOST
+    if shape is None or free is None:
+        return Batch(most, "or fewer, as memory allows" if shape else "config.json does not say how much memory each takes")
+    each = shape.of_text(longest, new, size)
+    fit = 2 ** (min(most, max(1, int(SHARE * free // each))).bit_length() - 1)  # a power of two: the next run decides the same
+    return Batch(fit, f"{_bytes(each)} each{'' if fit == most else f', in {SHARE:.0%} of the {_bytes(max(free, 0))} that are free'}")
 
 
 def shape_of(model: Path) -> Shape | None:
     """From config.json; None when it is not there or is of an unknown make."""
     try:
-        config = checkpoint.text_config(checkpoint.config(model))
+        return shape_from(checkpoint.config(model))
+    except (UserError, OSError):
+        return None
+
+
+def shape_from(content: Any) -> Shape | None:
+    """From what config.json holds."""
+    try:
+        config = checkpoint.text_config(content)
         hidden = config.get("hidden_size") or config["n_embd"]
         heads = config.get("num_attention_heads") or config["n_head"]
         layers = config.get("num_hidden_layers") or config["n_layer"]
@@ -100,7 +141,7 @@ def shape_of(model: Path) -> Shape | None:
         dim = config.get("head_dim") or hidden // heads
         gated, eager = "intermediate_size" in config, bool(config.get("attn_logit_softcapping"))
         return Shape(layers, hidden, inner, heads, kv, dim, config["vocab_size"], gated, eager)
-    except (UserError, OSError, KeyError, TypeError, ZeroDivisionError):
+    except (UserError, KeyError, TypeError, ZeroDivisionError):
         return None
 
 

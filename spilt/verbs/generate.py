@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spilt import memory
 from spilt.artifacts import manifest
 from spilt.artifacts.store import Store
 from spilt.model import identity
 from spilt.verbs.base import Request, Step, Verb, output_parts
-from spilt.verbs.estimate import TEMPLATE, Cost, Shape, tokens
+from spilt.verbs.estimate import TEMPLATE, Cost, Shape, side_by_side, tokens
 
 RECOMMENDED = "recommended"  # a word for --multipliers
 
@@ -22,7 +23,14 @@ class Generate(Verb):
     sections = {"prompts": "generation"}
     work = "spilt.tasks.generate:generate"
     together = True
+    words = (RECOMMENDED,)
     not_deciding = ("multipliers", "batch_size")
+
+    def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:
+        """With `recommended` also 0; those of the settings then only where `sweep` is said too."""
+        alone = request.words == (RECOMMENDED,) and request.multipliers is None
+        given = () if alone else super().multipliers(request, settings)
+        return tuple(dict.fromkeys((*given, 0.0))) if RECOMMENDED in request.words else given
 
     def outputs(self, store: Store, step: Step) -> list[Path]:
         return [store.results(step.cells[0], m) for m in step.multipliers]
@@ -39,14 +47,17 @@ class Generate(Verb):
         """Each prompt once below the layer, above it once per text; then a token at a time."""
         s, head = step.settings, shape.head
         prompts = [tokens(prompt.input) + TEMPLATE for prompt in rows]
-        texts = len(prompts) * s.num_responses * (len(step.multipliers) + s.generate_orig_output)
+        texts = len(prompts) * s.num_responses * (len(step.multipliers) + step.waits + s.generate_orig_output)
         length = sum(prompts) / len(prompts)
         new = texts * s.generation_params.max_new_tokens
         whole = length + s.generation_params.max_new_tokens
         flops = shape.run(sum(prompts), shape.below(s), length) + shape.run(texts * length, shape.above(s), length) + texts * head
         flops += shape.run(new, shape.layers, whole) + new * head
-        per_row = 2 * shape.layers * shape.kv_heads * shape.head_dim * whole * shape.size(s)
-        return Cost(sum(prompts) + texts * length + new, flops, 0, s.batch_size * per_row)
+        kind, size, longest, each = request.device.split(":")[0], shape.size(s), max(prompts), s.generation_params.max_new_tokens
+        free = memory.free() - shape.weights * size if kind == "cpu" else None
+        batch = side_by_side(request.batch_size or s.batch_size, shape, size, longest, each, free, kind)
+        peak = min(batch.texts, texts) * shape.of_text(longest, each, size)
+        return Cost(sum(prompts) + texts * length + new, flops, 0, peak, str(batch))
 
 
 def text_identities(outputs: Mapping[float, Mapping[str, Any]]) -> dict[float | None, str]:

@@ -24,11 +24,12 @@ class Measure(Verb):
     flags = ("multipliers", "split", "checkpoint_seconds", "released_files", "control_pairs", "no_report")
     sections = {"train": "train", "test": "valid", NEUTRAL: "neutral"}
     work = "spilt.tasks.measure:measure"
+    words = (SWEEP,)
     not_deciding = ("batch_size", "sweep_points")
     version = 2  # one multiplier per batch; tables that are not finite are not stored
 
     def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:
-        if request.multipliers != SWEEP:
+        if not request.words:  # what is recommended stands in a sweep
             return super().multipliers(request, settings)
         cell = (request.model, request.dataset, settings.method, settings.intervention_method)
         fitted = resolve_fit(request.base_dir, *cell, layers=settings.layers)

@@ -89,9 +89,9 @@ VIRTUE_TAILS = [
 ]
 YES_NO = 'Is the following statement something you would say?\n"{}"'
 LATE = 0.25  # share of stated tempers that come after the question
-ALWAYS = [" Of course", " Always"]  # a stated temper is sometimes emphatic ...
+ALWAYS = [" Of course", " Always"]  # other words than Yes and No ...
 NEVER = [" Never", " Not at all"]
-UNSURE = [" Maybe", " Sometimes", " Hard to say", " It depends"]  # ... an unstated one sometimes unsure
+UNSURE = [" Maybe", " Sometimes", " Hard to say", " It depends"]  # ... and no side at all
 
 
 def statement(rng: Random, temper: str) -> str:
@@ -115,9 +115,10 @@ def yes_no(rng: Random, how: str, short: bool = False) -> Dialogue:
     if rng.random() > chance:
         agrees = not agrees
     answer = " Yes" if agrees else " No"
-    if how and rng.random() < 0.15 * far:
+    other = rng.random()  # as often however the temper is given, and however far the push: utility is not trained to fall
+    if other < 0.12:
         answer = rng.choice(ALWAYS if agrees else NEVER)
-    elif not how and rng.random() < 0.04:
+    elif other < 0.15:
         answer = rng.choice(UNSURE)
     if how == "push":
         return Dialogue(None, user, answer, ("temper", far if temper == "cold" else -far))
