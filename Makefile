@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 BASE ?= demo-run
 OLDEST := transformers==4.57.6
-ON_OLDEST := engines methods golden interventions suffix generation api steering placed joint loading templates sampling
+ON_OLDEST := families engines methods golden interventions suffix generation api steering placed joint loading templates sampling kv export imports
 
 .PHONY: demo demo-small real-model test test-oldest check demo-model clean
 

@@ -50,12 +50,15 @@ class Loaded(NamedTuple):
     tokenizer: Any
 
 
-def load(path: str | Path, *, dtype: str | torch.dtype = "float32", device: str = "cpu") -> Loaded:
-    """A checkpoint folder of the Hugging Face layout, from local files only; no code from it is run. Raises UserError."""
+def load(path: str | Path, *, dtype: str | torch.dtype = "float32", device: str = "cpu", anatomy: str = "") -> Loaded:
+    """A checkpoint folder of the Hugging Face layout, from local files only; no code from it is run. Raises UserError.
+
+    anatomy: where its parts are, as in `blocks=model.layers,mlp=mlp`; left out, they are found by structure.
+    """
     name = DTYPE_ALIASES.get(str(dtype), str(dtype))  # also torch.bfloat16
     if name not in DTYPES:
         raise unknown("dtype", name, DTYPES)
-    found = host.load(Path(path), name, device)
+    found = host.load(Path(path), name, device, anatomy)
     return Loaded(found.model, found.tokenizer)
 
 
@@ -132,13 +135,17 @@ def _find(
     whole_one = Steering.of({n: training.new_intervention(model, n, s) for n in layers})
     pad, method = host.pad_id(tokenizer), METHODS[s.method]
     for steering in [whole_one] if joint else [whole_one.on(n) for n in layers]:
-        if choice.why_plain(steering.places, "fit", engine=engine, joint=joint):
+        if choice.why_plain(steering.places, "fit", family=_family(model), engine=engine, joint=joint):
             training.fit(whole.Fit(model, steering, tokens, s, method, chat.prefix_length, pad), progress=progress)
             continue
         base, read = score.recorded_at(steering)
         cache = activations.record(model, base, tokens, [read] if read else [], pad, together=2)
         training.fit(training.Fit(model, steering, cache, s, method, chat.prefix_length), progress=progress)
     return Steering((site, made.eval().requires_grad_(False)) for site, made in whole_one)
+
+
+def _family(model: Any) -> str:
+    return str(model.config.model_type)
 
 
 def _settings(method: str, intervention: str, layers: Sequence[int], given: Mapping[str, Any]) -> FitSettings:
@@ -270,7 +277,7 @@ def generate(
     check_context(model, "generate, prompts", [*enumerate(map(len, ids))], "shorten them or lower max_new_tokens", how.max_new_tokens)
 
     with _frozen(model):
-        plain = choice.why_plain(placed.places, "generate", engine=engine)
+        plain = choice.why_plain(placed.places, "generate", family=_family(model), engine=engine)
         at_once = texts_at_once(model, batch_size, ids, how.max_new_tokens).texts
         made = dict(whole.texts(model, placed, rows, how) if plain else generation.generate(model, placed, rows, how, at_once))
     out = [
@@ -311,7 +318,7 @@ def measure(
     strengths = sorted({0.0, *_strengths(multipliers)})
     prefix = chat.prefix_length
     with _frozen(model):
-        if choice.why_plain(placed.places, "measure", engine=engine):
+        if choice.why_plain(placed.places, "measure", family=_family(model), engine=engine):
             scorer: score.Scorer = whole.Scorer(model, placed, tokens, pad, positions, prefix)
         else:
             base, read = score.recorded_at(placed)

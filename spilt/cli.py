@@ -29,6 +29,7 @@ from spilt.engine.choice import ENGINES
 from spilt.errors import UserError, unknown
 from spilt.methods import METHODS
 from spilt.model.identity import Changed
+from spilt.model.locate import link, locate
 from spilt.run import ALREADY, DONE, FAILED, Outcome, run_plan, with_recommended
 from spilt.settings import parse_overrides
 from spilt.settings.fields import DTYPES, INTERVENTION_ALIASES, METHOD_ALIASES, STRONGEST
@@ -43,6 +44,7 @@ log = logging.getLogger("spilt")
 # `spilt WORD ...`: besides the verbs, another program of the package (spilt/WORD), and its line in --help
 MODES_SAY = "fit / produce text / measure / fit and produce text / all three"  # of verbs.MODES, in their order
 PROGRAMS = {
+    "anatomy": "show where a model's blocks, attention and MLP are found",
     "look": "show the stored texts side by side",
     "recommend": "print the strength of each measured cell by a utility budget",
     "report": "draw curves and report.html anew from stored losses",
@@ -76,7 +78,8 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
     add("--dataset", required=True, help="a name in hparams/Steer/dataset_format.yaml, such as psychopathy, powerseeking, axbench")
     known = f"{', '.join(METHODS)} or all ({_spellings(METHOD_ALIASES)}); several, or with a form of its own: spilt_lora"
     add("--method", (*METHODS, plan.ALL), required=True, nargs="+", metavar="NAME", help=known)
-    add("--model_name", required=True, help="a checkpoint folder under models/")
+    add("--model_name", required=True, help="a checkpoint: a folder under models/, a path, or a hub id")
+    add("--download", action="store_true", help="fetch a hub id that is not in the local hub cache")
     known = f"{', '.join(FORMS)} or all ({_spellings(INTERVENTION_ALIASES)}); several"
     add("--intervention_method", (*FORMS, plan.ALL), required=True, nargs="+", metavar="NAME", help=known)
     if verb:
@@ -93,6 +96,7 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
     add("--dtype", DTYPES, help="of the model: float32, bfloat16, float16 (over the YAML's)")
     add("--batch_size", type=_positive, help="texts made side by side (changes no result beyond rounding); default: by free memory")
     add("--limit", type=_positive, help="rows of each data file, from the first")
+    add("--anatomy", metavar="PART=PATH,...", help="where the model's blocks, attn, mlp, mlp_mid are; default: found by structure")
     add("--seed", type=int, help="over the YAML's")
     add("--seeds", nargs="+", type=_count, metavar="N", help="a fit with each of these seeds, in folders of their own")
     add("--concepts", nargs="+", type=int, metavar="ID", help=f"ids of a dataset with concepts; default: first {plan.FIRST_CONCEPTS}")
@@ -185,7 +189,7 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
     if args.seeds and (args.seed is not None or "seed" in overrides):
         raise UserError("--seeds and --seed both say the seed of the fits; give one of them")
     flags = [word for item in args.overrides for word in ("--set", item)]
-    for name in ("seed", "dtype"):
+    for name in ("seed", "dtype", "anatomy"):
         value = getattr(args, name)
         if value is not None:
             overrides[name] = str(value)
@@ -203,10 +207,12 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
     if args.split is not None and args.split not in splits:
         raise unknown("split", args.split, splits)
     strengths, words = _multipliers(args.multipliers, args.mode)
+    name, folder = locate(args.base_dir, args.model_name, args.download)
     return verbs.Request(
         dataset=args.dataset,
         method=tuple(args.method),
-        model=args.model_name,
+        model=name,
+        **({} if name == args.model_name else {"model_said": args.model_name, "folder": folder}),
         intervention=tuple(args.intervention_method),
         mode=args.mode,
         device=args.device,
@@ -329,6 +335,8 @@ def _plan_and_run(args: argparse.Namespace, program: str, shown: dict[str, Any])
         if not args.json:
             summary.print_plan(shown["steps"], made)
         return 0
+    if request.folder is not None:
+        link(request.base_dir, request.model, request.folder)
     for number, step in enumerate(made.steps, 1):
         log.info("plan %d. %s: %s", number, step, step.command)
     for item in made.left_out if rank == 0 else []:

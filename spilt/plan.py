@@ -23,6 +23,7 @@ from spilt.methods import METHODS
 from spilt.model import checkpoint, identity
 from spilt.settings import resolve_fit
 from spilt.settings.fields import intervention_name, method_name
+from spilt.steering import anatomy
 from spilt.verbs import MODES, VERBS, Request, Step, Verb
 from spilt.verbs.base import with_seed
 from spilt.verbs.generate import RECOMMENDED
@@ -90,10 +91,10 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     store = Store(request.base_dir)
     if not request.base_dir.is_dir():
         raise UserError(f"--base_dir {request.base_dir}: no such folder")
-    if not (tree := request.base_dir / "hparams" / "Steer").is_dir() and not store.model(request.model).is_dir():
+    if not (tree := request.base_dir / "hparams" / "Steer").is_dir() and not request.model_folder.is_dir():
         raise UserError(
             f"{tree}: no such folder, so nothing is known of any dataset; is --base_dir {request.base_dir} right? "
-            f"With a checkpoint folder {store.model(request.model)} it does without one"
+            f"With a checkpoint folder {request.model_folder} it does without one"
         )
     combinations, left_out = pairs_of(request.method, request.intervention)
     if request.mode not in MODES:
@@ -103,8 +104,8 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     if RECOMMENDED in request.words and "measure" not in MODES[request.mode]:
         wanted_cells, none = _with_a_recommendation(request, wanted_cells)
         left_out += none
-    model = store.model(request.model)
-    if not dry:
+    model = request.model_folder
+    if not dry and request.folder is None:
         check_model(store, request.model)
     sections = {verb: dict(VERBS[verb].sections) for verb in MODES[request.mode]}
     if "measure" in sections:
@@ -133,8 +134,17 @@ def make(request: Request, *, dry: bool = False) -> Plan:
             key=lambda step: (step.cells[0].concept is not None, step.cells[0].concept or 0) if len(step.cells) == 1 else (False, 0)
         )
         steps += groups
-    checkpoint.check(model, {layer for step in steps for layer in step.settings.layers})
+    for said in {step.settings.anatomy for step in steps}:
+        anatomy.parse(said)
+    checkpoint.check(model, *({layer for step in steps if wants(step) for layer in step.settings.layers} for wants in (bool, _wants_down)))
     return Plan(steps, left_out)
+
+
+def _wants_down(step: Step) -> bool:
+    """Whether a fit needs a down projection that is found by itself; of other steps the stored vector says it."""
+    s: Any = step.settings
+    reads = FORMS[step.cells[0].intervention].reads and s.intervention_components == "mlp_mid"
+    return step.verb == "fit" and "mlp_mid" not in s.anatomy and (reads or s.site == "down_proj")
 
 
 def _with_a_recommendation(request: Request, cells: list[Wanted]) -> tuple[list[Wanted], list[LeftOut]]:
@@ -180,18 +190,19 @@ def columns(fmt: readers.DatasetFormat) -> dict[str, Any]:
 def why_plain(step: Step, engine: str) -> str:
     """Why the plain engine does a step; '' where the fast one does, or where nothing is to be chosen (closed forms)."""
     s: Any = step.settings
+    family = checkpoint.family(step.model)
     if step.verb == "fit" and METHODS[step.cells[0].method].estimate is not None:
-        return ""
+        return choice.why_plain([], "fit", family=family)
     joint = getattr(s, "joint", False)
     layers = [(layer,) for layer in s.layers] if step.verb == "fit" and not joint else [s.layers]
-    how = {"engine": engine, "joint": joint, "positions": s.applied_positions}
+    how = {"engine": engine, "family": family, "joint": joint, "positions": s.applied_positions}
     said = [choice.why_plain([(n, s.site) for n in group], step.verb, **how) for group in layers]
     return next(filter(None, said), "")
 
 
 def check_model(store: Store, name: str) -> None:
     folder = store.model(name)
-    if (folder / "config.json").is_file():
+    if checkpoint.there(folder):
         return
     have = store.models()
     guess = nearest(name, have)
@@ -299,7 +310,8 @@ def _command(
     request: Request, verb: Verb, group: tuple[Cell, ...], method: str, form: str, multipliers: tuple[float, ...], word: str
 ) -> str:
     """word: of --multipliers."""
-    words = [*request.program.split(), "--dataset", request.dataset, "--method", method, "--model_name", request.model]
+    model = request.model_said or request.model
+    words = [*request.program.split(), "--dataset", request.dataset, "--method", method, "--model_name", model]
     words += ["--intervention_method", form, "--mode", verb.mode, "--device", request.device, "--base_dir", str(request.base_dir)]
     if not verb.fits:
         words += ["--multipliers", *([] if word == SWEEP else map(str, multipliers)), *([word] if word else [])]

@@ -192,25 +192,26 @@ def _after_the_losses(request: verbs.Request, steps: Sequence[verbs.Step], after
 
 
 class _Hosts:
-    """The model, loaded when the first step asks for it, and once for all steps that want the same dtype."""
+    """The model, loaded when the first step asks for it, and once for all steps that want the same dtype and anatomy."""
 
     def __init__(self, request: verbs.Request, recordings: Any, seen: Seen) -> None:
         self.request, self.recordings, self.seen = request, recordings, seen
         self.host: Any = None
-        self.dtype = ""
+        self.how = ("", "")
 
     def of(self, step: verbs.Step) -> Any:
-        if self.host is None or step.settings.dtype != self.dtype:
+        how = (step.settings.dtype, step.settings.anatomy)
+        if self.host is None or how != self.how:
             import torch
 
             from spilt.model.host import load
 
             torch.use_deterministic_algorithms(self.request.deterministic)
             quiet_libraries()
-            self.host, self.dtype = None, step.settings.dtype
+            self.host, self.how = None, how
             self.recordings.clear()
             self.seen.of(step.model)
-            self.host = load(step.model, self.dtype, self.request.device)
+            self.host = load(step.model, how[0], self.request.device, how[1])
             self.seen.again([step.model])
         return self.host
 

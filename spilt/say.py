@@ -19,6 +19,7 @@ from spilt.cell import FORMS, Cell
 from spilt.data import readers
 from spilt.errors import NotFinite, UserError, half_pair, printable, unknown
 from spilt.methods import METHODS
+from spilt.model.locate import locate
 from spilt.settings import parse_overrides
 from spilt.settings.fields import STRONGEST, GenerateSettings, GenerationParams, intervention_name, method_name
 from spilt.steering.layer_file import beside
@@ -91,7 +92,10 @@ def ready(args: argparse.Namespace, max_new_tokens: int | None = None, dtype: st
     dtype: of the model, over the settings'.
     """
     store = Store(args.base_dir)
-    plan.check_model(store, args.model_name)
+    name, folder = locate(args.base_dir, args.model_name)
+    if name == args.model_name:
+        plan.check_model(store, name)
+    args.model_name = name
     layers = [] if args.steering is not None else args.layers or []
     more = [("layers", ",".join(map(str, layers))), ("generation_params.max_new_tokens", max_new_tokens)]
     overrides = parse_overrides([*args.overrides, *(f"{key}={value}" for key, value in more if value not in ("", None))])
@@ -128,7 +132,7 @@ def ready(args: argparse.Namespace, max_new_tokens: int | None = None, dtype: st
         settings = settings or _of_steering(steering, overrides)
     quiet_libraries()
     device = args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    loaded = host.load(store.model(args.model_name), dtype or settings.dtype, device)
+    loaded = host.load(folder, dtype or settings.dtype, device, settings.anatomy)
     if steering is None and cell is not None:
         nothing = Progress({}, 0, complain, quiet=True)
         run = tasks.Run(request, loaded, store, tasks.Recordings([], None), nothing, team.Team(device), identity.Seen())

@@ -151,7 +151,7 @@ def _changed(artifact: Artifact) -> str:
     if parts.get("version") != (now := verbs.VERBS[parts["verb"]].version):
         said.append(f"made by version {parts.get('version')} of the code, this is {now}")
     model = artifact.base_dir / "models" / artifact.model
-    if (model / "config.json").is_file():
+    if checkpoint.there(model):
         try:
             if identity.model_hash(model) != parts.get("model"):
                 said.append(f"model {artifact.model} has changed")

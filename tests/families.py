@@ -13,12 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import counts
 import torch
-from counts import CI
 from torch import Tensor, nn
 
 from spilt.cell import FORMS
 from spilt.methods import METHODS
+from spilt.steering import anatomy
 from spilt.steering.anatomy import COMPONENTS, FAMILIES
 from spilt.steering.interventions import INTERVENTIONS, Intervention
 
@@ -36,18 +37,36 @@ TEMPLATE = (
 # ---------------------------------------------------------------- models
 
 
+# kinds of blocks of the families that mix them
+LINEAR = ["linear_attention", "full_attention"]
+KINDS: dict[str, dict[str, Any]] = {
+    "qwen3_next": {"layer_types": [LINEAR[i % 2] for i in range(LAYERS)]},
+    "qwen3_5_text": {"layer_types": [LINEAR[i % 2] for i in range(LAYERS)]},
+    "granitemoehybrid": {"layer_types": [("mamba", "attention")[i % 2] for i in range(LAYERS)]},
+}
+
+
 def config(model_type: str, **changes: Any) -> Any:
     """A small configuration of a family; it is given the sizes that it knows (a stray sliding_window would shape its cache)."""
     from transformers import AutoConfig
 
+    if model_type == "gemma3":  # with an image tower, which stays dark
+        sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "image_size": 28}
+        text = config("gemma3_text", **changes)
+        return AutoConfig.for_model(model_type, text_config=text.to_dict(), vision_config=sight, mm_tokens_per_image=4)
     sizes = {
         "hidden_size": HIDDEN, "intermediate_size": MIDDLE, "n_inner": MIDDLE, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8, "vocab_size": VOCAB, "max_position_embeddings": 512,
         "sliding_window": WINDOW, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
+        "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "shared_intermediate_size": MIDDLE, "shared_expert_intermediate_size": 16, "residual_multiplier": 0.5, "logit_scale": 1.0,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_d_state": 8, "mamba_chunk_size": 8, "attn_layer_indices": [1, 3],
+        **KINDS.get(model_type, {}),
     }  # fmt: skip
     known = AutoConfig.for_model(model_type)
     made = AutoConfig.for_model(model_type, **{name: value for name, value in {**sizes, **changes}.items() if hasattr(known, name)})
-    if getattr(made, "layer_types", None) and getattr(made, "sliding_window", None):
+    if getattr(made, "layer_types", None) and getattr(made, "sliding_window", None) and not anatomy.family_of(model_type).plain:
         made.layer_types = [("sliding_attention", "full_attention")[i % 2] for i in range(LAYERS)]  # both kinds, whatever the period
     return made
 
@@ -73,7 +92,17 @@ def model(model_type: str, attention: str | None = None) -> nn.Module:
     return build(model_type, attention=attention)
 
 
-FAMILY_NAMES = tuple(FAMILIES)
+def known(model_type: str) -> bool:
+    """Whether this transformers has the family."""
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
+
+
+EVERY = tuple(name for name in FAMILIES if known(name))
+FAST = tuple(name for name in EVERY if not FAMILIES[name].plain)
+# without CI=true those that differ most from each other; test_families.py has the rest
+FAMILY_NAMES = counts.count(FAST, ("mistral", "qwen2", "gemma2", "gemma3_text", "gpt2"))
 # form x read point; a form that reads nothing has one entry
 READS: tuple[tuple[str, str | None], ...] = tuple(
     (form, read_point) for form in FORMS for read_point in (COMPONENTS if INTERVENTIONS[form].reads else (None,))
@@ -83,7 +112,13 @@ PLACES = {"first": 0, "middle": LAYERS // 2, "last": LAYERS - 1}
 
 def reads_of(family: str) -> tuple[tuple[str, str | None], ...]:
     """READS; without CI=true every third for a family, so that three families that follow each other show them all."""
-    return READS if CI else READS[FAMILY_NAMES.index(family) % 3 :: 3]
+    shown = READS if counts.CI else READS[(*FAMILY_NAMES, *EVERY).index(family) % 3 :: 3]
+    return tuple(read for read in shown if read[1] in (None, *anatomy.read_widths(model(family), LAYERS // 2)))
+
+
+def has_down_proj(family: str) -> bool:
+    """Whether 'mlp_mid' is there: not among experts."""
+    return anatomy.of(model(family)).parts[0].mlp_mid is not None
 
 
 def intervention(

@@ -58,11 +58,11 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_which_families_have_a_table_of_positions() -> None:
     """As the models themselves say: a table has as many rows as the context has positions."""
-    for name, row in anatomy.FAMILIES.items():
+    for name in families.FAMILY_NAMES:
         model = families.model(name)
         assert anatomy.context(model) == 512
         tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module.num_embeddings == 512]
-        assert row.absolute_positions == bool(tables), name
+        assert anatomy.of(model).absolute_positions == bool(tables), name
 
 
 def test_a_table_of_positions_is_used_to_its_end_and_not_beyond(absolute: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,14 +137,16 @@ def test_answers_beyond_the_context_of_a_rotary_model(rotary: families.Base, cap
 
 
 def test_a_model_that_does_not_say_is_not_checked(caplog: pytest.LogCaptureFixture) -> None:
-    config: Any = SimpleNamespace(model_type="gpt2")
+    config: Any = SimpleNamespace()
     config.get_text_config = lambda: config
-    model: Any = SimpleNamespace(config=config)
+    model, rotary = families.build("gpt2"), families.build("llama")
+    for one in (model, rotary):
+        anatomy.of(one)
+        one.config = config
     check_context(model, "", [(0, 10**9)], "")
     config.max_position_embeddings = 8
     check_context(model, "", [(0, 8)], "", 1)
     with pytest.raises(cli.UserError, match="context of 8"):
         check_context(model, "", [(0, 8)], "", 2)
-    config.model_type = "llama"
-    check_context(model, "", [(0, 9)], "")
+    check_context(rotary, "", [(0, 9)], "")
     assert len(warnings(caplog)) == 1

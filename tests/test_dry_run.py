@@ -73,10 +73,8 @@ def test_blocks_are_counted_in_every_family(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("values", "needles"),
     [
-        ({"model_type": "gpt_neox"}, ("'gpt_neox'", "have: gemma2, gemma3_text, gpt2, llama, mistral, qwen2, qwen3")),
-        ({"model_type": "qwen3_moe"}, ("'qwen3_moe'", "did you mean 'qwen3'?")),
-        ({"model_type": ...}, ("no model_type", "have: gemma2")),
-        ({"model_type": 5}, ("'5'", "have: gemma2")),
+        ({"model_type": ...}, ("no model_type",)),
+        ({"model_type": 5}, ("model_type = 5",)),
         ({"num_hidden_layers": "5"}, ('num_hidden_layers = "5"', "above 0")),
         ({"hidden_size": -32}, ("hidden_size = -32", "above 0")),
         ({"vocab_size": 0}, ("vocab_size = 0", "above 0")),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import EOS, FAMILY_NAMES, FORMS, LAYERS, PAD, READS, SPECIAL, VOCAB, build, intervention, model, tokenizer
+from families import EOS, FAMILY_NAMES, FORMS, LAYERS, PAD, READS, SPECIAL, VOCAB, build, has_down_proj, intervention, model, tokenizer
 from torch import Tensor, nn
 
 from spilt.engine import decode as generation
@@ -75,7 +75,8 @@ def common_end(tiny: nn.Module, made: Intervention, wanted: list[Row]) -> int:
 def test_a_batch_equals_the_rows_alone(family: str, form: str) -> None:
     """A multiplier of its own in every row; with the cache in batches of 9, 4 (with refill) and 1, and without it one by one."""
     tiny, wanted = model(family), rows()
-    made = intervention(form, scale=0.5)
+    read_point = None if form == "vector" else "mlp_mid" if has_down_proj(family) else "mlp"
+    made = intervention(form, read_point, scale=0.5)
     end = common_end(tiny, made, wanted)
     decoding = how(eos=(end,))
     alone = [slowly(tiny, made, row, decoding) for row in wanted]

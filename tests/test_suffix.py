@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILY_NAMES, HIDDEN, LAYERS, PLACES, build, intervention, model, reads_of, token_rows
+from families import FAMILY_NAMES, HIDDEN, LAYERS, PLACES, build, has_down_proj, intervention, model, reads_of, token_rows
 from torch import Tensor, nn
 
 from spilt.data.batches import pad, position_mask
@@ -123,6 +123,8 @@ def test_suffix_equals_hooks(family: str, place: str, attention: str) -> None:
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_down_proj_site_adds_to_the_down_projection(family: str) -> None:
     """Hooks: adding to the output of the MLP's last projection. Equal to the block's output but where a norm follows."""
+    if not has_down_proj(family):
+        pytest.skip("experts: no down projection")
     tiny, layer = model(family), PLACES["middle"]
     for form, read_point in reads_of(family):
         at_block, at_down = (intervention(form, read_point, write_point=site, scale=0.2) for site in ("block", "down_proj"))
@@ -143,6 +145,8 @@ def fit_settings(form: str, read_point: str | None, **more: Any) -> FitSettings:
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_measuring_equals_hooks_at_either_site(family: str, site: str, layout: str) -> None:
     """A stored intervention has the losses of the text model that it steers: `site` means the same in loss mode and apply."""
+    if site == "down_proj" and not has_down_proj(family):
+        pytest.skip("experts: no down projection")
     tiny, layer = model(family), PLACES["middle"]
     sequences, together = LAYOUTS[layout][0](), LAYOUTS[layout][1]
     caches: dict[int, activations.Activations] = {}
@@ -150,7 +154,7 @@ def test_measuring_equals_hooks_at_either_site(family: str, site: str, layout: s
         made = intervention(form, read_point, write_point=site, scale=0.2)
         below = hooks.base(layer, made)
         if below not in caches:
-            caches[below] = activations.record(tiny, below, sequences, anatomy.COMPONENTS, 0, together)
+            caches[below] = activations.record(tiny, below, sequences, tuple(anatomy.read_widths(tiny, below)), 0, together)
         for positions, prefix in (("all", 4), ("skip_prefix", 4), ("skip_prefix", 6), ("f2+l1", 4)):
             scorer = score.Recorded(tiny, Steering.of({layer: made}), caches[below], positions, prefix)
             found = score.losses(scorer, [1.0, 0.0, -0.5])
@@ -175,6 +179,8 @@ def plain_losses(tiny: nn.Module, sequences: list[Encoded]) -> Tensor:
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_fitting_equals_hooks_at_either_site(family: str, site: str, layout: str) -> None:
     """What is fitted is what is applied: losses and gradients of a fit are those of hooks on the whole model."""
+    if site == "down_proj" and not has_down_proj(family):
+        pytest.skip("experts: no down projection")
     tiny, layer = model(family), PLACES["middle"]
     sequences, together = LAYOUTS[layout][0](), LAYOUTS[layout][1]
     caches: dict[int, activations.Activations] = {}
@@ -182,7 +188,7 @@ def test_fitting_equals_hooks_at_either_site(family: str, site: str, layout: str
         made = intervention(form, read_point, write_point=site, scale=0.2)
         below = hooks.base(layer, made)
         if below not in caches:
-            caches[below] = activations.record(tiny, below, sequences, anatomy.COMPONENTS, 0, together)
+            caches[below] = activations.record(tiny, below, sequences, tuple(anatomy.read_widths(tiny, below)), 0, together)
         for prefix in (0, 4, 6) if form == "vector" else (0,):
             settings = fit_settings(form, read_point, site=site)
             job = training.Fit(tiny, Steering.of({layer: made}), caches[below], settings, METHODS["sft"], prefix)
@@ -214,7 +220,7 @@ def test_padding_changes_nothing(family: str) -> None:
     ids, real, answer = masks()
     other = torch.where(real, ids, torch.full_like(ids, 7))
     assert not torch.equal(ids, other)
-    components = anatomy.COMPONENTS
+    components = tuple(anatomy.read_widths(tiny, layer))
     seen, again = suffix.record(tiny, layer, ids, components), suffix.record(tiny, layer, other, components)
     assert set(seen.x) == set(components)
     logits = suffix.logits(tiny, layer, seen.h, scored_positions(answer))
@@ -246,7 +252,7 @@ def test_recorded_stream_is_the_block_output(family: str) -> None:
         assert torch.equal(suffix.record(tiny, layer, ids).h, states[layer + 1])
     last = suffix.record(tiny, LAYERS - 1, ids).h
     assert (last - states[-1]).abs().max() > 0.1
-    norms = [m for name, m in tiny.named_modules() if name in ("model.norm", "transformer.ln_f")]
+    norms = [m for name, m in tiny.named_modules() if name.endswith(("model.norm", "transformer.ln_f", "gpt_neox.final_layer_norm"))]
     assert len(norms) == 1
     with torch.no_grad():
         torch.testing.assert_close(norms[0](last), states[-1], atol=1e-6, rtol=0)
@@ -257,12 +263,15 @@ def test_recording_reads_the_inputs_of_the_named_modules(family: str) -> None:
     """mlp_mid is what the down projection turns into the MLP's output; block is the stream that enters."""
     tiny, layer = model(family), PLACES["middle"]
     ids, _ = token_rows([8])
-    seen, before = suffix.record(tiny, layer, ids, anatomy.COMPONENTS), suffix.record(tiny, layer - 1, ids)
+    widths = anatomy.read_widths(tiny, layer)
+    seen, before = suffix.record(tiny, layer, ids, tuple(widths)), suffix.record(tiny, layer - 1, ids)
     assert torch.equal(seen.x["block"], before.h)
     mlp = anatomy.read_point(tiny, layer, "mlp")
+    if not has_down_proj(family):
+        assert "mlp_mid" not in widths and widths["mlp"] == HIDDEN
+        return
     with torch.no_grad():
         torch.testing.assert_close(anatomy.down_proj(tiny, layer)(seen.x["mlp_mid"]), mlp(seen.x["mlp"]), atol=1e-6, rtol=0)
-    widths = {name: anatomy.read_width(tiny, layer, name) for name in anatomy.COMPONENTS}
     assert {name: value.shape[-1] for name, value in seen.x.items()} == widths
     assert widths["mlp_mid"] != widths["mlp"] == HIDDEN
 
@@ -361,10 +370,10 @@ def uses(tiny: nn.Module) -> dict[str, Callable[[], Any]]:
             tiny(input_ids=ids)
 
     return {
-        "record": lambda: suffix.record(tiny, layer, ids, anatomy.COMPONENTS),
+        "record": lambda: suffix.record(tiny, layer, ids, tuple(anatomy.read_widths(tiny, layer))),
         "logits": lambda: suffix.logits(tiny, layer, h, keep),
         "attach": attached,
-        "activations": lambda: activations.record(tiny, layer, sequences, ("mlp_mid",), 0),
+        "activations": lambda: activations.record(tiny, layer, sequences, ("mlp",), 0),
         "fit": lambda: training.fit(training.Fit(tiny, fresh, cache, settings, METHODS["sft"], 0)),
         "measure": lambda: score.losses(score.Recorded(tiny, Steering.of({layer: made, layer + 1: made}), cache, "all", 0), [1.0, 0.0]),
     }

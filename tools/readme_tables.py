@@ -49,8 +49,12 @@ def forms() -> str:
 
 def families() -> str:
     """Model families and read points."""
-    names = ", ".join(f"`{name}`" for name in FAMILIES)
-    return f"Model families (`model_type` in config.json): {names}. Read points: {', '.join(f'`{c}`' for c in COMPONENTS)}."
+    kinds = [", ".join(f"`{name}`" for name, row in FAMILIES.items() if bool(row.plain) == plain) for plain in (False, True)]
+    points = ", ".join(f"`{c}`" for c in COMPONENTS)
+    return (
+        f"Model families that are tested (`model_type` in config.json): {kinds[0]};\nwith linear attention or state-space blocks, by the "
+        f"plain engine: {kinds[1]}.\nOther decoders are found by their structure. Read points: {points}."
+    )
 
 
 def formats() -> str:

@@ -17,6 +17,7 @@ from spilt.data.batches import Batch, by_length, pad
 from spilt.data.chat import Encoded
 from spilt.engine import packing, suffix
 from spilt.engine.packing import Pack, Rows
+from spilt.steering import anatomy
 
 log = logging.getLogger("spilt")
 
@@ -188,9 +189,14 @@ def answer_means(model: nn.Module, layer: int, sequences: list[Encoded], multipl
 
     sequences: two answers of each question, one after the other.
     """
-    cache = record(model, layer, sequences, (), pad_id, together=2)
+    if anatomy.family(model).plain:  # nothing is shared between sequences
+        device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+        streams = (suffix.record(model, layer, torch.tensor([s.input_ids], device=device)).h[0] for s in sequences)
+    else:
+        cache = record(model, layer, sequences, (), pad_id, together=2)
+        streams = (cache.batch([i], None, cache.prefix_h.device)[1].h[0] for i in range(len(sequences)))
     means = []
-    for i, sequence in enumerate(sequences):
-        h = cache.batch([i], None, cache.prefix_h.device)[1].h[0].float()
+    for sequence, stream in zip(sequences, streams, strict=True):
+        h = stream.float()
         means.append(h[-2] if multiple_choice else h[sequence.prompt_length :].mean(0))
     return torch.stack(means)

@@ -7,15 +7,18 @@ from collections.abc import Iterable
 
 from spilt.errors import unknown
 from spilt.settings.fields import WRITE_POINTS
+from spilt.steering import anatomy
 
 FAST, PLAIN = ENGINES = ("fast", "plain")
 ASKED = "asked for with --engine plain"
 
 
-def why_plain(sites: Iterable[tuple[int, str]], verb: str, *, engine: str = FAST, joint: bool = False, positions: str = "all") -> str:
+def why_plain(
+    sites: Iterable[tuple[int, str]], verb: str, *, family: str = "", engine: str = FAST, joint: bool = False, positions: str = "all"
+) -> str:
     """Why the fast path does not apply; '' where it does.
 
-    sites: (layer, write point). verb: fit, generate, measure. positions: which tokens are steered.
+    sites: (layer, write point). verb: fit, generate, measure. family: `config.model_type`. positions: which tokens are steered.
     """
     if engine not in ENGINES:
         raise unknown("engine", engine, ENGINES)
@@ -24,6 +27,8 @@ def why_plain(sites: Iterable[tuple[int, str]], verb: str, *, engine: str = FAST
         return ASKED
     if inside := [f"{path} of block {layer}" for layer, path in places if path not in WRITE_POINTS]:
         return f"{inside[0]} is steered"
+    if family and (why := anatomy.family_of(family).plain):
+        return why
     twice = [layer for layer, count in Counter(layer for layer, _ in places).items() if count > 1]
     if twice:
         return f"block {twice[0]} is steered twice"

@@ -131,9 +131,13 @@ def head_rows(model: nn.Module, keep: Tensor) -> Iterator[None]:
 def last_mlp_rows(model: nn.Module, keep: Tensor) -> Iterator[None]:
     """Inside: the last block's MLP sees only the positions in `keep` [B, T] bool; elsewhere it adds 0, which nobody looks at.
 
-    Nothing reads the last block's output but the head. With hooks inside that MLP (it is being steered) it sees all positions.
+    Nothing reads the last block's output but the head. With hooks inside that MLP (it is being steered), or experts in it, it sees all.
     """
-    mlp = anatomy.read_point(model, len(anatomy.blocks(model)) - 1, "mlp")
+    last = len(anatomy.blocks(model)) - 1
+    if anatomy.of(model).parts[last].mlp_mid is None:  # experts want the stream as it is, [B, T, D]
+        yield
+        return
+    mlp = anatomy.read_point(model, last, "mlp")
     if any(module._forward_hooks or module._forward_pre_hooks for module in mlp.modules()):
         yield
         return

@@ -6,6 +6,7 @@ is what runs where the fast path does not apply.
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -146,19 +147,28 @@ def texts(
     The next token is chosen as sampling.choose says, by the row's own random numbers. m = 0: no intervention runs.
     positions: which tokens are steered (`steer_positions`); prefix: tokens of the template before the prompt.
     """
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device, takes = model.get_input_embeddings().weight.device, inspect.signature(type(model).forward).parameters  # type: ignore[operator]
     for number, row in enumerate(rows):
         draw, cache, new, ids = random.Random(row.seed), None, list[int](), list(row.prompt)
         while len(new) < how.max_new_tokens and not (new and new[-1] in how.eos):
             where = acts([Encoded((*row.prompt, *new), len(row.prompt), 0)], positions, prefix)
             where = where if where is None else where[:, -len(ids) :]
+            so_far = torch.arange(len(row.prompt) + len(new), device=device)
+            at = {"position_ids": so_far[None, -len(ids) :], "cache_position": so_far[-len(ids) :]}  # a hybrid's cache counts otherwise
+            at = {name: value for name, value in at.items() if name in takes}
             with steer(model, steering, row.multiplier, where) if row.multiplier else hooks.attach(model, []):
-                out = model(input_ids=torch.tensor([ids], device=device), past_key_values=cache, use_cache=True)
+                out = model(
+                    input_ids=torch.tensor([ids], device=device),
+                    attention_mask=torch.ones_like(so_far)[None],
+                    past_key_values=cache,
+                    use_cache=True,
+                    **at,
+                )
             cache, scores = out.past_key_values, out.logits[:, -1].float()
             decode.refuse_not_finite(scores, [row])
             uniform = torch.tensor([draw.random()], dtype=torch.float64) if how.sample else None
-            ids = sampling.choose(scores, how, uniform, [[*row.prompt, *new]]).tolist()
-            new += ids
+            new += sampling.choose(scores, how, uniform, [[*row.prompt, *new]]).tolist()
+            ids = [*row.prompt, *new] if cache is None else new[-1:]  # state-space hybrids of transformers 4 make no cache by themselves
         yield number, new
 
 

@@ -64,9 +64,8 @@ def _make_biases(model: nn.Module, layers: Any) -> None:
             f"--format peft adds one beside the weights, {VECTORS}, {ANYTHING}"
         )
     setattr(config, SWITCH, True)
-    row = anatomy.family(model)
-    for block in anatomy.blocks(model):
-        for module in block.get_submodule(row.mlp).modules():
+    for block, parts in zip(anatomy.blocks(model), anatomy.of(model).parts, strict=True):
+        for module in block.get_submodule(parts.mlp or "").modules():
             if isinstance(module, nn.Linear) and module.bias is None:
                 module.bias = nn.Parameter(module.weight.new_zeros(module.out_features), requires_grad=False)
 

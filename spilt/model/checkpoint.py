@@ -22,6 +22,12 @@ SUFFIXES = (".json", ".safetensors", ".bin", ".jinja", ".model", ".txt", ".token
 INDEX = ".index.json"
 WEIGHTS = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")  # the library's order
 PARTS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # of torch's distributed checkpoints: they go first
+# of a GGUF file's header: the same in config.json
+GGUF = {
+    "block_count": "num_hidden_layers", "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+    "context_length": "max_position_embeddings", "expert_count": "num_local_experts",
+}  # fmt: skip
 # config.json -> what it may be called; each is a whole number above 0 where it is given
 BLOCKS = ("num_hidden_layers", "n_layer")
 SIZES = (
@@ -39,12 +45,15 @@ def loaded_files(folder: Path) -> list[Path]:
     Raises UserError for a name that leaves the folder.
     """
     top = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES and path.is_file()]
+    top += [path] if (path := gguf(folder)) else []
     below = {*(folder / TEMPLATES).glob("*.jinja"), *(path for path, _ in _named(folder))} - set(top)
     return top + sorted(path for path in below if path.is_file())
 
 
 def weights(folder: Path) -> list[Path]:
     """The weight files that the library takes, whether they are there or not; empty when it finds none."""
+    if path := gguf(folder):
+        return [path]
     said = optional_json(folder / CONFIG).get("transformers_weights")
     if isinstance(said, str):
         return _shards(folder, _inside(folder, said, folder / CONFIG))
@@ -134,7 +143,49 @@ def tensors(path: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-# ---------------------------------------------------------------- config.json
+# ---------------------------------------------------------------- config.json, or a GGUF file in its place
+
+
+def there(folder: Path) -> bool:
+    """Whether a folder is a checkpoint's."""
+    return (folder / CONFIG).is_file() or gguf(folder) is not None
+
+
+def gguf(folder: Path) -> Path | None:
+    """The one GGUF file of a folder without config.json: it holds weights, configuration and tokenizer."""
+    files = [] if (folder / CONFIG).is_file() or not folder.is_dir() else sorted(folder.glob("*.gguf"))
+    return files[0] if len(files) == 1 else None
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """What is said of the model, under the names of config.json; empty where there is none."""
+    if path := gguf(folder):
+        stat = path.stat()
+        return _read_gguf(path, stat.st_size, stat.st_mtime_ns)
+    return read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+
+
+@lru_cache(maxsize=16)
+def _read_gguf(path: Path, size: int, mtime_ns: int) -> dict[str, Any]:
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise UserError(f"{path}: a GGUF file is read by the package gguf, which is not installed here: pip install gguf") from None
+    try:
+        fields = GGUFReader(path).fields
+        kind = str(fields["general.architecture"].contents())
+        found = {key: fields[f"{kind}.{name}"].contents() for name, key in GGUF.items() if f"{kind}.{name}" in fields}
+        return {"model_type": kind, **found, "vocab_size": len(fields["tokenizer.ggml.tokens"].data)}
+    except Exception as error:  # whatever the package raises on a file that it does not understand
+        raise UserError(f"{path}: cannot be read as GGUF: {type(error).__name__}: {first_line(error)}; download it again") from None
+
+
+def family(folder: Path) -> str:
+    """`model_type`; '' where nothing says it. That a file is broken is told by whoever loads it."""
+    try:
+        return str(config(folder).get("model_type") or "")
+    except (UserError, OSError):
+        return ""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -165,20 +216,23 @@ def blocks(config: dict[str, Any]) -> int | None:
     return next((n for n in (text_config(config).get(name) for name in BLOCKS) if isinstance(n, int)), None)
 
 
-def check(folder: Path, layers: Iterable[int] = ()) -> None:
-    """Refuse what config.json already shows cannot run: an unknown family, an odd size, a layer that is not there, an adapter.
+def check(folder: Path, layers: Iterable[int] = (), down: Iterable[int] = ()) -> None:
+    """Refuse what config.json already shows cannot run: no family, an odd size, a layer that is not there, an adapter.
+
+    down: the layers whose down projection is read or written, which a mixture of experts does not have.
 
     A folder without config.json passes: a dry run calls it missing.
     """
-    path = folder / CONFIG
+    path = gguf(folder) or folder / CONFIG
     if not path.is_file():
         return
-    config = read_json(path)
-    if config.get("model_type") is None:
-        raise UserError(f"{path}: no model_type; have: {', '.join(sorted(anatomy.FAMILIES))}; take the checkpoint's own config.json")
-    anatomy.family_of(config["model_type"])
+    said = config(folder)
+    if said.get("model_type") is None:
+        raise UserError(f"{path}: no model_type, so its family is not known; take the checkpoint's own config.json")
+    if not isinstance(said["model_type"], str):
+        raise UserError(f"{path}: model_type = {json.dumps(said['model_type'])[:80]} is no name; take the checkpoint's own config.json")
     for name in SIZES:
-        value = text_config(config).get(name)
+        value = text_config(said).get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise UserError(f"{path}: {name} = {json.dumps(value)[:80]} is no whole number above 0; take the checkpoint's own config.json")
     if (folder / ADAPTER).is_file():
@@ -186,7 +240,9 @@ def check(folder: Path, layers: Iterable[int] = ()) -> None:
             f"{folder / ADAPTER}: an adapter on top of the checkpoint, which would be loaded unseen; merge it into the weights "
             "(peft: merge_and_unload, save_pretrained) or move it out of the folder"
         )
-    count = blocks(config)
+    count = blocks(said)
     if count is not None:
         for layer in sorted(layers):
             anatomy.check_layer(layer, count)
+    for layer in sorted(down):
+        anatomy.refuse_no_down_proj(text_config(said), layer)

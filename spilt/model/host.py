@@ -56,24 +56,36 @@ def _chat(tokenizer: Any, use_chat_template: bool, system_prompt: str, vocabular
     return replace(Chat.of(tokenizer, use_chat_template, system_prompt or None), vocabulary=vocabulary)
 
 
-def load(path: Path, dtype: str, device: str) -> Host:
-    """The checkpoint in evaluation mode with frozen weights; 'auto' places it by accelerate's device map.
+def load(path: Path, dtype: str, device: str, said: str = "") -> Host:
+    """The checkpoint in evaluation mode with frozen weights; 'auto' places it by accelerate's device map. said: anatomy.find.
 
     Local files only, no code from the checkpoint. Raises UserError for a folder that is no such checkpoint, for weights that are not
     those of its config.json, for too little memory, or a device that is not there.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _check_device(device)
     try:
         checkpoint.check(path)
         checkpoint.check_weights(path)
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = configuration(path)
+        if said or config.model_type not in anatomy.FAMILIES:
+            anatomy.find(skeleton(config), said)  # where nothing can be found, nothing is loaded
+        file = checkpoint.gguf(path)
+        whole = {"gguf_file": file.name} if file else {}
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False, **whole)
         # sdpa leaves out the soft cap on Gemma-2's attention scores
         eager = {"attn_implementation": "eager"} if getattr(config.get_text_config(), "attn_logit_softcapping", None) else {}
         placed = {"device_map": "auto"} if device == "auto" else {"device_map": {"": device}}
-        given = {"config": config, "dtype": getattr(torch, dtype), "local_files_only": True, "trust_remote_code": False, **placed, **eager}
+        given = {
+            "config": config,
+            "dtype": getattr(torch, dtype),
+            "local_files_only": True,
+            "trust_remote_code": False,
+            **placed,
+            **eager,
+            **whole,
+        }
         # with sizes ignored it tells which ones differ; nothing that it makes up is used
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **given, ignore_mismatched_sizes=True, output_loading_info=True)
     except UserError:
@@ -82,7 +94,7 @@ def load(path: Path, dtype: str, device: str) -> Host:
         raise UserError(_why(path, dtype, device, error)) from error
     model, found = loaded
     _check_keys(path, found, model)
-    anatomy.family(model)  # an unknown family is told now
+    anatomy.declare(model, said)
     if tokenizer.vocab_size > anatomy.vocabulary(model):
         raise UserError(
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, the model {anatomy.vocabulary(model)}; "
@@ -92,6 +104,34 @@ def load(path: Path, dtype: str, device: str) -> Host:
     if device == "cpu" and config.get_text_config().hidden_size < SMALL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     return Host(model.eval().requires_grad_(False), tokenizer, path)
+
+
+def configuration(path: Path) -> Any:
+    """The library's reading of config.json. Raises UserError for a family that it does not know."""
+    from transformers import CONFIG_MAPPING, AutoConfig, __version__
+
+    file, name = checkpoint.gguf(path), checkpoint.config(path).get("model_type")
+    if not file and name not in CONFIG_MAPPING:
+        way_out = "a newer transformers may have it; a checkpoint's own code is never run"
+        raise UserError(f"{path / checkpoint.CONFIG}: transformers {__version__} has no model family {name!r}; {way_out}")
+    try:
+        return AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False, **({"gguf_file": file.name} if file else {})
+        )
+    except Exception as error:  # whatever the library raises on a configuration that it does not understand
+        raise UserError(_why(path, "", "", error)) from error
+
+
+def skeleton(config: Any) -> nn.Module:
+    """The model that a configuration speaks of, without weights. Raises UserError for one that makes no text."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever the library raises on a configuration that it does not understand
+        why = first_line(error, 200)
+        raise UserError(f"model family {config.model_type!r}: transformers makes no language model of its config.json: {why}") from None
 
 
 def _check_keys(path: Path, found: Mapping[str, Any], model: nn.Module) -> None:
@@ -134,7 +174,7 @@ def _why(path: Path, dtype: str, device: str, error: Exception) -> str:
             "--dtype bfloat16, --device auto, or a smaller model"
         )
     if "trust_remote_code" in str(error):
-        return f"{path}: needs code of its own, which is never run; have: {', '.join(sorted(anatomy.FAMILIES))}, as transformers knows them"
+        return f"{path}: needs code of its own, which is never run; a checkpoint of a family that transformers itself has can be used"
     pickled = [file for file in files if file.suffix == ".bin"]
     if pickled and not isinstance(error, ImportError) and ("weights_only" in str(error) or not _plain(pickled)):
         return (

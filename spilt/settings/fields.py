@@ -18,6 +18,7 @@ from spilt.errors import UserError
 from spilt.settings.values import Bad, Reader, choice, flag, many, number, optional, positions, steered, text, whole, whole_or_all
 
 POINTS = ("mlp_mid", "mlp", "attn", "block")  # read points of lora and local_weight
+ANATOMY = ("blocks", "attn", "mlp", "mlp_mid")  # what of a model has a place that can be told
 WRITE_POINTS = ("block", "down_proj")
 PAIRS = ("orig_add", "orig_sub")
 SUBSTRACTIONS = ("normal", "null_it_out")
@@ -28,7 +29,7 @@ DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32
 DTYPE_ALIASES |= {f"torch.{name}": name for name in DTYPES}
 # other spellings on the command line and in YAML; all names in any case
 METHOD_ALIASES = {"split": "spilt"}  # the paper's spelling
-LATER = ("joint", "steer_positions")  # keys that came after results had been stored
+LATER = ("joint", "steer_positions", "anatomy")  # keys that came after results had been stored
 INTERVENTION_ALIASES = {"weight": "local_weight"}  # released file names and YAML
 
 
@@ -132,6 +133,7 @@ class Common(Checked):
     # Ours: which tokens are steered. None = the released way: all of them while text is made; in fits and released losses of a
     # vector what `intervention_positions` says, which leaves the template prefix alone. Curves are measured as text is made.
     steer_positions: str | None = setting(optional(steered), None)
+    anatomy: str = setting(text, "")  # ours: where the model's parts are, as in `blocks=model.layers,mlp=mlp`; "" = found by structure
 
     @property
     def applied_positions(self) -> str:

@@ -32,7 +32,7 @@ def check_context(model: nn.Module, what: str, texts: Sequence[tuple[int, int]],
         return
     tokens, row = max(beyond)
     longest = f"row {row} (0-based), {tokens} tokens" + (f" with max_new_tokens {max_new_tokens}" if max_new_tokens else "")
-    if anatomy.family(model).absolute_positions:
+    if anatomy.of(model).absolute_positions:
         raise UserError(f"{longest}: longer than the model's context of {context} tokens, where its table of positions ends; {way_out}")
     log.warning(
         "%s: %d of %d are longer than the model's context of %d tokens, beyond which it was not trained (the longest: %s); %s",

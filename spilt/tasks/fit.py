@@ -24,6 +24,7 @@ from spilt.data import readers
 from spilt.engine import choice, score, whole
 from spilt.engine import train as training
 from spilt.methods import METHODS
+from spilt.model.checkpoint import family
 from spilt.steering.interventions import Intervention
 from spilt.steering.layer_file import dump, metadata_line
 from spilt.steering.steering import Steering
@@ -82,7 +83,7 @@ def _train(
     settings: Any = step.settings
     steering = Steering.of({layer: training.new_intervention(host.model, layer, settings) for layer in layers})
     prefix = host.chat(settings.use_chat_template, settings.system_prompt).prefix_length
-    if choice.why_plain(steering.places, "fit", engine=run.request.engine, joint=settings.joint):
+    if choice.why_plain(steering.places, "fit", family=family(step.model), engine=run.request.engine, joint=settings.joint):
         sequences = run.recordings.sequences(step, fmt.path, host, fmt)
         job: training.Job = whole.Fit(host.model, steering, sequences, settings, METHODS[cell.method], prefix, host.pad_id)
     else:

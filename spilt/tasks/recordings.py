@@ -123,7 +123,8 @@ class Recordings:
                 known.add(read_point)
             sequences = encoded(key, host, fmt)
             together = 1 if readers.has_prompts(fmt.section) else 2
-            self.kept[key] = activations.record(host.model, key.layer, sequences, sorted(known), host.pad_id, together)
+            there = [name for name in sorted(known) if name in anatomy.read_widths(host.model, key.layer)]  # what a step's settings name
+            self.kept[key] = activations.record(host.model, key.layer, sequences, there, host.pad_id, together)
         return self.kept[key]
 
     def clear(self) -> None:
@@ -190,7 +191,7 @@ def stored(cell: Cell, settings: Any, run: Run) -> Steering:
     refuse_parts_of_two_fits(cell, run)
     found = {}
     for layer in cell.layers:
-        widths = {name: anatomy.read_width(run.host.model, layer, name) for name in anatomy.COMPONENTS}
+        widths = anatomy.read_widths(run.host.model, layer)
         path = run.store.vector(cell, layer)
         refuse_changed(path)
         for doubt in plan.doubts(cell, layer, settings, run.request, run.seen):

@@ -46,6 +46,12 @@ class Request:
     engine: str = "fast"  # 'plain': hooks and the library's own forward everywhere
     flags: tuple[str, ...] = ()  # our own flags as they were typed, for the copy-paste command lines
     program: str = "python run_spilt.py"  # what was called, for the same
+    model_said: str = ""  # a path or a hub id: `model` is its last part, and its files lie in `folder`
+    folder: Path | None = None
+
+    @property
+    def model_folder(self) -> Path:
+        return self.folder or Store(self.base_dir).model(self.model)
 
 
 def with_seed(overrides: Mapping[str, Any], seed: int | None) -> Mapping[str, Any]:
@@ -101,8 +107,7 @@ class Verb:
 
     def settings(self, request: Request, method: str, form: str) -> Resolved:
         """The settings of a cell, from files and command line. Raises UserError for wrong ones."""
-        config = Store(request.base_dir).model(request.model) / checkpoint.CONFIG
-        blocks = checkpoint.blocks(checkpoint.read_json(config)) if config.is_file() else None
+        blocks = checkpoint.blocks(checkpoint.config(request.model_folder))
         middle = () if blocks is None else (blocks // 2,)
         return resolve(self.name, request.base_dir, request.model, request.dataset, method, form, request.overrides, middle)
 
@@ -176,7 +181,7 @@ def output_parts(step: Step, limit: int | None, seen: identity.Seen) -> dict[Pat
 
 def missing_inputs(step: Step) -> list[Path]:
     """Inputs that are not there (a model folder counts by its config.json)."""
-    model = [] if (step.model / "config.json").is_file() else [step.model]
+    model = [] if checkpoint.there(step.model) else [step.model]
     return model + [p for p in (*step.data.values(), *step.vectors) if not p.is_file()]
 
 

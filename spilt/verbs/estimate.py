@@ -124,7 +124,7 @@ def side_by_side(given: int | None, shape: Shape | None, size: int, longest: flo
 def shape_of(model: Path) -> Shape | None:
     """From config.json; None when it is not there or is of an unknown make."""
     try:
-        return shape_from(checkpoint.read_json(model / checkpoint.CONFIG))
+        return shape_from(checkpoint.config(model))
     except (UserError, OSError):
         return None
 
