@@ -10,6 +10,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from spilt.settings import parse_overrides
 from spilt.settings.fields import STRONGEST, GenerateSettings, GenerationParams, intervention_name, method_name
 from spilt.steering.layer_file import beside
 from spilt.terminal import complain, program, say
+from spilt.verbs.base import layer_groups, with_own
 
 ABOUT = ("dtype", "seed", "use_chat_template", "system_prompt")  # settings that a stored Steering knows of its fit
 
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         added.completer = lambda table=table, **_: tuple(table)
     parser.add_argument("--concept", type=int, metavar="ID", help="of a dataset with concepts")
     parser.add_argument("--steering", type=Path, metavar="FILE", help="a stored Steering or layer_{id}.pt instead of the cell's")
-    parser.add_argument("--layers", nargs="+", type=int, metavar="N", help="default: the settings'")
+    parser.add_argument("--layers", nargs="+", metavar="N", help="default: the settings'; 10+14: those that were fitted together")
     parser.add_argument("--max_new_tokens", type=int, metavar="N")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="a setting of apply; repeatable")
     parser.add_argument("--device", help="default: cuda:0 where there is one, else cpu")
@@ -84,8 +86,12 @@ def _ready(args: argparse.Namespace) -> tuple[Any, Any, Any, Cell | None]:
     """The model, the Steering, the settings, and the cell where one is named; wrong words are told before anything is loaded."""
     store = Store(args.base_dir)
     plan.check_model(store, args.model_name)
-    more = [("layers", ",".join(map(str, args.layers or ()))), ("generation_params.max_new_tokens", args.max_new_tokens)]
-    overrides = parse_overrides([*args.overrides, *(f"{key}={value}" for key, value in more if value not in ("", None))])
+    more = [] if args.max_new_tokens is None else [f"generation_params.max_new_tokens={args.max_new_tokens}"]
+    overrides = parse_overrides([*args.overrides, *more])
+    groups = layer_groups(args.layers)
+    if groups is not None and len(groups) != 1:
+        raise UserError(f"--layers {' '.join(args.layers)}: one vector at a time: give one layer, or 10+14 for those that were fitted together")
+    layers = None if groups is None else groups[0]
     named = [flag for flag in ("dataset", "method", "intervention_method") if getattr(args, flag)]
     if len(named) < 3 and (named or args.steering is None):
         raise UserError("which vector? give --dataset, --method and --intervention_method of a stored cell, or --steering FILE")
@@ -99,8 +105,10 @@ def _ready(args: argparse.Namespace) -> tuple[Any, Any, Any, Cell | None]:
             raise UserError("one vector at a time: give one --method and one --intervention_method")
         plan.pairs_of(method, form)
         request = verbs.Request(args.dataset, method, args.model_name, form, "apply", base_dir=args.base_dir, overrides=overrides)
+        apart = plan.apart(request, method, form, layers)
+        request = replace(request, overrides=with_own(overrides, method, None, layers))
         settings = verbs.VERBS["generate"].settings(request, method, form).settings
-        cell = Cell(args.model_name, args.dataset, method, form, tuple(settings.layers), args.concept)
+        cell = Cell(args.model_name, args.dataset, method, form, tuple(settings.layers), args.concept, None, apart)
         for path in [store.vector(cell, layer) for layer in cell.layers] if args.steering is None else []:
             if not path.is_file():
                 way_out = "make it with spilt fit; --layers, and --concept for a dataset with concepts, say which"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from spilt.artifacts.losses import SPLITS, TABLES
@@ -80,6 +81,11 @@ class Store:
             except ValueError:  # a manifest, or a folder of somebody's own: no multiplier, no results of ours
                 continue
         return sorted(found)
+
+    def variants(self, cell: Cell) -> list[Cell]:
+        """The cell itself, then those beside it that have texts: of other layers, of other seeds; each with its variant as the form."""
+        names = (path.name.removeprefix(f"{cell.method}_") for path in self.generation_folder(cell).parent.glob(f"{cell.leaf}@*"))
+        return [cell, *(replace(cell, intervention=name) for name in sorted(names))]
 
     def unfinished(self, cell: Cell, rank: int) -> Path:
         """Texts made by a run that did not finish; one file per process, removed when the results are written."""

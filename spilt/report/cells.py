@@ -26,7 +26,7 @@ from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.manifest import digest, identity
 from spilt.artifacts.store import Store
 from spilt.artifacts.texts import Row
-from spilt.cell import FORMS, Cell, seeded
+from spilt.cell import FORMS, Cell, variant_of
 from spilt.errors import UserError, printable, unknown
 
 log = logging.getLogger("spilt")
@@ -41,8 +41,8 @@ CONCEPT = re.compile(r"_concept_(\d+)$")
 
 def label(method: str, form: str) -> str:
     """A method and form as they are shown; a folder that somebody made may be called anything."""
-    own, seed = seeded(form)
-    return printable(f"{method} {FORMS[own].label if own in FORMS else own}{'' if seed is None else f', seed {seed}'}").strip()
+    own = variant_of(form)
+    return printable(f"{method} {FORMS[own.form].label if own.form in FORMS else own.form}{own}").strip()
 
 
 def anchor(cell: str) -> str:
@@ -86,8 +86,13 @@ class Place:
 
     @property
     def form(self) -> str:
-        """`intervention` without the seed of one of several fits."""
-        return seeded(self.intervention)[0]
+        """`intervention` without layers and the seed of one of several fits."""
+        return variant_of(self.intervention).form
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """Those of --layers; None where they are the settings' own."""
+        return variant_of(self.intervention).layers
 
     @property
     def folders(self) -> list[Path]:
@@ -189,7 +194,7 @@ def find(base_dir: str | Path, model: str, dataset: str) -> list[Place]:
         Place(base, model, dataset, method, form, root / method / dataset / f"{method}_{form}", dict(sorted(concepts.items())))
         for (method, form), concepts in found.items()
     ]
-    return sorted(places, key=lambda place: (_rank(place.form, list(FORMS)), _rank(place.method, list(METHODS)), place.intervention))
+    return sorted(places, key=lambda p: (_rank(p.form, list(FORMS)), _rank(p.method, list(METHODS)), p.layers or (), p.intervention))
 
 
 def _rank(name: str, order: Sequence[str]) -> tuple[int, str]:

@@ -12,6 +12,7 @@ from spilt.analysis import claims, paper
 from spilt.analysis.curves.fitting import GOOD_R2
 from spilt.analysis.questions import Questions
 from spilt.analysis.recommend import choice
+from spilt.cell import SEED
 from spilt.errors import printable
 from spilt.report.cells import KINDS, RANGES, Measured, anchor, label, name_of
 
@@ -97,8 +98,8 @@ def makeup(cells: Sequence[Measured]) -> pd.DataFrame:
 
 
 def seeds(cells: Sequence[Measured], table: pd.DataFrame) -> pd.DataFrame:
-    """Of `recommendations`: mean and range over the fits of a method and form of which there are several, whatever their seeds."""
-    table = table.assign(intervention=[cell.place.form for cell in cells])
+    """Of `recommendations`: mean and range over the fits of a method, form and layer of which there are several, whatever their seeds."""
+    table = table.assign(intervention=[cell.place.intervention.partition(SEED)[0] for cell in cells])
     rows = []
     for (method, form), part in table.groupby(["method", "intervention"], sort=False):
         on = "test" if (part["reported_on"] == "test").all() else "train"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from spilt.cell import FORMS
 from spilt.errors import Mistakes, UserError, unknown
 from spilt.settings.fields import GenerationParams, intervention_name, method_name, read_field
-from spilt.settings.files import kind, load_yaml, parse_yaml, tree_of
+from spilt.settings.files import is_own, kind, load_yaml, parse_yaml, tree_of
 from spilt.settings.keys import FIELDS, IGNORED_KEYS, IGNORED_PARAMS, KEY_ALIASES, KNOWN, PARAM_ALIASES, PARAMS, SECTIONS, SETTINGS
 from spilt.settings.values import Bad, text
 
@@ -77,14 +77,16 @@ def resolve(
     intervention: str,
     overrides: Mapping[str, Any] | None = None,
     layers: Sequence[int] = (),
+    own: bool = False,
 ) -> Resolved:
     """The settings of a cell and verb: global file < the cell's file < overrides.
 
     fit: config.yaml < generate_{method}_{intervention}.yaml. measure: config.yaml < sft/generate_sft_loss.yaml < layers of the fit.
     generate: apply_config.yaml < apply_{method}.yaml; layers left out there are those of the fit.
-    layers: those of a cell for which there are no files at all, nor a word of the command line.
+    layers: those of a cell for which there are no files at all, nor a word of the command line. own: the data are files of the user's own,
+    which need no settings files.
     """
-    stack = _Stack(verb, base_dir, model, dataset, method, intervention)
+    stack = _Stack(verb, base_dir, model, dataset, method, intervention, own)
     stack.add_globals("apply_config.yaml" if verb == "generate" else "config.yaml")
     stack.add_cell()
     if verb == "measure":
@@ -134,14 +136,17 @@ def _override(item: str, out: dict[str, Any]) -> None:
 class _Stack:
     """The layers of one resolution, laid one over the other: `values` holds what has been read and checked so far."""
 
-    def __init__(self, verb: str, base_dir: Path | str, model: str, dataset: str, method: str, intervention: str) -> None:
+    def __init__(self, verb: str, base_dir: Path | str, model: str, dataset: str, method: str, intervention: str, own: bool) -> None:
         self.verb, self.asked, self.model, self.dataset = verb, Path(base_dir), model, dataset
         self.base_dir = tree_of(self.asked, ROOT)
+        self.own = own or is_own(self.asked, dataset)
+        self.without_files = self.own or self.base_dir != self.asked
         self.method, self.intervention = method_name(method), intervention_name(intervention)
         self.values: dict[str, Any] = {}
         self.files: list[Path] = []
         self.unused: list[Unused] = []
         self.mistakes = Mistakes()  # of all files, told together
+        self.cell_file: Path | None = None
         self.overridden = ""  # for messages about values that come together from several places
 
     def add_globals(self, name: str) -> None:
@@ -156,8 +161,8 @@ class _Stack:
 
     def add_cell(self) -> None:
         """The cell's own file. A fit file that names another method or form is refused; elsewhere the path decides, and it is said."""
-        path = hparam_file(self.base_dir, self.dataset, self.model, self.method, self.intervention, self.verb)
-        if path is None and self.base_dir != self.asked:
+        self.cell_file = path = hparam_file(self.base_dir, self.dataset, self.model, self.method, self.intervention, self.verb)
+        if path is None and self.without_files:
             return  # the defaults of fields.py, which are those of the released code
         if path is None:
             raise self._missing()
@@ -192,9 +197,9 @@ class _Stack:
     def resolve(self, layers: Sequence[int] = ()) -> Resolved:
         """layers: where no file is and the command line gives none."""
         self.mistakes.tell()
-        if layers and self.base_dir != self.asked:
+        if layers and self.without_files:
             self.values.setdefault("layers", tuple(layers))
-        where = f"{self.files[-1]}{self.overridden}"
+        where = f"{self.files[-1]}{self.overridden}" if self.files else COMMAND_LINE
         if "layers" not in self.values:
             raise UserError(f"{where}: layers is missing; add the 0-based decoder blocks, such as `layers: [20]`")
         values = {**self.values, "method": self.method, "intervention_method": self.intervention}
@@ -207,6 +212,8 @@ class _Stack:
         return Resolved(settings, tuple(self.files), tuple(dict.fromkeys(self.unused)), self._origin(settings.layers))
 
     def _origin(self, layers: Sequence[int]) -> str:
+        if self.own and self.cell_file is None:
+            return f"{self.dataset} has no settings files, so the released defaults (layer {', '.join(map(str, layers))}); --set KEY=VALUE changes them"
         if self.base_dir == self.asked:
             return ""
         there = (self.base_dir / ROOT / self.dataset / self.model).is_dir()
