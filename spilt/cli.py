@@ -49,6 +49,7 @@ PROGRAMS = {
     "recommend": "print the strength of each measured cell by a utility budget",
     "report": "draw curves and report.html anew from stored losses",
     "say": "try a sentence on a stored vector, at any strength",
+    "settings": "make settings files like those of another dataset and model",
     "prepare": "make data/ from the public source files",
     "verify": "check everything that is stored",
 }
@@ -74,7 +75,10 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
             words = tuple(offered)
             group.add_argument(flag, **given).completer = lambda **_: words  # type: ignore[attr-defined]
 
-    add("--dataset", help="a name in hparams/Steer/dataset_format.yaml, such as psychopathy; with --train its new name (default: the file's)")
+    add(
+        "--dataset",
+        help="a name in hparams/Steer/dataset_format.yaml, such as psychopathy; with --train its new name (default: the file's)",
+    )
     add("--method", (*METHODS, plan.ALL), required=True, help=f"{', '.join(METHODS)} or all ({_spellings(METHOD_ALIASES)})")
     add("--model_name", required=True, help="a checkpoint folder under models/")
     add("--intervention_method", (*FORMS, plan.ALL), required=True, help=f"{', '.join(FORMS)} or all ({_spellings(INTERVENTION_ALIASES)})")
@@ -91,8 +95,13 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
     group = made.add_argument_group("ours")
     add("--train", nargs="+", type=Path, metavar="FILE", help="pairs of your own: csv, tsv, json, jsonl, parquet; kept in data/{dataset}/")
     add("--test", nargs="+", metavar="FILE|0.2", help="with --train: held-out pairs, or the share (or number) of questions to hold out")
-    add("--columns", metavar="FIELD=COLUMN,...", help="with --train: question=...,matching=...,not_matching=... where they are called otherwise")
+    add(
+        "--columns",
+        metavar="FIELD=COLUMN,...",
+        help="with --train: question=...,matching=...,not_matching=... where they are called otherwise",
+    )
     add("--layers", nargs="+", metavar="N", help="blocks: 10 14 (each alone, in folders of their own), 10+14 (together), or all (each)")
+    add("--inspect", action="store_true", help="show the first pairs as the model will see them: tokens, masks, lengths; write nothing")
     add("--dtype", DTYPES, help="of the model: float32, bfloat16, float16 (over the YAML's)")
     add("--batch_size", type=_positive, help="texts decoded side by side (changes no result beyond rounding)")
     add("--limit", type=_positive, help="rows of each data file, from the first")
@@ -247,7 +256,7 @@ def _own(args: argparse.Namespace) -> own.Own | None:
         for name in ("test", "columns"):
             if getattr(args, name) is not None:
                 raise UserError(f"--{name} goes with --train FILE; a dataset of dataset_format.yaml has its own")
-        if args.dataset is None:
+        if not args.dataset:
             raise UserError("which data? give --dataset NAME, or --train FILE with pairs of your own")
         return None
     columns = own.columns_from(args.columns) if args.columns is not None else {}
@@ -348,15 +357,23 @@ def _run(args: argparse.Namespace, program: str, words: Sequence[str]) -> int:
 
 def _plan_and_run(args: argparse.Namespace, program: str, shown: dict[str, Any]) -> int:
     """The exit code. shown: is told what --json shows."""
-    rank, start = place()[0], time.monotonic()
+    rank, start, dry = place()[0], time.monotonic(), args.dry_run or args.inspect
     request = _recommended(request_of(args, program))
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before torch looks for it
     if request.own is not None:
         plan.make(request, dry=True)  # what is wrong with the words is told before the files are taken over
-        for line in own.bring(request.base_dir, request.dataset, request.own, dry=args.dry_run):
+        for line in own.bring(request.base_dir, request.dataset, request.own, dry=dry):
             say(line)
-    made = plan.make(request, dry=args.dry_run)
+    made = plan.make(request, dry=dry)
+    if args.inspect:
+        from spilt import inspect
+
+        rows = own.sections(request.own, request.dataset) if request.own is not None else {}
+        shown["inspected"] = inspect.inspected(made, request, rows)
+        if not args.json:
+            inspect.show(shown["inspected"])
+        return 0
     shown["left_out"] = [item._asdict() for item in made.left_out]
     if args.dry_run:
         shown["steps"] = summary.planned(made, request)

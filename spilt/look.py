@@ -75,14 +75,14 @@ def show(args: argparse.Namespace) -> int:
     store, shown = Store(args.base_dir), 0
     width = shutil.get_terminal_size((120, 24)).columns
     cells = [Cell(args.model_name, args.dataset, method, form, ()) for method, form in pairs_of(args.method, args.intervention_method)[0]]
-    for cell in (variant for cell in cells for variant in store.variants(cell)):
+    for cell in (found for plain in cells for found in store.variants(plain)):
         found = results(store, cell)
         if not found:
             continue
         shown += 1
         say()
-        own = variant_of(cell.intervention)
-        say(f"== {args.dataset}, {cell.method}, {own.form}{own}")
+        variant = variant_of(cell.intervention)
+        say(f"== {args.dataset}, {cell.method}, {variant.form}{variant}")
         words = keywords(args.base_dir, args.dataset)
         shares = {m: agreement(rows, words) for m, rows in found.items()}
         if told := "  ".join(f"m={m:g}: {part:.0%}" for m, part in shares.items() if part is not None):

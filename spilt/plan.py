@@ -163,7 +163,12 @@ def _layers(request: Request, store: Store) -> Sequence[tuple[int, ...] | None]:
     if request.layers is None:
         return [None]
     check_model(store, request.model)
-    return [(layer,) for layer in range(checkpoint.blocks(checkpoint.read_json(store.model(request.model) / checkpoint.CONFIG)))]
+    blocks = checkpoint.blocks(checkpoint.read_json(store.model(request.model) / checkpoint.CONFIG))
+    if blocks is None:
+        raise UserError(
+            f"--layers {ALL}: {store.model(request.model) / checkpoint.CONFIG} does not say how many blocks there are; name them"
+        )
+    return [(layer,) for layer in range(blocks)]
 
 
 def apart(request: Request, method: str, form: str, layers: tuple[int, ...] | None) -> bool:
@@ -302,7 +307,9 @@ def _steps(
     given = with_own(request.overrides, method, seed if verb.fits else None, layers)
     found = verb.settings(replace(request, overrides=given), method, form)
     settings: Any = found.settings
-    cells = tuple(Cell(request.model, request.dataset, method, form, tuple(settings.layers), concept, seed, own_place) for concept in concepts)
+    cells = tuple(
+        Cell(request.model, request.dataset, method, form, tuple(settings.layers), concept, seed, own_place) for concept in concepts
+    )
     sweep = request.multipliers == SWEEP
     if request.multipliers == RECOMMENDED:
         multipliers: tuple[float, ...] = (0.0, float(request.recommended[wanted.names]))
@@ -319,9 +326,7 @@ def _steps(
     return steps
 
 
-def _command(
-    request: Request, verb: Verb, group: tuple[Cell, ...], wanted: Wanted, multipliers: tuple[float, ...], sweep: bool
-) -> str:
+def _command(request: Request, verb: Verb, group: tuple[Cell, ...], wanted: Wanted, multipliers: tuple[float, ...], sweep: bool) -> str:
     words = [*request.program.split(), "--dataset", request.dataset, "--method", wanted.method, "--model_name", request.model]
     words += ["--intervention_method", wanted.form, "--mode", verb.mode, "--device", request.device, "--base_dir", str(request.base_dir)]
     if not verb.fits:

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spilt.artifacts.atomic import atomic_write_together, half_replaced
-from spilt.artifacts.store import checked_name
 from spilt.data.readers import FORMATS_FILE
 from spilt.data.sources import Record, file_hash, read_rows
-from spilt.errors import UserError, half_pair
+from spilt.errors import UserError, checked_name, half_pair
 from spilt.terminal import program, say
 
 Row = dict[str, Any]

@@ -90,7 +90,9 @@ def _ready(args: argparse.Namespace) -> tuple[Any, Any, Any, Cell | None]:
     overrides = parse_overrides([*args.overrides, *more])
     groups = layer_groups(args.layers)
     if groups is not None and len(groups) != 1:
-        raise UserError(f"--layers {' '.join(args.layers)}: one vector at a time: give one layer, or 10+14 for those that were fitted together")
+        raise UserError(
+            f"--layers {' '.join(args.layers)}: one vector at a time: give one layer, or 10+14 for those that were fitted together"
+        )
     layers = None if groups is None else groups[0]
     named = [flag for flag in ("dataset", "method", "intervention_method") if getattr(args, flag)]
     if len(named) < 3 and (named or args.steering is None):

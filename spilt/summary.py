@@ -101,7 +101,11 @@ def print_plan(rows: Sequence[Mapping[str, Any]], made: plan.Plan) -> None:
         for path in row["hparams"]:
             say(f"   hparams  {path}")
         if step.origin:  # no file says them
-            given = {name: value for name, value in row["settings"].items() if value not in (None, "") and name not in ("method", "intervention_method")}
+            given = {
+                name: value
+                for name, value in row["settings"].items()
+                if value not in (None, "") and name not in ("method", "intervention_method")
+            }
             say(f"   settings {' '.join(f'{name}={_short(value)}' for name, value in given.items())}")
         for item in row["inputs"]:
             say(f"   input    {item['path']}{'' if item['state'] == 'there' else '   ' + item['state']}")

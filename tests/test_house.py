@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine", "verbs"),
     ("plan", "analysis"),
     ("report", "tasks"),
-    ("api", "prepare", "look", "recommend", "say", "verify", "run", "summary"),
+    ("api", "inspect", "prepare", "look", "recommend", "say", "verify", "run", "summary"),
     ("cli",),
     ("__main__",),
 )

@@ -70,7 +70,9 @@ def test_a_csv_is_enough_for_every_stage(base: families.Base, mine: Path, capsys
     """Fit, texts, losses, page, verify, recommend, say; a rerun finds all done, with --train and by the dataset's name alone."""
     assert run(base, mine, "--layers", "1", "--multipliers", "0", "1", *TEXTS) == 0
     assert "16 pairs in train.jsonl, 4 pairs in test.jsonl from Mine.csv" in capsys.readouterr().out
-    assert run(base, mine, "--layers", "1", "--mode", "loss", "--multipliers", "sweep", "--set", "sweep_points=5", "--control_pairs", "0") == 0
+    assert (
+        run(base, mine, "--layers", "1", "--mode", "loss", "--multipliers", "sweep", "--set", "sweep_points=5", "--control_pairs", "0") == 0
+    )
     assert (base.path / "vectors/tiny/sft/Mine/sft_vector@layer1/layer_1.pt").is_file()
     assert (base.path / "vectors/tiny/get_sft_loss/report/Mine/report.html").is_file()
     assert states(base).keys() == {verify.OK}
@@ -205,7 +207,10 @@ def test_several_files_are_one_set(tmp_path: Path) -> None:
 
 
 WRONG: dict[str, tuple[str, str]] = {
-    "columns.csv": ("a,b,c\nis it?,yes,no\n", "no column 'ask', 'good', 'bad' (columns found: a, b, c); say which is which: --columns question=ask"),
+    "columns.csv": (
+        "a,b,c\nis it?,yes,no\n",
+        "no column 'ask', 'good', 'bad' (columns found: a, b, c); say which is which: --columns question=ask",
+    ),
     "empty.csv": ("ask,good,bad\nis it?,yes,\nwas it?,yes,no\n", "line 2: empty answer '' in column 'bad' (not_matching); write an answer"),
     "ragged.csv": ('ask,good,bad\n"is it?",yes,no, never\n', "4 fields where the header has 3 (quote fields that hold a comma"),
     "same.csv": ("ask,good,bad\nis it?,yes,yes\nwas it?,no,no\n", "hold the same answer in every one of 2 pairs"),

@@ -5,23 +5,13 @@ Layout: contract of the released runner (models/, data/, hparams/, vectors/, gen
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from spilt.artifacts.losses import SPLITS, TABLES
 from spilt.cell import Cell
-from spilt.errors import UserError
-
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
-
-
-def checked_name(kind: str, name: str) -> str:
-    """A name that is about to become part of a path: one folder name, no '/', no '..'."""
-    if not _NAME.match(name) or ".." in name:
-        raise UserError(f"{kind} {name!r} cannot be a folder name: letters, digits, '.', '_' and '-' only, and no '..'")
-    return name
+from spilt.errors import checked_name
 
 
 class Store:

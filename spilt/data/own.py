@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spilt.artifacts.atomic import atomic_write_together
-from spilt.artifacts.store import checked_name
 from spilt.data import sense
-from spilt.data.readers import PAIR_FIELDS, DatasetFormat, Pair, Row, formats_file, sections_of
+from spilt.data.readers import PAIR_FIELDS, DatasetFormat, Pair, Prompt, Row, formats_file, sections_of
 from spilt.data.sources import Record, columns_of, ending_of, file_hash, read
-from spilt.errors import Mistakes, UserError, unknown
+from spilt.errors import Mistakes, UserError, checked_name, unknown
 from spilt.settings.files import DATA, SOURCE
 from spilt.team import place
 
@@ -84,11 +83,7 @@ def bring(base_dir: Path, name: str, own: Own, *, dry: bool = False) -> list[str
     """
     folder = base_dir / DATA / checked_name("dataset", name)
     _refuse_others(base_dir, folder, own)
-    rows = {"train": _rows(own.train, own, name)}
-    if isinstance(own.test, tuple):
-        rows |= {"test": _rows(own.test, own, name)} if own.test else {}
-    else:
-        rows["train"], rows["test"] = _split(rows["train"], own)
+    rows = parts(own, name)
     files = {f"{part}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found) for part, found in rows.items()}
     files[SOURCE] = json.dumps(_source(own), indent=1, ensure_ascii=False) + "\n"
     there = {path.name: path.read_text("utf-8") for path in _ours(folder)}
@@ -104,6 +99,24 @@ def bring(base_dir: Path, name: str, own: Own, *, dry: bool = False) -> list[str
     for file in there.keys() - files.keys():
         (folder / file).unlink()
     return [f"{folder} {'was replaced: ' if there else 'has '}{said}"]
+
+
+def parts(own: Own, name: str) -> dict[str, list[dict[str, str]]]:
+    """train and test -> their rows, by the names of a pair's fields."""
+    rows = {"train": _rows(own.train, own, name)}
+    if isinstance(own.test, tuple):
+        return rows | ({"test": _rows(own.test, own, name)} if own.test else {})
+    return dict(zip(SECTION, _split(rows["train"], own), strict=True))
+
+
+def sections(own: Own, name: str) -> dict[str, list[Pair] | list[Prompt]]:
+    """The same as an entry of dataset_format.yaml gives them."""
+    found = {
+        SECTION[part]: [Pair(**row, concept_id=None, concept=None, row=i) for i, row in enumerate(rows)]
+        for part, rows in parts(own, name).items()
+    }
+    asked = found.get("valid", found["train"])
+    return {**found, "generation": [Prompt(pair.question, pair.matching, None, None, pair.row, {}) for pair in asked]}
 
 
 def _ours(folder: Path) -> list[Path]:

@@ -128,7 +128,7 @@ def _sections(base_dir: Path) -> dict[str, dict[str, Any]]:
     from spilt.settings import load_yaml  # here, since reading data files needs no YAML
 
     file, plain = formats_file(base_dir), _plain_files(base_dir)
-    raw = load_yaml(file) if file.is_file() or not plain else {}
+    raw = load_yaml(file) if file.exists() or not plain else {}
     mistakes = Mistakes()
     for section, entries in raw.items():
         with mistakes.each():

@@ -232,7 +232,7 @@ def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _of_object(path: Path, where: str, value: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of one JSON object: rows under one of its keys, columns ({name: [...]}, or pandas' {name: {row: value}}), or itself one row."""
+    """Of one JSON object: rows under one of its keys, columns ({name: [...]}, or pandas' {name: {row: value}}), or itself as one row."""
     rows = [key for key, item in value.items() if isinstance(item, list) and item and all(_is_row(one) for one in item)]
     columns = [list(item.values()) if isinstance(item, dict) else item for item in value.values()]
     if len(rows) > 1:

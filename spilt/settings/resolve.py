@@ -6,6 +6,7 @@ A key with no value (`lr:`) counts as not given, unless nothing is one of its me
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from spilt.cell import FORMS
 from spilt.errors import Mistakes, UserError, unknown
 from spilt.settings.fields import GenerationParams, intervention_name, method_name, read_field
-from spilt.settings.files import is_own, kind, load_yaml, parse_yaml, tree_of
+from spilt.settings.files import is_own, kind, load_yaml, parse_yaml, tree_of, trees
 from spilt.settings.keys import FIELDS, IGNORED_KEYS, IGNORED_PARAMS, KEY_ALIASES, KNOWN, PARAM_ALIASES, PARAMS, SECTIONS, SETTINGS
 from spilt.settings.values import Bad, text
 
@@ -68,6 +69,12 @@ def hparam_file(base_dir: Path | str, dataset: str, model: str, method: str, int
     return next((path for path in expected_hparam_files(base_dir, dataset, model, method, intervention, verb) if _is_file(path)), None)
 
 
+def known(base_dir: Path) -> dict[tuple[str, str], Path]:
+    """(dataset, model) -> the folder of its settings, of base_dir and of what comes with the package; base_dir goes before."""
+    folders = [folder for base in reversed(trees(base_dir)) for folder in sorted((base / ROOT).glob("*/*")) if folder.is_dir()]
+    return {(folder.parent.name, folder.name): folder for folder in folders if next(folder.rglob("*.yaml"), None)}
+
+
 def resolve(
     verb: str,
     base_dir: Path | str,
@@ -87,6 +94,7 @@ def resolve(
     which need no settings files.
     """
     stack = _Stack(verb, base_dir, model, dataset, method, intervention, own)
+    stack.layers = tuple(layers)
     stack.add_globals("apply_config.yaml" if verb == "generate" else "config.yaml")
     stack.add_cell()
     if verb == "measure":
@@ -147,6 +155,7 @@ class _Stack:
         self.unused: list[Unused] = []
         self.mistakes = Mistakes()  # of all files, told together
         self.cell_file: Path | None = None
+        self.layers: tuple[int, ...] = ()  # where nobody says them
         self.overridden = ""  # for messages about values that come together from several places
 
     def add_globals(self, name: str) -> None:
@@ -213,7 +222,8 @@ class _Stack:
 
     def _origin(self, layers: Sequence[int]) -> str:
         if self.own and self.cell_file is None:
-            return f"{self.dataset} has no settings files, so the released defaults (layer {', '.join(map(str, layers))}); --set KEY=VALUE changes them"
+            at = f"layer {', '.join(map(str, layers))}"
+            return f"{self.dataset} has no settings files, so the released defaults ({at}); --set KEY=VALUE changes them"
         if self.base_dir == self.asked:
             return ""
         there = (self.base_dir / ROOT / self.dataset / self.model).is_dir()
@@ -284,7 +294,14 @@ class _Stack:
             return UserError(f"no hparam file {names}; the folder has {', '.join(like)}: rename it to {wanted[0].name} if it is meant")
         yaml_only = folder == wanted[0].parent
         there = sorted(entry.name for entry in folder.iterdir() if (entry.suffix == ".yaml" if yaml_only else entry.is_dir()))
-        return UserError(f"no hparam file {names}; {level}: {', '.join(there) or 'none'}; copy one and adapt it")
+        said = f"no hparam file {names}; {level}: {', '.join(there) or 'none'}"
+        inside = [path.relative_to(self.base_dir / ROOT / self.dataset / self.model) for path in wanted]
+        usable = [pair for pair, where in known(self.asked).items() if any((where / name).is_file() for name in inside)]
+        if not usable:
+            return UserError(f"{said}; copy one and adapt it")
+        best = max(usable, key=lambda pair: (pair[0] == self.dataset, pair[1] == self.model))
+        command = f"spilt settings --like {'/'.join(best)} --for {self.dataset}/{self.model} --layers {' '.join(map(str, self.layers or (14,)))}"
+        return UserError(f"{said}; `{command} --base_dir {shlex.quote(str(self.asked))}` makes one")
 
 
 def _canonical(content: Mapping[str, Any], where: str, unused: list[Unused], mistakes: Mistakes) -> dict[str, Any]:

@@ -38,7 +38,9 @@ class Request:
     overrides: Mapping[str, Any] = field(default_factory=dict)  # --set, --seed, --dtype
     concepts: tuple[int, ...] | None = None
     seeds: tuple[int | None, ...] = (None,)  # of several fits of each cell; None: the settings'
-    layers: tuple[tuple[int, ...], ...] | None = None  # cells of their own, several of one act together; (): each block; None: the settings'
+    layers: tuple[tuple[int, ...], ...] | None = (
+        None  # cells of their own, several of one act together; (): each block; None: the settings'
+    )
     own: Own | None = None  # the user's files that the dataset is made of
     limit: int | None = None
     split: str | None = None  # of loss mode: train, test, both; None: both where dataset_format.yaml has a `valid` entry
