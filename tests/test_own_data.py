@@ -268,3 +268,15 @@ def test_the_name_is_the_files_or_its_folders(tmp_path: Path) -> None:
     assert own.name_of((tmp_path / "honesty/train.csv.gz",)) == "honesty"
     assert own.name_of((tmp_path / "polite.jsonl",)) == "polite"
     assert "give --dataset NAME" in message(own.name_of, (tmp_path / "my data.csv",))
+
+
+def test_prepare_takes_any_file(base: families.Base, mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same files as --train makes, so that a later run with --train finds all there."""
+    words = ["prepare", "--input", str(mine), "--columns", COLUMNS, "--test", "0.2", "--base_dir", str(base.path)]
+    assert cli.main(words) == 0 and "16 pairs in train.jsonl, 4 pairs in test.jsonl" in capsys.readouterr().out
+    before = families.listing(base.path / "data")
+    assert cli.main(words) == 0 and "is there just so" in capsys.readouterr().out
+    assert run(base, mine, "--mode", "generate") == 0
+    assert families.listing(base.path / "data") == before
+    for more, wanted in ((("--train", "3"), "--train goes with --source"), (("--source", "psychopathy"), "leave out --columns")):
+        assert cli.main([*words, *more]) == 2 and wanted in capsys.readouterr().err

@@ -94,7 +94,7 @@ def bring(base_dir: Path, name: str, own: Own, *, dry: bool = False) -> list[str
     if dry:
         return [f"{folder} will have {said}"]
     if place()[1] > 1:
-        raise UserError(f"{folder} is to be written, by one process: run `spilt prepare --train ... --dataset {name}` first")
+        raise UserError(f"{folder} is to be written, by one process: run `spilt prepare --input FILE ... --name {name}` first")
     atomic_write_together([(folder / file, content) for file, content in files.items()])
     for file in there.keys() - files.keys():
         (folder / file).unlink()

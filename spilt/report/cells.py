@@ -27,7 +27,7 @@ from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.manifest import digest, identity
 from spilt.artifacts.store import Store
 from spilt.artifacts.texts import Row
-from spilt.cell import FORMS, Cell, variant_of
+from spilt.cell import FORMS, SEED, Cell, variant_of
 from spilt.errors import UserError, printable, unknown
 
 log = logging.getLogger("spilt")
@@ -89,6 +89,11 @@ class Place:
     def form(self) -> str:
         """`intervention` without layers and the seed of one of several fits."""
         return variant_of(self.intervention).form
+
+    @property
+    def fitted_as(self) -> str:
+        """`intervention` without the seed: fits that differ in that alone."""
+        return self.intervention.partition(SEED)[0]
 
     @cached_property
     def layers(self) -> tuple[int, ...]:

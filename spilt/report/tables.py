@@ -12,7 +12,6 @@ from spilt.analysis import claims, paper
 from spilt.analysis.curves.fitting import GOOD_R2
 from spilt.analysis.questions import Questions
 from spilt.analysis.recommend import choice
-from spilt.cell import SEED
 from spilt.errors import printable
 from spilt.report.cells import KINDS, RANGES, Measured, anchor, label, name_of
 
@@ -121,7 +120,7 @@ def foremost(cells: Sequence[Measured]) -> list[Measured]:
 
 def seeds(cells: Sequence[Measured], table: pd.DataFrame) -> pd.DataFrame:
     """Of `recommendations`: mean and range over the fits of a method, form and layer of which there are several, whatever their seeds."""
-    table = table.assign(intervention=[cell.place.intervention.partition(SEED)[0] for cell in cells])
+    table = table.assign(intervention=[cell.place.fitted_as for cell in cells])
     rows = []
     for (method, form), part in table.groupby(["method", "intervention"], sort=False):
         on = "test" if (part["reported_on"] == "test").all() else "train"
@@ -203,7 +202,7 @@ def claimed(cells: Sequence[Measured], split: str, seed: int = 0) -> pd.DataFram
     """One row per claim and cell (analysis/claims.py): everything that the page says of claims is read from here."""
     fits: dict[tuple[str, str], list[Measured]] = {}  # those that differ by their seed alone
     for cell in cells:
-        same = fits.setdefault((cell.place.method, cell.place.form), [])
+        same = fits.setdefault((cell.place.method, cell.place.fitted_as), [])
         if not any(cell.frame.equals(other.frame) for other in same):  # a seed given twice
             same.append(cell)
     cases = {}

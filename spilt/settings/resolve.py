@@ -7,7 +7,7 @@ A key with no value (`lr:`) counts as not given, unless nothing is one of its me
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,7 +102,7 @@ def resolve(
     stack.add_overrides(overrides)
     if verb == "generate" and "layers" not in stack.values:
         stack.add_fitted_layers()
-    return stack.resolve(layers)
+    return stack.resolve()
 
 
 resolve_fit, resolve_generate, resolve_measure = partial(resolve, "fit"), partial(resolve, "generate"), partial(resolve, "measure")
@@ -155,6 +155,7 @@ class _Stack:
         self.unused: list[Unused] = []
         self.mistakes = Mistakes()  # of all files, told together
         self.cell_file: Path | None = None
+        self.given: Collection[str] = ()  # keys of the command line
         self.layers: tuple[int, ...] = ()  # where nobody says them
         self.overridden = ""  # for messages about values that come together from several places
 
@@ -199,15 +200,15 @@ class _Stack:
         given = _canonical(overrides or {}, COMMAND_LINE, self.unused, self.mistakes)
         for key in ("method", "intervention_method"):
             given.pop(key, None)
+        self.given = given
         if given:
             self.overridden = " with the settings of the command line"
         self._lay({key: _from_text(key, value) if isinstance(value, str) else value for key, value in given.items()}, COMMAND_LINE)
 
-    def resolve(self, layers: Sequence[int] = ()) -> Resolved:
-        """layers: where no file is and the command line gives none."""
+    def resolve(self) -> Resolved:
         self.mistakes.tell()
-        if layers and self.without_files:
-            self.values.setdefault("layers", tuple(layers))
+        if self.layers and self.without_files:
+            self.values.setdefault("layers", self.layers)
         where = f"{self.files[-1]}{self.overridden}" if self.files else COMMAND_LINE
         if "layers" not in self.values:
             raise UserError(f"{where}: layers is missing; add the 0-based decoder blocks, such as `layers: [20]`")
@@ -222,8 +223,8 @@ class _Stack:
 
     def _origin(self, layers: Sequence[int]) -> str:
         if self.own and self.cell_file is None:
-            at = f"layer {', '.join(map(str, layers))}"
-            return f"{self.dataset} has no settings files, so the released defaults ({at}); --set KEY=VALUE changes them"
+            at = "" if "layers" in self.given else f" (layer {', '.join(map(str, layers))})"
+            return f"{self.dataset} has no settings files, so the released defaults{at}; --set KEY=VALUE changes them"
         if self.base_dir == self.asked:
             return ""
         there = (self.base_dir / ROOT / self.dataset / self.model).is_dir()
@@ -300,7 +301,8 @@ class _Stack:
         if not usable:
             return UserError(f"{said}; copy one and adapt it")
         best = max(usable, key=lambda pair: (pair[0] == self.dataset, pair[1] == self.model))
-        command = f"spilt settings --like {'/'.join(best)} --for {self.dataset}/{self.model} --layers {' '.join(map(str, self.layers or (14,)))}"
+        at = " ".join(map(str, self.layers or (14,)))
+        command = f"spilt settings --like {'/'.join(best)} --for {self.dataset}/{self.model} --layers {at}"
         return UserError(f"{said}; `{command} --base_dir {shlex.quote(str(self.asked))}` makes one")
 
 
