@@ -15,6 +15,7 @@ import pytest
 from refusal import message
 
 from spilt import cli, verify
+from spilt.artifacts.atomic import HALF_REPLACED
 from spilt.cell import FORMS
 from spilt.data import own
 from spilt.data.sources import read_rows
@@ -280,3 +281,16 @@ def test_prepare_takes_any_file(base: families.Base, mine: Path, capsys: pytest.
     assert families.listing(base.path / "data") == before
     for more, wanted in ((("--train", "3"), "--train goes with --source"), (("--source", "psychopathy"), "leave out --columns")):
         assert cli.main([*words, *more]) == 2 and wanted in capsys.readouterr().err
+
+
+def test_files_whose_replacement_was_cut_off_are_written_again(base: families.Base, mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A kill between the renames: refused by name alone, mended by the same command."""
+    assert run(base, mine, "--mode", "generate") == 0
+    note = base.path / "data/Mine" / HALF_REPLACED
+    note.write_text(json.dumps(["train.jsonl", "test.jsonl", "source.json"]))
+    (base.path / "data/Mine/test.jsonl").write_bytes(b"\xff")
+    named = ["--dataset", "Mine", "--model_name", base.model, "--base_dir", str(base.path), "--method", "sft", "--device", "cpu"]
+    assert cli.main([*named, "--intervention_method", "vector", "--mode", "generate"]) == 2
+    assert "is not to be used" in capsys.readouterr().err
+    assert run(base, mine, "--mode", "generate") == 0 and not note.exists()
+    assert len(read_rows(base.path / "data/Mine/test.jsonl")) == 4

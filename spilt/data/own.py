@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spilt.artifacts.atomic import atomic_write_together
+from spilt.artifacts.atomic import atomic_write_together, half_replaced
 from spilt.data import sense
 from spilt.data.readers import PAIR_FIELDS, DatasetFormat, Pair, Prompt, Row, formats_file, sections_of
 from spilt.data.sources import Record, columns_of, ending_of, file_hash, read
@@ -84,10 +84,11 @@ def bring(base_dir: Path, name: str, own: Own, *, dry: bool = False) -> list[str
     folder = base_dir / DATA / checked_name("dataset", name)
     _refuse_others(base_dir, folder, own)
     rows = parts(own, name)
-    files = {f"{part}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found) for part, found in rows.items()}
-    files[SOURCE] = json.dumps(_source(own), indent=1, ensure_ascii=False) + "\n"
-    there = {path.name: path.read_text("utf-8") for path in _ours(folder)}
-    if files == there:
+    texts = {f"{part}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found) for part, found in rows.items()}
+    texts[SOURCE] = json.dumps(_source(own), indent=1, ensure_ascii=False) + "\n"
+    files = {name: text.encode() for name, text in texts.items()}
+    there = {path.name: path.read_bytes() for path in _ours(folder)}
+    if files == there and not half_replaced(folder / SOURCE):
         return []
     counts = ", ".join(f"{len(found)} pairs in {part}.jsonl" for part, found in rows.items())
     said = f"{counts} from {', '.join(path.name for path in own.train)}"
