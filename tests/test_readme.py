@@ -63,6 +63,8 @@ def test_its_make_targets_and_flags_exist() -> None:
         "--name",
         "--steering",
         "--csv",
+        "--like",
+        "--for",
     }
     used = set(re.findall(r"(?<![\w-])--[a-z_]+(?:-[a-z_]+)?", TEXT))
     assert len(used) > 10
