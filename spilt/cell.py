@@ -45,6 +45,7 @@ class Cell:
     `concept` is the concept id of a dataset with one intervention per concept (axbench), else None.
     `layers` are 0-based decoder block indices; each has its own parameters, all act together when applied.
     `seed` is that of a fit beside others (--seeds), None of the settings' own.
+    `apart`: the layers are those of --layers and not the settings' own, so their results lie in folders of their own.
     """
 
     model: str
@@ -54,22 +55,48 @@ class Cell:
     layers: tuple[int, ...]
     concept: int | None = None
     seed: int | None = None
+    apart: bool = False
+
+    @property
+    def variant(self) -> str:
+        """The form with what else tells its folders from others of the method and form: 'vector@layer10+14@seed2'."""
+        layers = f"{LAYER}{'+'.join(map(str, self.layers))}" if self.apart else ""
+        return self.intervention + layers + ("" if self.seed is None else f"{SEED}{self.seed}")
 
     @property
     def leaf(self) -> str:
         """The name of its folders."""
-        return f"{self.method}_{self.intervention}" + ("" if self.seed is None else f"{SEED}{self.seed}")
+        return f"{self.method}_{self.variant}"
 
     def __str__(self) -> str:
         concept = "" if self.concept is None else f" concept {self.concept}"
         seed = "" if self.seed is None else f" seed {self.seed}"
-        return f"{self.dataset}{concept} {self.method} {self.intervention}{seed}"
+        layers = f" layer {'+'.join(map(str, self.layers))}" if self.apart else ""
+        return f"{self.dataset}{concept} {self.method} {self.intervention}{layers}{seed}"
 
 
-SEED = "@seed"  # between a form and the seed of a fit beside others, in the names of folders
+# between a form and the layers of --layers or the seed of a fit beside others, in the names of folders
+LAYER, SEED = "@layer", "@seed"
+VARIANT = re.compile(rf"(?P<form>[^@]+)(?:{LAYER}(?P<layers>[0-9]{{1,5}}(?:\+[0-9]{{1,5}})*))?(?:{SEED}(?P<seed>[0-9]{{1,9}}))?", re.ASCII)
 
 
-def seeded(name: str) -> tuple[str, int | None]:
-    """'vector@seed2' -> ('vector', 2); ('vector', None) without a seed."""
-    form, _, seed = name.partition(SEED)
-    return (form, int(seed)) if re.fullmatch(r"[0-9]{1,9}", seed, re.ASCII) else (name, None)
+class Variant(NamedTuple):
+    """What `Cell.variant` says."""
+
+    form: str
+    layers: tuple[int, ...] | None = None  # None: the settings' own
+    seed: int | None = None
+
+    def __str__(self) -> str:
+        """What follows the form when it is shown."""
+        layers = "" if self.layers is None else f", layer {'+'.join(map(str, self.layers))}"
+        return layers + ("" if self.seed is None else f", seed {self.seed}")
+
+
+def variant_of(name: str) -> Variant:
+    """'vector@layer10+14@seed2' -> ('vector', (10, 14), 2); a name of another make is a form."""
+    hit = VARIANT.fullmatch(name)
+    if hit is None:
+        return Variant(name)
+    layers = tuple(map(int, hit["layers"].split("+"))) if hit["layers"] else None
+    return Variant(hit["form"], layers, int(hit["seed"]) if hit["seed"] else None)

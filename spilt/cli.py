@@ -25,6 +25,7 @@ from spilt import __version__, plan, summary, verbs
 from spilt.artifacts.losses import SPLITS
 from spilt.artifacts.manifest import versions
 from spilt.cell import FORMS
+from spilt.data import own
 from spilt.engine.choice import ENGINES
 from spilt.errors import UserError, unknown
 from spilt.methods import METHODS
@@ -36,6 +37,7 @@ from spilt.settings.fields import DTYPES, INTERVENTION_ALIASES, METHOD_ALIASES, 
 from spilt.team import place
 from spilt.terminal import COMPLETING, complain, say, words_so_far
 from spilt.terminal import program as speak
+from spilt.verbs.base import layer_groups
 from spilt.verbs.generate import RECOMMENDED
 from spilt.verbs.measure import SWEEP
 
@@ -50,6 +52,7 @@ PROGRAMS = {
     "report": "draw curves and report.html anew from stored losses",
     "say": "try a sentence on a stored vector, at any strength",
     "export": "write a stored vector for PEFT, llama.cpp, vLLM and others, checked",
+    "settings": "make settings files like those of another dataset and model",
     "prepare": "make data/ from the public source files",
     "verify": "check everything that is stored",
 }
@@ -75,7 +78,8 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
             words = tuple(offered)
             group.add_argument(flag, **given).completer = lambda **_: words  # type: ignore[attr-defined]
 
-    add("--dataset", required=True, help="a name in hparams/Steer/dataset_format.yaml, such as psychopathy, powerseeking, axbench")
+    known = "a name in hparams/Steer/dataset_format.yaml, such as psychopathy; with --train its new name (default: the file's)"
+    add("--dataset", help=known)
     known = f"{', '.join(METHODS)} or all ({_spellings(METHOD_ALIASES)}); several, or with a form of its own: spilt_lora"
     add("--method", (*METHODS, plan.ALL), required=True, nargs="+", metavar="NAME", help=known)
     add("--model_name", required=True, help="a checkpoint: a folder under models/, a path, or a hub id")
@@ -93,6 +97,15 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
     add("--base_dir", default=base_dir, type=Path, help="every relative path is below it; default: this folder")
     add("--dry_run", action="store_true", help="print the plan; write nothing, load no model")
     group = made.add_argument_group("ours")
+    add("--train", nargs="+", type=Path, metavar="FILE", help="pairs of your own: csv, tsv, json, jsonl, parquet; kept in data/{dataset}/")
+    add("--test", nargs="+", metavar="FILE|0.2", help="with --train: held-out pairs, or the share (or number) of questions to hold out")
+    add(
+        "--columns",
+        metavar="FIELD=COLUMN,...",
+        help="with --train: question=...,matching=...,not_matching=... where they are called otherwise",
+    )
+    add("--layers", nargs="+", metavar="N", help="blocks: 10 14 (each alone, in folders of their own), 10+14 (together), or all (each)")
+    add("--inspect", action="store_true", help="show the first pairs as the model will see them: tokens, masks, lengths; write nothing")
     add("--dtype", DTYPES, help="of the model: float32, bfloat16, float16 (over the YAML's)")
     add("--batch_size", type=_positive, help="texts made side by side (changes no result beyond rounding); default: by free memory")
     add("--limit", type=_positive, help="rows of each data file, from the first")
@@ -201,6 +214,13 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
         flags.append("--released_files" if args.released_files else "--no-released_files")
     if args.control_pairs != verbs.Request.control_pairs:
         flags += ["--control_pairs", str(args.control_pairs)]
+    layers = layer_groups(args.layers)
+    if layers is not None and "layers" in overrides:
+        raise UserError("--layers and --set layers both say where it acts; give one of them")
+    files = _own(args)
+    for name in ("train", "test", "columns") if files else ():
+        given = getattr(args, name)
+        flags += [] if given is None else [f"--{name}", *map(str, given if isinstance(given, list) else [given])]
     splits = (*SPLITS, "both")
     if not re.fullmatch(r"(cpu|auto|(cuda|xpu|mps|npu|hpu)(:[0-9]{1,3})?)", args.device):
         raise UserError(f"unknown device {args.device!r}; have: cpu, auto, cuda, cuda:0 and the like")
@@ -209,7 +229,7 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
     strengths, words = _multipliers(args.multipliers, args.mode)
     name, folder = locate(args.base_dir, args.model_name, args.download)
     return verbs.Request(
-        dataset=args.dataset,
+        dataset=args.dataset or own.name_of(args.train),
         method=tuple(args.method),
         model=name,
         **({} if name == args.model_name else {"model_said": args.model_name, "folder": folder}),
@@ -222,6 +242,8 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
         overrides=overrides,
         concepts=tuple(args.concepts) if args.concepts else None,
         seeds=tuple(dict.fromkeys(args.seeds)) if args.seeds else (None,),
+        layers=layers,
+        own=files,
         limit=args.limit,
         split=args.split,
         batch_size=args.batch_size,
@@ -235,6 +257,19 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
         flags=tuple(flags),
         program=program,
     )
+
+
+def _own(args: argparse.Namespace) -> own.Own | None:
+    """The user's files, where --train names some."""
+    if args.train is None:
+        for name in ("test", "columns"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name} goes with --train FILE; a dataset of dataset_format.yaml has its own")
+        if not args.dataset:
+            raise UserError("which data? give --dataset NAME, or --train FILE with pairs of your own")
+        return None
+    columns = own.columns_from(args.columns) if args.columns is not None else {}
+    return own.Own(tuple(args.train), own.test_from(args.test), columns, *([] if args.seed is None else [args.seed]))
 
 
 def _words_of(mode: str) -> list[str]:
@@ -322,13 +357,25 @@ def _run(args: argparse.Namespace, program: str, words: Sequence[str]) -> int:
 
 def _plan_and_run(args: argparse.Namespace, program: str, shown: dict[str, Any]) -> int:
     """The exit code. shown: is told what --json shows."""
-    rank, start = place()[0], time.monotonic()
+    rank, start, dry = place()[0], time.monotonic(), args.dry_run or args.inspect
     request = request_of(args, program)
     if RECOMMENDED in request.words and request.mode != "all":  # `all` measures first
         request = with_recommended(request)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before torch looks for it
-    made = plan.make(request, dry=args.dry_run)
+    if request.own is not None:
+        plan.make(request, dry=True)  # what is wrong with the words is told before the files are taken over
+        for line in own.bring(request.base_dir, request.dataset, request.own, dry=dry):
+            say(line)
+    made = plan.make(request, dry=dry)
+    if args.inspect:
+        from spilt import inspect
+
+        rows = own.sections(request.own, request.dataset) if request.own is not None else {}
+        shown["inspected"] = inspect.inspected(made, request, rows)
+        if not args.json:
+            inspect.show(shown["inspected"])
+        return 0
     shown["left_out"] = [item._asdict() for item in made.left_out]
     if args.dry_run:
         shown["steps"] = summary.planned(made, request)

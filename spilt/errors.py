@@ -15,6 +15,9 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2
 half_pair = re.compile("[\ud800-\udfff]").search
 
 
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
+
+
 class UserError(Exception):
     """The request or its input is wrong. The command line prints the message and exits 2, without a traceback."""
 
@@ -73,3 +76,10 @@ def unknown(kind: str, value: str, have: Iterable[str]) -> UserError:
     guess = nearest(value, names)
     hint = f"; did you mean {guess!r}?" if guess else ";"
     return UserError(f"unknown {kind} {value!r}{hint} have: {', '.join(names) or 'none'}")
+
+
+def checked_name(kind: str, name: str) -> str:
+    """A name that is about to become part of a path: one folder name, no '/', no '..'."""
+    if not _NAME.match(name) or ".." in name:
+        raise UserError(f"{kind} {name!r} cannot be a folder name: letters, digits, '.', '_' and '-' only, and no '..'")
+    return name

@@ -14,7 +14,7 @@ from spilt.analysis.behaviour import share
 from spilt.analysis.provenance import stored_texts
 from spilt.artifacts import texts
 from spilt.artifacts.store import Store
-from spilt.cell import FORMS, Cell
+from spilt.cell import FORMS, Cell, variant_of
 from spilt.data import readers
 from spilt.errors import UserError
 from spilt.methods import METHODS
@@ -74,13 +74,15 @@ def show(args: argparse.Namespace) -> int:
 
     store, shown = Store(args.base_dir), 0
     width = shutil.get_terminal_size((120, 24)).columns
-    for method, form in pairs_of(args.method, args.intervention_method)[0]:
-        found = results(store, Cell(args.model_name, args.dataset, method, form, ()))
+    cells = [Cell(args.model_name, args.dataset, method, form, ()) for method, form in pairs_of(args.method, args.intervention_method)[0]]
+    for cell in (found for plain in cells for found in store.variants(plain)):
+        found = results(store, cell)
         if not found:
             continue
         shown += 1
         say()
-        say(f"== {args.dataset}, {method}, {form}")
+        variant = variant_of(cell.intervention)
+        say(f"== {args.dataset}, {cell.method}, {variant.form}{variant}")
         words = keywords(args.base_dir, args.dataset)
         shares = {m: agreement(rows, words) for m, rows in found.items()}
         if told := "  ".join(f"m={m:g}: {part:.0%}" for m, part in shares.items() if part is not None):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,17 +15,18 @@ from typing import Any, NamedTuple
 from spilt.artifacts import manifest
 from spilt.artifacts.losses import NEUTRAL, SPLITS
 from spilt.artifacts.store import Store
-from spilt.cell import FORMS, SEED, Cell
-from spilt.data import readers, sense
+from spilt.cell import FORMS, Cell
+from spilt.data import own, readers, sense
 from spilt.engine import choice
 from spilt.errors import Mistakes, UserError, nearest, printable, unknown
 from spilt.methods import METHODS
 from spilt.model import checkpoint, identity
 from spilt.settings import resolve_fit
 from spilt.settings.fields import intervention_name, method_name
+from spilt.settings.files import is_own
 from spilt.steering import anatomy
 from spilt.verbs import MODES, VERBS, Request, Step, Verb
-from spilt.verbs.base import with_seed
+from spilt.verbs.base import with_own
 from spilt.verbs.generate import RECOMMENDED
 from spilt.verbs.measure import SWEEP
 
@@ -35,7 +36,19 @@ FIRST_CONCEPTS = 10
 AGAIN = "to be made again"  # of a stored result: asked for with --force, or what it is made from is made again
 
 
-Wanted = tuple[str, str, int | None]  # method, form, seed of the fit
+class Wanted(NamedTuple):
+    """A cell without its concept."""
+
+    method: str
+    form: str
+    seed: int | None  # of the fit; None: the settings'
+    layers: tuple[int, ...] | None  # None: the settings'
+    apart: bool  # they are others than the settings'
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Method and form as the report names a cell."""
+        return self.method, Cell("", "", self.method, self.form, self.layers or (), None, self.seed, self.apart).variant
 
 
 class LeftOut(NamedTuple):
@@ -91,7 +104,8 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     store = Store(request.base_dir)
     if not request.base_dir.is_dir():
         raise UserError(f"--base_dir {request.base_dir}: no such folder")
-    if not (tree := request.base_dir / "hparams" / "Steer").is_dir() and not request.model_folder.is_dir():
+    needless = request.own is not None or is_own(request.base_dir, request.dataset) or request.model_folder.is_dir()
+    if not (tree := request.base_dir / "hparams" / "Steer").is_dir() and not needless:
         raise UserError(
             f"{tree}: no such folder, so nothing is known of any dataset; is --base_dir {request.base_dir} right? "
             f"With a checkpoint folder {request.model_folder} it does without one"
@@ -100,7 +114,13 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     if request.mode not in MODES:
         raise unknown("mode", request.mode, MODES)
     # a closed form has nothing that a seed decides
-    wanted_cells = [(m, f, seed) for m, f in combinations for seed in (request.seeds if METHODS[m].estimate is None else (None,))]
+    groups = _layers(request, store)
+    wanted_cells = [
+        Wanted(m, f, seed, layers, apart(request, m, f, layers))
+        for m, f in combinations
+        for layers in groups
+        for seed in (request.seeds if METHODS[m].estimate is None else (None,))
+    ]
     if RECOMMENDED in request.words and "measure" not in MODES[request.mode]:
         wanted_cells, none = _with_a_recommendation(request, wanted_cells)
         left_out += none
@@ -115,7 +135,7 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     for section in readers.SECTIONS:
         if section in wanted:
             with mistakes.each():
-                formats[section] = readers.dataset_format(request.base_dir, request.dataset, section)
+                formats[section] = _format(request, section)
     mistakes.tell()
     concepts = concept_ids(request, formats, dry)
     if not dry:
@@ -124,16 +144,14 @@ def make(request: Request, *, dry: bool = False) -> Plan:
 
     steps: list[Step] = []
     for name, names in sections.items():
-        groups: list[Step] = []
+        made: list[Step] = []
         data = {purpose: formats[section].path for purpose, section in names.items()}
-        for method, form, seed in wanted_cells:
-            made = _steps(request, store, VERBS[name], method, form, seed, concepts, data, model)
-            groups += [step._replace(columns={purpose: columns(formats[section]) for purpose, section in names.items()}) for step in made]
-        # cells of one concept side by side: they share what is recorded
-        groups.sort(
-            key=lambda step: (step.cells[0].concept is not None, step.cells[0].concept or 0) if len(step.cells) == 1 else (False, 0)
-        )
-        steps += groups
+        for wanted_cell in wanted_cells:
+            found = _steps(request, store, VERBS[name], wanted_cell, concepts, data, model)
+            made += [step._replace(columns={purpose: columns(formats[section]) for purpose, section in names.items()}) for step in found]
+        # cells of one concept and layer side by side: they share what is recorded
+        made.sort(key=lambda step: (-1 if (first := step.cells[0]).concept is None or len(step.cells) > 1 else first.concept, first.layers))
+        steps += made
     for said in {step.settings.anatomy for step in steps}:
         anatomy.parse(said)
     checkpoint.check(model, *({layer for step in steps if wants(step) for layer in step.settings.layers} for wants in (bool, _wants_down)))
@@ -149,8 +167,8 @@ def _wants_down(step: Step) -> bool:
 
 def _with_a_recommendation(request: Request, cells: list[Wanted]) -> tuple[list[Wanted], list[LeftOut]]:
     """The cells that there is something to do for, and why others have none. Raises UserError where no cell has."""
-    none = {cell: why for cell in cells if isinstance(why := recommended(request, *cell), str)}
-    left_out = [LeftOut(" ".join(shown(*cell)), why) for cell, why in none.items()]
+    none = {cell: why for cell in cells if isinstance(why := recommended(request, cell.names), str)}
+    left_out = [LeftOut(" ".join(cell.names), why) for cell, why in none.items()]
     if request.multipliers is not None:  # texts at other strengths are asked for too
         return cells, left_out
     if len(none) == len(cells):
@@ -158,17 +176,16 @@ def _with_a_recommendation(request: Request, cells: list[Wanted]) -> tuple[list[
     return [cell for cell in cells if cell not in none], left_out
 
 
-def recommended(request: Request, method: str, form: str, seed: int | None) -> float | str:
-    """What the stored losses recommend for a cell, or why it has none."""
-    unmeasured = "not measured; --mode loss --multipliers sweep measures it"
-    found = request.recommended.get(shown(method, form, seed), unmeasured)
+def recommended(request: Request, names: tuple[str, str]) -> float | str:
+    """What the stored losses recommend for a cell, or why it has none. names: as the report has them."""
+    found = request.recommended.get(names, "not measured; --mode loss --multipliers sweep measures it")
     return f"no recommended multiplier: {found}" if isinstance(found, str) else found
 
 
 def settled(step: Step, request: Request) -> tuple[Step, str]:
     """A step that waited, with what its losses recommend by now, and why that is nothing; without outputs if nothing else was asked for."""
     cell, verb = step.cells[0], VERBS[step.verb]
-    found = recommended(request, cell.method, cell.intervention, cell.seed)
+    found = recommended(request, (cell.method, cell.variant))
     if isinstance(found, str):
         alone = request.words == (RECOMMENDED,) and request.multipliers is None
         return step._replace(waits=False, outputs=() if alone else step.outputs), found
@@ -176,9 +193,50 @@ def settled(step: Step, request: Request) -> tuple[Step, str]:
     return step._replace(outputs=tuple(verb.outputs(Store(request.base_dir), step))), ""
 
 
-def shown(method: str, form: str, seed: int | None) -> tuple[str, str]:
-    """Method and form as the report names a cell."""
-    return method, form if seed is None else f"{form}{SEED}{seed}"
+def _layers(request: Request, store: Store) -> Sequence[tuple[int, ...] | None]:
+    """The groups of layers that are cells of their own; [None]: the settings'."""
+    if request.layers:
+        return request.layers
+    if request.layers is None:
+        return [None]
+    if request.folder is None:
+        check_model(store, request.model)
+    blocks = checkpoint.blocks(checkpoint.config(request.model_folder))
+    if blocks is None:
+        raise UserError(f"--layers {ALL}: the configuration of {request.model_folder} does not say how many blocks there are; name them")
+    return [(layer,) for layer in range(blocks)]
+
+
+def apart(request: Request, method: str, form: str, layers: tuple[int, ...] | None) -> bool:
+    """Whether layers are not those of the settings: of the fit, where it has some, since all verbs must agree."""
+    if layers is None:
+        return False
+    for name in dict.fromkeys(("fit", *MODES[request.mode])):
+        try:
+            settings: Any = VERBS[name].settings(request, method, form).settings
+        except UserError:  # told when they are asked for
+            continue
+        together = len(layers) == 1 or METHODS[method].estimate is not None or getattr(settings, "joint", True)
+        return not (together and tuple(settings.layers) == layers)
+    return True
+
+
+def _format(request: Request, section: str) -> readers.DatasetFormat:
+    """The dataset's entry; of files of the user's own as it will be once they are brought."""
+    if request.own is None:
+        return readers.dataset_format(request.base_dir, request.dataset, section)
+    made = own.formats(request.base_dir, request.dataset, request.own)
+    if section == "generation":
+        return readers.as_prompts(made.get("valid", made["train"]))
+    if section not in made:
+        raise UserError(f"dataset {request.dataset!r} has no held-out rows: --test 0.2 holds some out, --test FILE names them")
+    return made[section]
+
+
+def _sections(request: Request) -> Collection[str]:
+    if request.own is None:
+        return readers.sections_of(request.base_dir, request.dataset)
+    return own.formats(request.base_dir, request.dataset, request.own)
 
 
 def columns(fmt: readers.DatasetFormat) -> dict[str, Any]:
@@ -233,9 +291,7 @@ def concept_ids(request: Request, formats: Mapping[str, readers.DatasetFormat], 
 
 def _trained_on(request: Request) -> list[readers.DatasetFormat]:
     """The entry of the training pairs: it says whether a dataset has concepts, also when only prompts are read."""
-    if "train" not in readers.sections_of(request.base_dir, request.dataset):
-        return []
-    return [readers.dataset_format(request.base_dir, request.dataset, "train")]
+    return [_format(request, "train")] if "train" in _sections(request) else []
 
 
 def check_data(base_dir: Path, formats: Mapping[str, readers.DatasetFormat], concepts: list[int | None], limit: int | None) -> list[str]:
@@ -278,43 +334,45 @@ def _steps(
     request: Request,
     store: Store,
     verb: Verb,
-    method: str,
-    form: str,
-    seed: int | None,
+    wanted: Wanted,
     concepts: list[int | None],
     data: dict[str, Path],
     model: Path,
 ) -> list[Step]:
-    """The steps of one (method, form, seed) and verb: one per concept, or one for all concepts together."""
-    found = verb.settings(replace(request, overrides=with_seed(request.overrides, seed)) if verb.fits else request, method, form)
+    """The steps of one cell and verb: one per concept, or one for all concepts together."""
+    method, form, seed, layers, own_place = wanted
+    given = with_own(request.overrides, method, seed if verb.fits else None, layers)
+    found = verb.settings(replace(request, overrides=given), method, form)
     settings: Any = found.settings
-    cells = tuple(Cell(request.model, request.dataset, method, form, tuple(settings.layers), concept, seed) for concept in concepts)
+    cells = tuple(
+        Cell(request.model, request.dataset, method, form, tuple(settings.layers), concept, seed, own_place) for concept in concepts
+    )
     sweep = SWEEP in verb.words and bool(request.words)  # what is recommended stands in one
     multipliers = verb.multipliers(request, settings)
     applied = RECOMMENDED in request.words and RECOMMENDED in verb.words
     waits = applied and "measure" in MODES[request.mode]
-    if applied and not waits and not isinstance(found_one := recommended(request, method, form, seed), str):
+    if applied and not waits and not isinstance(found_one := recommended(request, wanted.names), str):
         multipliers = tuple(dict.fromkeys((*multipliers, found_one)))
     released = not sweep if request.released_files is None else request.released_files
     steps = []
     for group in [cells] if verb.together else [(cell,) for cell in cells]:
         read: tuple[Path, ...] = () if verb.fits else tuple(store.vector(cell, layer) for cell in group for layer in cell.layers)
-        command = _command(request, verb, group, method, form, multipliers, SWEEP if sweep else RECOMMENDED if waits else "")
+        command = _command(request, verb, group, wanted, multipliers, SWEEP if sweep else RECOMMENDED if waits else "")
         notes = tuple(found.unused)
         step = Step(verb.name, group, settings, found.files, model, data, read, (), command, multipliers, sweep, waits, released, notes)
         steps.append(step._replace(origin=found.origin, outputs=tuple(verb.outputs(store, step))))
     return steps
 
 
-def _command(
-    request: Request, verb: Verb, group: tuple[Cell, ...], method: str, form: str, multipliers: tuple[float, ...], word: str
-) -> str:
+def _command(request: Request, verb: Verb, group: tuple[Cell, ...], wanted: Wanted, multipliers: tuple[float, ...], word: str) -> str:
     """word: of --multipliers."""
     model = request.model_said or request.model
-    words = [*request.program.split(), "--dataset", request.dataset, "--method", method, "--model_name", model]
-    words += ["--intervention_method", form, "--mode", verb.mode, "--device", request.device, "--base_dir", str(request.base_dir)]
+    words = [*request.program.split(), "--dataset", request.dataset, "--method", wanted.method, "--model_name", model]
+    words += ["--intervention_method", wanted.form, "--mode", verb.mode, "--device", request.device, "--base_dir", str(request.base_dir)]
     if not verb.fits:
         words += ["--multipliers", *([] if word == SWEEP else map(str, multipliers)), *([word] if word else [])]
+    if wanted.layers is not None:
+        words += ["--layers", "+".join(map(str, wanted.layers))]
     if group[0].seed is not None:
         words += ["--seeds", str(group[0].seed)]
     if group[0].concept is not None:
@@ -333,7 +391,7 @@ def splits_of(request: Request) -> tuple[str, ...]:
     """The item sets that loss mode measures."""
     if request.split not in (None, "both"):
         return (str(request.split),)
-    there = readers.sections_of(request.base_dir, request.dataset)
+    there = _sections(request)
     splits = tuple(split for split in SPLITS if request.split == "both" or VERBS["measure"].sections[split] in there) or ("train",)
     tables = bool(request.words) or request.released_files is False
     return (*splits, NEUTRAL) if tables and NEUTRAL in there else splits
@@ -384,7 +442,7 @@ def doubts(cell: Cell, layer: int, settings: Any, request: Request, seen: identi
         said.append(f"was fitted jointly with layer {others}, and acts here with other layers")
     if parts.get("model") != seen.of(store.model(cell.model)):
         said.append(f"was fitted on another model than {store.relative(store.model(cell.model))} holds now")
-    given = with_seed(request.overrides, cell.seed)
+    given = with_own(request.overrides, cell.method, cell.seed, cell.layers if cell.apart else None)
     try:
         found_now = resolve_fit(request.base_dir, cell.model, cell.dataset, cell.method, cell.intervention, given, cell.layers)
         data = readers.dataset_format(request.base_dir, cell.dataset, VERBS["fit"].sections["train"]).path

@@ -1,5 +1,7 @@
 """Public source files -> data/ splits of the paper's sizes: `spilt prepare --source NAME --input FILE... --base_dir DIR`.
 
+Without --source any file of pairs, as run with --train (data/own.py).
+
 Files of the same make go the same way under their own name: data/machiavellianism/ from machiavellianism.jsonl.
 
 Which rows the paper drew is not published: the sizes are the paper's, the draw is ours and seeded. A question is never in both splits.
@@ -19,10 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spilt.artifacts.atomic import atomic_write_together, half_replaced
-from spilt.artifacts.store import checked_name
+from spilt.data import own
 from spilt.data.readers import FORMATS_FILE
 from spilt.data.sources import Record, file_hash, read_rows
-from spilt.errors import UserError, half_pair
+from spilt.errors import UserError, checked_name, half_pair
 from spilt.terminal import program, say
 
 Row = dict[str, Any]
@@ -356,7 +358,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=f"sources:\n{origins}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--source", required=True, choices=list(SOURCES))
+    parser.add_argument("--source", choices=list(SOURCES), help="left out: any files of pairs, see --columns")
+    parser.add_argument("--columns", metavar="FIELD=COLUMN,...", help="without --source: question=...,matching=...,not_matching=...")
     parser.add_argument(
         "--input", required=True, nargs="+", type=Path, metavar="FILE", help="powerseeking: train.csv test.csv; otherwise one file"
     )
@@ -364,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", help="of the dataset; default: the source's for its own files, else the file's")
     parser.add_argument("--seed", type=int, default=42, help="of the draw (default: 42)")
     parser.add_argument("--train", type=_size, metavar="N", help="training pairs (per concept for axbench); default: the paper's")
-    parser.add_argument("--test", type=_size, metavar="N", help="test pairs (per concept for axbench); default: the paper's")
+    parser.add_argument("--test", metavar="N", help="test pairs (per concept for axbench); default: the paper's; without --source also 0.2")
     parser.add_argument(
         "--concepts", type=int, nargs="+", default=list(range(10)), metavar="ID", help="axbench: concept ids (default: 0 to 9)"
     )
@@ -373,8 +376,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
+    if args.source is None:
+        if args.train is not None:
+            raise UserError("--train goes with --source; without it --test says what is held out, and the rest is for training")
+        columns = {} if args.columns is None else own.columns_from(args.columns)
+        files = own.Own(tuple(args.input), own.test_from(args.test and [args.test]), columns, args.seed)
+        name = args.name or own.name_of(files.train)
+        for line in own.bring(args.base_dir, name, files) or [f"data/{name} is there just so"]:
+            say(line)
+        return 0
+    if args.columns is not None:
+        raise UserError(f"--columns: those of {args.source} are known; leave out --columns, or --source for any other file")
     source = SOURCES[args.source]
-    wanted = Wanted(args.input, args.train or source.train, args.test or source.test, args.concepts, args.seed)
+    try:
+        test = source.test if args.test is None else _size(args.test)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--test {error}") from None
+    wanted = Wanted(args.input, args.train or source.train, test, args.concepts, args.seed)
     for line in prepare(args.source, wanted, args.base_dir, args.force, args.name):
         say(line)
     return 0

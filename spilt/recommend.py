@@ -60,7 +60,7 @@ def lines(table: pd.DataFrame) -> list[str]:
         usable = "–" if row["usable_from"] != row["usable_from"] or row["usable_from"] is None else None
         rows.append(
             (
-                label(row["method"], row["intervention"])[:18],
+                label(row["method"], row["intervention"])[:30],
                 ranged(row["multiplier"], row["multiplier_low"], row["multiplier_high"], ".3g"),
                 usable or f"{shown(row['usable_from'], '.2g')} to {shown(row['usable_to'], '.3g')}",
                 ranged(row[f"preference_gain_{on}"], row[f"gain_low_{on}"], row[f"gain_high_{on}"], ".2f"),

@@ -182,7 +182,7 @@ def with_recommended(request: verbs.Request) -> verbs.Request:
 
 def _after_the_losses(request: verbs.Request, steps: Sequence[verbs.Step], after: Mapping[str, Outcome]) -> verbs.Request:
     """The same for a run that has just measured: older losses of a cell whose measurement failed recommend nothing."""
-    cells = [(step, plan.shown(cell.method, cell.intervention, cell.seed)) for step in steps for cell in step.cells]
+    cells = [(step, (cell.method, cell.variant)) for step in steps for cell in step.cells]
     failed = {name for step, name in cells if step.verb == "measure" and after[str(step)].outcome == FAILED}
     try:
         known = dict(with_recommended(request).recommended)

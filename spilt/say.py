@@ -10,6 +10,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from spilt.settings import parse_overrides
 from spilt.settings.fields import STRONGEST, GenerateSettings, GenerationParams, intervention_name, method_name
 from spilt.steering.layer_file import beside
 from spilt.terminal import complain, program, say
+from spilt.verbs.base import layer_groups, with_own
 
 ABOUT = ("dtype", "seed", "use_chat_template", "system_prompt")  # settings that a stored Steering knows of its fit
 
@@ -50,7 +52,8 @@ def which_flags(parser: argparse.ArgumentParser) -> None:
         added.completer = lambda table=table, **_: tuple(table)
     parser.add_argument("--concept", type=int, metavar="ID", help="of a dataset with concepts")
     parser.add_argument("--steering", type=Path, metavar="FILE", help="a file instead of the cell's: a Steering, layer_{id}.pt, GGUF, ...")
-    parser.add_argument("--layers", nargs="+", type=int, metavar="N", help="default: the settings', or the file's")
+    known = "default: the settings', or the file's; 10+14: those that were fitted together"
+    parser.add_argument("--layers", nargs="+", metavar="N", help=known)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="a setting of apply; repeatable")
     parser.add_argument("--device", help="default: cuda:0 where there is one, else cpu")
 
@@ -96,13 +99,18 @@ def ready(args: argparse.Namespace, max_new_tokens: int | None = None, dtype: st
     if name == args.model_name:
         plan.check_model(store, name)
     args.model_name = name
-    layers = [] if args.steering is not None else args.layers or []
-    more = [("layers", ",".join(map(str, layers))), ("generation_params.max_new_tokens", max_new_tokens)]
-    overrides = parse_overrides([*args.overrides, *(f"{key}={value}" for key, value in more if value not in ("", None))])
+    more = [] if max_new_tokens is None else [f"generation_params.max_new_tokens={max_new_tokens}"]
+    overrides = parse_overrides([*args.overrides, *more])
+    groups = layer_groups(args.layers)
+    if groups is not None and len(groups) != 1:
+        raise UserError(
+            f"--layers {' '.join(args.layers)}: one vector at a time: give one layer, or 10+14 for those that were fitted together"
+        )
+    layers = None if groups is None else groups[0]
     named = [flag for flag in ("dataset", "method", "intervention_method") if getattr(args, flag)]
     if len(named) < 3 and (named or args.steering is None):
         raise UserError("which vector? give --dataset, --method and --intervention_method of a stored cell, or --steering FILE")
-    if args.steering is not None and len(args.layers or ()) > 1:
+    if args.steering is not None and len(layers or ()) > 1:
         raise UserError("--layers: of the file of --steering one layer can be taken; give one, or leave --layers out")
     cell, steering = None, None
     settings: Any = None
@@ -112,8 +120,10 @@ def ready(args: argparse.Namespace, max_new_tokens: int | None = None, dtype: st
             raise UserError("one vector at a time: give one --method and one --intervention_method")
         plan.pairs_of(method, form)
         request = verbs.Request(args.dataset, method, args.model_name, form, "apply", base_dir=args.base_dir, overrides=overrides)
+        apart = plan.apart(request, method, form, layers)
+        request = replace(request, overrides=with_own(overrides, method, None, layers))
         settings = verbs.VERBS["generate"].settings(request, method, form).settings
-        cell = Cell(args.model_name, args.dataset, method, form, tuple(settings.layers), args.concept)
+        cell = Cell(args.model_name, args.dataset, method, form, tuple(settings.layers), args.concept, None, apart)
         for path in [store.vector(cell, layer) for layer in cell.layers] if args.steering is None else []:
             if not path.is_file():
                 way_out = "make it with spilt fit; --layers, and --concept for a dataset with concepts, say which"
@@ -128,7 +138,7 @@ def ready(args: argparse.Namespace, max_new_tokens: int | None = None, dtype: st
     from spilt.tasks.recordings import stored
 
     if args.steering is not None:
-        steering = Steering.load(args.steering, *(args.layers or ()))
+        steering = Steering.load(args.steering, *(layers or ()))
         settings = settings or _of_steering(steering, overrides)
     quiet_libraries()
     device = args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")

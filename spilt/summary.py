@@ -73,6 +73,7 @@ def planned(made: plan.Plan, request: verbs.Request) -> list[dict[str, Any]]:
                 **_about(step),
                 "state": plan.summary(standing),
                 "command": step.command,
+                "settings": step.settings.as_dict(),
                 "hparams": [*step.files, *([step.origin] if step.origin else [])],
                 "inputs": [{"path": path, "state": lacking.get(path, "there")} for path in step.inputs],
                 "outputs": [{"path": path, "state": state, "why": why.get(path)} for path, state in standing.items()],
@@ -86,13 +87,27 @@ def planned(made: plan.Plan, request: verbs.Request) -> list[dict[str, Any]]:
     return rows
 
 
+def _short(value: Any) -> str:
+    """A setting as --set takes it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {_short(item)}" for name, item in value.items() if item is not None) + "}"
+    return ",".join(map(_short, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def print_plan(rows: Sequence[Mapping[str, Any]], made: plan.Plan) -> None:
     """What `planned` gives, for people."""
-    for number, row in enumerate(rows, 1):
+    for number, (row, step) in enumerate(zip(rows, made.steps, strict=True), 1):
         say(f"{number}. {row['step']}   [{row['state']}]")
         say(f"   {row['command']}")
         for path in row["hparams"]:
             say(f"   hparams  {path}")
+        if step.origin:  # no file says them
+            given = {
+                name: value
+                for name, value in row["settings"].items()
+                if value not in (None, "") and name not in ("method", "intervention_method")
+            }
+            say(f"   settings {' '.join(f'{name}={_short(value)}' for name, value in given.items())}")
         for item in row["inputs"]:
             say(f"   input    {item['path']}{'' if item['state'] == 'there' else '   ' + item['state']}")
         outputs = row["outputs"]

@@ -64,7 +64,7 @@ def impossible_pair(base: Base) -> list[str]:
     return base.argv("caa", "lora")
 
 
-@bad("generate_sft_vector.yaml", "no hparam file", "copy one and adapt it")
+@bad("generate_sft_vector.yaml", "no hparam file", "`spilt settings --like axbench/tiny --for mine/tiny --layers 2 --base_dir ")
 def missing_hparam_file(base: Base) -> list[str]:
     base.hparams(base.one, "sft", "generate_sft_vector.yaml").unlink()
     return base.argv()

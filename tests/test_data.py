@@ -268,7 +268,9 @@ def test_missing_file_folder_unknown_ending_and_limit(tmp_path):
     (tmp_path / "b.parquet").mkdir()
     assert "can't be read" in message(read_pairs, fmt(tmp_path / "b.jsonl"))
     assert "can't be read" in message(read_pairs, fmt(tmp_path / "b.parquet"))
-    assert "have: .jsonl, .json, .csv, .parquet" in message(read_pairs, fmt(write(tmp_path / "a.txt", "x")))
+    assert "have: .jsonl, .json, .csv, .tsv, .parquet, and those of text with .gz" in message(
+        read_pairs, fmt(write(tmp_path / "a.txt", "x"))
+    )
     assert "limit 0" in message(read_pairs, fmt(write(tmp_path / "c.jsonl", jsonl(ROW))), limit=0)
 
 

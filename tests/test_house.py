@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine", "verbs"),
     ("plan", "analysis"),
     ("report", "tasks"),
-    ("anatomy", "api", "prepare", "look", "recommend", "say", "verify", "run", "summary"),
+    ("anatomy", "api", "inspect", "prepare", "look", "recommend", "say", "verify", "run", "summary"),
     ("export",),
     ("cli",),
     ("__main__",),

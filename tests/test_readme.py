@@ -67,6 +67,8 @@ def test_its_make_targets_and_flags_exist() -> None:
         "--layers",
         "--output",
         "--multiplier",
+        "--like",
+        "--for",
     }
     used = set(re.findall(r"(?<![\w-])--[a-z_]+(?:-[a-z_]+)?", TEXT))
     assert len(used) > 10

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from spilt import verbs
 from spilt.artifacts import manifest, store, texts
-from spilt.cell import FORMS, Cell, seeded
+from spilt.cell import FORMS, Cell, variant_of
 from spilt.data import readers
 from spilt.errors import UserError
 
@@ -46,7 +47,7 @@ class Artifact:
 
     @property
     def form(self) -> str | None:
-        form, _ = seeded(self.leaf.removeprefix(f"{self.method}_"))
+        form = variant_of(self.leaf.removeprefix(f"{self.method}_")).form
         return form if form in FORMS else None
 
     def data(self) -> readers.DatasetFormat:
@@ -61,8 +62,9 @@ class Artifact:
             return []
         layers = tuple(self.settings.get("layers", ()))
         concepts = self.parts.get("concepts", [self.parts.get("concept")])
-        seed = seeded(self.leaf)[1]
-        cells = [Cell(self.model, self.dataset, self.method, self.form, layers, concept, seed) for concept in concepts]
+        own = variant_of(self.leaf.removeprefix(f"{self.method}_"))
+        one = Cell(self.model, self.dataset, self.method, self.form, layers, None, own.seed, own.layers is not None)
+        cells = [replace(one, concept=concept) for concept in concepts]
         return [store.Store(self.base_dir).vector(cell, layer) for cell in cells for layer in layers]
 
     @property

@@ -5,22 +5,13 @@ Layout: contract of the released runner (models/, data/, hparams/, vectors/, gen
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from spilt.artifacts.losses import SPLITS, TABLES
 from spilt.cell import Cell
-from spilt.errors import UserError
-
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
-
-
-def checked_name(kind: str, name: str) -> str:
-    """A name that is about to become part of a path: one folder name, no '/', no '..'."""
-    if not _NAME.match(name) or ".." in name:
-        raise UserError(f"{kind} {name!r} cannot be a folder name: letters, digits, '.', '_' and '-' only, and no '..'")
-    return name
+from spilt.errors import checked_name
 
 
 class Store:
@@ -80,6 +71,11 @@ class Store:
             except ValueError:  # a manifest, or a folder of somebody's own: no multiplier, no results of ours
                 continue
         return sorted(found)
+
+    def variants(self, cell: Cell) -> list[Cell]:
+        """The cell itself, then those beside it that have texts: of other layers, of other seeds; each with its variant as the form."""
+        names = (path.name.removeprefix(f"{cell.method}_") for path in self.generation_folder(cell).parent.glob(f"{cell.leaf}@*"))
+        return [cell, *(replace(cell, intervention=name) for name in sorted(names))]
 
     def unfinished(self, cell: Cell, rank: int) -> Path:
         """Texts made by a run that did not finish; one file per process, removed when the results are written."""

@@ -14,11 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spilt.data.sources import READERS, Record, columns_of, read, seen
+from spilt.data.sources import Record, columns_of, ending_of, read, seen
 from spilt.errors import Mistakes, UserError, half_pair, unknown
+from spilt.settings.files import DATA, is_own
 
 FORMATS_FILE = Path("hparams/Steer/dataset_format.yaml")
-DATA = Path("data")
 ENTRY_KEYS = ("file_path", "field_names", "multi_concept", "keywords")
 UNUSED_ENTRY_KEYS = ("hf_path", "n_shots")  # of the released file; they say nothing about pairs and prompts
 PAIR_FIELDS = ("question", "matching", "not_matching")
@@ -88,7 +88,8 @@ def load_formats(base_dir: Path) -> dict[str, dict[str, DatasetFormat]]:
 def dataset_format(base_dir: Path, dataset: str, section: str) -> DatasetFormat:
     """The entry of one dataset; other entries are not looked at, so a mistake in one dataset does not stop another.
 
-    A missing `generation` entry is the `valid` one with input = question and reference_response = matching.
+    A missing `generation` entry is the `valid` one with input = question and reference_response = matching (of files of the user's
+    own without held-out rows the `train` one).
     Raises UserError: unknown section or dataset (with those there are), or no entry in this section (with what to add).
     """
     if section not in SECTIONS:
@@ -99,9 +100,10 @@ def dataset_format(base_dir: Path, dataset: str, section: str) -> DatasetFormat:
         return _format(base_dir, section, entry, raw[section][entry])._replace(dataset=dataset)
     if dataset in raw[section]:
         return _format(base_dir, section, dataset, raw[section][dataset])
-    if section == "generation" and dataset in raw["valid"]:
-        return _as_prompts(_format(base_dir, "valid", dataset, raw["valid"][dataset]))
-    file = _formats_file(base_dir)
+    of_pairs = [name for name in ("valid", *(["train"] if is_own(base_dir, dataset) else [])) if dataset in raw[name]]
+    if section == "generation" and of_pairs:
+        return as_prompts(_format(base_dir, of_pairs[0], dataset, raw[of_pairs[0]][dataset]))
+    file = formats_file(base_dir)
     there = sections_of(base_dir, dataset)
     if not there:
         said = f"{unknown('dataset', dataset, {name for entries in raw.values() for name in entries})} (in {file})"
@@ -125,8 +127,8 @@ def _sections(base_dir: Path) -> dict[str, dict[str, Any]]:
     """section -> dataset -> entry as written; every section is there, empty when the file lacks it."""
     from spilt.settings import load_yaml  # here, since reading data files needs no YAML
 
-    file = _formats_file(base_dir)
-    raw = load_yaml(file)
+    file, plain = formats_file(base_dir), _plain_files(base_dir)
+    raw = load_yaml(file) if file.exists() or not plain else {}
     mistakes = Mistakes()
     for section, entries in raw.items():
         with mistakes.each():
@@ -141,13 +143,13 @@ def _sections(base_dir: Path) -> dict[str, dict[str, Any]]:
                     _format(base_dir, section, str(name), entry)
     mistakes.tell()
     found = {section: {str(name): entry for name, entry in (raw.get(section) or {}).items()} for section in SECTIONS}
-    if file != base_dir / FORMATS_FILE:
-        for (section, name), paths in _plain_files(base_dir).items():  # which of several is meant, nobody has said: refused when asked for
+    for (section, name), paths in plain.items():  # which of several is meant, nobody has said: refused when asked for
+        if file != base_dir / FORMATS_FILE or is_own(base_dir, name):
             found[section].setdefault(name, {"file_path": paths[0]} if len(paths) == 1 else f"one of {', '.join(paths)}")
     return found
 
 
-def _formats_file(base_dir: Path) -> Path:
+def formats_file(base_dir: Path) -> Path:
     """The dataset_format.yaml that is read: where there is no hparams/Steer, the one that comes with the package."""
     from spilt.settings.files import tree_of
 
@@ -155,18 +157,19 @@ def _formats_file(base_dir: Path) -> Path:
 
 
 def _plain_files(base_dir: Path) -> dict[tuple[str, str], list[str]]:
-    """(section, dataset) -> data/{dataset}/train.* or test.*: known without an entry where no dataset_format.yaml is."""
+    """(section, dataset) -> data/{dataset}/train.* or test.*: known without an entry where no dataset_format.yaml is, or own.py made it."""
     found: dict[tuple[str, str], list[str]] = {}
     for path in sorted((base_dir / DATA).glob("*/*")):
-        section = {"train": "train", "test": "valid"}.get(path.stem)
-        if section is not None and path.suffix.lower() in READERS:
+        ending = ending_of(path) or path.suffix
+        section = {"train": "train", "test": "valid"}.get(path.name.removesuffix(ending))
+        if section is not None and ending_of(path):
             found.setdefault((section, path.parent.name), []).append(str(path.relative_to(base_dir)))
     return found
 
 
 def _format(base_dir: Path, section: str, dataset: str, entry: Any) -> DatasetFormat:
     """Check one entry of dataset_format.yaml."""
-    here = f"{_formats_file(base_dir)}: {section}: {dataset}"
+    here = f"{formats_file(base_dir)}: {section}: {dataset}"
     # the name becomes a folder of vectors/ and generation/: it must stay in there
     if not re.fullmatch(r"[^\x00-\x1f/\\:]+", dataset) or dataset in (".", ".."):
         raise UserError(
@@ -199,8 +202,8 @@ def _format(base_dir: Path, section: str, dataset: str, entry: Any) -> DatasetFo
     return DatasetFormat(dataset, section, base_dir / str(file_path), columns, multi, tuple(words))
 
 
-def _as_prompts(valid: DatasetFormat) -> DatasetFormat:
-    """The `valid` entry read as a `generation` entry: ask the question, keep the winning answer as the reference."""
+def as_prompts(valid: DatasetFormat) -> DatasetFormat:
+    """An entry of pairs read as a `generation` entry: ask the question, keep the winning answer as the reference."""
     renamed = {"input": valid.column("question"), "reference_response": valid.column("matching")}
     kept = {field: column for field, column in valid.field_names.items() if field not in (*PAIR_FIELDS, *PROMPT_FIELDS)}
     return valid._replace(section="generation", field_names={**renamed, **kept})

@@ -1,4 +1,4 @@
-"""Data files -> rows: .jsonl, .json, .csv, .parquet, read as they are.
+"""Data files -> rows: .jsonl, .json, .csv, .tsv, .parquet, the text ones also as .gz, read as they are.
 
 Every mistake in a file is one UserError with the file, the line (or the row, in parquet) and the columns found.
 Text is kept exactly: leading spaces of answers matter, 'NA' and 'None' are answers, not missing values.
@@ -8,12 +8,14 @@ pyarrow is loaded only when a parquet file is opened: a dry run starts at once.
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import os
 import re
 import reprlib
 import stat
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +25,9 @@ from spilt.artifacts.atomic import half_replaced
 from spilt.errors import UserError, printable
 
 LARGEST = 2**30  # bytes of a data file, unpacked: all of its rows are held in memory, several times over
+GZIP = ".gz"
+# delimiters of CSV; the one that cuts the header into most columns is taken
+DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 VALUE = 64  # bytes that Python needs for a value besides its text
 
 
@@ -51,7 +56,7 @@ def seen(value: Any) -> str:
 
 
 def read_rows(path: Path) -> list[Record]:
-    """All rows of a .jsonl, .json, .csv or .parquet file, unchecked. Raises UserError as the module says."""
+    """All rows of a data file, unchecked. Raises UserError as the module says."""
     return list(read(path))
 
 
@@ -63,12 +68,17 @@ def file_hash(path: Path) -> str:
         raise _unreadable(path, error) from error
 
 
+def ending_of(path: Path) -> str | None:
+    """The ending of a file that can be read, such as '.csv' or '.csv.gz'; None of any other."""
+    endings = (*READERS, *(f"{ending}{GZIP}" for ending in READERS if READERS[ending] is not _parquet))
+    return next((ending for ending in endings if path.name.lower().endswith(ending)), None)
+
+
 def read(path: Path) -> Iterator[Record]:
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"data file {path}: unknown ending {path.suffix!r}; have: {', '.join(READERS)}")
     _check_file(path)
-    for row, (where, values) in enumerate(reader(path)):
+    if (ending := ending_of(path)) is None:
+        raise UserError(f"data file {path}: unknown ending {path.suffix!r}; have: {', '.join(READERS)}, and those of text with {GZIP}")
+    for row, (where, values) in enumerate(READERS[ending.removesuffix(GZIP)](path)):
         yield Record(row, where, values)
 
 
@@ -117,6 +127,15 @@ def _bytes(path: Path) -> bytes:
         raise _unreadable(path, error) from error
     if len(data) != size:  # someone writes it, or it is made up on reading as those of /proc
         raise UserError(f"data file {path} can't be read: it has {size:,} bytes by its size and others on reading; give a file that rests")
+    if not path.name.lower().endswith(GZIP):
+        return data
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
+            data = packed.read(LARGEST + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"data file {path} is not readable as gzip: {error}; pack it again, or give it unpacked") from error
+    if len(data) > LARGEST:
+        raise _too_large(path, "unpacks to more bytes")
     return data
 
 
@@ -162,7 +181,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A list of objects, or one object. Read entry by entry, so that a mistake has its line."""
+    """A list of objects, read entry by entry, so that a mistake has its line; or one object (_of_object)."""
     text = _utf8(path, _bytes(path))
     decoder = json.JSONDecoder(object_pairs_hook=_once)
     blank = re.compile(r"[ \t\r\n]*")
@@ -192,7 +211,7 @@ def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     if skip() != "[":
         where = f"line {line}"
-        yield where, _object(path, where, entry())
+        yield from _of_object(path, where, _object(path, where, entry()))
     else:
         at += 1
         following = skip()
@@ -212,11 +231,43 @@ def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path} line {line}: text after the end of the JSON value; one list of rows a file, or name it .jsonl")
 
 
+def _of_object(path: Path, where: str, value: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of one JSON object: rows under one of its keys, columns ({name: [...]}, or pandas' {name: {row: value}}), or itself as one row."""
+    rows = [key for key, item in value.items() if isinstance(item, list) and item and all(_is_row(one) for one in item)]
+    columns = [list(item.values()) if isinstance(item, dict) else item for item in value.values()]
+    if len(rows) > 1:
+        raise UserError(f"{path} {where}: rows under {', '.join(map(seen, rows))}; give a file for each")
+    if rows:
+        yield from ((f"{seen(rows[0])}, row {number} (0-based)", row) for number, row in enumerate(value[rows[0]]))
+    elif len(columns) > 1 and all(isinstance(item, list) and not any(isinstance(one, dict) for one in item) for item in columns):
+        if len({len(item) for item in columns}) > 1:
+            lengths = ", ".join(f"{seen(key)} {len(item)}" for key, item in zip(value, columns, strict=True))
+            raise UserError(f"{path} {where}: columns of different lengths ({lengths}); a row needs a value in each")
+        yield from ((f"row {i} (0-based)", dict(zip(value, row, strict=True))) for i, row in enumerate(zip(*columns, strict=True)))
+    else:
+        yield where, value
+
+
+def _is_row(value: Any) -> bool:
+    """An object with columns; one with a role is a turn of a conversation."""
+    return isinstance(value, dict) and "role" not in value
+
+
+def _columns_by(data: bytes, delimiter: str) -> int:
+    try:
+        lines = csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline=""), strict=True, delimiter=delimiter)
+        return len(next(filter(None, lines), []))
+    except csv.Error:
+        return 0
+
+
 def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A header and rows of as many fields, comma-separated; every value is text. A row's line is the one it begins on."""
+    """A header and rows of as many fields; every value is text. A row's line is the one it begins on."""
     data = _bytes(path)
     _utf8(path, data)  # names the line of a wrong byte; the text itself is taken piece by piece
-    reader = csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline=""), strict=True)
+    tabs = path.name.lower().removesuffix(GZIP).endswith(".tsv")
+    delimiter = "\t" if tabs else max(DELIMITERS, key=lambda mark: _columns_by(data, mark))
+    reader = csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline=""), strict=True, delimiter=delimiter)
     header: list[str] = []
     while True:
         where = f"line {reader.line_num + 1}"
@@ -235,7 +286,7 @@ def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise UserError(f"{path} {where}: the header names a column twice; {columns_of(header)}")
             continue
         if len(fields) != len(header):
-            hint = "quote fields that hold a comma or a line break"
+            hint = f"quote fields that hold {DELIMITERS[delimiter]} or a line break"
             raise UserError(f"{path} {where}: {len(fields)} fields where the header has {len(header)} ({hint}; {columns_of(header)})")
         yield where, dict(zip(header, fields, strict=True))
 
@@ -298,5 +349,6 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,
+    ".tsv": _csv,
     ".parquet": _parquet,
 }

@@ -56,13 +56,31 @@ def _chat(tokenizer: Any, use_chat_template: bool, system_prompt: str, vocabular
     return replace(Chat.of(tokenizer, use_chat_template, system_prompt or None), vocabulary=vocabulary)
 
 
+def _tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    file = checkpoint.gguf(path)
+    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False, **({"gguf_file": file.name} if file else {}))
+
+
+def tokenizer_of(path: Path) -> Any:
+    """The tokenizer alone. Raises UserError as `load` does."""
+    try:
+        checkpoint.check(path)
+        return _tokenizer(path)
+    except UserError:
+        raise
+    except Exception as error:  # as in load
+        raise UserError(_why(path, "", "cpu", error)) from error
+
+
 def load(path: Path, dtype: str, device: str, said: str = "") -> Host:
     """The checkpoint in evaluation mode with frozen weights; 'auto' places it by accelerate's device map. said: anatomy.find.
 
     Local files only, no code from the checkpoint. Raises UserError for a folder that is no such checkpoint, for weights that are not
     those of its config.json, for too little memory, or a device that is not there.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     _check_device(device)
     try:
@@ -73,7 +91,7 @@ def load(path: Path, dtype: str, device: str, said: str = "") -> Host:
             anatomy.find(skeleton(config), said)  # where nothing can be found, nothing is loaded
         file = checkpoint.gguf(path)
         whole = {"gguf_file": file.name} if file else {}
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False, **whole)
+        tokenizer = _tokenizer(path)
         # sdpa leaves out the soft cap on Gemma-2's attention scores
         eager = {"attn_implementation": "eager"} if getattr(config.get_text_config(), "attn_logit_softcapping", None) else {}
         placed = {"device_map": "auto"} if device == "auto" else {"device_map": {"": device}}

@@ -119,6 +119,7 @@ def _report(
         "recommendations": (recommendations := tables.recommendations(measured, seed)),
         "makeup": tables.makeup(measured),
         "seeds": tables.seeds(measured, recommendations),
+        "layers": tables.layers(measured),
         "fits": fits,
         "fit_averages": tables.fit_averages(fits),
         "readings": tables.readings(measured, split),
@@ -130,8 +131,12 @@ def _report(
         atomic_write(folder / f"{name}.csv", frame.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
 
     pictures = {}
-    for name, draw in figures.OVER_CELLS.items():
-        wide, narrow = draw(measured, split), draw(measured, split, narrow=True)
+    drawn = tables.foremost(measured)
+    for name, draw, of in [
+        *((name, draw, drawn) for name, draw in figures.OVER_CELLS.items()),
+        ("layers", figures.layers_figure, measured),
+    ]:
+        wide, narrow = draw(of, split), draw(of, split, narrow=True)
         if wide is not None and narrow is not None:
             pictures[name] = _picture(wide, narrow, folder / f"{name}.png", folder / f"{name}.svg")
     for cell in measured:
@@ -162,6 +167,7 @@ def _report(
         **{"rows": rows, "claims": tables.judged(claimed)},
         **{"main_results": tables.records(pd.DataFrame(paper.main_results(model, dataset)))},
         **{"findings": words.findings(measured, split, frames), "shortfalls": tables.shortfalls(measured, split)},
+        **{"drawn": len(drawn), "budget": measured[0].best["budget"]},
         **{"problems": problems, "remarks": [remark for remark in remarks if remark not in problems]},
     )
     best = {"cell": headline.figure, "gain": next((f"{n.value} ({n.beside})" for n in numbers if n.name == words.GAIN), "")}

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ from spilt.analysis.chance import Curves, beyond_chance
 from spilt.analysis.chance import curves as random_curves
 from spilt.analysis.curves import CurveFit, checked, fit_curve, r_squared, regions, utility_drops, utility_peak
 from spilt.analysis.curves.fitting import Kind
-from spilt.analysis.provenance import of_one_vector, stored_texts
+from spilt.analysis.provenance import Artifact, of_one_vector, stored_texts
 from spilt.analysis.recommend import BUDGET, recommendation, split_of
 from spilt.artifacts import losses
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.manifest import digest, identity
 from spilt.artifacts.store import Store
 from spilt.artifacts.texts import Row
-from spilt.cell import FORMS, Cell, seeded
+from spilt.cell import FORMS, SEED, Cell, variant_of
 from spilt.errors import UserError, printable, unknown
 
 log = logging.getLogger("spilt")
@@ -41,8 +42,8 @@ CONCEPT = re.compile(r"_concept_(\d+)$")
 
 def label(method: str, form: str) -> str:
     """A method and form as they are shown; a folder that somebody made may be called anything."""
-    own, seed = seeded(form)
-    return printable(f"{method} {FORMS[own].label if own in FORMS else own}{'' if seed is None else f', seed {seed}'}").strip()
+    own = variant_of(form)
+    return printable(f"{method} {FORMS[own.form].label if own.form in FORMS else own.form}{own}").strip()
 
 
 def anchor(cell: str) -> str:
@@ -86,8 +87,22 @@ class Place:
 
     @property
     def form(self) -> str:
-        """`intervention` without the seed of one of several fits."""
-        return seeded(self.intervention)[0]
+        """`intervention` without layers and the seed of one of several fits."""
+        return variant_of(self.intervention).form
+
+    @property
+    def fitted_as(self) -> str:
+        """`intervention` without the seed: fits that differ in that alone."""
+        return self.intervention.partition(SEED)[0]
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """The steered ones, by the folder's name or the manifests of its losses; () where neither says."""
+        if found := variant_of(self.intervention).layers:
+            return found
+        there = (folder / name for folder in self.folders for name in losses.TABLES.values() if (folder / name).is_file())
+        said = next((Artifact(self.base, path).settings.get("layers") for path in there), None)
+        return tuple(said) if isinstance(said, list) and all(isinstance(layer, int) for layer in said) else ()
 
     @property
     def folders(self) -> list[Path]:
@@ -189,7 +204,7 @@ def find(base_dir: str | Path, model: str, dataset: str) -> list[Place]:
         Place(base, model, dataset, method, form, root / method / dataset / f"{method}_{form}", dict(sorted(concepts.items())))
         for (method, form), concepts in found.items()
     ]
-    return sorted(places, key=lambda place: (_rank(place.form, list(FORMS)), _rank(place.method, list(METHODS)), place.intervention))
+    return sorted(places, key=lambda p: (_rank(p.form, list(FORMS)), _rank(p.method, list(METHODS)), p.layers, p.intervention))
 
 
 def _rank(name: str, order: Sequence[str]) -> tuple[int, str]:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spilt.cell import FORMS
-from spilt.report.cells import KINDS, Measured, label
+from spilt.report.cells import KINDS, Measured, label, shown
+from spilt.report.tables import layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -323,6 +324,32 @@ def control_figure(cells: Sequence[Measured], split: str, narrow: bool = False) 
             Patch(color=BAND, label="middle 90% of them"),
         ]
         figure.legend(handles=keys, loc="outside lower center", ncols=1 if narrow else 3)
+        return figure
+
+
+def layers_figure(cells: Sequence[Measured], split: str, narrow: bool = False) -> Figure | None:
+    """Picture 4: gain at the utility budget, a row per method and form, a column per layer; None where all are of one layer."""
+    table = layers(cells).astype({"gain": float, "recommended": float})
+    table["cell"] = [label(method, form) for method, form in zip(table["method"], table["intervention"], strict=True)]
+    grids = [table.pivot_table(index="cell", columns="layer", values=name, sort=False, dropna=False) for name in ("gain", "recommended")]
+    columns = sorted(grids[0].columns, key=lambda name: [int(n) for n in name.split("+")])
+    if len(columns) < 2 or not (top := np.nanmax(np.abs(grids[0].to_numpy()), initial=0.0)):
+        return None
+    gain, bold = (grid[columns].T if narrow else grid[columns] for grid in grids)
+    size = (NARROW, 1.6 + 0.26 * len(columns)) if narrow else (max(5.5, 2.2 + 0.34 * len(columns)), 1.6 + 0.45 * len(grids[0]))
+    with _drawing("layers", narrow, size) as figure:
+        axes = figure.subplots()
+        mesh = axes.pcolormesh(gain.to_numpy(), cmap="RdBu", vmin=-top, vmax=top, edgecolors=GROUND, linewidth=0.8)
+        for (y, x), value in np.ndenumerate(gain.to_numpy()):
+            style: dict[str, Any] = {"color": "white" if abs(value) > 0.6 * top else "black", "weight": "bold" if bold.iloc[y, x] else None}
+            if np.isfinite(value):
+                axes.text(x + 0.5, y + 0.5, shown(value, ".1f"), ha="center", va="center", fontsize="x-small", **style)
+        axes.set_xticks(np.arange(gain.shape[1]) + 0.5, list(gain.columns), rotation=30 if narrow else 0)
+        axes.set_yticks(np.arange(len(gain)) + 0.5, list(gain.index))
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        (axes.set_ylabel if narrow else axes.set_xlabel)("steered layer")
+        figure.colorbar(mesh, ax=axes, label="gain at the budget (nats)", location="bottom" if narrow else "right")
         return figure
 
 

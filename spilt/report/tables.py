@@ -97,9 +97,31 @@ def makeup(cells: Sequence[Measured]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def layers(cells: Sequence[Measured]) -> pd.DataFrame:
+    """One row per cell whose layer is known: the gain in preference where utility has fallen by the budget (nan: nowhere), beyond chance or
+    not, on the questions that it is reported on. Several layers that act together: '10+14'."""
+    rows = []
+    for cell in (cell for cell in cells if cell.place.layers):
+        best, at = cell.best, cell.best["reported"] or cell.best["chosen"] or {}
+        row: Row = {"method": cell.place.method, "intervention": cell.place.form, "layer": "+".join(map(str, cell.place.layers))}
+        row |= {"at": best["solved"], "gain": at.get("preference_gain"), "gain_low": at.get("gain_low"), "gain_high": at.get("gain_high")}
+        rows.append(row | {"on": best["reported_on"] or best["chosen_on"], "recommended": bool(best["multiplier"]), "cell": cell.name})
+    columns = ["method", "intervention", "layer", "at", "gain", "gain_low", "gain_high", "on", "recommended", "cell"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def foremost(cells: Sequence[Measured]) -> list[Measured]:
+    """Of a method and form at several layers those at the layer with the largest gain at the budget (recommended ones first): what pictures
+    of all cells have room for."""
+    table = layers(cells).sort_values(["recommended", "gain"], ascending=False, kind="stable", key=lambda column: column.astype(float))
+    best = {(row["method"], row["intervention"]): row["layer"] for row in table.iloc[::-1].to_dict("records")}
+    own = {name: (method, form, layer) for name, method, form, layer in table[["cell", "method", "intervention", "layer"]].to_numpy()}
+    return [cell for cell in cells if cell.name not in own or best[own[cell.name][:2]] == own[cell.name][2]]
+
+
 def seeds(cells: Sequence[Measured], table: pd.DataFrame) -> pd.DataFrame:
-    """Of `recommendations`: mean and range over the fits of a method and form of which there are several, whatever their seeds."""
-    table = table.assign(intervention=[cell.place.form for cell in cells])
+    """Of `recommendations`: mean and range over the fits of a method, form and layer of which there are several, whatever their seeds."""
+    table = table.assign(intervention=[cell.place.fitted_as for cell in cells])
     rows = []
     for (method, form), part in table.groupby(["method", "intervention"], sort=False):
         on = "test" if (part["reported_on"] == "test").all() else "train"
@@ -181,7 +203,7 @@ def claimed(cells: Sequence[Measured], split: str, seed: int = 0) -> pd.DataFram
     """One row per claim and cell (analysis/claims.py): everything that the page says of claims is read from here."""
     fits: dict[tuple[str, str], list[Measured]] = {}  # those that differ by their seed alone
     for cell in cells:
-        same = fits.setdefault((cell.place.method, cell.place.form), [])
+        same = fits.setdefault((cell.place.method, cell.place.fitted_as), [])
         if not any(cell.frame.equals(other.frame) for other in same):  # a seed given twice
             same.append(cell)
     cases = {}

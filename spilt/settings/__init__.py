@@ -4,6 +4,7 @@
 keys.py lists the other spellings and the released keys that have no effect.
 """
 
+from spilt.settings.copy import main
 from spilt.settings.fields import FitSettings, GenerateSettings, GenerationParams, MeasureSettings
 from spilt.settings.files import load_yaml
 from spilt.settings.keys import IGNORED_KEYS, KEY_ALIASES, SETTINGS, verbs_of

@@ -21,6 +21,7 @@ MAX_DEPTH = 20  # nested lists and mappings; the deepest released file has 4
 MAX_ALIASES = 8  # `*name` nodes; each can double what was read before ("YAML bomb")
 MAX_INT = 10**15  # larger than any count or seed
 TAG = "tag:yaml.org,2002:"  # of YAML's own kinds
+DATA, SOURCE = Path("data"), "source.json"  # data/{name}/source.json: what data/own.py made the files beside it of
 
 log = logging.getLogger("spilt.settings")
 
@@ -53,10 +54,21 @@ def tree_of(base_dir: Path, part: Path) -> Path:
 
     An installed package has it inside (setup.py puts it there), a checkout beside it. A folder without models is no base folder.
     """
-    if not (base_dir / "models").is_dir():
-        return base_dir
+    return next((base for base in trees(base_dir) if (base / part).is_dir()), base_dir) if (base_dir / "models").is_dir() else base_dir
+
+
+def trees(base_dir: Path) -> tuple[Path, ...]:
+    """Where hparams/ may lie, best first."""
     package = Path(__file__).resolve().parents[1]
-    return next((base for base in (base_dir, package, package.parent) if (base / part).is_dir()), base_dir)
+    return (base_dir, package, package.parent)
+
+
+def is_own(base_dir: Path, dataset: str) -> bool:
+    """Whether the data were made of a user's files (data/own.py): they need no settings files."""
+    try:
+        return (base_dir / DATA / dataset / SOURCE).is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 @lru_cache(maxsize=512)  # config.yaml serves every cell of a sweep; the cache also makes its warnings come once

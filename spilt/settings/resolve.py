@@ -6,7 +6,8 @@ A key with no value (`lr:`) counts as not given, unless nothing is one of its me
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from spilt.cell import FORMS
 from spilt.errors import Mistakes, UserError, unknown
 from spilt.settings.fields import GenerationParams, intervention_name, method_name, read_field
-from spilt.settings.files import kind, load_yaml, parse_yaml, tree_of
+from spilt.settings.files import is_own, kind, load_yaml, parse_yaml, tree_of, trees
 from spilt.settings.keys import FIELDS, IGNORED_KEYS, IGNORED_PARAMS, KEY_ALIASES, KNOWN, PARAM_ALIASES, PARAMS, SECTIONS, SETTINGS
 from spilt.settings.values import Bad, text
 
@@ -68,6 +69,12 @@ def hparam_file(base_dir: Path | str, dataset: str, model: str, method: str, int
     return next((path for path in expected_hparam_files(base_dir, dataset, model, method, intervention, verb) if _is_file(path)), None)
 
 
+def known(base_dir: Path) -> dict[tuple[str, str], Path]:
+    """(dataset, model) -> the folder of its settings, of base_dir and of what comes with the package; base_dir goes before."""
+    folders = [folder for base in reversed(trees(base_dir)) for folder in sorted((base / ROOT).glob("*/*")) if folder.is_dir()]
+    return {(folder.parent.name, folder.name): folder for folder in folders if next(folder.rglob("*.yaml"), None)}
+
+
 def resolve(
     verb: str,
     base_dir: Path | str,
@@ -77,14 +84,17 @@ def resolve(
     intervention: str,
     overrides: Mapping[str, Any] | None = None,
     layers: Sequence[int] = (),
+    own: bool = False,
 ) -> Resolved:
     """The settings of a cell and verb: global file < the cell's file < overrides.
 
     fit: config.yaml < generate_{method}_{intervention}.yaml. measure: config.yaml < sft/generate_sft_loss.yaml < layers of the fit.
     generate: apply_config.yaml < apply_{method}.yaml; layers left out there are those of the fit.
-    layers: those of a cell for which there are no files at all, nor a word of the command line.
+    layers: those of a cell for which there are no files at all, nor a word of the command line. own: the data are files of the user's own,
+    which need no settings files.
     """
-    stack = _Stack(verb, base_dir, model, dataset, method, intervention)
+    stack = _Stack(verb, base_dir, model, dataset, method, intervention, own)
+    stack.layers = tuple(layers)
     stack.add_globals("apply_config.yaml" if verb == "generate" else "config.yaml")
     stack.add_cell()
     if verb == "measure":
@@ -92,7 +102,7 @@ def resolve(
     stack.add_overrides(overrides)
     if verb == "generate" and "layers" not in stack.values:
         stack.add_fitted_layers()
-    return stack.resolve(layers)
+    return stack.resolve()
 
 
 resolve_fit, resolve_generate, resolve_measure = partial(resolve, "fit"), partial(resolve, "generate"), partial(resolve, "measure")
@@ -134,14 +144,19 @@ def _override(item: str, out: dict[str, Any]) -> None:
 class _Stack:
     """The layers of one resolution, laid one over the other: `values` holds what has been read and checked so far."""
 
-    def __init__(self, verb: str, base_dir: Path | str, model: str, dataset: str, method: str, intervention: str) -> None:
+    def __init__(self, verb: str, base_dir: Path | str, model: str, dataset: str, method: str, intervention: str, own: bool) -> None:
         self.verb, self.asked, self.model, self.dataset = verb, Path(base_dir), model, dataset
         self.base_dir = tree_of(self.asked, ROOT)
+        self.own = own or is_own(self.asked, dataset)
+        self.without_files = self.own or self.base_dir != self.asked
         self.method, self.intervention = method_name(method), intervention_name(intervention)
         self.values: dict[str, Any] = {}
         self.files: list[Path] = []
         self.unused: list[Unused] = []
         self.mistakes = Mistakes()  # of all files, told together
+        self.cell_file: Path | None = None
+        self.given: Collection[str] = ()  # keys of the command line
+        self.layers: tuple[int, ...] = ()  # where nobody says them
         self.overridden = ""  # for messages about values that come together from several places
 
     def add_globals(self, name: str) -> None:
@@ -156,8 +171,8 @@ class _Stack:
 
     def add_cell(self) -> None:
         """The cell's own file. A fit file that names another method or form is refused; elsewhere the path decides, and it is said."""
-        path = hparam_file(self.base_dir, self.dataset, self.model, self.method, self.intervention, self.verb)
-        if path is None and self.base_dir != self.asked:
+        self.cell_file = path = hparam_file(self.base_dir, self.dataset, self.model, self.method, self.intervention, self.verb)
+        if path is None and self.without_files:
             return  # the defaults of fields.py, which are those of the released code
         if path is None:
             raise self._missing()
@@ -185,16 +200,16 @@ class _Stack:
         given = _canonical(overrides or {}, COMMAND_LINE, self.unused, self.mistakes)
         for key in ("method", "intervention_method"):
             given.pop(key, None)
+        self.given = given
         if given:
             self.overridden = " with the settings of the command line"
         self._lay({key: _from_text(key, value) if isinstance(value, str) else value for key, value in given.items()}, COMMAND_LINE)
 
-    def resolve(self, layers: Sequence[int] = ()) -> Resolved:
-        """layers: where no file is and the command line gives none."""
+    def resolve(self) -> Resolved:
         self.mistakes.tell()
-        if layers and self.base_dir != self.asked:
-            self.values.setdefault("layers", tuple(layers))
-        where = f"{self.files[-1]}{self.overridden}"
+        if self.layers and self.without_files:
+            self.values.setdefault("layers", self.layers)
+        where = f"{self.files[-1]}{self.overridden}" if self.files else COMMAND_LINE
         if "layers" not in self.values:
             raise UserError(f"{where}: layers is missing; add the 0-based decoder blocks, such as `layers: [20]`")
         values = {**self.values, "method": self.method, "intervention_method": self.intervention}
@@ -207,6 +222,9 @@ class _Stack:
         return Resolved(settings, tuple(self.files), tuple(dict.fromkeys(self.unused)), self._origin(settings.layers))
 
     def _origin(self, layers: Sequence[int]) -> str:
+        if self.own and self.cell_file is None:
+            at = "" if "layers" in self.given else f" (layer {', '.join(map(str, layers))})"
+            return f"{self.dataset} has no settings files, so the released defaults{at}; --set KEY=VALUE changes them"
         if self.base_dir == self.asked:
             return ""
         there = (self.base_dir / ROOT / self.dataset / self.model).is_dir()
@@ -277,7 +295,15 @@ class _Stack:
             return UserError(f"no hparam file {names}; the folder has {', '.join(like)}: rename it to {wanted[0].name} if it is meant")
         yaml_only = folder == wanted[0].parent
         there = sorted(entry.name for entry in folder.iterdir() if (entry.suffix == ".yaml" if yaml_only else entry.is_dir()))
-        return UserError(f"no hparam file {names}; {level}: {', '.join(there) or 'none'}; copy one and adapt it")
+        said = f"no hparam file {names}; {level}: {', '.join(there) or 'none'}"
+        inside = [path.relative_to(self.base_dir / ROOT / self.dataset / self.model) for path in wanted]
+        usable = [pair for pair, where in known(self.asked).items() if any((where / name).is_file() for name in inside)]
+        if not usable:
+            return UserError(f"{said}; copy one and adapt it")
+        best = max(usable, key=lambda pair: (pair[0] == self.dataset, pair[1] == self.model))
+        at = " ".join(map(str, self.layers or (14,)))
+        command = f"spilt settings --like {'/'.join(best)} --for {self.dataset}/{self.model} --layers {at}"
+        return UserError(f"{said}; `{command} --base_dir {shlex.quote(str(self.asked))}` makes one")
 
 
 def _canonical(content: Mapping[str, Any], where: str, unused: list[Unused], mistakes: Mistakes) -> dict[str, Any]:

@@ -217,12 +217,12 @@ def _sweep(step: Step, steering: Steering, run: Run) -> tuple[float, ...]:
     (cell,) = step.cells
     if METHODS[cell.method].estimate is None:
         return step.multipliers
-    layer, own = steering.layers[0], _norm(steering)
+    own = _norm(steering)
     if own == 0:
         return step.multipliers
     others = [replace(cell, method=name) for name, row in METHODS.items() if row.estimate is None and cell.intervention in row.forms]
-    there = [other for other in others if run.store.vector(other, layer).is_file()]
-    norms = [_norm(stored(replace(other, layers=(layer,)), step.settings, run)) for other in there]
+    there = [other for other in others if all(run.store.vector(other, n).is_file() for n in cell.layers)]
+    norms = [_norm(stored(other, step.settings, run)) for other in there]
     if norms:
         top = max(map(abs, step.multipliers)) * sum(norms) / len(norms)
     else:  # nothing trained is stored: the strength at which the vector is twice as long as the stream is

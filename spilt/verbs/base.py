@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,9 @@ from spilt.artifacts.losses import NEUTRAL
 from spilt.artifacts.store import Store
 from spilt.cell import Cell
 from spilt.data import readers
+from spilt.data.own import Own
+from spilt.errors import UserError
+from spilt.methods import METHODS
 from spilt.model import checkpoint, identity, template
 from spilt.settings.resolve import Resolved, Unused, resolve
 from spilt.verbs.estimate import Cost, Shape, shape_of
@@ -34,6 +38,10 @@ class Request:
     overrides: Mapping[str, Any] = field(default_factory=dict)  # --set, --seed, --dtype
     concepts: tuple[int, ...] | None = None
     seeds: tuple[int | None, ...] = (None,)  # of several fits of each cell; None: the settings'
+    layers: tuple[tuple[int, ...], ...] | None = (
+        None  # cells of their own, several of one act together; (): each block; None: the settings'
+    )
+    own: Own | None = None  # the user's files that the dataset is made of
     limit: int | None = None
     split: str | None = None  # of loss mode: train, test, both; None: both where dataset_format.yaml has a `valid` entry
     batch_size: int | None = None
@@ -54,9 +62,25 @@ class Request:
         return self.folder or Store(self.base_dir).model(self.model)
 
 
-def with_seed(overrides: Mapping[str, Any], seed: int | None) -> Mapping[str, Any]:
-    """The command line's settings with the seed of one of several fits."""
-    return overrides if seed is None else {**overrides, "seed": str(seed)}
+def with_own(overrides: Mapping[str, Any], method: str, seed: int | None = None, layers: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """The command line's settings with the seed of one of several fits, and the layers of --layers: several are fitted by one loss."""
+    found = dict(overrides) if seed is None else {**overrides, "seed": str(seed)}
+    return found if layers is None else {**found, "layers": list(layers), "joint": len(layers) > 1 and METHODS[method].estimate is None}
+
+
+def layer_groups(words: Sequence[str] | None) -> tuple[tuple[int, ...], ...] | None:
+    """The words of --layers: `10 14+18` -> ((10,), (14, 18)); () of `all`."""
+    if words is None or list(words) == ["all"]:
+        return None if words is None else ()
+    found = []
+    for word in words:
+        if not re.fullmatch(r"[0-9]{1,5}(\+[0-9]{1,5})*", word, re.ASCII):
+            raise UserError(f"--layers {word}: wanted block numbers from 0 such as 10 14, 10+14 for layers that act together, or all")
+        layers = tuple(map(int, word.split("+")))
+        if len(set(layers)) < len(layers):
+            raise UserError(f"--layers {word}: names a block twice")
+        found.append(tuple(sorted(layers)))
+    return tuple(dict.fromkeys(found))
 
 
 class Step(NamedTuple):
@@ -109,7 +133,8 @@ class Verb:
         """The settings of a cell, from files and command line. Raises UserError for wrong ones."""
         blocks = checkpoint.blocks(checkpoint.config(request.model_folder))
         middle = () if blocks is None else (blocks // 2,)
-        return resolve(self.name, request.base_dir, request.model, request.dataset, method, form, request.overrides, middle)
+        own = request.own is not None
+        return resolve(self.name, request.base_dir, request.model, request.dataset, method, form, request.overrides, middle, own)
 
     def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:
         """Those of the command line, else of the settings, else 1."""

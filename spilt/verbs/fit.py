@@ -12,7 +12,7 @@ from spilt.cell import FORMS
 from spilt.errors import UserError
 from spilt.memory import max_tokens
 from spilt.methods import METHODS
-from spilt.settings.resolve import Resolved
+from spilt.settings.resolve import COMMAND_LINE, Resolved
 from spilt.verbs.base import Request, Step, Verb, layers_of
 from spilt.verbs.estimate import Cost, Shape, recording
 
@@ -28,12 +28,12 @@ class Fit(Verb):
 
     def settings(self, request: Request, method: str, form: str) -> Resolved:
         found = super().settings(request, method, form)
-        s = found.settings
+        s, where = found.settings, found.files[-1] if found.files else COMMAND_LINE
         if METHODS[method].estimate is not None and s.site != "block":
             why = "the mean is taken at the block's output, which is another space where a norm follows the MLP"
-            raise UserError(f"{found.files[-1]}: {method} with site: {s.site} does not exist: {why}; leave site out")
+            raise UserError(f"{where}: {method} with site: {s.site} does not exist: {why}; leave site out")
         if METHODS[method].estimate is not None and s.joint:
-            raise UserError(f"{found.files[-1]}: joint with {method} does not exist: each layer has its own mean; leave joint out")
+            raise UserError(f"{where}: joint with {method} does not exist: each layer has its own mean; leave joint out")
         return found
 
     def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:

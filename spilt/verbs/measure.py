@@ -32,7 +32,7 @@ class Measure(Verb):
         if not request.words:  # what is recommended stands in a sweep
             return super().multipliers(request, settings)
         cell = (request.model, request.dataset, settings.method, settings.intervention_method)
-        fitted = resolve_fit(request.base_dir, *cell, layers=settings.layers)
+        fitted = resolve_fit(request.base_dir, *cell, layers=settings.layers, own=request.own is not None)
         return sweep_multipliers(fitted.settings.steering_factors, settings.sweep_points)
 
     def outputs(self, store: Store, step: Step) -> list[Path]:

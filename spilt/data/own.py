@@ -1,0 +1,191 @@
+"""Files of your own -> data/{name}/train.jsonl and test.jsonl, read as any other dataset: `--train FILE --test FILE|0.2 --columns a=b,...`.
+
+Beside them lies source.json, which says what they were made of; where it lies, the dataset needs neither an entry of dataset_format.yaml
+nor settings files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spilt.artifacts.atomic import atomic_write_together, half_replaced
+from spilt.data import sense
+from spilt.data.readers import PAIR_FIELDS, DatasetFormat, Pair, Prompt, Row, formats_file, sections_of
+from spilt.data.sources import Record, columns_of, ending_of, file_hash, read
+from spilt.errors import Mistakes, UserError, checked_name, unknown
+from spilt.settings.files import DATA, SOURCE
+from spilt.team import place
+
+PARTS = ("train", "test", "valid", "data", "train_data", "test_data")  # file names that don't say what the data is: their folder may
+SECTION = {"train": "train", "test": "valid"}
+
+
+class Own(NamedTuple):
+    """What the command line says of the user's files."""
+
+    train: tuple[Path, ...]
+    test: tuple[Path, ...] | float = ()  # files; a share of the questions if below 1, else so many of them
+    columns: Mapping[str, str] = {}  # field of a pair -> the file's column; a field left out is its own column
+    seed: int = 42  # of the split
+
+
+def columns_from(text: str) -> dict[str, str]:
+    """`question=ask,matching=good,not_matching=bad`."""
+    found: dict[str, str] = {}
+    for item in text.split(","):
+        field, equals, column = item.partition("=")
+        if not equals or not column:
+            raise UserError(f"--columns {text}: {item!r} is no field=column; wanted such as question=ask,matching=good,not_matching=bad")
+        if field.strip() not in PAIR_FIELDS:
+            raise UserError(f"--columns {text}: {unknown('field', field.strip(), PAIR_FIELDS)}")
+        found[field.strip()] = column
+    return found
+
+
+def test_from(words: list[str] | None) -> tuple[Path, ...] | float:
+    """Of --test: files, or one number."""
+    if not words:
+        return ()
+    try:
+        share = float(words[0])
+    except ValueError:
+        return tuple(map(Path, words))
+    if len(words) > 1 or not (0 < share < 1 or share >= 1 and share.is_integer() and share < 1e9):
+        raise UserError(f"--test {' '.join(words)}: wanted a share of the questions such as 0.2, a whole number of them, or files")
+    return share
+
+
+def name_of(train: tuple[Path, ...]) -> str:
+    """The dataset's name, from the first file, or from its folder where the file is called train or the like."""
+    first = train[0]
+    stem = first.name.removesuffix(ending_of(first) or first.suffix)
+    stem = first.absolute().parent.name if stem.lower() in PARTS else stem
+    try:
+        return checked_name("dataset", stem)
+    except UserError as error:
+        raise UserError(f"{error}; give --dataset NAME") from None
+
+
+def formats(base_dir: Path, name: str, own: Own) -> dict[str, DatasetFormat]:
+    """The entries of dataset_format.yaml that the files will stand for."""
+    parts = ("train", "test") if own.test else ("train",)
+    return {SECTION[part]: DatasetFormat(name, SECTION[part], base_dir / DATA / name / f"{part}.jsonl", {}, False) for part in parts}
+
+
+def bring(base_dir: Path, name: str, own: Own, *, dry: bool = False) -> list[str]:
+    """Write data/{name}/, unless it is there just so; the lines to print. dry: only check, and say what would be written.
+
+    Raises UserError: a file that can't be read as pairs, or a folder that holds other data.
+    """
+    folder = base_dir / DATA / checked_name("dataset", name)
+    _refuse_others(base_dir, folder, own)
+    rows = parts(own, name)
+    texts = {f"{part}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found) for part, found in rows.items()}
+    texts[SOURCE] = json.dumps(_source(own), indent=1, ensure_ascii=False) + "\n"
+    files = {name: text.encode() for name, text in texts.items()}
+    there = {path.name: path.read_bytes() for path in _ours(folder)}
+    if files == there and not half_replaced(folder / SOURCE):
+        return []
+    counts = ", ".join(f"{len(found)} pairs in {part}.jsonl" for part, found in rows.items())
+    said = f"{counts} from {', '.join(path.name for path in own.train)}"
+    if dry:
+        return [f"{folder} will have {said}"]
+    if place()[1] > 1:
+        raise UserError(f"{folder} is to be written, by one process: run `spilt prepare --input FILE ... --name {name}` first")
+    atomic_write_together([(folder / file, content) for file, content in files.items()])
+    for file in there.keys() - files.keys():
+        (folder / file).unlink()
+    return [f"{folder} {'was replaced: ' if there else 'has '}{said}"]
+
+
+def parts(own: Own, name: str) -> dict[str, list[dict[str, str]]]:
+    """train and test -> their rows, by the names of a pair's fields."""
+    rows = {"train": _rows(own.train, own, name)}
+    if isinstance(own.test, tuple):
+        return rows | ({"test": _rows(own.test, own, name)} if own.test else {})
+    return dict(zip(SECTION, _split(rows["train"], own), strict=True))
+
+
+def sections(own: Own, name: str) -> dict[str, list[Pair] | list[Prompt]]:
+    """The same as an entry of dataset_format.yaml gives them."""
+    found = {
+        SECTION[part]: [Pair(**row, concept_id=None, concept=None, row=i) for i, row in enumerate(rows)]
+        for part, rows in parts(own, name).items()
+    }
+    asked = found.get("valid", found["train"])
+    return {**found, "generation": [Prompt(pair.question, pair.matching, None, None, pair.row, {}) for pair in asked]}
+
+
+def _ours(folder: Path) -> list[Path]:
+    return [path for file in ("train.jsonl", "test.jsonl", SOURCE) if (path := folder / file).is_file()]
+
+
+def _refuse_others(base_dir: Path, folder: Path, own: Own) -> None:
+    """Raises UserError where the name is taken: by an entry of dataset_format.yaml, by data put there by hand, by another file's rows."""
+    mark = folder / SOURCE
+    if not mark.is_file():
+        if there := sorted(folder.glob("*.*")):
+            raise UserError(f"{folder} holds other data ({there[0].name}); give another name with --dataset")
+        if formats_file(base_dir).is_file() and sections_of(base_dir, folder.name):
+            raise UserError(f"dataset {folder.name!r} has an entry in dataset_format.yaml already; give another name with --dataset")
+        return
+    try:
+        before = [one["file"] for one in json.loads(mark.read_bytes())["train"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{mark} is damaged; remove the folder, or give another name with --dataset") from None
+    if before != [path.name for path in own.train]:
+        raise UserError(f"{folder} holds the rows of {', '.join(map(str, before))}; give another name with --dataset, or remove the folder")
+
+
+def _source(own: Own) -> dict[str, Any]:
+    def named(paths: tuple[Path, ...]) -> list[dict[str, str]]:
+        return [{"file": path.name, "sha256": file_hash(path)} for path in paths]
+
+    test = {"test": named(own.test)} if isinstance(own.test, tuple) else {"test": own.test, "seed": own.seed}
+    return {"train": named(own.train), **test, "columns": dict(own.columns)}
+
+
+def _rows(paths: tuple[Path, ...], own: Own, name: str) -> list[dict[str, str]]:
+    """The pairs of some files, by the names of their fields. Every mistake of the first kind in a file is told with its line."""
+    found, mistakes = list[dict[str, str]](), Mistakes()
+    for path in paths:
+        with mistakes.each():
+            records = list(read(path))
+            if not records:
+                raise UserError(f"{path}: no rows; wanted one pair of answers a row")
+            fmt = DatasetFormat(name, "train", path, own.columns, False)
+            pairs = []
+            for record in records:
+                _check_columns(path, record, own.columns)
+                row = Row(fmt, record)
+                pairs.append(Pair(row.text("question"), row.answer("matching"), row.answer("not_matching"), None, None, row.row))
+            sense.refuse_useless(fmt, pairs)
+            found += [{field: getattr(pair, field) for field in PAIR_FIELDS} for pair in pairs]
+    mistakes.tell()
+    return found
+
+
+def _check_columns(path: Path, record: Record, columns: Mapping[str, str]) -> None:
+    missing = [field for field in PAIR_FIELDS if columns.get(field, field) not in record.values]
+    if missing:
+        wanted = ", ".join(repr(columns.get(field, field)) for field in missing)
+        example = ",".join(f"{field}={columns.get(field, '<column>')}" for field in PAIR_FIELDS)
+        raise UserError(f"{path} {record.where}: no column {wanted} ({columns_of(record.values)}); say which is which: --columns {example}")
+
+
+def _split(rows: list[dict[str, str]], own: Own) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """(train, test): the questions in the order of their seeded hashes, the first are held out, so that new rows move few of the others."""
+    asked = {row["question"] for row in rows}
+    assert isinstance(own.test, int | float)
+    size = round(own.test * len(asked)) if own.test < 1 else int(own.test)
+    if not 0 < size < len(asked):
+        raise UserError(
+            f"--test {own.test:g} of {len(asked)} different questions holds {size} out; both parts need one at least: give another share"
+        )
+    order = sorted(asked, key=lambda question: hashlib.sha256(f"{own.seed} {question}".encode()).digest())
+    held_out = set(order[:size])
+    return [row for row in rows if row["question"] not in held_out], [row for row in rows if row["question"] in held_out]

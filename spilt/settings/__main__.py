@@ -1,0 +1,5 @@
+import sys
+
+from spilt.settings.copy import main
+
+sys.exit(main())
