@@ -102,6 +102,8 @@ def ready(args: argparse.Namespace, max_new_tokens: int | None = None, dtype: st
     more = [] if max_new_tokens is None else [f"generation_params.max_new_tokens={max_new_tokens}"]
     overrides = parse_overrides([*args.overrides, *more])
     groups = layer_groups(args.layers)
+    if args.steering is not None and args.layers is not None and (len(args.layers) > 1 or not args.layers[0].isdigit()):
+        raise UserError("--layers: of the file of --steering one layer can be taken; give one, or leave --layers out")
     if groups is not None and len(groups) != 1:
         raise UserError(
             f"--layers {' '.join(args.layers)}: one vector at a time: give one layer, or 10+14 for those that were fitted together"
@@ -110,8 +112,6 @@ def ready(args: argparse.Namespace, max_new_tokens: int | None = None, dtype: st
     named = [flag for flag in ("dataset", "method", "intervention_method") if getattr(args, flag)]
     if len(named) < 3 and (named or args.steering is None):
         raise UserError("which vector? give --dataset, --method and --intervention_method of a stored cell, or --steering FILE")
-    if args.steering is not None and len(layers or ()) > 1:
-        raise UserError("--layers: of the file of --steering one layer can be taken; give one, or leave --layers out")
     cell, steering = None, None
     settings: Any = None
     if named:

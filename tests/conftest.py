@@ -13,10 +13,16 @@ from hparams_tree import tree  # noqa: F401
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a test marked `matrix` as few cases as show every value of every parameter; with CI=true all combinations."""
+    """With CI=true all. Else none marked `long`, of a test marked `few(n)` the first n cases, and of one marked `matrix` as few as show
+    every value of every parameter."""
     if CI:
         return
-    left_out: set[pytest.Item] = set()
+    left_out = {item for item in items if item.get_closest_marker("long")}
+    cases_of: Counter[str] = Counter()
+    for item in items:
+        cases_of[_function(item)] += 1
+        if (few := item.get_closest_marker("few")) and cases_of[_function(item)] > few.args[0]:
+            left_out.add(item)
     marked = sorted((item for item in items if item.get_closest_marker("matrix")), key=_function)
     for _, same in groupby(marked, key=_function):
         cases = {item: _values(item) for item in same}

@@ -100,9 +100,9 @@ def known(model_type: str) -> bool:
 
 
 EVERY = tuple(name for name in FAMILIES if known(name))
-FAST = tuple(name for name in EVERY if not FAMILIES[name].plain)
-# without CI=true those that differ most from each other; test_families.py has the rest
-FAMILY_NAMES = counts.count(FAST, ("mistral", "qwen2", "gemma2", "gemma3_text", "gpt2"))
+# those that differ most from each other, in every combination; test_families.py has the contract of the rest
+_DEEP = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "mixtral")
+FAMILY_NAMES = counts.count(_DEEP, ("mistral", "qwen2", "gemma2", "gemma3_text", "gpt2"))
 # form x read point; a form that reads nothing has one entry
 READS: tuple[tuple[str, str | None], ...] = tuple(
     (form, read_point) for form in FORMS for read_point in (COMPONENTS if INTERVENTIONS[form].reads else (None,))

@@ -56,6 +56,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> type[Intervention]:
     return Gate
 
 
+@pytest.mark.long
 def test_a_toy_form_runs_through_everything(gate: type[Intervention], tmp_path: Path) -> None:
     base = families.make_base(tmp_path / "base", train=8)
     cell = {"alg_name": "sft", "layers": [base.layer], "intervention_method": "gate", "batch_size": 4, "n_epochs": 1, "lr": 0.01}

@@ -225,6 +225,7 @@ def test_neutral_text_is_measured_beside_the_pairs(base: families.Base) -> None:
     assert run(base, "loss", "--multipliers", "3", "--no-released_files") in (1, 2)
 
 
+@pytest.mark.long
 def test_answers_along_random_interventions_at_the_same_dose(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

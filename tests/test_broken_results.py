@@ -85,6 +85,7 @@ BROKEN: dict[str, bytes] = {
 @pytest.mark.matrix
 @pytest.mark.parametrize("content", BROKEN)
 @pytest.mark.parametrize("file", [f"{LOSSES}/control.csv", f"{LOSSES}/fit.json", f"{LOSSES}/preference_utility.csv"])
+@pytest.mark.few(2)
 def test_loss_mode_goes_on_with_a_broken_file(tree: Here, caplog: pytest.LogCaptureFixture, file: str, content: str) -> None:
     """Made again where the run makes it, else named and left out; the table and exit code 0 are there in each case."""
     page = tree.path("vectors/tiny/get_sft_loss/report/mine/report.html")
@@ -113,6 +114,7 @@ def test_one_changed_digit_of_a_fit_is_found(tree: Here, made: families.Base, ca
 
 
 @pytest.mark.parametrize("content", BROKEN)
+@pytest.mark.few(2)
 def test_a_broken_results_file_is_named(tree: Here, caplog: pytest.LogCaptureFixture, content: str) -> None:
     path = tree.path(f"{TEXTS}/m1.0/mine_results.json")
     path.write_bytes(BROKEN[content])
@@ -127,6 +129,7 @@ def test_a_broken_results_file_is_named(tree: Here, caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.parametrize("content", BROKEN)
+@pytest.mark.few(2)
 def test_a_broken_loss_table_is_named(tree: Here, caplog: pytest.LogCaptureFixture, content: str) -> None:
     for path in tree.path("vectors/tiny/get_sft_loss").rglob("*.manifest.json"):
         path.unlink()
@@ -148,6 +151,7 @@ def test_a_table_of_another_tool_that_is_broken(tree: Here, caplog: pytest.LogCa
         assert said["report"][0] == 0
 
 
+@pytest.mark.long
 def test_a_multiplier_with_fewer_rows(tree: Here, caplog: pytest.LogCaptureFixture) -> None:
     path = tree.path(f"{TEXTS}/m1.0/mine_results.json")
     rows = json.loads(path.read_bytes())
@@ -202,6 +206,7 @@ def odd_places(base: Path, rng: random.Random) -> list[tuple[str, Callable[[Path
 
 
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.long
 def test_any_tree_gives_a_message_and_a_code(tree: Here, caplog: pytest.LogCaptureFixture, seed: int) -> None:
     """Four stored files at random hurt at random, three times over; each program ends with a code and no traceback."""
     rng = random.Random(seed)

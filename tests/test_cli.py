@@ -35,6 +35,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, subprocess.Com
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_all_combinations_are_fitted_and_applied(full: tuple[Base, subprocess.CompletedProcess[str]]) -> None:
     base, run = full
     assert run.returncode == 0, run.stderr
@@ -56,6 +57,7 @@ def test_all_combinations_are_fitted_and_applied(full: tuple[Base, subprocess.Co
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_files_are_those_of_the_contract_and_no_others(full: tuple[Base, subprocess.CompletedProcess[str]]) -> None:
     base, _ = full
     made = {name for name, kind in listing(base.path).items() if kind != "folder" and name.split("/")[0] in ("vectors", "generation")}
@@ -75,6 +77,7 @@ def test_files_are_those_of_the_contract_and_no_others(full: tuple[Base, subproc
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "form"), PAIRS)
+@pytest.mark.long
 def test_stored_formats(full: tuple[Base, subprocess.CompletedProcess[str]], method: str, form: str) -> None:
     """layer_{id}.pt, metadata and results: keys, order, shapes and dtypes of the contract."""
     base, _ = full
@@ -105,6 +108,7 @@ def test_stored_formats(full: tuple[Base, subprocess.CompletedProcess[str]], met
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_rerun_says_already_done_and_rewrites_nothing(full: tuple[Base, subprocess.CompletedProcess[str]], capsys: Any) -> None:
     base, _ = full
     before = listing(base.path)

@@ -201,6 +201,7 @@ def test_an_installed_package_has_all_settings(installed: Path) -> None:
     assert modules == {str(path.relative_to(packed)) for path in packed.rglob("*.py")}
 
 
+@pytest.mark.long
 def test_it_works_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     """Own data in three columns, a model folder, nothing else: fit, texts and losses, by the command and by the module."""
     site = {"PYTHONPATH": str(installed)}

@@ -243,6 +243,7 @@ def cut_off(base, folder, words, word):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("start", ["nothing", "a pair", "a pair that was cut off"])
+@pytest.mark.few(2)
 def test_prepare_killed_anywhere_leaves_the_old_pair_the_new_one_or_a_refusal(tmp_path, capsys, start, when):
     old, new = questions(tmp_path / "old.csv", 12, "old"), questions(tmp_path / "new.csv", 12, "new")
     template = tmp_path / "template"

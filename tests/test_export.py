@@ -253,6 +253,7 @@ def test_a_cell_at_the_recommended_strength(tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.real_model
 @pytest.mark.skipif(not (FOLDER / "config.json").is_file(), reason=WHY)
+@pytest.mark.long
 def test_the_real_model_in_peft_and_merged(tmp_path: Path) -> None:
     """A LoRA and a vector on SmolLM2-135M: both libraries' logits are ours."""
     from peft import AutoPeftModelForCausalLM

@@ -105,6 +105,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any, 
 @pytest.mark.real_model
 @pytest.mark.skipif(not (FOLDER / "config.json").is_file(), reason=WHY)
 @pytest.mark.parametrize("form", ["vector", "lora"])
+@pytest.mark.long
 def test_a_real_model_says_the_same(real: tuple[Path, Any, Path], tmp_path: Path, form: str) -> None:
     """A fitted vector changes the text in llama.cpp as it does here: the same tokens, greedily, and other ones than unsteered."""
     base, model, file = real

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from families import LAYERS, intervention, model, pairs, tokenizer
-from transformers import AutoModel
 
 import spilt
 from spilt.errors import NotFinite, UserError
@@ -86,7 +85,6 @@ def test_a_list_of_strengths_is_one_for_each_row(loaded: Any, vector: Steering) 
         (lambda m, v: _steered(m[0], torch.zeros(8), 1.0), "steering is a Tensor; wanted a Steering"),
         (lambda m, v: _steered(m[0], v, "x"), "multipliers are x"),
         (lambda m, v: _steered(m[0], v, [1.0, 2.0]), "2 multipliers, one for each row, and a batch of 1 rows"),
-        (lambda m, v: _steered(AutoModel.from_config(m[0].config), v, 1.0), "AutoModelForCausalLM"),
     ],
 )
 def test_a_mistake_is_a_message(loaded: Any, vector: Steering, work: Any, said: str) -> None:

@@ -124,6 +124,7 @@ def test_a_change_with_an_older_time_is_seen(here: Here) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("round", range(count(2, 1)))
+@pytest.mark.long
 def test_two_runs_of_the_same_request_at_once(bare: Here, prepared: families.Base, round: int) -> None:
     """Both end well, and what is stored is what one alone stores: the last whole file wins, and both are the same."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -100,6 +100,7 @@ def in_train(here: Scored) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.few(1)
 def test_losses_killed_in_the_middle_of_a_split(scored: Scored, split: str) -> None:
     """The rerun scores the batches that are missing, to the bytes of a run without the kill, and nothing is left over."""
     first = in_train(scored)
@@ -216,6 +217,7 @@ DAMAGES: dict[str, Callable[[list[Any]], list[Any]]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.few(2)
 def test_damaged_unfinished_losses(scored: Scored, damage: str) -> None:
     """A line of ours that was changed counts for nothing: its batch is scored again."""
     every = scored.score()
@@ -229,6 +231,7 @@ def test_damaged_unfinished_losses(scored: Scored, damage: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_killed_among_its_random_directions(scored: Scored) -> None:
     """The control is many measurements of a few batches each; they are kept like the others."""
     words = ("--mode", "loss", "--multipliers", "sweep", "--split", "test", "--limit", "8")

@@ -61,6 +61,7 @@ def little_memory(error: Exception, most: int, *, only: str = "") -> Iterator[li
 
 
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
+@pytest.mark.few(1)
 def test_texts_with_little_memory(here: Here, caplog: pytest.LogCaptureFixture, error: Exception) -> None:
     """The same texts in smaller batches."""
     before = here.listing()
@@ -72,6 +73,7 @@ def test_texts_with_little_memory(here: Here, caplog: pytest.LogCaptureFixture, 
 
 
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
+@pytest.mark.few(1)
 def test_losses_with_little_memory(here: Here, caplog: pytest.LogCaptureFixture, error: Exception) -> None:
     """The same losses up to the rounding of smaller batches."""
     import numpy as np
@@ -88,6 +90,7 @@ def test_losses_with_little_memory(here: Here, caplog: pytest.LogCaptureFixture,
 
 
 @pytest.mark.parametrize("stage", ["generate", "loss"])
+@pytest.mark.few(1)
 def test_the_message_names_batch_length_layer_and_flag(here: Here, caplog: pytest.LogCaptureFixture, stage: str) -> None:
     with little_memory(CUDA, 2):
         assert here.run(*(APPLY if stage == "generate" else LOSS), "--force")[0] == 0
@@ -100,6 +103,7 @@ def test_the_message_names_batch_length_layer_and_flag(here: Here, caplog: pytes
 
 
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.loss])
+@pytest.mark.long
 def test_a_fit_with_little_memory_goes_on_in_parts(bare: Here, caplog: pytest.LogCaptureFixture, method: str) -> None:
     """The rows of a minibatch are scored a few at a time, the loss is still over all of them: the same vectors up to rounding."""
     words = (*FIT, "--set", "dropout=0")

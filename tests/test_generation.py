@@ -90,6 +90,7 @@ def test_a_batch_equals_the_rows_alone(family: str, form: str) -> None:
 
 
 @pytest.mark.parametrize(("form", "read_point"), READS)
+@pytest.mark.few(3)
 def test_every_read_point_in_a_refilled_batch(form: str, read_point: str | None) -> None:
     tiny, wanted, made = model("gemma2"), rows(1), intervention(form, read_point, scale=0.5)
     decoding = how(eos=(common_end(tiny, made, wanted),))

@@ -170,9 +170,9 @@ def test_an_exchange_after_loading_and_before_storing(
     base: Base, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(base, "--mode", "generate", "--quiet") == 0
-    from spilt.engine import decode as generation
+    from spilt.engine import sampling
 
-    at_call(monkeypatch, generation, "decoding", 1, lambda: exchange_vector(base))
+    at_call(monkeypatch, sampling, "decoding", 1, lambda: exchange_vector(base))
     assert run(base, "--mode", "apply", "--multipliers", "1", "2", "--quiet") == 1
     assert "was exchanged while the run was using it" in capsys.readouterr().err
     assert not texts(base).exists()

@@ -137,6 +137,7 @@ def test_joint_fits_that_do_not_exist(
 
 
 @pytest.mark.parametrize("form", ["vector", "lora", "local_weight"])
+@pytest.mark.long
 def test_the_plain_engine_gives_what_the_fast_one_gives(base: families.Base, tmp_path: Path, form: str) -> None:
     """Fits, greedy and sampled texts, losses, a sweep with its random directions: equal up to rounding."""
     plain = base._replace(path=tmp_path / "plain")

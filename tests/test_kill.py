@@ -275,6 +275,7 @@ def seen(stage: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("stage", STAGES)]
 
 
+@pytest.mark.long
 def test_the_kills_were_in_the_middle(stage: str, seen: dict[str, Any]) -> None:
     assert seen["kills"] >= ENOUGH
     if not CI:

@@ -220,6 +220,7 @@ print(json.dumps([sorted(n for n in opened if n.startswith(str(folder))), [str(p
 """
 
 
+@pytest.mark.long
 def test_every_file_that_the_library_opens_is_in_the_hash(tmp_path: Path) -> None:
     folder = in_shards(copy("qwen2", tmp_path))
     (folder / "additional_chat_templates").mkdir()

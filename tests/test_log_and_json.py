@@ -192,6 +192,7 @@ def test_failed_and_left_out_in_the_document(base: families.Base) -> None:
     assert [step["concepts"] for step in skipped["steps"]] == [[i] for i in families.CONCEPTS]
 
 
+@pytest.mark.long
 def test_the_report_is_a_step_of_the_document(base: families.Base) -> None:
     assert cli.main([*base.argv("sft", "vector", "--mode", "generate"), "--quiet"]) == 0
     found = document(called("-m", "spilt", "measure", *base.argv("sft", "vector", "--multipliers", "1", "--json")))

@@ -74,6 +74,7 @@ def test_zero_is_the_base_model_bit_for_bit(base: families.Base) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.few(1)
 def test_minus_m_is_the_other_side_of_m(base: families.Base, form: str) -> None:
     """The rows of pair orig_sub at m are those of orig_add at -m: the same text at the same applied strength."""
     assert cli.main([*base.argv("sft", form, "--mode", "generate"), "--quiet"]) == 0
@@ -88,6 +89,7 @@ def test_minus_m_is_the_other_side_of_m(base: families.Base, form: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep(base: families.Base) -> None:
     """21 strengths symmetric about 0, or 31 when a tail moves, and the one that meets the budget; 40 random directions beside them; caa on
     the scale of the trained vectors."""
@@ -104,7 +106,7 @@ def test_a_sweep(base: families.Base) -> None:
             assert len(spaced) in (21, SWEEP_MOST) and 0.0 in m and len(m) - len(spaced) <= SOLVED
         assert not list(folder.glob("*/*_losses.csv")), "one table, no folder for each multiplier"
         norm = torch.load(store.vector(cell(base, method=method), base.layer), weights_only=True).norm().item()
-        tops[method] = max(m) * norm / len(m)  # largest |m v|, up to the widening
+        tops[method] = max(spaced) * norm / len(spaced)  # largest |m v|, up to the widening
         control = pd.read_csv(folder / "control.csv")
         assert control["draw"].nunique() == control_task.DRAWS == 40
         at_zero = control[control["multiplier"] == 0]

@@ -87,6 +87,7 @@ def long_run(kind: str, folder: Path) -> dict[str, list[int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_fifty_cells(tmp_path: Path) -> None:
     for stage, sizes in long_run("cells", tmp_path).items():
         assert len(sizes) == CELLS
@@ -94,6 +95,7 @@ def test_fifty_cells(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_thousand_prompts(tmp_path: Path) -> None:
     (sizes,) = long_run("prompts", tmp_path).values()
     assert len(sizes) == PROMPTS // 100

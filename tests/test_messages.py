@@ -237,6 +237,7 @@ def test_a_rank_without_a_launcher_is_one_process(with_environment: Any, values:
     assert code == 0 and "1 done" in said and "layer_2.pt" in said, said
 
 
+@pytest.mark.long
 def test_a_really_started_process_with_a_rank_and_without_a_launcher(here: Here) -> None:
     env = {k: v for k, v in os.environ.items() if k not in LAUNCHERS}
     words = [sys.executable, str(ROOT / "run_spilt.py"), *here.base.argv("caa", "vector", *FIT), "--quiet"]

@@ -55,6 +55,7 @@ def test_losses_of_two_vectors_are_not_one_curve(base: Base, capsys: pytest.Capt
     assert "sft vector: train: m = -3, -2, -1, 0, 1, 3 left out" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_no_curve_when_all_losses_are_of_another_vector(base: Base, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(base, "--mode", "generate", "--quiet", method="all") == 0
     assert run(base, "--mode", "loss", "--multipliers", *SWEEP, "--quiet", method="all") == 0
@@ -101,6 +102,7 @@ def test_released_losses_without_manifest_still_make_a_curve(base: Base) -> None
     assert sorted(frame["multiplier"].unique()) == sorted(map(float, SWEEP)) and frame.attrs["notes"] == []
 
 
+@pytest.mark.long
 def test_the_control_of_another_vector_is_left_out(base: Base) -> None:
     assert run(base, "--mode", "generate", "--quiet") == 0
     assert run(base, "--mode", "loss", "--multipliers", "sweep", "--quiet", "--limit", "2") == 0

@@ -14,6 +14,7 @@ from test_real_model import FOLDER, REAL, ROOT, WHY
 pytestmark = [pytest.mark.real_model, pytest.mark.skipif(not (FOLDER / "config.json").is_file(), reason=WHY)]
 
 
+@pytest.mark.long
 def test_a_csv_to_steered_text_in_one_command(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / "models/smollm").symlink_to(FOLDER.resolve())

@@ -67,6 +67,7 @@ def test_what_is_in_work_counts_by_its_bar(monkeypatch: pytest.MonkeyPatch) -> N
     assert told == ["[1/3] done: a (40.0 s); 00:00 so far, about 01:20 left"]
 
 
+@pytest.mark.long
 def test_a_line_for_each_finished_cell(base: families.Base) -> None:
     """On stderr, in order, with the time so far and, but for the last, the time left; stdout holds the table alone."""
     done = called("run_spilt.py", *base.argv("sft", "all", "--multipliers", "-1", "1"))
@@ -83,6 +84,7 @@ def test_a_line_for_each_finished_cell(base: families.Base) -> None:
     assert quiet.returncode == 0 and all(line.startswith("WARNING") for line in quiet.stderr.splitlines())
 
 
+@pytest.mark.long
 def test_a_line_a_minute_within_a_cell(base: families.Base) -> None:
     """What, how far, how long still; from the first seconds on, when the model is loaded."""
     done = called("-c", EVERY, *base.argv("sft", "vector", "--mode", "generate", "--set", "n_epochs=60"))
@@ -184,6 +186,7 @@ def test_interrupt_in_a_terminal(base: families.Base) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_of_two_processes_speaks(base: families.Base) -> None:
     """A line for each cell, whichever process fitted it; in the log too."""
     log = base.path / "run.log"

@@ -74,6 +74,7 @@ def tables(base: families.Base) -> dict[str, bytes]:
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("form", ["vector", "lora", "local_weight"])
+@pytest.mark.long
 def test_losses_do_not_depend_on_the_other_multipliers(fitted: tuple[families.Base, str], form: str, tmp_path: Path) -> None:
     """One request, or one multiplier first and the rest later: the same tables."""
     base, dtype = fitted
@@ -85,6 +86,7 @@ def test_losses_do_not_depend_on_the_other_multipliers(fitted: tuple[families.Ba
     assert tables(at_once) and tables(parts) == tables(at_once)
 
 
+@pytest.mark.long
 def test_losses_of_the_demo_do_not_depend_on_the_other_multipliers(tmp_path: Path) -> None:
     """The model and data where 12 of 60 tables once differed: rows of several multipliers shared a batch."""
     cell = ["--dataset", "psychopathy", "--method", "spilt", "--model_name", "demo-qwen2", "--intervention_method", "local_weight"]
@@ -99,6 +101,7 @@ def test_losses_of_the_demo_do_not_depend_on_the_other_multipliers(tmp_path: Pat
     assert tables(bases[0]) and tables(bases[1]) == tables(bases[0])
 
 
+@pytest.mark.long
 def test_losses_of_a_cell_do_not_depend_on_the_other_cells(fitted: tuple[families.Base, str], tmp_path: Path) -> None:
     base, dtype = fitted
     every, alone = copy(base, tmp_path / "every"), copy(base, tmp_path / "alone")
@@ -204,6 +207,7 @@ def texts(
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.few(1)
 def test_each_token_is_what_its_number_picks(
     fitted: tuple[families.Base, str], sampled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

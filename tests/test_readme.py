@@ -37,6 +37,7 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert names["again"] == names["steering"] and names["both"] != names["steering"]
 
 
+@pytest.mark.long
 def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a person runs it: in a kernel of its own, with the package installed (here: on the path)."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

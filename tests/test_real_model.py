@@ -68,6 +68,7 @@ torch.save({"ids": ids, "logits": model(torch.tensor([ids])).logits[0].detach()}
 """
 
 
+@pytest.mark.long
 def test_the_checkpoint_is_the_file_of_the_wheel(tmp_path: Path) -> None:
     """The same tokens, and the same logits to the last bit, as transformers has from the GGUF file itself."""
     assert real_model.is_whole(FOLDER)
@@ -98,6 +99,7 @@ def steered(base: Path) -> Path:
 CELL = Cell(real_model.NAME, "sea", "caa", "vector", (18,))
 
 
+@pytest.mark.long
 def test_the_command_line_fits_applies_and_measures(steered: Path) -> None:
     rows = odds.collect(Store(steered).loss_folder(CELL), "test")
     means = rows.groupby("multiplier")[["preference", "utility"]].mean()
@@ -114,6 +116,7 @@ def test_the_words_of_the_trait_come_with_the_multiplier(steered: Path) -> None:
     assert sea - plain >= 6, (plain, sea)
 
 
+@pytest.mark.long
 def test_the_fast_engine_is_the_plain_one(steered: Path) -> None:
     model, tokenizer = spilt.load(FOLDER)
     pairs = read_pairs(dataset_format(steered, "sea", "valid"), limit=3)

@@ -75,6 +75,7 @@ def walk(m: np.ndarray, preference: np.ndarray, utility: np.ndarray) -> tuple[fl
 
 
 @pytest.mark.parametrize(("method", "form", "end"), CELLS)
+@pytest.mark.long
 def test_the_summary(base: Path, method: str, form: str, end: float) -> None:
     stored = pd.read_csv(folder_of(base, method, form) / "preference_utility.csv")
     for split in ("train", "test"):

@@ -59,6 +59,7 @@ def put(base: Path, form: str, layer: int, state: Path | Any) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.few(1)
 def test_the_released_losses(tmp_path: Path, form: str) -> None:
     """Vectors of the released code, its settings, its data: its losses, at both signs of every multiplier."""
     base = tmp_path / "base"
@@ -74,6 +75,7 @@ def test_the_released_losses(tmp_path: Path, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.few(1)
 def test_a_loss_run_on_the_released_tree(tmp_path: Path, form: str) -> None:
     """The same with a tiny model of our own: every row is there, and the stored intervention is what is measured."""
     base, layer = tmp_path / "base", 2

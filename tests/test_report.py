@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from spilt import report
 from spilt.errors import UserError
@@ -357,6 +358,7 @@ def test_released_losses_and_somebody_elses_csv(tmp_path: Path) -> None:
     assert table["chosen_on"].tolist() == ["train", "train"] and table["reported_on"].isna().all()
 
 
+@pytest.mark.long
 def test_concepts_are_averaged_into_one_cell(tmp_path: Path) -> None:
     for concept in (0, 3, 12):
         write_losses(
@@ -465,15 +467,19 @@ def test_reads_at_both_widths_in_light_and_dark(built: Path, browser: Browser, w
     assert browser.js(escaped) == []
     shown = browser.js("document.querySelector('#curves img').currentSrc")
     svg = base64.b64decode(shown.split(",", 1)[1]).decode()
-    assert ("#62aef5" in svg) == dark and ("#0a4c86" in svg) != dark
+    assert "prefers-color-scheme:dark" in svg and "#62aef5" in svg and "#0a4c86" in svg
     assert (browser.js("document.querySelector('#curves img').naturalWidth") < 500) == (width == 400)
     # text keeps a contrast of 4.5 : 1 on its ground
     colour = "getComputedStyle(document.querySelector('{}')).{}.match(/[0-9.]+/g).slice(0, 3).map(Number)"
     ground = browser.js(colour.format("body", "backgroundColor"))
     for selector in ("body", ".lede", "a"):
         assert contrast(browser.js(colour.format(selector, "color")), ground) > 4.5
+    browser.js("document.querySelector('#curves img').scrollIntoView()")
     browser.screenshot(tmp_path / "page.png")
-    assert (tmp_path / "page.png").stat().st_size > 50_000
+    with Image.open(tmp_path / "page.png") as page:
+        seen = {pixel for _, pixel in page.convert("RGB").getcolors(1 << 24) or ()}
+    light_line, dark_line = (28, 127, 93), (69, 193, 151)  # of sft
+    assert (dark_line in seen) == dark and (light_line in seen) != dark
 
 
 def contrast(one: list[float], other: list[float]) -> float:

@@ -86,6 +86,7 @@ def sections(page: str) -> dict[str, str]:
     return {name: part for name, part in re.findall(r'<section id="([\w-]+)"(.*?)</section>', page, re.DOTALL)}
 
 
+@pytest.mark.long
 def test_the_story_of_one_cell_comes_first(built: Path) -> None:
     found = sections(text_of(built))
     assert list(found)[:3] == ["story", "across", "found"]
@@ -107,6 +108,7 @@ def test_texts_stand_beside_the_unsteered_ones(base: Path, built: Path) -> None:
     assert found["across"].count("not steered") == 3 and "at 10:" not in found["across"] and "<script>doc" not in found["across"]
 
 
+@pytest.mark.long
 def test_a_cell_that_is_not_beyond_chance_is_not_the_story(tmp_path: Path) -> None:
     write_cell(tmp_path, "caa", "vector")
     page = sections(text_of(report.update(tmp_path, MODEL, DATASET)))

@@ -75,6 +75,7 @@ def stable(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("stable")
 @pytest.mark.parametrize("kind", ["normal", "ties", "bfloat16", "equal", "few"])
 @pytest.mark.parametrize("params", PARAMS, ids=str)
+@pytest.mark.few(12)
 def test_draws_are_those_of_the_library(params: dict[str, Any], kind: str) -> None:
     """Also with fewer tokens than a block, with a vocabulary that ends within one, and where numbers are 0 and nearly 1."""
     draw = torch.Generator().manual_seed(3)

@@ -112,6 +112,7 @@ def different(base: families.Base, alone: families.Base, part: str = "") -> list
     return [name for name in sorted({*here, *there}) if part in name and here.get(name) != there.get(name)]
 
 
+@pytest.mark.long
 def test_two_processes_give_the_files_of_one(base: families.Base, alone: families.Base) -> None:
     """Fits are dealt out whole, texts and batches in parts: the same bytes."""
     for words in (FIT, APPLY, LOSS):
@@ -136,6 +137,7 @@ KILLED = {
 @pytest.mark.matrix
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("stage", KILLED)
+@pytest.mark.long
 def test_one_process_is_lost(base: families.Base, alone: families.Base, tmp_path: Path, stage: str, rank: int) -> None:
     """Killed in the middle of its work: the run ends with an error, soon; one process finishes it, to the same bytes, nothing is left."""
     words, sign = KILLED[stage]
@@ -190,6 +192,7 @@ score.Recorded._scores = scores
 """
 
 
+@pytest.mark.long
 def test_losses_go_on_with_another_number_of_processes(tmp_path: Path) -> None:
     """Two processes killed in the middle of a split and one that goes on, one killed and two that go on: the bytes of one alone."""
     alone = families.make_base(tmp_path / "alone", train=40, test=5)
@@ -234,6 +237,7 @@ os.fsync = full
 
 
 @pytest.mark.parametrize(("words", "word"), [(APPLY, "sft_lora/m1.0/"), (LOSS, "lora_sft_m1.0_winning_only/")], ids=["generate", "loss"])
+@pytest.mark.long
 def test_the_writing_process_has_no_room(
     base: families.Base, alone: families.Base, tmp_path: Path, words: tuple[str, ...], word: str
 ) -> None:
@@ -249,6 +253,7 @@ def test_the_writing_process_has_no_room(
     assert not different(base, alone, folder)
 
 
+@pytest.mark.long
 def test_a_vector_that_only_one_process_cannot_read(base: families.Base, alone: families.Base, tmp_path: Path) -> None:
     """A shared folder that fails on one machine: the cell fails on both, the others are done."""
     shutil.copytree(alone.path / "vectors/tiny/sft", base.path / "vectors/tiny/sft")

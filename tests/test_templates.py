@@ -74,6 +74,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
+@pytest.mark.few(3)
 def test_a_template_that_cannot_be_used_is_one_message(base: families.Base, capsys: pytest.CaptureFixture[str], case: str) -> None:
     text, needle = BAD[case]
     write(base, text)

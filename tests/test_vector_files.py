@@ -147,6 +147,7 @@ def test_a_name_without_end_is_refused_at_once(tmp_path: Path, zipped: bool, end
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device"])
+@pytest.mark.long
 def test_a_run_does_not_wait_for_a_vector_that_is_no_file(tmp_path: Path, kind: str) -> None:
     """Its hash decides whether anything is to be done, so it is asked for before anything reads it."""
     base = families.make_base(tmp_path / "base", train=4)

@@ -215,6 +215,7 @@ def test_no_claim_holds_by_chance_more_often_than_in_five_percent() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_methods_whose_fits_differ_by_chance_are_not_told_apart_and_by_one_fit_they_would_be() -> None:
     """Each fit (seed) of either method has an effect of its own; the methods have the same."""
     wrong = {1: 0, 3: 0}
@@ -273,6 +274,19 @@ def test_the_budget_is_met_between_the_points_and_measured_there() -> None:
     assert asked in m and next_multiplier(population.frame(m)) is None and solve(population.frame(m)) in m
     assert next_multiplier(population.frame(), budget=100.0) is None and solve(population.frame(), budget=100.0) == 20
     assert "end of the sweep" in recommendation(population.frame(), budget=100.0)["reason"]
+
+
+def test_a_sweep_that_ends_within_the_budget_goes_on() -> None:
+    population = Population(np.random.default_rng(0), 64)
+    near = [-4.0, -2.0, 0.0, 2.0, 4.0]  # the budget is met at about 7
+    assert next_multiplier(population.frame(near)) is None and next_multiplier(population.frame(near), reach=5.0) is None
+    m, asked = list(near), []
+    while (more := next_multiplier(population.frame(m), reach=16.0)) is not None:
+        asked.append(more)
+        m.append(more)
+    assert asked[:2] == [6.0, 9.0] and len(asked) <= 5 and solve(population.frame(m)) in m
+    found = recommendation(population.frame(m))
+    assert abs(found["chosen"]["utility_drop"] - BUDGET) <= NEAR and "end of the sweep" not in found["reason"]
 
 
 def test_a_cheap_point_beyond_a_dear_one_is_not_on_the_way() -> None:

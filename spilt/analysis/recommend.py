@@ -20,6 +20,7 @@ from spilt.analysis.questions import Array, Questions, interpolate
 BUDGET = 0.5  # nats of utility that a recommendation may cost
 NEAR = 0.02  # nats: a measured point whose drop is this near to the budget is the point where it is met
 
+WIDER = 1.5  # times the last multiplier: the next one beyond it
 SHARP = 0.01  # share of m: a measured point this near to the peak is the peak
 
 
@@ -105,8 +106,11 @@ def solve(frame: pd.DataFrame, budget: float = BUDGET) -> float | None:
     return float(m[right - 1 + near]) if off[near] <= NEAR and m[right - 1 + near] != 0 else star
 
 
-def next_multiplier(frame: pd.DataFrame, budget: float = BUDGET) -> float | None:
-    """Where to measure next, so that the recommendation is a measured one, or nearer to the peak; None when it is. 4 digits."""
+def next_multiplier(frame: pd.DataFrame, budget: float = BUDGET, reach: float = 0.0) -> float | None:
+    """Where to measure next, so that the recommendation is a measured one, or nearer to the peak; None when it is. 4 digits.
+
+    Beyond the end of what was measured where the largest gain lies there and the budget is not used up: WIDER by WIDER up to |m| = reach.
+    """
     star = solve(frame, budget)
     if star is None:
         return None
@@ -114,6 +118,9 @@ def next_multiplier(frame: pd.DataFrame, budget: float = BUDGET) -> float | None
     m = questions.multipliers
     if star in m:
         found = best(m, questions.mean("preference"), questions.mean("utility"), budget, questions.usable)
+        if star and star in (m[0], m[-1]):
+            wider = float(f"{WIDER * star:.4g}")
+            return wider if abs(wider) <= reach else None
         star = float(found.low[0]) if found.low[0] == found.high[0] else star
         if np.abs(m - star).min() <= SHARP * abs(star):
             return None

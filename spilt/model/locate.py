@@ -30,7 +30,7 @@ def locate(base_dir: Path, said: str, download: bool = False) -> tuple[str, Path
         return _name(path.resolve().name), path
     if HUB_ID.fullmatch(said) and ".." not in said:
         return _name(path.name), _of_hub(said, download)
-    raise UserError(f"--model_name {said}: no such folder; wanted a folder name below models/, a path, or a hub id such as Qwen/Qwen2.5-7B")
+    raise UserError(f"--model_name {said!r}: no such folder; wanted a name below models/, a path, or a hub id such as Qwen/Qwen2.5-7B")
 
 
 def _name(text: str) -> str:

@@ -31,7 +31,7 @@ from spilt.tasks.recordings import Run, stored, tell_replaced
 from spilt.verbs import Step
 from spilt.verbs import measure as measure_verb
 
-SOLVED = 3  # times that the multiplier which meets the budget is looked for, and measured
+SOLVED, REACH = 8, 4.0  # times that a multiplier for the budget is looked for and measured; how far beyond the sweep's end, times it
 
 
 class Unfinished(Journal):
@@ -111,8 +111,9 @@ def _tables(step: Step, steering: Steering, run: Run, unfinished: Unfinished) ->
         tables.measure(multipliers)
         if run.team.on_main(lambda: _still_moves(tables, multipliers)):
             tables.measure(measure_verb.widened(multipliers))
+        reach = REACH * max(multipliers)
         for _ in range(SOLVED):
-            found = run.team.on_main(lambda: recommend.next_multiplier(tables.frame(next(iter(step.data)))))
+            found = run.team.on_main(lambda: recommend.next_multiplier(tables.frame(next(iter(step.data))), reach=reach))
             if found is None:
                 break
             tables.measure([found])
