@@ -101,7 +101,7 @@ def known(model_type: str) -> bool:
 
 EVERY = tuple(name for name in FAMILIES if known(name))
 # those that differ most from each other, in every combination; test_families.py has the contract of the rest
-_DEEP = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "mixtral")
+_DEEP = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox")
 FAMILY_NAMES = counts.count(_DEEP, ("mistral", "qwen2", "gemma2", "gemma3_text", "gpt2"))
 # form x read point; a form that reads nothing has one entry
 READS: tuple[tuple[str, str | None], ...] = tuple(

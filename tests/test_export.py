@@ -122,6 +122,14 @@ def test_a_norm_after_the_down_projection(folder: Callable[[str], Path], kind: s
         assert "--format gguf or vllm-hook holds vectors" in capsys.readouterr().err
 
 
+def test_experts_have_no_weight_for_it(folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    base = folder("mixtral")
+    assert run(base, "mixtral", steering("vector"), "peft") == 2
+    said = capsys.readouterr().err
+    assert "its MLP is a mixture of experts" in said and "--format gguf or vllm-hook" in said and not (base / "out").exists()
+    assert run(base, "mixtral", steering("vector"), "safetensors") == 0
+
+
 @pytest.mark.parametrize("read_point", ["mlp", "attn", "block"])
 def test_what_reads_elsewhere_is_no_weight(folder: Callable[[str], Path], read_point: str, capsys: pytest.CaptureFixture[str]) -> None:
     base = folder("qwen2")

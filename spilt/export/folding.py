@@ -71,8 +71,11 @@ def biases(job: Job, at: str) -> Biases:
 
 
 def _same_place(model: nn.Module, site: Site, form: str, at: str) -> None:
-    """Raises UserError where a norm stands between the place that the Steering writes to and `at`."""
-    row = anatomy.family(model)
+    """Raises UserError where a norm stands between the place that the Steering writes to and `at`, or `at` is not there (experts)."""
+    row, parts = anatomy.family(model), anatomy.of(model).parts[site.layer]
+    if at == "down_proj" and parts.mlp_mid is None:
+        instead = f"{VECTORS}, {ANYTHING}" if form == "vector" else ANYTHING
+        raise UserError(f"block {site.layer} has no down projection that the {form} could become a part of: {parts.why}; {instead}")
     if site.write_point == at or not row.norm_after_mlp:
         return
     if at == "block":
