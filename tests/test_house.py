@@ -224,5 +224,6 @@ def test_no_code_is_unused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_mypy_is_clean() -> None:
     tool("mypy", "spilt")
