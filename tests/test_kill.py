@@ -25,7 +25,7 @@ from counts import CI, count
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-KILLS = {"fit": count(36, 4), "generate": count(36, 4), "loss": count(32, 3)}
+KILLS = {"fit": count(45, 4), "generate": count(45, 4), "loss": count(36, 3)}
 ENOUGH = count(30, 3)  # of kills; the other counts are only then to be expected
 SEED = 20260
 # words of the run that is killed, and of the one that makes what it needs
