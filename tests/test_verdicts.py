@@ -344,3 +344,16 @@ def test_without_a_base_or_with_undefined_utilities() -> None:
     assert found["multiplier"] == 1 and found["left_out"] == [2.0]
     gone = recommendation(averages("train", [0, 1], [0, 1], [np.nan, 1]))
     assert gone["multiplier"] is None and "m = 0" in gone["reason"] and next_multiplier(averages("train", [1, 2], [1, 2], [1, 1])) is None
+
+
+def test_a_side_that_was_measured_further_does_not_change_what_is_said_of_the_curve() -> None:
+    """A sweep that went on for the recommendation: its claims are judged where both sides were measured."""
+    rng = np.random.default_rng(4)
+    base, spread = rng.normal(size=(48, 2)), 1 + 0.2 * rng.normal(size=(2, 48, 1))
+
+    def told(m: Array) -> pd.DataFrame:
+        frame = frame_of(base[:, :1] + spread[0] * 2 * np.tanh(m / 6), base[:, 1:] - spread[1] * (m / 20) ** 2, m)
+        return claims.judge({"sft": claims.Case("sft", "vector", (Questions.of(frame),))})
+
+    pd.testing.assert_frame_equal(told(GRID), told(np.append(GRID, [30.0, 45.0])))
+    assert len(told(np.array([0.0, 1, 2, 4, 8]))) > 0, "one side alone is judged as it is"

@@ -117,6 +117,13 @@ def _curves(fits: Sequence[Questions], weights: Array | None = None) -> MeanCurv
     return m, preference, utility
 
 
+def _both_sides(curves: MeanCurves) -> MeanCurves:
+    """As far as both sides were measured: a sweep goes on along one of them for the recommendation alone."""
+    m, preference, utility = curves
+    inner = np.abs(m) <= (min(-m[0], m[-1]) if len(m) and m[0] < 0 < m[-1] else np.inf) * (1 + 1e-9)
+    return m[inner], preference[:, inner], utility[:, inner]
+
+
 def _of_fit(questions: Questions, weights: Array | None = None) -> MeanCurves:
     ok = questions.usable
     return questions.multipliers[ok], questions.mean("preference", weights)[:, ok], questions.mean("utility", weights)[:, ok]
@@ -160,7 +167,7 @@ def judge(cases: Mapping[str, Case], seed: int = 0) -> pd.DataFrame:
         if not _can_be_judged(case.fits):
             continue
         questions = case.fits[0]
-        mean, drawn = _curves(case.fits), _curves(case.fits, questions.resamples(seed))
+        mean, drawn = _both_sides(_curves(case.fits)), _both_sides(_curves(case.fits, questions.resamples(seed)))
         for claim, (parts, negated) in CLAIMS.items():
             estimate = parts(*mean)[0] if len(mean[0]) > 2 else np.empty(0)
             if len(estimate):
@@ -178,7 +185,7 @@ def judge(cases: Mapping[str, Case], seed: int = 0) -> pd.DataFrame:
 
 
 def _passes(parts: Parts, negated: bool, m: Array, preference: Array, utility: Array) -> Array:
-    found = parts(m, preference, utility)
+    found = parts(*_both_sides((m, preference, utility)))
     return np.asarray((found > 0).all(axis=1) != negated if found.shape[1] else np.full(len(found), np.nan))
 
 
