@@ -105,6 +105,10 @@ def test_a_merged_checkpoint(folder: Callable[[str], Path], family: str, form: s
     assert theirs.dtype == torch.float32
     assert_same(logits(theirs), wanted(family, value))
     assert "of the added weights" in (base / "out" / "README.md").read_text()
+    own, written = (json.loads((folder / "config.json").read_text()) for folder in (base / "models" / family, base / "out"))
+    assert {key for key in {*own, *written} if own.get(key) != written.get(key)} <= {"dtype", "torch_dtype", "mlp_bias"}
+    tokenizer = [path for path in sorted((base / "models" / family).iterdir()) if path.name.startswith(("token", "special", "vocab"))]
+    assert tokenizer and all((base / "out" / path.name).read_bytes() == path.read_bytes() for path in tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["peft", "merged", "vllm", "gguf"])

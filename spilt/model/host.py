@@ -133,11 +133,33 @@ def configuration(path: Path) -> Any:
         way_out = "a newer transformers may have it; a checkpoint's own code is never run"
         raise UserError(f"{path / checkpoint.CONFIG}: transformers {__version__} has no model family {name!r}; {way_out}")
     try:
-        return AutoConfig.from_pretrained(
+        found = AutoConfig.from_pretrained(
             path, local_files_only=True, trust_remote_code=False, **({"gguf_file": file.name} if file else {})
         )
     except Exception as error:  # whatever the library raises on a configuration that it does not understand
         raise UserError(_why(path, "", "", error)) from error
+    if int(__version__.split(".")[0]) < 5:
+        _rope_of_5(path, found)
+    return found
+
+
+def _rope_of_5(path: Path, config: Any) -> None:
+    """transformers 5 writes the rotary settings as `rope_parameters`, which 4.57 passes over, to take its defaults. Changes `config`.
+
+    Raises UserError for settings per kind of layer, or of a family that has other names for them.
+    """
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        said = dict(getattr(part, "rope_parameters", None) or {})
+        kind = said.pop("rope_type", "default")
+        plain = {name: said.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in said}
+        if all(getattr(part, name, None) == value for name, value in plain.items()) and not said and kind == "default":
+            continue
+        if any(isinstance(value, dict) for value in said.values()) or not all(hasattr(part, name) for name in plain):
+            raise UserError(
+                f"{path / checkpoint.CONFIG}: written by transformers 5: its rope_parameters are not read by transformers 4; "
+                "pip install 'transformers>=5', or take the config.json that the model was published with"
+            )
+        part.update({**plain, "rope_scaling": {"rope_type": kind, **said} if kind != "default" else None})
 
 
 def skeleton(config: Any) -> nn.Module:
