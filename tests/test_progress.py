@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -117,6 +118,12 @@ def test_costs_that_are_not_known_count_the_same(base: families.Base, capsys: py
 # ---------------------------------------------------------------- a terminal
 
 
+def of_a_terminal() -> None:
+    """Standard input is the terminal that ^C comes from, which a test run in a shell's background would pass on as ignored."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def in_terminal(words: list[str], interrupt_at: bytes = b"", columns: int = 110) -> tuple[int, str]:
     """Exit code and all that is written to a terminal; ^C is typed as soon as something has appeared."""
     ours, theirs = pty.openpty()
@@ -124,7 +131,7 @@ def in_terminal(words: list[str], interrupt_at: bytes = b"", columns: int = 110)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(
         [sys.executable, "run_spilt.py", *words], stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, env=env,
-        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        start_new_session=True, preexec_fn=of_a_terminal,
     )  # fmt: skip
     os.close(theirs)
     written = b""
