@@ -186,6 +186,7 @@ def test_a_table_grows_and_is_the_same_whatever_the_order(base: families.Base, t
     assert verify.DAMAGED in {found.state for found in verify.check(base.path)}
 
 
+@pytest.mark.long
 def test_random_interventions_have_the_doses_that_they_are_said_to_have(base: families.Base) -> None:
     assert run(base, "generate") == 0
     assert run(base, "loss", "--multipliers", "sweep", "--control_pairs", "2", "--split", "train") == 0

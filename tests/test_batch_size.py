@@ -120,6 +120,7 @@ def test_texts_are_the_same(base: families.Base, sizes: list[int], monkeypatch: 
         assert {m: results_path(base, "sft", "vector", f"m{float(m)}").read_bytes() for m in many} == made
 
 
+@pytest.mark.long
 def test_fits_and_losses_do_not_depend_on_free_memory(base: families.Base, monkeypatch: pytest.MonkeyPatch) -> None:
     words = base.argv("sft", "all", "--quiet", "--no_report", "--mode", "all", "--multipliers", "2")
     assert cli.main(words) == 0

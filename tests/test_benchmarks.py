@@ -97,6 +97,7 @@ def _here(command: list[str], threads: int, log: Path) -> Any:
     return workload.Cost(1.0, 1.0, 1.0)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_naive_and_ours_give_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Losses of fit and loss within 1e-4, all texts equal; without this no ratio means anything."""
@@ -117,6 +118,7 @@ def test_naive_and_ours_give_the_same_numbers(tmp_path: Path, monkeypatch: pytes
     assert set(record["costs"]) == {"fit", "apply", "loss"}
 
 
+@pytest.mark.long
 def test_naive_gemma_2_has_the_soft_cap_and_the_late_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import spilt.report
     from benchmarks import workload

@@ -82,6 +82,7 @@ BROKEN: dict[str, bytes] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.matrix
 @pytest.mark.parametrize("content", BROKEN)
 @pytest.mark.parametrize("file", [f"{LOSSES}/control.csv", f"{LOSSES}/fit.json", f"{LOSSES}/preference_utility.csv"])
@@ -139,6 +140,7 @@ def test_a_broken_loss_table_is_named(tree: Here, caplog: pytest.LogCaptureFixtu
     assert said["report"][0] == 0 and "left out" in said["report"][1] and said["verify"][0] == 1
 
 
+@pytest.mark.long
 def test_a_table_of_another_tool_that_is_broken(tree: Here, caplog: pytest.LogCaptureFixture) -> None:
     """preference_utility.csv alone, without loss rows: the other cell stays."""
     for folder in tree.path(LOSSES).iterdir():

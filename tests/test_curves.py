@@ -58,6 +58,7 @@ def test_known_curves_are_recovered(name: str, noise: float) -> None:
         assert name == "utility, sharp" or fit.r2_held_out is not None and fit.r2_held_out > 0.99
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("unit", [0.05, 1.0, 300.0])
 def test_units_do_not_matter(unit: float) -> None:
     kind, truth = CURVES["asymmetric"]

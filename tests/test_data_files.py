@@ -134,6 +134,7 @@ def test_a_data_file_that_is_no_plain_file_is_refused_at_once(tmp_path, kind, ma
     assert f"UserError: data file {path} can't be read: it is {kind}; wanted a plain file" in done.stderr
 
 
+@pytest.mark.long
 def test_the_command_line_on_a_pipe_a_device_and_a_socket(tmp_path):
     base = families.make_base(tmp_path / "b", train=4)
     for kind in ("pipe", "device", "socket"):
@@ -212,6 +213,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10, time.
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["texts", "lists of texts", "lists of numbers", "rows"])
 def test_a_small_parquet_file_that_unpacks_to_gigabytes_is_refused_in_bounds(tmp_path, kind):
     import pyarrow

@@ -241,6 +241,7 @@ def test_wrong_words(folder: Callable[[str], Path], words: list[str], said: str,
     assert said in capsys.readouterr().err and not (base / "out").exists()
 
 
+@pytest.mark.long
 def test_a_cell_at_the_recommended_strength(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Named as for every other program; what the losses recommend is written and said, with the picture of its curves."""
     base = make_base(tmp_path / "base", train=6)

@@ -127,6 +127,7 @@ def test_losses_stopped_again_and_again(scored: Scored) -> None:
     assert scored.score() == every - 12 and scored.listing() == whole
 
 
+@pytest.mark.long
 def test_unfinished_losses_of_another_request(scored: Scored) -> None:
     """Lines count for what was asked alone: other rows, another vector, --force. They go when the result is stored."""
     every = scored.score()

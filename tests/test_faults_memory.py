@@ -60,6 +60,7 @@ def little_memory(error: Exception, most: int, *, only: str = "") -> Iterator[li
         yield refused
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
 @pytest.mark.few(1)
 def test_texts_with_little_memory(here: Here, caplog: pytest.LogCaptureFixture, error: Exception) -> None:
@@ -72,6 +73,7 @@ def test_texts_with_little_memory(here: Here, caplog: pytest.LogCaptureFixture, 
     assert "--batch_size" in caplog.text and "out of memory" in caplog.text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
 @pytest.mark.few(1)
 def test_losses_with_little_memory(here: Here, caplog: pytest.LogCaptureFixture, error: Exception) -> None:

@@ -126,6 +126,7 @@ def test_losses_under_generation_hooks(dataset: str, state: str) -> None:
 # ---------------------------------------------------------------- texts
 
 
+@pytest.mark.few(1)
 @pytest.mark.matrix
 @pytest.mark.slow
 @every_dataset

@@ -266,6 +266,7 @@ def test_several_concepts_and_none_asked_for(base: Base, form: str, capsys: pyte
 # ---------------------------------------------------------------- nothing is replaced without a word
 
 
+@pytest.mark.long
 def test_what_is_replaced_is_named(base: Base, caplog: pytest.LogCaptureFixture) -> None:
     assert run(base, *M, dataset=base.many) == 0 and "replaces" not in caplog.text
     assert run(base, *M, "--concepts", "3", dataset=base.many) == 0
@@ -345,6 +346,7 @@ def test_a_changed_manifest_speaks_for_nothing(base: Base) -> None:
     assert [found.state for found in verify.check(base.path)] == [verify.OK]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["apply", "loss"])
 def test_what_was_made_from_a_vector_whose_manifest_is_damaged_is_not_called_done(base: Base, mode: str) -> None:
     assert run(base, "--mode", "both", *M) == run(base, "--mode", "loss", *M) == 0

@@ -275,6 +275,7 @@ def seen(stage: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
 pytestmark = [pytest.mark.slow, pytest.mark.few(1), pytest.mark.parametrize("stage", STAGES)]
 
 
+@pytest.mark.long
 def test_the_kills_were_in_the_middle(stage: str, seen: dict[str, Any]) -> None:
     assert seen["kills"] >= ENOUGH
     if not CI:
@@ -284,11 +285,13 @@ def test_the_kills_were_in_the_middle(stage: str, seen: dict[str, Any]) -> None:
     assert seen["resumed"] >= 5  # and a rerun went on from them
 
 
+@pytest.mark.long
 def test_the_same_bytes_as_without_kills(stage: str, seen: dict[str, Any]) -> None:
     assert not seen["different"], seen
     assert set(seen["codes"]) == {0}, seen
 
 
+@pytest.mark.long
 def test_nothing_is_left_over(stage: str, seen: dict[str, Any]) -> None:
     assert not seen["left"], seen
 

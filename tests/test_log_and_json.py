@@ -43,6 +43,7 @@ def called(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
 # ---------------------------------------------------------------- the log
 
 
+@pytest.mark.long
 def test_all_that_is_said_is_in_the_log(base: families.Base, tmp_path: Path) -> None:
     """Versions, command, plan, begin and end of each cell, warnings, the table, errors with traceback; the next run goes behind it."""
     path, secret = tmp_path / "run.log", "abcd1234wxyz"
@@ -181,6 +182,7 @@ def test_a_run_is_one_document(base: families.Base) -> None:
     assert failed["exit_code"] == 2 and "valid.jsonl" in failed["error"] and failed["steps"] == [] == failed["left_out"]
 
 
+@pytest.mark.long
 def test_failed_and_left_out_in_the_document(base: families.Base) -> None:
     done = called("-c", BROKEN, *base.argv("all", "all", "--multipliers", "1", "--json", "--limit", "2"))
     found = document(done)

@@ -45,6 +45,7 @@ def measured(base: families.Base, *multipliers: str, form: str = "vector") -> di
     }
 
 
+@pytest.mark.long
 def test_the_stored_vector_is_measured(base: families.Base) -> None:
     """Two vectors give two sets of losses; the zero vector gives the base model's at every strength (trap 1)."""
     generator = torch.Generator().manual_seed(0)
@@ -61,6 +62,7 @@ def test_the_stored_vector_is_measured(base: families.Base) -> None:
             assert found[m, kind]["loss_sum"].to_numpy() == pytest.approx(unsteered, abs=1e-5)
 
 
+@pytest.mark.long
 def test_zero_is_the_base_model_bit_for_bit(base: families.Base) -> None:
     """Whatever is stored, and whatever other strengths are asked for: the same bits at m = 0."""
     generator = torch.Generator().manual_seed(0)

@@ -49,6 +49,7 @@ def results(base: Path) -> dict[str, bytes]:
     return {str(path.relative_to(base)): path.read_bytes() for path in found if "report" not in path.parts}
 
 
+@pytest.mark.long
 def test_the_same_bytes_as_one_stage_after_the_other(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tmp_path / "demo"
     shutil.copytree(REPO / "examples/demo", base)

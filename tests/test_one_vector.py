@@ -71,6 +71,7 @@ def test_no_curve_when_all_losses_are_of_another_vector(base: Base, capsys: pyte
     assert "another vector" in told.out + told.err
 
 
+@pytest.mark.long
 def test_a_vector_that_is_gone_leaves_the_last_measured(base: Base) -> None:
     assert run(base, "--mode", "generate", "--quiet") == 0
     assert run(base, "--mode", "loss", "--multipliers", *SWEEP, "--quiet") == 0
@@ -84,6 +85,7 @@ def test_a_vector_that_is_gone_leaves_the_last_measured(base: Base) -> None:
     assert "m = 1 left out: measured with another vector" in frame.attrs["notes"][0]
 
 
+@pytest.mark.long
 def test_losses_of_other_questions_are_not_one_curve(base: Base) -> None:
     assert run(base, "--mode", "generate", "--quiet") == 0
     assert run(base, "--mode", "loss", "--multipliers", "1", "2", "--limit", "2", "--quiet") == 0

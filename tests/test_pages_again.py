@@ -119,6 +119,7 @@ def test_the_code_is_that_of_analysis_and_report(tmp_path: Path, monkeypatch: py
         assert any(name.endswith(f"spilt/{part}") for name in names)
 
 
+@pytest.mark.long
 def test_other_settings_and_force_draw_it(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
     """`spilt report` draws always; what it drew with a budget of its own is no page of loss mode."""
     old = states(page(base).parent)
@@ -129,6 +130,7 @@ def test_other_settings_and_force_draw_it(base: families.Base, capsys: pytest.Ca
     assert loss(base, "--force") == 0 and all(when != drawn[name] for name, when in states(page(base).parent).items())
 
 
+@pytest.mark.long
 def test_no_report_draws_none(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
     page(base).unlink()
     capsys.readouterr()
@@ -137,6 +139,7 @@ def test_no_report_draws_none(base: families.Base, capsys: pytest.CaptureFixture
     assert loss(base) == 0 and page(base).exists()
 
 
+@pytest.mark.long
 def test_what_was_left_out_is_told_again(base: families.Base, caplog: pytest.LogCaptureFixture) -> None:
     path = base.path / "generation/tiny/sft/mine/sft_vector/m1.0/mine_results.json"
     held = path.read_bytes()

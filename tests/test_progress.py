@@ -168,6 +168,7 @@ def screen(written: str) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
+@pytest.mark.long
 def test_two_bars_in_a_terminal_and_nothing_of_them_afterwards(base: families.Base) -> None:
     """All cells above the one in work; warnings and lines stand whole."""
     code, written = in_terminal(base.argv("sft", "all", "--mode", "both", "--multipliers", "1", "--set", "n_epochs=12"))

@@ -97,6 +97,7 @@ def test_the_summary(base: Path, method: str, form: str, end: float) -> None:
             np.testing.assert_allclose(rows[name], values, rtol=1e-8, atol=1e-9, err_msg=name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "form", "end"), CELLS)
 def test_the_recommendation_and_its_intervals(base: Path, method: str, form: str, end: float) -> None:
     folder = folder_of(base, method, form)

@@ -252,6 +252,7 @@ def strict(path: Path) -> Any:
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_cell_gets_its_files(stored: Path, built: Path) -> None:
     assert built == stored / f"vectors/{MODEL}/get_sft_loss/report/{DATASET}/report.html"
@@ -275,6 +276,7 @@ def test_every_cell_gets_its_files(stored: Path, built: Path) -> None:
     assert not list(built.parent.glob(".*"))  # no temporary file is left
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_nothing_is_fitted_again_when_nothing_changed(stored: Path, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> None:
@@ -286,6 +288,7 @@ def test_nothing_is_fitted_again_when_nothing_changed(stored: Path, built: Path,
     assert built.read_bytes() == before  # same results, same bytes
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_page_has_the_papers_numbers_and_words_on_top(built: Path) -> None:
     page = text_of(built)
@@ -305,6 +308,7 @@ def test_page_has_the_papers_numbers_and_words_on_top(built: Path) -> None:
     assert f"{control['beyond'].sum()} of 4 cells" in page
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_recommend_reads_only(stored: Path) -> None:
     files = {path: path.stat().st_mtime_ns for path in stored.rglob("*") if path.is_file()}
@@ -326,6 +330,7 @@ def test_recommend_reads_only(stored: Path) -> None:
         report.recommend(stored, MODEL, "psycho")
 
 
+@pytest.mark.long
 def test_a_poor_fit_a_broken_cell_and_few_points_are_said(tmp_path: Path) -> None:
     noisy = write_losses(tmp_path, "sft", "vector", 20.0, {"train": 3}, model="tiny", points=11)
     rng = np.random.default_rng(0)
@@ -343,6 +348,7 @@ def test_a_poor_fit_a_broken_cell_and_few_points_are_said(tmp_path: Path) -> Non
     assert "No random control is stored" in page and "No generations are stored" in page
 
 
+@pytest.mark.long
 def test_released_losses_and_somebody_elses_csv(tmp_path: Path) -> None:
     write_losses(tmp_path, "spilt", "lora", 2.0, {"train": 6}, model="tiny", points=7, released=True)
     theirs = tmp_path / f"vectors/tiny/get_sft_loss/sft/{DATASET}/sft_lora"
@@ -404,6 +410,7 @@ def test_no_model_code_and_no_plotting_is_imported_before_it_is_needed() -> None
 # --- the page in a browser
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_images_load_and_nothing_is_requested(built: Path, browser: Browser) -> None:
     browser.open(built)
@@ -416,6 +423,7 @@ def test_images_load_and_nothing_is_requested(built: Path, browser: Browser) -> 
     assert blocked == "blocked"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_hostile_text_shows_as_text(built: Path, browser: Browser) -> None:
     browser.open(built)
@@ -426,6 +434,7 @@ def test_hostile_text_shows_as_text(built: Path, browser: Browser) -> None:
     assert HOSTILE in browser.js("[...document.querySelectorAll('.prompt')].map((a) => a.textContent).join(' ')")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_tables_sort_by_mouse_and_keyboard(built: Path, browser: Browser) -> None:
     browser.open(built)
@@ -454,6 +463,7 @@ def test_tables_sort_by_mouse_and_keyboard(built: Path, browser: Browser) -> Non
         assert browser.js(f"[...{table}.tBodies[0].rows].map((r) => r.children[{chance}].dataset.v === '')") == [False] * 4 + [True] * 4
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("dark", [False, True])

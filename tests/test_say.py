@@ -94,6 +94,7 @@ def test_settings_of_the_command_line(base: families.Base, capsys: pytest.Captur
     assert all(len(text["text"]) <= 2 for text in found["texts"])
 
 
+@pytest.mark.long
 def test_the_table_by_a_real_process(base: families.Base) -> None:
     """A line for each multiplier; stdin instead of a sentence."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

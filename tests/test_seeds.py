@@ -64,6 +64,7 @@ def test_seeds_that_contradict_each_other_are_refused(base: families.Base, words
     assert run(base, "generate", *words) == 2
 
 
+@pytest.mark.long
 def test_claims_are_judged_on_the_mean_over_fits(base: families.Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     words = ["--multipliers", "-2", "-1", "0", "1", "2", "--no_report"]

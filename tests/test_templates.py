@@ -73,8 +73,8 @@ BAD = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("case", BAD)
-@pytest.mark.few(3)
 def test_a_template_that_cannot_be_used_is_one_message(base: families.Base, capsys: pytest.CaptureFixture[str], case: str) -> None:
     text, needle = BAD[case]
     write(base, text)
@@ -86,6 +86,7 @@ def test_a_template_that_cannot_be_used_is_one_message(base: families.Base, caps
     assert code == 0, said
 
 
+@pytest.mark.long
 def test_a_template_is_tried_once_for_all_cells(base: families.Base, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     write(base, LOOP)
     tried: list[Any] = []
@@ -96,6 +97,7 @@ def test_a_template_is_tried_once_for_all_cells(base: families.Base, capsys: pyt
     assert len(tried) == 1 and capsys.readouterr().err.count("was stopped") == 3
 
 
+@pytest.mark.long
 def test_a_dated_template_without_end_stops_a_dry_run_too(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
     write(base, "{{ strftime_now('%d') }}" + LOOP)
     code, said = run(base, capsys, *FIT, "--dry_run")
@@ -233,6 +235,7 @@ def test_a_result_of_a_dated_template_without_its_text_is_stale(base: families.B
     assert [(state, "writes the date" in reason) for state, reason in verified(base)] == [("stale", True)]
 
 
+@pytest.mark.long
 def test_check_names_the_way_out() -> None:
     with pytest.raises(UserError, match="use_chat_template: false"):
         template.check({"default": LOOP.replace("c in", "d in")}, {})

@@ -227,7 +227,7 @@ def paper_figure(cells: Sequence[Measured], split: str, narrow: bool = False, do
             for cell, unit in zip(some, units, strict=True):
                 _curve_pair(axes, cell, split, unit)
                 name = cell.place.method if len(forms) == 1 else cell.label
-                name += f" (end m = {unit:g})" if set(units) != {1.0} and not dose else ""
+                name += f" (end m = {unit:.4g})" if set(units) != {1.0} and not dose else ""
                 name += "  " if narrow else "\n"
                 name += f"R² {_r2(cell, split, 'preference')} | {_r2(cell, split, 'utility')}"
                 keys.append(_key(name, markersize=5, **look(cell.place.method, cell.place.form)))

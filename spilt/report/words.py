@@ -148,7 +148,9 @@ def _fits(frames: Mapping[str, pd.DataFrame]) -> Finding:
         figures.append(f"{len(good)} of {len(part)}")
         sentences.append(f"Over {name} {len(good)} of {len(part)} curves reach R² {GOOD_R2:g}")
         if on_test := [value for value in part["r2_test"] if pd.notna(value)]:
-            sentences[-1] += f" (mean {part['r2'].astype(float).mean():.3f}; on test questions {sum(on_test) / len(on_test):.3f})"
+            mean = sum(on_test) / len(on_test)
+            flat = ", worse than a flat line" if mean < 0 else ""  # R^2 has no least value
+            sentences[-1] += f" (mean {part['r2'].astype(float).mean():.3f}; on test questions {mean:.3f}{flat})"
         for why, some in {"short of it": part[known & ~part.index.isin(good.index)], "not fitted": part[~known]}.items():
             named = [f"{label(row['method'], row['intervention'])} ({row['curve']})" for row in some.to_dict("records")]
             sentences[-1] += f"; {why}: {_list(named)}" if named else ""
