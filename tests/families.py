@@ -76,7 +76,9 @@ def build(model_type: str, seed: int = 0, attention: str | None = None, **change
     from transformers import AutoModelForCausalLM
 
     chosen = {} if attention is None else {"attn_implementation": attention}
-    model = AutoModelForCausalLM.from_config(config(model_type, **changes), dtype=torch.float32, **chosen)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # some norms and time steps begin at random
+        model = AutoModelForCausalLM.from_config(config(model_type, **changes), dtype=torch.float32, **chosen)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

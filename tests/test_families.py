@@ -10,7 +10,7 @@ from counts import count
 from families import EOS, EVERY, FAMILY_NAMES, LAYERS, build, has_down_proj, intervention, model, reads_of
 from test_engines import LAYER, PAD, PREFIX, STRENGTHS, fast_losses, settings, steering
 from test_generation import how, rows
-from test_suffix import answer_pairs
+from test_suffix import answer_pairs, hook_count
 from torch import nn
 
 from spilt.engine import activations, choice, suffix, whole
@@ -105,6 +105,26 @@ def test_bfloat16(family: str) -> None:
     assert rounding.max() < 3 * rounding[0] + 0.5
     if not plain(family):
         assert (fast_losses(tiny, value) - rough).abs().max() < 2 * rounding.max() + 0.05
+
+
+@pytest.mark.parametrize("family", REST)
+def test_both_attentions_and_the_model_as_it_was(family: str) -> None:
+    """eager = sdpa where the library has both; every parameter, buffer and hook is as before, bit for bit."""
+    value, sequences, found = steering(*reads_of(family)[-1], scale=0.2), answer_pairs(), []
+    for attention in ("eager", "sdpa"):
+        try:
+            tiny = build(family, attention=attention)
+        except ValueError as error:
+            assert "does not support an attention implementation" in str(error) and attention == "sdpa"
+            continue
+        before = {name: part.clone() for name, part in tiny.state_dict().items()}
+        hooked, replaced = hook_count(tiny), {name: set(module.__dict__) for name, module in tiny.named_modules()}
+        found.append(whole.losses(tiny, value, STRENGTHS, sequences, PAD, "skip_prefix", PREFIX))
+        if not plain(family):
+            torch.testing.assert_close(fast_losses(tiny, value), found[-1], atol=1e-4, rtol=1e-5)
+        assert all(torch.equal(part, before[name]) for name, part in tiny.state_dict().items())
+        assert hook_count(tiny) == hooked and {name: set(module.__dict__) for name, module in tiny.named_modules()} == replaced
+    torch.testing.assert_close(found[-1], found[0], atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", [*FAMILY_NAMES, *(name for name in REST if name not in FAMILY_NAMES)])
