@@ -87,7 +87,7 @@ def test_all_layers_are_found_and_compared(base: families.Base, capsys: pytest.C
     assert cli.main(["report", "--base_dir", str(base.path)]) == 0
     folder = base.path / f"vectors/{base.model}/get_sft_loss/report/{base.one}"
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "sft vector, layer 4" in page and (folder / "layers.png").is_file()
+    assert "sft vector, layer 4" in page and (folder / "layers.svg").is_file()
     table = pd.read_csv(folder / "layers.csv")
     assert sorted(table["layer"]) == sorted([*range(families.LAYERS)] * 2)
     measured = [cells.judged(place, "mean", 0.5, 0) for place in places]

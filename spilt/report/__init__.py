@@ -138,10 +138,12 @@ def _report(
     ]:
         wide, narrow = draw(of, split), draw(of, split, narrow=True)
         if wide is not None and narrow is not None:
-            pictures[name] = _picture(wide, narrow, folder / f"{name}.png", folder / f"{name}.svg")
+            pictures[name] = _picture(wide, narrow)
+            atomic_write(folder / f"{name}.svg", pictures[name].drawn)
     for cell in measured:
         wide, narrow = figures.cell_figure(cell, split), figures.cell_figure(cell, split, narrow=True)
-        pictures[cell.name] = _picture(wide, narrow, cell.place.folder / stored.CURVES_FILE)
+        pictures[cell.name] = _picture(wide, narrow)
+        atomic_write(cell.place.folder / stored.CURVES_FILE, figures.png_of(wide))
 
     for unread in filter(None, (stored.left_out_texts(cell.place) for cell in measured)):
         problems = [*problems, unread]
@@ -176,13 +178,9 @@ def _report(
     return out
 
 
-def _picture(wide: Figure, narrow: Figure, png: Path, svg: Path | None = None) -> page.Picture:
-    """A figure for the page; the wide one is stored too."""
-    atomic_write(png, figures.png_of(wide))
-    made = figures.svg_of(wide)
-    if svg is not None:
-        atomic_write(svg, made)
-    return page.Picture(page.image(made), page.image(figures.svg_of(narrow)))
+def _picture(wide: Figure, narrow: Figure) -> page.Picture:
+    drawn = figures.svg_of(wide)
+    return page.Picture(page.image(drawn), page.image(figures.svg_of(narrow)), drawn)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,10 +26,11 @@ class Image(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """One figure, and the narrow one for small screens."""
+    """One figure, and the narrow one for small screens; drawn: the SVG of the first, in light colours."""
 
     wide: Image
     narrow: Image
+    drawn: str
 
 
 class Column(NamedTuple):
