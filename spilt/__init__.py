@@ -1,7 +1,7 @@
 """spilt: train, apply and measure small interventions on transformer language models.
 
-For Python users (api.py says what each does): load, fit, steer, generate, measure, Steering. Importing the package is
-fast: what needs torch comes when it is first asked for.
+For Python users (api.py says what each does): load, fit, steer, generate, measure, divergence, calibrate, Steering.
+Importing the package is fast: what needs torch comes when it is first asked for.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_FACE = {name: "spilt.api" for name in ("fit", "generate", "load", "measure", "steer")} | {"Steering": "spilt.steering.steering"}
+_CALLS = ("calibrate", "divergence", "fit", "generate", "load", "measure", "steer")
+_FACE = dict.fromkeys(_CALLS, "spilt.api") | {"Steering": "spilt.steering.steering"}
 __all__ = [*_FACE, "__version__"]
 
 

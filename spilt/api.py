@@ -15,17 +15,20 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from spilt import plan
+from spilt.analysis import calibrate as calibrated
 from spilt.analysis import odds
 from spilt.data.chat import Chat, Encoded
 from spilt.data.readers import PAIR_FIELDS, Pair
 from spilt.engine import activations, choice, sampling, score, whole
 from spilt.engine import decode as generation
 from spilt.engine import train as training
-from spilt.errors import UserError, unknown
+from spilt.engine.divergence import along_path
+from spilt.errors import NotFinite, UserError, unknown
 from spilt.methods import METHODS
 from spilt.model import host
 from spilt.model.identity import model_hash
@@ -39,6 +42,8 @@ from spilt.verbs import measure as measure_verb
 
 if TYPE_CHECKING:
     import pandas as pd
+
+WORST = 0.95  # of the tokens: what a calibration looks at
 
 Pairs = Iterable[Pair | Mapping[str, str] | tuple[str, str, str]]
 
@@ -267,24 +272,112 @@ def generate(
     chat = Chat.of(tokenizer, use_chat_template, system_prompt)
     placed = steering.to(model)
     asked = [(i, m, k) for i in range(len(texts)) for m in strengths for k in range(num_responses)]
-    ids = [tuple(chat.prompt_ids(text)) for text in texts]
-    rows = [generation.Row(ids[i], m, f"{seed}/{first + i}/{k}") for i, m, k in asked]
+    ids = [chat.prompt_ids(text) for text in texts]
+    rows = [generation.Row(tuple(ids[i]), m, f"{seed}/{first + i}/{k}") for i, m, k in asked]
     known = {field.name for field in fields(GenerationParams)}
     for name in params:
         if name not in known:
             raise unknown("generation parameter", name, known)
     how = sampling.decoding(GenerationParams(**params).as_kwargs(), model, tokenizer)
-    check_context(model, "generate, prompts", [*enumerate(map(len, ids))], "shorten them or lower max_new_tokens", how.max_new_tokens)
-
-    with _frozen(model):
-        plain = choice.why_plain(placed.places, "generate", family=_family(model), engine=engine)
-        at_once = texts_at_once(model, batch_size, ids, how.max_new_tokens).texts
-        made = dict(whole.texts(model, placed, rows, how) if plain else generation.generate(model, placed, rows, how, at_once))
+    made = _texts(model, placed, rows, how, engine, batch_size)
     out = [
         {"prompt": texts[i], "multiplier": m, "response": k, "text": tokenizer.decode(made[n], skip_special_tokens=True)}
         for n, (i, m, k) in enumerate(asked)
     ]
     return pd.DataFrame(out, columns=["prompt", "multiplier", "response", "text"])
+
+
+def _texts(
+    model: nn.Module, steering: Steering, rows: Sequence[generation.Row], how: sampling.Decoding, engine: str, batch_size: int | None
+) -> dict[int, list[int]]:
+    """Row number -> new token ids, by the engine that runs it."""
+    prompts = list(dict.fromkeys(row.prompt for row in rows))
+    check_context(model, "generate, prompts", [*enumerate(map(len, prompts))], "shorten them or lower max_new_tokens", how.max_new_tokens)
+    with _frozen(model):
+        plain = choice.why_plain(steering.places, "generate", family=_family(model), engine=engine)
+        at_once = texts_at_once(model, batch_size, prompts, how.max_new_tokens).texts
+        return dict(whole.texts(model, steering, rows, how) if plain else generation.generate(model, steering, rows, how, at_once))
+
+
+def divergence(
+    model: nn.Module,
+    tokenizer: Any,
+    steering: Steering,
+    prompts: Sequence[str],
+    multipliers: float | Sequence[float] = 1.0,
+    *,
+    max_new_tokens: int = 50,
+    engine: str = choice.FAST,
+    batch_size: int | None = None,
+    use_chat_template: bool = True,
+    system_prompt: str = "",
+) -> pd.DataFrame:
+    """KL(steered || base), nats per token along the steered model's own greedy answers.
+
+    Columns multiplier, tokens, kl_mean, kl_p95, kl_max. All tokens of all prompts are pooled; p95: what the worst twentieth reaches.
+    """
+    import pandas as pd
+
+    chat, placed = Chat.of(tokenizer, use_chat_template, system_prompt), steering.to(model)
+    ids = [tuple(chat.prompt_ids(text)) for text in prompts]
+    if not ids:
+        raise UserError("there are no prompts; give at least one")
+    how = sampling.decoding({"do_sample": False, "max_new_tokens": _whole("max_new_tokens", max_new_tokens, 1)}, model, tokenizer)
+    out = []
+    for m in _strengths(multipliers):
+        made = _texts(model, placed, [generation.Row(prompt, m, "") for prompt in ids], how, engine, batch_size)
+        told = [Encoded((*prompt, *made[i]), len(prompt), 0) for i, prompt in enumerate(ids)]
+        with _frozen(model):
+            kl = torch.cat([*along_path(model, placed, m, told, host.pad_id(tokenizer))]).numpy()
+        out.append((m, len(kl), float(kl.mean()), float(np.quantile(kl, WORST)), float(kl.max())))
+    return pd.DataFrame(out, columns=["multiplier", "tokens", "kl_mean", "kl_p95", "kl_max"])
+
+
+def calibrate(
+    model: nn.Module,
+    tokenizer: Any,
+    steering: Steering,
+    prompts: Sequence[str],
+    budget: float = 1.0,
+    *,
+    start: float | None = None,
+    audit: Sequence[str] = (),
+    **how: Any,
+) -> pd.DataFrame:
+    """The multipliers at which steering disturbs as much as `budget`: `kl_p95` of `divergence` in nats, to 5%, on either side of 0.
+
+    One row for each side: multiplier, status (converged, below budget, above budget, jumps over the budget, not monotone, not the
+    identity at 0), the numbers of `divergence` there and, on other prompts, those named audit_. attrs["probes"]: all that was tried.
+    start: a first guess; left out, the end of the range in which the form is trained. how: as for `divergence`.
+    """
+    import pandas as pd
+
+    if not 0 < budget < float("inf"):  # nan is not
+        raise UserError(f"budget is {budget}; wanted nats above 0")
+    told = divergence(model, tokenizer, steering, prompts, 0.0, **how).assign(side="none")
+    rest = told["kl_max"][0] != 0
+    tried, rows = [told], []
+    begin = start or max(map(abs, INTERVENTIONS[steering.forms[0]].factors))
+    for sign, side in ((1.0, "positive"), (-1.0, "negative")):
+
+        def p95(size: float, sign: float = sign, side: str = side) -> float:
+            try:
+                tried.append(divergence(model, tokenizer, steering, prompts, sign * size, **how).assign(side=side))
+            except NotFinite:
+                return float("inf")
+            return float(tried[-1]["kl_p95"].iloc[0])
+
+        found = calibrated.solve(p95, budget, begin)
+        m = sign * found.size
+        at = [one for one in tried if one["multiplier"].iloc[0] == m] or [told.assign(multiplier=m, kl_p95=np.inf)]  # not finite there
+        row = {"side": side, "status": calibrated.NOT_ZERO if rest else found.status, **at[0].drop(columns="side").iloc[0]}
+        if audit:
+            other = divergence(model, tokenizer, steering, audit, m, **how).iloc[0]
+            row |= {f"audit_{name}": other[name] for name in ("kl_mean", "kl_p95", "kl_max")}
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    table.attrs["probes"] = pd.concat(tried, ignore_index=True)
+    return table
 
 
 def measure(

@@ -30,7 +30,7 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     section = TEXT[TEXT.index("## In Python") : TEXT.index("## Arguments")]
     blocks = re.findall(r"```python\n(.*?)```", section, re.S)
-    assert len(blocks) == 4 and all(len(block.splitlines()) <= 10 for block in blocks)
+    assert len(blocks) == 5 and all(len(block.splitlines()) <= 10 for block in blocks)
     names: dict[str, object] = {}
     for number, block in enumerate(blocks):
         exec(compile(block, f"README block {number}", "exec"), names)
