@@ -102,6 +102,7 @@ def test_how_a_search_ends_is_named(statistic: Callable[[float], float], status:
 # ---------------------------------------------------------------- on a model
 
 
+@pytest.mark.long
 def test_both_sides_meet_the_budget_and_methods_compare_there() -> None:
     model, tokenizer = families.model("qwen2"), families.tokenizer()
     for form in ("vector", "lora"):

@@ -127,6 +127,7 @@ def test_the_recommendation_and_its_intervals(base: Path, method: str, form: str
         assert row[f"{name}_high_test"] == pytest.approx(mean + half, abs=0.35 * half)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "form", "end"), CELLS)
 def test_the_rank_among_random_ones(base: Path, method: str, form: str, end: float) -> None:
     folder = folder_of(base, method, form)
