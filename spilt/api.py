@@ -135,7 +135,7 @@ def _find(
     choice.why_plain([], "fit", engine=engine)  # a word that names no engine is refused for every method
     if closed:
         return Steering.of({n: _estimate(model, tokenizer, chat, rows, n, s) for n in layers})
-    tokens = [chat.encode(p.question, text, s.output_length, p.row) for p in rows for text in (p.matching, p.not_matching)]
+    tokens = [chat.encode(question, text, s.output_length, p.row) for p in rows for question, text in p.sides]
     _check_context(model, "fit", tokens)
     whole_one = Steering.of({n: training.new_intervention(model, n, s) for n in layers})
     pad, method = host.pad_id(tokenizer), METHODS[s.method]
@@ -217,7 +217,7 @@ def _check_context(model: nn.Module, what: str, tokens: Sequence[Encoded]) -> No
 
 
 def _estimate(model: nn.Module, tokenizer: Any, chat: Chat, pairs: Sequence[Pair], layer: int, s: FitSettings) -> Intervention:
-    tokens = [chat.encode_caa(p.question, text, p.row) for p in pairs for text in (p.matching, p.not_matching)]
+    tokens = [chat.encode_caa(question, text, p.row) for p in pairs for question, text in p.sides]
     _check_context(model, "fit", tokens)
     return training.estimate(model, layer, tokens, s, METHODS[s.method], host.pad_id(tokenizer)).requires_grad_(False)
 
@@ -403,7 +403,7 @@ def measure(
 
     rows = _pairs(pairs)
     chat = Chat.of(tokenizer, use_chat_template, system_prompt)
-    tokens = [chat.encode(p.question, text, output_length, p.row) for p in rows for text in (p.matching, p.not_matching)]
+    tokens = [chat.encode(question, text, output_length, p.row) for p in rows for question, text in p.sides]
     _check_context(model, "measure", tokens)
     placed, pad = steering.to(model), host.pad_id(tokenizer)
     if multipliers is None:

@@ -365,15 +365,15 @@ def _plan_and_run(args: argparse.Namespace, program: str, shown: dict[str, Any])
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before torch looks for it
     if request.own is not None:
-        plan.make(request, dry=True)  # what is wrong with the words is told before the files are taken over
+        made = plan.make(request, dry=True)  # what is wrong with the words is told before the files are taken over
+        plan.refuse_rows(made.steps, own.kinds(request.own, request.dataset))
         for line in own.bring(request.base_dir, request.dataset, request.own, dry=dry):
             say(line)
     made = plan.make(request, dry=dry)
     if args.inspect:
         from spilt import inspect
 
-        rows = own.sections(request.own, request.dataset) if request.own is not None else {}
-        shown["inspected"] = inspect.inspected(made, request, rows)
+        shown["inspected"] = inspect.inspected(made, request)
         if not args.json:
             inspect.show(shown["inspected"])
         return 0

@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from spilt.artifacts.losses import NEUTRAL
-from spilt.data import readers
+from spilt.data import own, readers
 from spilt.data.batches import position_mask
 from spilt.data.chat import Chat, Encoded
 from spilt.methods import METHODS
@@ -17,12 +17,14 @@ from spilt.terminal import say
 from spilt.verbs import VERBS, Request, Step
 
 AVERAGED = "averaged"  # in place of positions: the answer's tokens, of which a closed form takes the mean
+# of a row's sides where they are not two answers
+NAMES = {readers.ONE_SIDED: ("matching",), readers.CONTRASTS: readers.SIDES, readers.BARE_CONTRASTS: readers.SIDES}
 FIRST = 2  # rows shown of each file
 PARTS = {"prefix": "-", "prompt": "q", "answer": "A", "suffix": "s"}  # of a sequence -> its mark in the masks
 
 
-def inspected(made: Plan, request: Request, brought: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """An entry for each file and way of encoding that the steps use. brought: section -> rows of files that are not taken over yet."""
+def inspected(made: Plan, request: Request) -> list[dict[str, Any]]:
+    """An entry for each file and way of encoding that the steps use. Files of the user's own need not be taken over yet."""
     tokenizer = tokenizer_of(made.steps[0].model)
     found: dict[Any, dict[str, Any]] = {}
     for step in made.steps:
@@ -34,8 +36,10 @@ def inspected(made: Plan, request: Request, brought: Mapping[str, Sequence[Any]]
             where = AVERAGED if closed else s.fitted_positions if as_fitted else s.applied_positions
             key = (section, step.cells[0].concept, step.verb == "generate", closed, where, s.use_chat_template, s.system_prompt)
             if key not in found:
-                rows = brought.get(section)
-                if rows is None:
+                rows: Sequence[Any]
+                if request.own is not None:
+                    rows = own.section(request.own, request.dataset, section)
+                else:
                     fmt = readers.dataset_format(request.base_dir, request.dataset, section)
                     rows = readers.read_entry(fmt, step.cells[0].concept if fmt.multi_concept else None, request.limit)
                 found[key] = _entry(step, purpose, chat, rows[: request.limit], closed, where)
@@ -48,15 +52,15 @@ def _entry(step: Step, purpose: str, chat: Chat, rows: Sequence[Any], closed: bo
     for row in rows:
         if isinstance(row, readers.Prompt):
             ids = tuple(chat.prompt_ids(row.input))
-            sequences.append((row.row, "prompt", Encoded(ids, len(ids), 0)))
+            sequences.append((row.row, "prompt", Encoded(ids, len(ids), 0, chat.prefix_of(row.input))))
             continue
-        for name in ("matching", "not_matching"):
-            text = getattr(row, name)
-            made = chat.encode_caa(row.question, text, row.row) if closed else chat.encode(row.question, text, s.output_length, row.row)
+        named = NAMES.get(row.kind, ("matching", "not_matching"))
+        for name, (question, text) in zip(named, row.sides, strict=False):
+            made = chat.encode_caa(question, text, row.row) if closed else chat.encode(question, text, s.output_length, row.row)
             sequences.append((row.row, name, made))
     lengths = [len(one.input_ids) for *_, one in sequences]
     answers = [len(one.input_ids) - one.prompt_length - one.suffix_length for *_, one in sequences]
-    shown = sequences[: FIRST * (1 if step.verb == "generate" else 2)]
+    shown = sequences[: FIRST * len(sequences) // len(rows)]
     masks = position_mask([one for *_, one in shown], "all_generation" if closed else where, chat.prefix_length).tolist()
     if closed and s.multiple_choice:
         masks = [[k == len(one.input_ids) - 2 for k in range(len(mask))] for (*_, one), mask in zip(shown, masks, strict=True)]
@@ -72,7 +76,7 @@ def _entry(step: Step, purpose: str, chat: Chat, rows: Sequence[Any], closed: bo
 
 def _tokens(chat: Chat, one: Encoded, mask: Sequence[bool]) -> dict[str, Any]:
     """Each part's tokens as text, and which of them are steered, or averaged."""
-    n, prefix = len(one.input_ids), min(chat.prefix_length, one.prompt_length)
+    n, prefix = len(one.input_ids), min(one.prefix(chat.prefix_length), one.prompt_length)
     ends = dict(zip(PARTS, (prefix, one.prompt_length, n - one.suffix_length, n), strict=True))
     starts = dict(zip(PARTS, (0, *ends.values()), strict=False))
     words = [chat.tokenizer.decode([token], skip_special_tokens=False) for token in one.input_ids]

@@ -154,8 +154,31 @@ def make(request: Request, *, dry: bool = False) -> Plan:
         steps += made
     for said in {step.settings.anatomy for step in steps}:
         anatomy.parse(said)
+    if request.own is None or not dry:  # before they are brought, own.py knows them
+        first = [row for fmt in formats.values() if fmt.path.is_file() for row in [_first(fmt)] if row is not None]
+        refuse_rows(steps, dict(first))
     checkpoint.check(model, *({layer for step in steps if wants(step) for layer in step.settings.layers} for wants in (bool, _wants_down)))
     return Plan(steps, left_out)
+
+
+def _first(fmt: readers.DatasetFormat) -> tuple[str, str] | None:
+    """Section and kind of a file's pairs, which are all of one; None of prompts, and of a file that can't be read (told elsewhere)."""
+    try:
+        return None if readers.has_prompts(fmt.section) else (fmt.section, readers.read_pairs(fmt, limit=1)[0].kind)
+    except UserError:
+        return None
+
+
+def refuse_rows(steps: Sequence[Step], kinds: Mapping[str, str]) -> None:
+    """Raises UserError for steps that make no sense of their rows. kinds: section -> Pair.kind."""
+    mistakes = Mistakes()
+    for step in steps:
+        for purpose, path in step.data.items():
+            kind = kinds.get(VERBS[step.verb].sections[purpose], readers.PAIRS)
+            with mistakes.each():
+                if why := VERBS[step.verb].refuses(step, kind):
+                    raise UserError(f"{step}: {path} has {kind}: {why}")
+    mistakes.tell()
 
 
 def _wants_down(step: Step) -> bool:
@@ -242,6 +265,7 @@ def _sections(request: Request) -> Collection[str]:
 def columns(fmt: readers.DatasetFormat) -> dict[str, Any]:
     """What of a dataset_format.yaml entry decides the rows: the columns of the same file can be read as other data."""
     fields = (*readers.SECTIONS[fmt.section], *(("concept_id", "output_concept") if fmt.multi_concept else ()))
+    fields += tuple(field for field in readers.ASKED if field in fmt.field_names)
     return {"columns": {field: fmt.column(field) for field in fields}, "multi_concept": fmt.multi_concept}
 
 

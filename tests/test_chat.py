@@ -62,7 +62,7 @@ def test_one_bos_no_eos_whatever_template_and_tokenizer_add(template, adds_bos, 
     assert chat.suffix == "<end>\n" and shown(tok, chat.suffix_ids) == "<end>\n"
     sequence = chat.encode("Why?", " Yes")
     assert shown(tok, sequence.input_ids) == prompt + " Yes<end>\n"
-    assert sequence[1:] == (len(chat.prompt_ids("Why?")), 2)
+    assert sequence[1:3] == (len(chat.prompt_ids("Why?")), 2)
     caa = chat.encode_caa("Why?", " Yes")
     assert shown(tok, caa.input_ids) == prompt + "  Yes" and caa.prompt_length == sequence.prompt_length and caa.suffix_length == 0
     assert list(sequence.input_ids[: sequence.prompt_length]) == chat.prompt_ids("Why?")

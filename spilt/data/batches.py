@@ -57,19 +57,20 @@ def position_mask(sequences: list[Encoded], positions: str, prefix_length: int) 
         raise UserError(f"unknown steer_positions {positions!r}: {str(error).removeprefix('is unknown; ')}") from None
     index = torch.arange(_width(sequences))
     rows = []
-    for ids, prompt_length, _ in sequences:
+    for sequence in sequences:
+        ids, prompt_length, start = sequence.input_ids, sequence.prompt_length, sequence.prefix(prefix_length)
         real = index < len(ids)
-        prompt = real & (index >= prefix_length) & (index < prompt_length)
+        prompt = real & (index >= start) & (index < prompt_length)
         if positions == "all":
             rows.append(real)
         elif positions == "skip_prefix":
-            rows.append(real & (index >= prefix_length))
+            rows.append(real & (index >= start))
         elif positions == "all_prompt":
             rows.append(prompt)
         elif positions == "all_generation":
             rows.append(real & (index >= prompt_length))
         else:
-            rows.append(prompt & ((index < prefix_length + first) | (index >= prompt_length - last)))
+            rows.append(prompt & ((index < start + first) | (index >= prompt_length - last)))
     return torch.stack(rows)
 
 

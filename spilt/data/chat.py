@@ -11,12 +11,30 @@ those after the prompt's own token count. No torch and no transformers here: a t
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import combinations
 from typing import Any, NamedTuple
 
 from spilt.errors import UserError, first_line
+
+Conversation = tuple[tuple[str, str], ...]  # (role, text) of each turn: perhaps a system turn, then user and assistant, the user's last
+Question = str | Conversation
+SYSTEM = "system"
+
+
+def readable(question: Question) -> str:
+    """A question as a person reads it: its text, or a conversation's turns by their roles."""
+    if isinstance(question, str):
+        return question
+    return question[0][1] if len(question) == 1 else "\n\n".join(f"{role}: {text}" for role, text in question)
+
+
+def bare(question: Question) -> Question:
+    """A question without its system prompt."""
+    turns = (("user", question),) if isinstance(question, str) else question[question[0][0] == SYSTEM :]
+    return turns[0][1] if len(turns) == 1 else turns
 
 
 class Encoded(NamedTuple):
@@ -25,6 +43,11 @@ class Encoded(NamedTuple):
     input_ids: tuple[int, ...]
     prompt_length: int  # the labels are the tokens from this index on
     suffix_length: int  # how many of the last tokens are the template's suffix; 0 when truncated away
+    prefix_length: int | None = None  # of a question with a system prompt of its own; None: the chat's
+
+    def prefix(self, shared: int) -> int:
+        """Leading tokens that are the template's; shared: those of the chat."""
+        return shared if self.prefix_length is None else self.prefix_length
 
 
 @dataclass(frozen=True)
@@ -34,12 +57,12 @@ class Chat:
     tokenizer: Any = field(repr=False)
     use_template: bool
     system_prompt: str | None
-    fold_system: bool  # the template has no system role: the system prompt begins the user turn
     bos_ids: tuple[int, ...]  # what the tokenizer itself puts before a text (BOS); never added to one that has it
     prefix_length: int = 0  # leading tokens shared by two different one-letter user turns; no template: len(bos_ids)
     suffix: str = ""  # what the template puts after a turn's text (end of turn), as text and as tokens
     suffix_ids: tuple[int, ...] = ()
     vocabulary: int | None = None  # token ids that the model knows, where a model is at hand: others are refused
+    prefixes: dict[str, int] = field(default_factory=dict, repr=False, compare=False)  # those found, by system prompt
 
     @classmethod
     def of(cls, tokenizer: Any, use_chat_template: bool = True, system_prompt: str | None = None) -> Chat:
@@ -47,37 +70,58 @@ class Chat:
 
         Raises UserError when the template refuses a single user turn, or all letters are one token to the tokenizer.
         """
-        use_template = use_chat_template and bool(tokenizer.chat_template)
-        system_prompt = system_prompt or None
-        fold = system_prompt is not None and not (use_template and _takes_system(tokenizer, system_prompt))
-        chat = cls(tokenizer, use_template, system_prompt, fold, _bos_ids(tokenizer))
-        if not use_template:
+        chat = cls(tokenizer, use_chat_template and bool(tokenizer.chat_template), system_prompt or None, _bos_ids(tokenizer))
+        if not chat.use_template:
             return replace(chat, prefix_length=len(chat.bos_ids))
-        # the first two letters that differ to this tokenizer; nearly always a and b
-        for one, other in combinations(string.ascii_lowercase, 2):
-            prompts, turns = ([chat._ids(chat._render(letter, ask)) for letter in (one, other)] for ask in (True, False))
+        prefix, letters = chat._prefix(())
+        turns = [chat._ids(chat._render(letter, ask=False))[::-1] for letter in letters]
+        suffix_ids = _shared(turns)[::-1]
+        suffix = tokenizer.decode(list(suffix_ids), skip_special_tokens=False) if suffix_ids else ""
+        return replace(chat, prefix_length=prefix, suffix=suffix, suffix_ids=suffix_ids)
+
+    @cached_property
+    def folds_system(self) -> bool:
+        """The template has no system role: the system prompt begins the first user turn."""
+        return not (self.use_template and _takes_system(self.tokenizer, self.system_prompt or "b"))
+
+    def prefix_of(self, question: Question) -> int | None:
+        """Leading tokens that two one-letter questions share under this one's own system prompt; None where it has none."""
+        if isinstance(question, str) or question[0][0] != SYSTEM or not self.use_template:
+            return None
+        if question[0][1] not in self.prefixes:
+            self.prefixes[question[0][1]] = self._prefix(question[:1])[0]
+        return self.prefixes[question[0][1]]
+
+    def prefixes_of(self, questions: Iterable[Question]) -> list[int]:
+        """Of each question, the chat's own where it has no system prompt."""
+        return [self.prefix_length if (own := self.prefix_of(question)) is None else own for question in questions]
+
+    def _prefix(self, before: Conversation) -> tuple[int, tuple[str, str]]:
+        """Its length, and the first two letters that differ to this tokenizer; nearly always a and b."""
+        for letters in combinations(string.ascii_lowercase, 2):
+            prompts = [self._ids(self._render((*before, ("user", letter)), ask=True)) for letter in letters]
             if prompts[0] != prompts[1]:
-                suffix_ids = _shared([ids[::-1] for ids in turns])[::-1]
-                suffix = tokenizer.decode(list(suffix_ids), skip_special_tokens=False) if suffix_ids else ""
-                return replace(chat, prefix_length=len(_shared(prompts)), suffix=suffix, suffix_ids=suffix_ids)
+                return len(_shared(prompts)), letters
         raise UserError("every letter is the same token to this tokenizer (all unknown?); take the tokenizer that belongs to the model")
 
-    def prompt_text(self, question: str) -> str:
+    def prompt_text(self, question: Question) -> str:
         """The prompt as text, generation prompt included, without a leading BOS (tokenising adds it)."""
         text, bos = self._render(question, ask=True), self.tokenizer.bos_token
         return text[len(bos) :] if self.use_template and bos and text.startswith(bos) else text
 
-    def prompt_ids(self, question: str) -> list[int]:
+    def prompt_ids(self, question: Question) -> list[int]:
         """The tokens that generation feeds; the same as the first `prompt_length` of `encode` on ordinary tokenizers.
 
         Raises UserError when there is none (an empty question without template and BOS).
         """
         ids = self._ids(self._render(question, ask=True))
         if not ids:
-            raise UserError(f"question {question!r} gives no token without a chat template; write a question or use the chat template")
+            raise UserError(
+                f"question {_short(question)} gives no token without a chat template; write a question or use the chat template"
+            )
         return ids
 
-    def encode(self, question: str, answer: str, max_length: int = 512, row: int | None = None) -> Encoded:
+    def encode(self, question: Question, answer: str, max_length: int = 512, row: int | None = None) -> Encoded:
         """prompt + answer + template suffix, cut to the first `max_length` tokens. `row` only serves the message.
 
         Raises UserError when no answer token is left.
@@ -90,14 +134,20 @@ class Chat:
                 f"{_name(question, row)}: its prompt of {prompt_length} tokens leaves no room for the answer in "
                 f"output_length {max_length}; raise output_length above {prompt_length} or shorten the question"
             )
-        return Encoded(tuple(ids[:max_length]), prompt_length, max(0, suffix_length - cut))
+        return Encoded(tuple(ids[:max_length]), prompt_length, max(0, suffix_length - cut), self.prefix_of(question))
 
-    def encode_caa(self, question: str, answer: str, row: int | None = None) -> Encoded:
-        """prompt + one space + answer, no suffix, not cut: the released tokenisation of caa (an answer with a leading space gets two)."""
+    def encode_caa(self, question: Question, answer: str, row: int | None = None) -> Encoded:
+        """prompt + one space + answer, no suffix, not cut: the released tokenisation of caa (an answer with a leading space gets two).
+
+        Without an answer the prompt's last token stands for it.
+        """
+        if not answer:
+            prompt = tuple(self.prompt_ids(question))
+            return Encoded(prompt, len(prompt) - 1, 0, self.prefix_of(question))
         ids, prompt_length = self._joined(question, " " + answer, row)
-        return Encoded(tuple(ids), prompt_length, 0)
+        return Encoded(tuple(ids), prompt_length, 0, self.prefix_of(question))
 
-    def _joined(self, question: str, answer: str, row: int | None) -> tuple[list[int], int]:
+    def _joined(self, question: Question, answer: str, row: int | None) -> tuple[list[int], int]:
         """(tokens of prompt + answer tokenised as one string, the prompt's own token count)."""
         ids, prompt_length = self._ids(self._render(question, ask=True) + answer), len(self.prompt_ids(question))
         if prompt_length >= len(ids):  # raw text only: a token reaches across the border
@@ -106,16 +156,22 @@ class Chat:
             )
         return ids, prompt_length
 
-    def _render(self, question: str, ask: bool) -> str:
-        """The text of a conversation of one user turn; `ask` adds the generation prompt. Raw text without template."""
-        if self.system_prompt is not None and self.fold_system:
-            question = f"{self.system_prompt}\n\n{question}"
-        if not self.use_template:
-            return question
-        turns = [{"role": "user", "content": question}]
-        if self.system_prompt is not None and not self.fold_system:
-            turns.insert(0, {"role": "system", "content": self.system_prompt})
-        return _apply(self.tokenizer, turns, ask)
+    def _render(self, question: Question, ask: bool) -> str:
+        """The text of a conversation; `ask` adds the generation prompt. Raw text without template. Its own system turn goes before
+        the chat's system prompt."""
+        turns = [("user", question)] if isinstance(question, str) else [*question]
+        system = turns.pop(0)[1] if turns[0][0] == SYSTEM else self.system_prompt
+        if system is not None and self.folds_system:
+            turns[0] = (turns[0][0], f"{system}\n\n{turns[0][1]}")
+        elif system is not None:
+            turns.insert(0, (SYSTEM, system))
+        if self.use_template:
+            return _apply(self.tokenizer, [{"role": role, "content": text} for role, text in turns], ask)
+        if len(turns) > 1:
+            raise UserError(
+                f"question {_short(question)}: a conversation of {len(turns)} turns needs a chat template; it has none, or not in use"
+            )
+        return turns[0][1]
 
     def _ids(self, text: str) -> list[int]:
         """Tokens of a text with exactly one BOS, if the template or the tokenizer has one, and no EOS of the tokenizer's own."""
@@ -180,7 +236,11 @@ def _shared(lists: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(shared)
 
 
-def _name(question: str, row: int | None) -> str:
+def _name(question: Question, row: int | None) -> str:
     """How a message names a question."""
-    short = question if len(question) <= 60 else question[:57] + "..."
-    return f"question {short!r}" if row is None else f"row {row} (0-based), question {short!r}"
+    return f"question {_short(question)}" if row is None else f"row {row} (0-based), question {_short(question)}"
+
+
+def _short(question: Question) -> str:
+    text = readable(question)
+    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -14,12 +14,27 @@ from typing import Any, NamedTuple
 
 from spilt.artifacts.atomic import atomic_write_together, half_replaced
 from spilt.data import sense
-from spilt.data.readers import PAIR_FIELDS, DatasetFormat, Pair, Prompt, Row, formats_file, sections_of
+from spilt.data.chat import SYSTEM
+from spilt.data.readers import (
+    ASKED,
+    CONTRAST,
+    PAIR_FIELDS,
+    DatasetFormat,
+    Pair,
+    Prompt,
+    Row,
+    as_prompts,
+    formats_file,
+    pairs_of,
+    prompts_of,
+    sections_of,
+)
 from spilt.data.sources import Record, columns_of, ending_of, file_hash, read
 from spilt.errors import Mistakes, UserError, checked_name, unknown
 from spilt.settings.files import DATA, SOURCE
 from spilt.team import place
 
+FIELDS = (*PAIR_FIELDS, *ASKED)
 PARTS = ("train", "test", "valid", "data", "train_data", "test_data")  # file names that don't say what the data is: their folder may
 SECTION = {"train": "train", "test": "valid"}
 
@@ -40,8 +55,8 @@ def columns_from(text: str) -> dict[str, str]:
         field, equals, column = item.partition("=")
         if not equals or not column:
             raise UserError(f"--columns {text}: {item!r} is no field=column; wanted such as question=ask,matching=good,not_matching=bad")
-        if field.strip() not in PAIR_FIELDS:
-            raise UserError(f"--columns {text}: {unknown('field', field.strip(), PAIR_FIELDS)}")
+        if field.strip() not in FIELDS:
+            raise UserError(f"--columns {text}: {unknown('field', field.strip(), FIELDS)}")
         found[field.strip()] = column
     return found
 
@@ -90,7 +105,8 @@ def bring(base_dir: Path, name: str, own: Own, *, dry: bool = False) -> list[str
     there = {path.name: path.read_bytes() for path in _ours(folder)}
     if files == there and not half_replaced(folder / SOURCE):
         return []
-    counts = ", ".join(f"{len(found)} pairs in {part}.jsonl" for part, found in rows.items())
+    kind = kinds(own, name)
+    counts = ", ".join(f"{len(found)} {kind[SECTION[part]]} in {part}.jsonl" for part, found in rows.items())
     said = f"{counts} from {', '.join(path.name for path in own.train)}"
     if dry:
         return [f"{folder} will have {said}"]
@@ -102,22 +118,28 @@ def bring(base_dir: Path, name: str, own: Own, *, dry: bool = False) -> list[str
     return [f"{folder} {'was replaced: ' if there else 'has '}{said}"]
 
 
-def parts(own: Own, name: str) -> dict[str, list[dict[str, str]]]:
+def parts(own: Own, name: str) -> dict[str, list[dict[str, Any]]]:
     """train and test -> their rows, by the names of a pair's fields."""
-    rows = {"train": _rows(own.train, own, name)}
+    rows = {"train": _rows(own.train, own, name, "train")}
     if isinstance(own.test, tuple):
-        return rows | ({"test": _rows(own.test, own, name)} if own.test else {})
+        return rows | ({"test": _rows(own.test, own, name, "test")} if own.test else {})
     return dict(zip(SECTION, _split(rows["train"], own), strict=True))
 
 
-def sections(own: Own, name: str) -> dict[str, list[Pair] | list[Prompt]]:
-    """The same as an entry of dataset_format.yaml gives them."""
-    found = {
-        SECTION[part]: [Pair(**row, concept_id=None, concept=None, row=i) for i, row in enumerate(rows)]
-        for part, rows in parts(own, name).items()
-    }
-    asked = found.get("valid", found["train"])
-    return {**found, "generation": [Prompt(pair.question, pair.matching, None, None, pair.row, {}) for pair in asked]}
+def section(own: Own, name: str, section: str) -> list[Pair] | list[Prompt]:
+    """What a section of dataset_format.yaml would give of the files."""
+    made, fmts = parts(own, name), formats(Path(), name, own)
+    part = next((part for part in made if SECTION[part] == section), [*made][-1])
+    rows = [Row(fmts[SECTION[part]], Record(i, f"row {i} (0-based)", values)) for i, values in enumerate(made[part])]
+    if SECTION[part] == section:
+        return pairs_of(rows)
+    fmt = as_prompts(fmts[SECTION[part]])
+    return prompts_of(fmt, [Row(fmt, Record(row.row, row.where, row.values)) for row in rows])
+
+
+def kinds(own: Own, name: str) -> dict[str, str]:
+    """section -> what kind its pairs are of."""
+    return {key: row.kind for key in formats(Path(), name, own) for row in section(own, name, key)[:1] if isinstance(row, Pair)}
 
 
 def _ours(folder: Path) -> list[Path]:
@@ -149,37 +171,76 @@ def _source(own: Own) -> dict[str, Any]:
     return {"train": named(own.train), **test, "columns": dict(own.columns)}
 
 
-def _rows(paths: tuple[Path, ...], own: Own, name: str) -> list[dict[str, str]]:
+def _rows(paths: tuple[Path, ...], own: Own, name: str, part: str) -> list[dict[str, Any]]:
     """The pairs of some files, by the names of their fields. Every mistake of the first kind in a file is told with its line."""
-    found, mistakes = list[dict[str, str]](), Mistakes()
+    found, mistakes = list[dict[str, Any]](), Mistakes()
     for path in paths:
         with mistakes.each():
-            records = list(read(path))
+            records = [_with_question(path, record, own.columns) for record in read(path)]
             if not records:
                 raise UserError(f"{path}: no rows; wanted one pair of answers a row")
             fmt = DatasetFormat(name, "train", path, own.columns, False)
-            pairs = []
             for record in records:
-                _check_columns(path, record, own.columns)
-                row = Row(fmt, record)
-                pairs.append(Pair(row.text("question"), row.answer("matching"), row.answer("not_matching"), None, None, row.row))
-            sense.refuse_useless(fmt, pairs)
-            found += [{field: getattr(pair, field) for field in PAIR_FIELDS} for pair in pairs]
+                _check_columns(path, record, own.columns, part)
+            rows = [Row(fmt, record._replace(values=dict.fromkeys(map(fmt.column, PAIR_FIELDS[1:])) | record.values)) for record in records]
+            sense.refuse_useless(fmt, pairs_of(rows))
+            found += [_stored(row) for row in rows]
     mistakes.tell()
     return found
 
 
-def _check_columns(path: Path, record: Record, columns: Mapping[str, str]) -> None:
-    missing = [field for field in PAIR_FIELDS if columns.get(field, field) not in record.values]
-    if missing:
+def _stored(row: Row) -> dict[str, Any]:
+    """A row as train.jsonl holds it: the fields of a pair, null where it has no such answer, and those of ASKED that it has."""
+
+    def plain(value: Any) -> Any:
+        return [{"role": turn["role"], "content": turn["content"]} for turn in value] if isinstance(value, list) else value
+
+    asked = {field: plain(row.value(field)) for field in ("question", *ASKED) if row.has(field)}
+    return {**asked, **{field: row.answer(field) or None for field in PAIR_FIELDS[1:]}}
+
+
+def _with_question(path: Path, record: Record, columns: Mapping[str, str]) -> Record:
+    """Of pairs of whole conversations (trl's, without a prompt): what both begin with is the question."""
+    question, *answers = (columns.get(field, field) for field in PAIR_FIELDS)
+    given = {name: value for name in answers if (value := record.values.get(name)) is not None}
+    asked = (question, *(columns.get(field, field) for field in CONTRAST))
+    if any(name in record.values for name in asked) or not any(isinstance(value, list) and len(value) > 1 for value in given.values()):
+        return record
+    first, *others = given.values()
+    if not isinstance(first, list) or any(not isinstance(other, list) or other[:-1] != first[:-1] for other in others):
+        names = " and ".join(map(repr, given))
+        raise UserError(f"{path} {record.where}: {names} are conversations that begin differently; give the question its own column")
+    return record._replace(values={**record.values, question: first[:-1], **{name: value[-1:] for name, value in given.items()}})
+
+
+def _check_columns(path: Path, record: Record, columns: Mapping[str, str], part: str) -> None:
+    """What must be there: what --columns names, a question or two that are compared, and, to fit on a question, a matching answer."""
+
+    def there(field: str) -> bool:
+        return columns.get(field, field) in record.values
+
+    compared = any(map(there, CONTRAST))
+    needed = {
+        *columns,
+        *([] if any(map(there, CONTRAST[:2])) else ["question"]),
+        *(["matching"] if part == "train" and not compared else []),
+    }
+    if not all(map(there, needed)):
+        missing = [field for field in FIELDS if field in needed | {*PAIR_FIELDS} and not there(field)]
         wanted = ", ".join(repr(columns.get(field, field)) for field in missing)
         example = ",".join(f"{field}={columns.get(field, '<column>')}" for field in PAIR_FIELDS)
         raise UserError(f"{path} {record.where}: no column {wanted} ({columns_of(record.values)}); say which is which: --columns {example}")
 
 
-def _split(rows: list[dict[str, str]], own: Own) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def _asked(row: dict[str, Any]) -> str:
+    """What is asked, whatever the system prompt: rows of one question are held out together."""
+    found: Any = row.get("question", row.get(CONTRAST[0]))
+    return found if isinstance(found, str) else json.dumps([turn for turn in found if turn["role"] != SYSTEM])
+
+
+def _split(rows: list[dict[str, Any]], own: Own) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(train, test): the questions in the order of their seeded hashes, the first are held out, so that new rows move few of the others."""
-    asked = {row["question"] for row in rows}
+    asked = {_asked(row) for row in rows}
     assert isinstance(own.test, int | float)
     size = round(own.test * len(asked)) if own.test < 1 else int(own.test)
     if not 0 < size < len(asked):
@@ -188,4 +249,4 @@ def _split(rows: list[dict[str, str]], own: Own) -> tuple[list[dict[str, str]], 
         )
     order = sorted(asked, key=lambda question: hashlib.sha256(f"{own.seed} {question}".encode()).digest())
     held_out = set(order[:size])
-    return [row for row in rows if row["question"] not in held_out], [row for row in rows if row["question"] in held_out]
+    return [row for row in rows if _asked(row) not in held_out], [row for row in rows if _asked(row) in held_out]

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spilt.data.chat import SYSTEM, Conversation, Question
 from spilt.data.sources import Record, columns_of, ending_of, read, seen
 from spilt.errors import Mistakes, UserError, half_pair, unknown
 from spilt.settings.files import DATA, is_own
@@ -23,10 +24,13 @@ ENTRY_KEYS = ("file_path", "field_names", "multi_concept", "keywords")
 UNUSED_ENTRY_KEYS = ("hf_path", "n_shots")  # of the released file; they say nothing about pairs and prompts
 PAIR_FIELDS = ("question", "matching", "not_matching")
 PROMPT_FIELDS = ("input", "reference_response")
+SIDES = ("positive", "negative")
+CONTRAST = tuple(f"{field}_{side}" for field in ("question", SYSTEM) for side in SIDES)  # in place of question, or of system
+ASKED = (SYSTEM, *CONTRAST)  # columns that a row may have: its own system prompt, and prompts that are compared
 CONCEPT_FIELDS = ("output_concept", "concept_id", "concept_genre", "category")
 EVAL_FIELDS = ("input", "output_concept", "concept_id", "concept", "concept_genre", "category")  # of eval_data, in the released order
 UNUSED_FIELDS = ("concept", "text", "label", "choices")  # of the released file; `concept` is a second name of output_concept there
-FIELDS = (*PAIR_FIELDS, *PROMPT_FIELDS, *CONCEPT_FIELDS, *UNUSED_FIELDS)
+FIELDS = (*PAIR_FIELDS, *PROMPT_FIELDS, *ASKED, *CONCEPT_FIELDS, *UNUSED_FIELDS)
 # section of dataset_format.yaml -> standard fields that a row of it has
 SECTIONS = {"train": PAIR_FIELDS, "valid": PAIR_FIELDS, "generation": PROMPT_FIELDS, "neutral": PROMPT_FIELDS}
 # (dataset, section) -> the entry that goes before its own: the released scripts read `--dataset axbench` from these, and the
@@ -49,21 +53,50 @@ class DatasetFormat(NamedTuple):
         return self.field_names.get(field, field)
 
 
+class Contrast(NamedTuple):
+    """Two questions in place of one: what differs is how it is asked, or by whom (the system prompt)."""
+
+    positive: Question
+    negative: Question
+
+
 class Pair(NamedTuple):
     """A question with its winning (`matching`) and losing (`not_matching`) answer, of one concept."""
 
-    question: str
-    matching: str
+    question: Question | Contrast
+    matching: str  # "": the row has none, neither has any other
     not_matching: str
     concept_id: int | None
     concept: str | None
     row: int  # 0-based row in the file
 
+    @property
+    def questions(self) -> tuple[Question, Question]:
+        """Of the matching and of the not-matching answer."""
+        return (self.question.positive, self.question.negative) if isinstance(self.question, Contrast) else (self.question, self.question)
+
+    @property
+    def sides(self) -> tuple[tuple[Question, str], tuple[Question, str]]:
+        """Sequences 2 i and 2 i + 1 of the engine: of one-sided rows the one answer twice, where a method reads one of them."""
+        one, other = self.questions
+        return (one, self.matching), (other, self.not_matching or self.matching)
+
+    @property
+    def kind(self) -> str:
+        """What can be done with such rows (Verb.refuses)."""
+        if isinstance(self.question, Contrast):
+            return CONTRASTS if self.matching else BARE_CONTRASTS
+        return (PAIRS if self.not_matching else ONE_SIDED) if self.matching else QUESTIONS
+
+
+PAIRS, ONE_SIDED, QUESTIONS = "pairs", "one-sided rows", "questions"  # two answers, a matching one, none
+CONTRASTS, BARE_CONTRASTS = "contrasts", "contrasts without answers"  # of prompts
+
 
 class Prompt(NamedTuple):
     """An input to generate from; `extra` has the row's other columns, as JSON values (with concepts, the released row first)."""
 
-    input: str
+    input: Question
     reference_response: str | None
     concept_id: int | None
     concept: str | None
@@ -231,7 +264,10 @@ class Row:
 
     def text(self, field: str) -> str:
         """The same as text that can be tokenised."""
-        value, at = self.value(field), f"in column {self.fmt.column(field)!r}"
+        return self._checked(self.value(field), field)
+
+    def _checked(self, value: Any, field: str) -> str:
+        at = f"in column {self.fmt.column(field)!r}"
         if not isinstance(value, str):
             raise self.wrong(f"{field} is {seen(value)} ({type(value).__name__}) {at}; wanted text")
         if "\0" in value:
@@ -240,12 +276,60 @@ class Row:
             raise self.wrong(f"{field} has half of a surrogate pair {at}: {ascii(value)[:80]}; write the whole character")
         return value
 
+    def has(self, field: str) -> bool:
+        return self.values.get(self.fmt.column(field)) is not None
+
     def answer(self, field: str) -> str:
-        """The same as text that is not empty."""
-        if not (text := self.text(field)).strip():
+        """The same as text that is not empty; also of a list of one turn, the assistant's. "" where the file has null."""
+        value = self.value(field)
+        if value is None:
+            return ""
+        if isinstance(value, list) and len(turns := self._turns(value, field)) == 1 and turns[0][0] == "assistant":
+            text = turns[0][1]
+        else:
+            text = self.text(field)
+        if not text.strip():
             column = self.fmt.column(field)
             raise self.wrong(f"empty answer {seen(text)} in column {column!r} ({field}); write an answer or remove the row")
         return text
+
+    def asked(self, field: str, system: str = SYSTEM) -> Question:
+        """A question: text, or a list of turns; with the row's own system prompt, where it has one."""
+        value = self.value(field)
+        question: Question = self._conversation(value, field) if isinstance(value, list) else self.text(field)
+        if not self.has(system) or not (prompt := self.text(system)).strip():
+            return question
+        if not isinstance(question, str) and question[0][0] == SYSTEM:
+            raise self.wrong(f"a system turn in {field}, and another in column {self.fmt.column(system)!r}; keep one of them")
+        return ((SYSTEM, prompt), *((("user", question),) if isinstance(question, str) else question))
+
+    def question(self) -> Question | Contrast:
+        """What is asked, or two of it where the row has columns of CONTRAST."""
+        sides = []
+        for side in SIDES:
+            field, system = (f"{name}_{side}" if any(self.has(f"{name}_{one}") for one in SIDES) else name for name in ("question", SYSTEM))
+            for name in (field, system):
+                if name in CONTRAST and not self.has(name):
+                    raise self.wrong(f"no {name} where the other side has one; give both of {', '.join(CONTRAST)} that belong together")
+            sides.append(self.asked(field, system))
+        return Contrast(*sides) if any(map(self.has, CONTRAST)) else sides[0]
+
+    def _conversation(self, value: list[Any], field: str) -> Conversation:
+        """Turns in the order that every chat template takes."""
+        turns = self._turns(value, field)
+        spoken = turns[1:] if turns and turns[0][0] == SYSTEM else turns
+        if not spoken or [role for role, _ in spoken] != ["user" if i % 2 == 0 else "assistant" for i in range(len(spoken) | 1)]:
+            roles = ", ".join(role for role, _ in turns) or "none"
+            raise self.wrong(
+                f"{field} has turns of {roles}; wanted user and assistant by turns, the user's last; a system turn may be first"
+            )
+        return spoken if spoken is not turns and not turns[0][1].strip() else turns
+
+    def _turns(self, value: list[Any], field: str) -> Conversation:
+        for number, turn in enumerate(value):
+            if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+                raise self.wrong(f"{field}: turn {number} (0-based) is {seen(turn)}; wanted {{'role': ..., 'content': ...}}")
+        return tuple((self._checked(turn["role"], f"{field}: role"), self._checked(turn["content"], f"{field}: content")) for turn in value)
 
     @cached_property
     def concept_id(self) -> int | None:
@@ -275,10 +359,25 @@ def read_pairs(fmt: DatasetFormat, concept: int | None = None, limit: int | None
     A question may be empty (two of the released power-seeking rows are), an answer may not.
     Raises UserError: see the module; also when no row is left.
     """
-    return [
-        Pair(row.text("question"), row.answer("matching"), row.answer("not_matching"), row.concept_id, row.concept, row.row)
-        for row in _wanted(fmt, concept, limit)
-    ]
+    return pairs_of(_wanted(fmt, concept, limit))
+
+
+def pairs_of(rows: Iterable[Row]) -> list[Pair]:
+    """Rows as pairs, all of one kind. Raises UserError."""
+    pairs: list[Pair] = []
+    for row in rows:
+        question, (matching, not_matching) = row.question(), (row.answer(field) for field in PAIR_FIELDS[1:])
+        if not_matching and not matching:
+            raise row.wrong("a not_matching answer without a matching one; name the answers' columns the other way round, or write both")
+        if isinstance(question, Contrast):
+            not_matching = not_matching or matching
+        pair = Pair(question, matching, not_matching, row.concept_id, row.concept, row.row)
+        if pairs and pair.kind != pairs[0].kind:
+            field = next((name for name in PAIR_FIELDS[1:] if bool(getattr(pair, name)) != bool(getattr(pairs[0], name))), "question")
+            value = seen(row.values.get(row.fmt.column(field)))
+            raise row.wrong(f"{field} is {value}: {pair.kind} here, {pairs[0].kind} above; wanted text in all rows, or in none")
+        pairs.append(pair)
+    return pairs
 
 
 def read_entry(fmt: DatasetFormat, concept: int | None = None, limit: int | None = None) -> list[Pair] | list[Prompt]:
@@ -296,9 +395,14 @@ def read_prompts(fmt: DatasetFormat, concept: int | None = None, limit: int | No
     Without multi_concept all concepts have the same prompts.
     `reference_response` is None where the file has none. Raises UserError: see the module; also when no row is left.
     """
-    used = {fmt.column(field) for field in (*PROMPT_FIELDS, "concept_id", "output_concept")}
+    return prompts_of(fmt, _wanted(fmt, concept if fmt.multi_concept else None, limit))
+
+
+def prompts_of(fmt: DatasetFormat, rows: Iterable[Row]) -> list[Prompt]:
+    """Rows as prompts. Raises UserError."""
+    used = {fmt.column(field) for field in (*PROMPT_FIELDS, *ASKED, "concept_id", "output_concept")}
     prompts = []
-    for row in _wanted(fmt, concept if fmt.multi_concept else None, limit):
+    for row in rows:
         reference = None
         # asked for in field_names: the column must be there; otherwise it is taken if it is there
         if "reference_response" in fmt.field_names or "reference_response" in row.values:
@@ -310,7 +414,9 @@ def read_prompts(fmt: DatasetFormat, concept: int | None = None, limit: int | No
                 extra = _released_row(row) | extra
         except RecursionError:
             raise row.wrong("a value is nested too deeply; flatten or remove it") from None
-        prompts.append(Prompt(row.text("input"), reference, row.concept_id, row.concept, row.row, extra))
+        if not row.has("input") and row.has(CONTRAST[0]):
+            raise row.wrong("only questions that are compared, none to ask; give others (--test FILE), or fit alone (--mode generate)")
+        prompts.append(Prompt(row.asked("input"), reference, row.concept_id, row.concept, row.row, extra))
     return prompts
 
 

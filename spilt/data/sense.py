@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spilt.data.readers import DatasetFormat, Pair, Prompt
+from spilt.data.chat import Question, bare, readable
+from spilt.data.readers import CONTRAST, PAIRS, Contrast, DatasetFormat, Pair, Prompt
 from spilt.errors import UserError
 
 SHOWN = 5  # rows that a remark names
@@ -14,7 +15,9 @@ def refuse_useless(fmt: DatasetFormat, pairs: Sequence[Pair], concept: int | Non
     """Raises UserError for pairs of one concept that prefer nothing: each has the same answer twice; or, to fit on, all are one row."""
     of = "" if concept is None else f", concept {concept}"
     here = f"{fmt.path} (dataset {fmt.dataset!r}, {fmt.section}{of})"
-    if all(pair.matching == pair.not_matching for pair in pairs):
+    if isinstance(pairs[0].question, Contrast) and all(pair.sides[0] == pair.sides[1] for pair in pairs):
+        raise UserError(f"{here}: both prompts are the same in all {len(pairs)} rows ({', '.join(CONTRAST)}), so nothing is compared")
+    if pairs[0].kind == PAIRS and all(pair.matching == pair.not_matching for pair in pairs):
         columns = f"{fmt.column('matching')!r} and {fmt.column('not_matching')!r}"
         raise UserError(
             f"{here}: columns {columns} hold the same answer in every one of {len(pairs)} pairs, so neither is preferred; "
@@ -26,7 +29,7 @@ def refuse_useless(fmt: DatasetFormat, pairs: Sequence[Pair], concept: int | Non
 
 def remarks(fmt: DatasetFormat, pairs: Sequence[Pair]) -> list[str]:
     """What of the pairs is odd, a sentence each: answers that are equal to the question's other one, spaces around them aside."""
-    same = [pair.row for pair in pairs if pair.matching.strip() == pair.not_matching.strip()]
+    same = [pair.row for pair in pairs if pair.kind == PAIRS and pair.matching.strip() == pair.not_matching.strip()]
     if not same:
         return []
     rows = ", ".join(map(str, same[:SHOWN])) + (" ..." if len(same) > SHOWN else "")
@@ -38,8 +41,8 @@ def remarks(fmt: DatasetFormat, pairs: Sequence[Pair]) -> list[str]:
 
 def overlap(train: DatasetFormat, fitted: Sequence[Pair], held_out: DatasetFormat, asked: Sequence[Pair | Prompt]) -> list[str]:
     """A sentence where questions of the held-out rows are among the fitted ones, of the same concept if there are concepts."""
-    seen = {(pair.concept_id if train.multi_concept else None, pair.question) for pair in fitted}
-    both = [row for row in asked if (row.concept_id if held_out.multi_concept else None, _question(row)) in seen and _question(row).strip()]
+    seen = {(pair.concept_id if train.multi_concept else None, question) for pair in fitted for question in _questions(pair)}
+    both = [row for row in asked if any((_concept(row, held_out), question) in seen for question in _questions(row))]
     same = train.path.samefile(held_out.path)
     if not both and not same:
         return []
@@ -50,5 +53,10 @@ def overlap(train: DatasetFormat, fitted: Sequence[Pair], held_out: DatasetForma
     ]
 
 
-def _question(row: Pair | Prompt) -> str:
-    return row.question if isinstance(row, Pair) else row.input
+def _concept(row: Pair | Prompt, fmt: DatasetFormat) -> int | None:
+    return row.concept_id if fmt.multi_concept else None
+
+
+def _questions(row: Pair | Prompt) -> set[Question]:
+    """What is asked, whatever the system prompt; an empty question is none."""
+    return {bare(one) for one in (row.questions if isinstance(row, Pair) else (row.input,)) if readable(one).strip()}

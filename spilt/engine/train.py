@@ -192,7 +192,8 @@ class Fit(Job):
         self.checkpointed = False  # blocks are run again in the backward pass: once a single row was too large
         self.on_stream = hooks.base(layer, intervention) == layer
         # a vector leaves the template's tokens alone: their keys and values never change while it is fitted
-        self.frozen_prefix = min(prefix, cache.prefix) if settings.fitted_positions != "all" else 0
+        own = {sequence.prefix(prefix) for sequence in cache.sequences}
+        self.frozen_prefix = min(cache.prefix, *own) if settings.fitted_positions != "all" else 0
         with torch.no_grad():
             self.prefix_kv = prefix_pairs(model, cache.layer, cache.prefix_h[None, : self.frozen_prefix].to(self.device), cache.pad_id)
         self.reference = self._reference() if method.needs_reference(settings) else None

@@ -140,18 +140,18 @@ def _until(row: list[int], stop: set[Any]) -> list[int]:
 
 @torch.no_grad()
 def texts(
-    model: nn.Module, steering: Steering, rows: Sequence[Row], how: Decoding, positions: str = "all", prefix: int = 0
+    model: nn.Module, steering: Steering, rows: Sequence[Row], how: Decoding, positions: str = "all", prefixes: Sequence[int] = ()
 ) -> Iterator[tuple[int, list[int]]]:
     """Yields (row number, new token ids), one row after the other: the model's own forward and cache, a token at a time.
 
     The next token is chosen as sampling.choose says, by the row's own random numbers. m = 0: no intervention runs.
-    positions: which tokens are steered (`steer_positions`); prefix: tokens of the template before the prompt.
+    positions: which tokens are steered (`steer_positions`); prefixes: of each row, tokens of the template before the prompt; left out: 0.
     """
     device, takes = model.get_input_embeddings().weight.device, inspect.signature(type(model).forward).parameters  # type: ignore[operator]
     for number, row in enumerate(rows):
         draw, cache, new, ids = random.Random(row.seed), None, list[int](), list(row.prompt)
         while len(new) < how.max_new_tokens and not (new and new[-1] in how.eos):
-            where = acts([Encoded((*row.prompt, *new), len(row.prompt), 0)], positions, prefix)
+            where = acts([Encoded((*row.prompt, *new), len(row.prompt), 0)], positions, prefixes[number] if prefixes else 0)
             where = where if where is None else where[:, -len(ids) :]
             so_far = torch.arange(len(row.prompt) + len(new), device=device)
             at = {"position_ids": so_far[None, -len(ids) :], "cache_position": so_far[-len(ids) :]}  # a hybrid's cache counts otherwise

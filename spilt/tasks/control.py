@@ -100,6 +100,7 @@ def texts(step: Step, steering: Steering, seen: Sequence[dose.Seen], multiplier:
     how = sampling.decoding(s.generation_params.as_kwargs(), model, run.host.tokenizer)
     how = how._replace(max_new_tokens=min(how.max_new_tokens, length))
     ids = [tuple(chat.prompt_ids(prompt.input)) for prompt in prompts]
+    prefixes = chat.prefixes_of(prompt.input for prompt in prompts)
     amount, units = abs(multiplier) * dose.of(steering, seen), {}
 
     def score(draw: int) -> float:
@@ -108,7 +109,7 @@ def texts(step: Step, steering: Steering, seen: Sequence[dose.Seen], multiplier:
         units[draw] = m
         rows = [decode.Row(prompt, m, f"{s.seed}/{i}/0") for i, prompt in enumerate(ids)]
         if plan.why_plain(step._replace(verb="generate", settings=s), request.engine):
-            stream = whole.texts(model, made, rows, how, s.applied_positions, chat.prefix_length)
+            stream = whole.texts(model, made, rows, how, s.applied_positions, prefixes)
         else:
             stream = decode.generate(model, made, rows, how, request.batch_size or s.batch_size or len(rows))
         said = {i: run.host.tokenizer.decode(new, skip_special_tokens=True) for i, new in stream}

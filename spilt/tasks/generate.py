@@ -14,6 +14,7 @@ from spilt.artifacts.journal import Journal
 from spilt.artifacts.texts import CONCEPT_KEYS, ROW_KEYS
 from spilt.cell import Cell
 from spilt.data import readers
+from spilt.data.chat import readable
 from spilt.engine import decode as generation
 from spilt.engine import sampling, whole
 from spilt.tasks.context import check_context, texts_at_once
@@ -104,6 +105,7 @@ def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinishe
     steering = run.team.each(lambda: stored(cell, s, run))
     chat = run.host.chat(s.use_chat_template, s.system_prompt)
     ids = [tuple(chat.prompt_ids(prompt.input)) for prompt in prompts]
+    prefixes = chat.prefixes_of(prompt.input for prompt in prompts)
 
     strengths = [*([None] if s.generate_orig_output else []), *multipliers]
     every = [Text(m, cell.concept, i, k) for m in strengths for i in range(len(ids)) for k in range(s.num_responses)]
@@ -121,7 +123,7 @@ def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinishe
         rows = [generation.Row(ids[t.prompt], t.multiplier or 0.0, f"{s.seed}/{t.prompt}/{t.response}") for t in todo]
         with run.progress.bar(total=len(mine), initial=len(texts), desc=f"apply {cell}", unit="text") as bar:
             if plan.why_plain(step, run.request.engine):
-                stream = whole.texts(run.host.model, steering, rows, how, s.applied_positions, chat.prefix_length)
+                stream = whole.texts(run.host.model, steering, rows, how, s.applied_positions, [prefixes[t.prompt] for t in todo])
             else:
                 batch = texts_at_once(run.host.model, run.request.batch_size or s.batch_size, ids, how.max_new_tokens)
                 log.info("apply %s: %s", cell, batch)
@@ -147,7 +149,7 @@ def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinishe
                 zip(
                     ROW_KEYS,
                     (
-                        prompt.input,
+                        readable(prompt.input),
                         [decode(new, True) for new in answers(None, i)] if s.generate_orig_output else [],
                         [decode(new, True) for new in answers(m, i)],
                         prompt.reference_response,

@@ -48,9 +48,7 @@ def encoded(key: Key, host: Host, fmt: readers.DatasetFormat) -> list[Encoded]:
     if readers.has_prompts(fmt.section):
         return _neutral(key, host, fmt)
     pairs = readers.read_pairs(fmt, key.concept, key.limit)
-    sequences = [
-        chat.encode(pair.question, text, key.output_length, pair.row) for pair in pairs for text in (pair.matching, pair.not_matching)
-    ]
+    sequences = [chat.encode(question, text, key.output_length, pair.row) for pair in pairs for question, text in pair.sides]
     lengths = [(pairs[i // 2].row, len(sequence.input_ids)) for i, sequence in enumerate(sequences)]
     check_context(host.model, f"{fmt.path}, answers with their questions", lengths, "lower output_length")
     return sequences

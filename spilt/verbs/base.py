@@ -141,6 +141,10 @@ class Verb:
         given = getattr(settings, "multipliers", None) if request.multipliers is None else request.multipliers
         return tuple(dict.fromkeys(float(m) for m in (given or (1.0,))))
 
+    def refuses(self, step: Step, kind: str) -> str:
+        """Why a step makes no sense of its pairs of this kind (Pair.kind), and what would; '' where it does."""
+        return ""
+
     def outputs(self, store: Store, step: Step) -> list[Path]:
         """The files that a step writes."""
         raise NotImplementedError(f"{self.name} does not say what it writes")

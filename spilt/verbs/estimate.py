@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spilt.cell import FORMS
+from spilt.data.chat import readable
 from spilt.errors import UserError
 from spilt.memory import max_tokens
 from spilt.model import checkpoint
@@ -148,8 +149,8 @@ def shape_from(content: Any) -> Shape | None:
 def recording(step: Any, shape: Shape, pairs: Sequence[Any], kind: str) -> tuple[Cost, float, float]:
     """Of the blocks up to the layer, once per sequence; and the tokens of all questions, and of all answers."""
     s = step.settings
-    questions = sum(tokens(pair.question) + TEMPLATE for pair in pairs)
-    answers = sum(tokens(pair.matching) + tokens(pair.not_matching) + 6 for pair in pairs)
+    questions = sum(tokens(readable(question)) + TEMPLATE for pair in pairs for question in set(pair.questions))
+    answers = sum(tokens(text) + 3 for pair in pairs for _, text in pair.sides)
     recorded, size = questions + answers, shape.size(s)
     batch = max_tokens(kind) * (12 * shape.hidden + 2 * shape.intermediate) * size + 64 * shape.vocab * 6
     flops = shape.run(recorded, shape.below(s), recorded / len(pairs))

@@ -9,6 +9,7 @@ from typing import Any
 from spilt import memory
 from spilt.artifacts import manifest
 from spilt.artifacts.store import Store
+from spilt.data.chat import readable
 from spilt.model import identity
 from spilt.verbs.base import Request, Step, Verb, output_parts
 from spilt.verbs.estimate import TEMPLATE, Cost, Shape, side_by_side, tokens
@@ -46,7 +47,7 @@ class Generate(Verb):
     def cost(self, step: Step, shape: Shape, rows: Sequence[Any], request: Request) -> Cost:
         """Each prompt once below the layer, above it once per text; then a token at a time."""
         s, head = step.settings, shape.head
-        prompts = [tokens(prompt.input) + TEMPLATE for prompt in rows]
+        prompts = [tokens(readable(prompt.input)) + TEMPLATE for prompt in rows]
         texts = len(prompts) * s.num_responses * (len(step.multipliers) + step.waits + s.generate_orig_output)
         length = sum(prompts) / len(prompts)
         new = texts * s.generation_params.max_new_tokens

@@ -9,6 +9,7 @@ from typing import Any
 from spilt.artifacts import manifest
 from spilt.artifacts.losses import NEUTRAL, PREFERENCE_TYPES, SPLITS, TABLES
 from spilt.artifacts.store import Store
+from spilt.data.readers import PAIRS
 from spilt.model import identity
 from spilt.settings import resolve_fit
 from spilt.verbs.base import Request, Step, Verb, parts_of
@@ -34,6 +35,10 @@ class Measure(Verb):
         cell = (request.model, request.dataset, settings.method, settings.intervention_method)
         fitted = resolve_fit(request.base_dir, *cell, layers=settings.layers, own=request.own is not None)
         return sweep_multipliers(fitted.settings.steering_factors, settings.sweep_points)
+
+    def refuses(self, step: Step, kind: str) -> str:
+        why = "preference and utility compare two answers to one question; give such rows (--test FILE --split test), or measure nothing"
+        return "" if kind == PAIRS else why
 
     def outputs(self, store: Store, step: Step) -> list[Path]:
         """The tables of a sweep, the released files where they are wanted."""
