@@ -284,10 +284,11 @@ class Row:
         value = self.value(field)
         if value is None:
             return ""
-        if isinstance(value, list) and len(turns := self._turns(value, field)) == 1 and turns[0][0] == "assistant":
-            text = turns[0][1]
-        else:
-            text = self.text(field)
+        if isinstance(value, list):
+            turns = self._turns(value, field)
+            if [role for role, _ in turns] != ["assistant"]:
+                raise self.wrong(f"{field} has turns of {_roles(turns)}; wanted text, or one turn of the assistant")
+        text = turns[0][1] if isinstance(value, list) else self.text(field)
         if not text.strip():
             column = self.fmt.column(field)
             raise self.wrong(f"empty answer {seen(text)} in column {column!r} ({field}); write an answer or remove the row")
@@ -319,9 +320,8 @@ class Row:
         turns = self._turns(value, field)
         spoken = turns[1:] if turns and turns[0][0] == SYSTEM else turns
         if not spoken or [role for role, _ in spoken] != ["user" if i % 2 == 0 else "assistant" for i in range(len(spoken) | 1)]:
-            roles = ", ".join(role for role, _ in turns) or "none"
             raise self.wrong(
-                f"{field} has turns of {roles}; wanted user and assistant by turns, the user's last; a system turn may be first"
+                f"{field} has turns of {_roles(turns)}; wanted user and assistant by turns, the user's last; a system turn may be first"
             )
         return spoken if spoken is not turns and not turns[0][1].strip() else turns
 
@@ -351,6 +351,10 @@ class Row:
     def concept(self) -> str | None:
         """The concept's text, None where the file has none."""
         return None if self.values.get(self.fmt.column("output_concept")) is None else self.text("output_concept")
+
+
+def _roles(turns: Conversation) -> str:
+    return ", ".join(role for role, _ in turns) or "none"
 
 
 def read_pairs(fmt: DatasetFormat, concept: int | None = None, limit: int | None = None) -> list[Pair]:

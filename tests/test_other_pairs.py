@@ -1,0 +1,164 @@
+"""Rows that are no pair of answers to one question: prompts that differ (contrast by persona), one answer alone, (A) / (B)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from refusal import message
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from spilt import Steering, cli
+from spilt.data import own
+
+ROWS = families.pairs(5)
+QUESTIONS = [row["question"] for row in ROWS]
+MINDED = [{"question": row["question"], "system_positive": f"be good {i}", "system_negative": "be bad"} for i, row in enumerate(ROWS)]
+TWICE = [{"question_positive": f"good: {question}", "question_negative": f"so bad: {question}"} for question in QUESTIONS]
+ONE_SIDED = [{"question": row["question"], "matching": row["matching"]} for row in ROWS]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> families.Base:
+    return families.make_base(tmp_path / "base", train=4)
+
+
+def run(base: families.Base, rows: list[dict[str, Any]], *words: str, method: str = "caa", mode: str = "generate") -> int:
+    families.write_jsonl(file := base.path / "rows.jsonl", rows)
+    given = ["--train", str(file), "--model_name", base.model, "--method", method, "--intervention_method", "vector", "--device", "cpu"]
+    return cli.main([*given, "--base_dir", str(base.path), "--dtype", "float32", "--quiet", "--layers", "1", "--mode", mode, *words])
+
+
+def stored(base: families.Base, method: str = "caa") -> torch.Tensor:
+    (path,) = base.path.glob(f"vectors/tiny/{method}/rows/{method}_vector@layer1/layer_1.pt")
+    return torch.load(path, weights_only=True).flatten()
+
+
+class Plain:
+    """The library's own forward of a text, and what block 1 leaves: the equation, written down again."""
+
+    def __init__(self, base: families.Base) -> None:
+        folder = base.path / "models" / base.model
+        self.tokenizer, self.model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    def mean(self, question: str, answer: str = "", system: str = "") -> torch.Tensor:
+        """Over the answer's tokens; without one the prompt's last. The template of the tests has no system role: it is folded."""
+        turns = [{"role": "user", "content": f"{system}\n\n{question}" if system else question}]
+        prompt = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        texts = (prompt, prompt + (" " + answer if answer else ""))
+        begin, ids = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+        with torch.no_grad():
+            h = self.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0]
+        return h[len(begin) if answer else -1 :].mean(0)
+
+
+CASES: dict[str, tuple[list[dict[str, Any]], Any]] = {
+    "by system prompt, no answer": (MINDED, lambda plain, row: [plain.mean(row["question"], "", row[f"system_{s}"]) for s in SIDES]),
+    "by system prompt, one answer": (
+        [{**row, "matching": pair["matching"]} for row, pair in zip(MINDED, ROWS, strict=True)],
+        lambda plain, row: [plain.mean(row["question"], row["matching"], row[f"system_{s}"]) for s in SIDES],
+    ),
+    "by system prompt, two answers": (
+        [{**row, **pair} for row, pair in zip(MINDED, ROWS, strict=True)],
+        lambda plain, row: [
+            plain.mean(row["question"], row[answer], row[f"system_{s}"])
+            for s, answer in zip(SIDES, ("matching", "not_matching"), strict=True)
+        ],
+    ),
+    "by question, no answer": (TWICE, lambda plain, row: [plain.mean(row[f"question_{s}"]) for s in SIDES]),
+    "by question under one system prompt": (
+        [{**row, "system": "be calm"} for row in TWICE],
+        lambda plain, row: [plain.mean(row[f"question_{s}"], "", "be calm") for s in SIDES],
+    ),
+}
+SIDES = ("positive", "negative")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_caa_is_the_mean_difference_of_the_two_prompts(name: str, base: families.Base) -> None:
+    rows, sides = CASES[name]
+    assert run(base, rows) == 0
+    plain = Plain(base)
+    wanted = torch.stack([one - other for one, other in (sides(plain, row) for row in rows)]).mean(0)
+    torch.testing.assert_close(stored(base), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_texts_are_asked_without_the_compared_prompts(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
+    """The neutral question where there is one; questions of their own otherwise. --test holds questions out."""
+    words = ["--multipliers", "1", "--set", "generation_params.max_new_tokens=3"]
+    assert run(base, MINDED, *words, "--test", "2", mode="both") == 0
+    assert "3 contrasts without answers in train.jsonl, 2 contrasts without answers in test.jsonl" in capsys.readouterr().out
+    (path,) = base.path.glob("generation/**/rows_results.json")
+    asked = [row["input"] for row in json.loads(path.read_text())]
+    assert len(asked) == 2 and set(asked) < set(QUESTIONS)
+    assert run(base, TWICE, *words, mode="both", method="caa") == 2
+    assert "only questions that are compared, none to ask" in capsys.readouterr().err
+    families.write_jsonl(base.path / "asked.jsonl", [{"question": "and now?"}])
+    assert run(base, TWICE, *words, "--test", str(base.path / "asked.jsonl"), mode="both") == 0
+    assert [row["input"] for row in json.loads(path.read_text())] == ["and now?"]
+
+
+def test_inspect_marks_what_is_compared(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(base, MINDED, "--inspect", "--json") == 0
+    (fit,) = json.loads(capsys.readouterr().out)["inspected"]
+    assert [one["text"] for one in fit["shown"]] == ["positive", "negative"] * 2
+    for one in fit["shown"]:
+        assert one["marked"].count("x") == 1 and one["marked"][-1] == "x" and one["roles"][-1] == "A"
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry_run",)])
+@pytest.mark.parametrize(
+    ("rows", "method", "mode", "words", "wanted"),
+    [
+        (MINDED, "sft", "generate", (), "sft is trained on answers to one question, not on two prompts; --method caa compares them"),
+        (TWICE, "reps", "generate", (), "reps is trained on answers to one question"),
+        (MINDED, "caa", "loss", (), "preference and utility compare two answers to one question"),
+        (MINDED, "caa", "generate", ("--set", "multiple_choice=true"), "multiple_choice reads an answer's token, and there are no answers"),
+        (ONE_SIDED, "caa", "generate", (), "caa needs not_matching answers too; --method sft --set preference_pairs=orig_add does without"),
+        (ONE_SIDED, "spilt", "generate", (), "spilt needs not_matching answers too; --method sft"),
+        (ONE_SIDED, "sft", "generate", (), "orig_sub shows the not_matching answers, and there are none; --set preference_pairs=orig_add"),
+        (ONE_SIDED, "sft", "loss", (), "has one-sided rows: preference and utility compare two answers"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_written(
+    rows: Any, method: str, mode: str, words: Any, wanted: str, dry: Any, base: families.Base, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(base, rows, *words, *dry, method=method, mode=mode) == 2
+    assert wanted in capsys.readouterr().err and not (base.path / "data/rows").exists()
+    families.write_jsonl(base.data(base.one, "train"), [{"matching": None, "not_matching": None, **row} for row in rows])
+    given = [*base.argv(method, "vector", "--mode", mode, "--dtype", "float32", *words, *dry), "--quiet"]
+    if "question" in rows[0]:
+        assert cli.main(given) == 2 and wanted in capsys.readouterr().err, "by its name too"
+
+
+WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "one side": ([{**MINDED[0], "system_negative": None}], "no system_negative where the other side has one"),
+    "the same twice": ([{**row, "system_negative": row["system_positive"]} for row in MINDED], "both prompts are the same in all 5 rows"),
+    "mixed": ([*ROWS[:2], ONE_SIDED[3] | {"not_matching": None}], "not_matching is None: one-sided rows here, pairs above"),
+    "only the losing answer": ([{**ROWS[0], "matching": None}], "a not_matching answer without a matching one"),
+    "no answer, nothing compared": ([{"question": "a"}], "no column 'matching', 'not_matching' (columns found: question)"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_rows_are_told(name: str, tmp_path: Path) -> None:
+    rows, wanted = WRONG[name]
+    families.write_jsonl(path := tmp_path / "rows.jsonl", rows)
+    assert wanted in message(own.bring, tmp_path, "rows", own.Own((path,))) and not (tmp_path / "data").exists()
+
+
+def test_one_sided_rows_fit_by_sft_as_the_pairs_do(base: families.Base) -> None:
+    """sft reads the matching answers alone: with or without others beside them it finds the same vector."""
+    words = ["--set", "preference_pairs=orig_add", "--set", "n_epochs=1"]
+    assert run(base, ONE_SIDED, *words, method="sft") == 0
+    alone = stored(base, "sft")
+    (base.path / "data/rows/source.json").unlink()
+    for path in (base.path / "data/rows").iterdir():
+        path.unlink()
+    assert run(base, ROWS, *words, method="sft") == 0
+    torch.testing.assert_close(stored(base, "sft"), alone, rtol=1e-4, atol=1e-6)
+    assert Steering.load(next(base.path.glob("vectors/**/layer_1.pt"))).layers == (1,)
