@@ -217,7 +217,7 @@ def _check_context(model: nn.Module, what: str, tokens: Sequence[Encoded]) -> No
 
 
 def _estimate(model: nn.Module, tokenizer: Any, chat: Chat, pairs: Sequence[Pair], layer: int, s: FitSettings) -> Intervention:
-    tokens = [chat.encode_caa(question, text, p.row) for p in pairs for question, text in p.sides]
+    tokens = [chat.encode_caa(question, text, p.row, not s.multiple_choice) for p in pairs for question, text in p.sides]
     _check_context(model, "fit", tokens)
     return training.estimate(model, layer, tokens, s, METHODS[s.method], host.pad_id(tokenizer)).requires_grad_(False)
 

@@ -56,7 +56,10 @@ def _entry(step: Step, purpose: str, chat: Chat, rows: Sequence[Any], closed: bo
             continue
         named = NAMES.get(row.kind, ("matching", "not_matching"))
         for name, (question, text) in zip(named, row.sides, strict=False):
-            made = chat.encode_caa(question, text, row.row) if closed else chat.encode(question, text, s.output_length, row.row)
+            if closed:
+                made = chat.encode_caa(question, text, row.row, not s.multiple_choice)
+            else:
+                made = chat.encode(question, text, s.output_length, row.row)
             sequences.append((row.row, name, made))
     lengths = [len(one.input_ids) for *_, one in sequences]
     answers = [len(one.input_ids) - one.prompt_length - one.suffix_length for *_, one in sequences]

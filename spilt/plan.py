@@ -17,6 +17,7 @@ from spilt.artifacts.losses import NEUTRAL, SPLITS
 from spilt.artifacts.store import Store
 from spilt.cell import FORMS, Cell
 from spilt.data import own, readers, sense
+from spilt.data.chat import LETTER
 from spilt.engine import choice
 from spilt.errors import Mistakes, UserError, nearest, printable, unknown
 from spilt.methods import METHODS
@@ -145,26 +146,26 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     steps: list[Step] = []
     for name, names in sections.items():
         made: list[Step] = []
+        how = {purpose: columns(formats[section]) for purpose, section in names.items()}
         data = {purpose: formats[section].path for purpose, section in names.items()}
         for wanted_cell in wanted_cells:
             found = _steps(request, store, VERBS[name], wanted_cell, concepts, data, model)
-            made += [step._replace(columns={purpose: columns(formats[section]) for purpose, section in names.items()}) for step in found]
+            made += [step._replace(columns=how) for step in found]
         # cells of one concept and layer side by side: they share what is recorded
         made.sort(key=lambda step: (-1 if (first := step.cells[0]).concept is None or len(step.cells) > 1 else first.concept, first.layers))
         steps += made
     for said in {step.settings.anatomy for step in steps}:
         anatomy.parse(said)
     if request.own is None or not dry:  # before they are brought, own.py knows them
-        first = [row for fmt in formats.values() if fmt.path.is_file() for row in [_first(fmt)] if row is not None]
-        refuse_rows(steps, dict(first))
+        refuse_rows(steps, {section: row.kind for section, fmt in formats.items() if (row := _first(fmt)) is not None})
     checkpoint.check(model, *({layer for step in steps if wants(step) for layer in step.settings.layers} for wants in (bool, _wants_down)))
     return Plan(steps, left_out)
 
 
-def _first(fmt: readers.DatasetFormat) -> tuple[str, str] | None:
-    """Section and kind of a file's pairs, which are all of one; None of prompts, and of a file that can't be read (told elsewhere)."""
+def _first(fmt: readers.DatasetFormat) -> readers.Pair | None:
+    """The first of a file's pairs, which are all of one kind; None of prompts, and of a file that can't be read (told elsewhere)."""
     try:
-        return None if readers.has_prompts(fmt.section) else (fmt.section, readers.read_pairs(fmt, limit=1)[0].kind)
+        return readers.read_pairs(fmt, limit=1)[0] if fmt.path.is_file() and not readers.has_prompts(fmt.section) else None
     except UserError:
         return None
 
@@ -266,7 +267,9 @@ def columns(fmt: readers.DatasetFormat) -> dict[str, Any]:
     """What of a dataset_format.yaml entry decides the rows: the columns of the same file can be read as other data."""
     fields = (*readers.SECTIONS[fmt.section], *(("concept_id", "output_concept") if fmt.multi_concept else ()))
     fields += tuple(field for field in readers.ASKED if field in fmt.field_names)
-    return {"columns": {field: fmt.column(field) for field in fields}, "multi_concept": fmt.multi_concept}
+    first = _first(fmt)
+    letters = {"answers": "letters"} if first is not None and LETTER.fullmatch(first.matching) else {}
+    return {"columns": {field: fmt.column(field) for field in fields}, "multi_concept": fmt.multi_concept, **letters}
 
 
 def why_plain(step: Step, engine: str) -> str:

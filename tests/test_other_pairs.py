@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spilt import Steering, cli
 from spilt.data import own
+from spilt.data.sources import read_rows
 
 ROWS = families.pairs(5)
 QUESTIONS = [row["question"] for row in ROWS]
@@ -162,3 +163,51 @@ def test_one_sided_rows_fit_by_sft_as_the_pairs_do(base: families.Base) -> None:
     assert run(base, ROWS, *words, method="sft") == 0
     torch.testing.assert_close(stored(base, "sft"), alone, rtol=1e-4, atol=1e-6)
     assert Steering.load(next(base.path.glob("vectors/**/layer_1.pt"))).layers == (1,)
+
+
+# ---------------------------------------------------------------- (A) / (B)
+
+CHOICES = [
+    {
+        "question": f"Which of {i}?\n\nChoices:\n (A) this\n (B) that",
+        "answer_matching_behavior": f"({'AB'[i % 2]})",
+        "answer_not_matching_behavior": f"({'BA'[i % 2]})",
+    }
+    for i in range(4)
+]  # as the files of CAA and of the model-written evals have them
+EVALS = "matching=answer_matching_behavior,not_matching=answer_not_matching_behavior"
+
+
+def test_of_choices_the_letter_is_compared(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
+    """caa takes the letter's token, as multiple_choice does; losses score it alone, what stands around it is given."""
+    assert run(base, CHOICES, "--columns", EVALS, "--inspect", "--json", method="all") == 0
+    for entry in json.loads(capsys.readouterr().out)["inspected"]:
+        for one, letter in zip(entry["shown"], "ABBA", strict=True):
+            assert one["parts"]["answer"] == [letter] and one["parts"]["prompt"][-1] == "(" and entry["answer_tokens"] == [1, 1, 1]
+    assert run(base, CHOICES, "--columns", EVALS) == 0
+    found = stored(base)
+    assert run(base, CHOICES, "--columns", EVALS, "--set", "multiple_choice=true", "--force") == 0
+    torch.testing.assert_close(stored(base), found, rtol=1e-4, atol=1e-6)
+
+    measured = ("--columns", EVALS, "--multipliers", "0", "--no_report")
+    assert run(base, CHOICES, *measured, mode="loss") == 0
+    (path,) = base.path.glob("vectors/**/*winning_only/train_losses.csv")
+    rows = [record.values for record in read_rows(path)]
+    assert {row["answer_tokens"] for row in rows} == {"1"}
+    plain = Plain(base)
+    prompt = plain.tokenizer.apply_chat_template(
+        [{"role": "user", "content": CHOICES[0]["question"]}], tokenize=False, add_generation_prompt=True
+    )
+    ids = plain.tokenizer(prompt + "(A", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        wanted = -plain.model(torch.tensor([ids])).logits[0, -2].log_softmax(-1)[ids[-1]].item()
+    assert float(rows[0]["answer_loss_sum"]) == pytest.approx(wanted, rel=1e-4)
+    (manifest,) = base.path.glob("vectors/**/*winning_only/train_losses.manifest.json")
+    assert json.loads(manifest.read_text())["parts"]["columns"]["answers"] == "letters", "other losses than those of the whole answers"
+
+
+def test_multiple_choice_of_other_answers_is_told(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
+    """Up to the token before the last, answers of one token are the same: the difference would be nothing."""
+    rows = [{"question": f"{i}?", "matching": "y", "not_matching": "n"} for i in range(3)]
+    assert run(base, rows, "--set", "multiple_choice=true") == 2
+    assert "multiple_choice reads the token before the last, and up to it both answers of each pair are the same" in capsys.readouterr().err

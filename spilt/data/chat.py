@@ -10,6 +10,7 @@ those after the prompt's own token count. No torch and no transformers here: a t
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from spilt.errors import UserError, first_line
 Conversation = tuple[tuple[str, str], ...]  # (role, text) of each turn: perhaps a system turn, then user and assistant, the user's last
 Question = str | Conversation
 SYSTEM = "system"
+LETTER = re.compile(r"\s*\((\w)\)\s*")  # an answer of one choice
 
 
 def readable(question: Question) -> str:
@@ -124,10 +126,14 @@ class Chat:
     def encode(self, question: Question, answer: str, max_length: int = 512, row: int | None = None) -> Encoded:
         """prompt + answer + template suffix, cut to the first `max_length` tokens. `row` only serves the message.
 
+        Of an answer such as (A) the letter's token is the answer: what stands around it is in every answer.
+
         Raises UserError when no answer token is left.
         """
         ids, prompt_length = self._joined(question, answer + self.suffix, row)
         suffix_length = len(_shared([ids[::-1], self.suffix_ids[::-1]]))
+        if (letter := self._letter(ids, prompt_length, answer)) is not None:
+            prompt_length, suffix_length = letter, len(ids) - letter - 1
         cut = max(0, len(ids) - max_length)
         if prompt_length >= max_length:
             raise UserError(
@@ -136,16 +142,23 @@ class Chat:
             )
         return Encoded(tuple(ids[:max_length]), prompt_length, max(0, suffix_length - cut), self.prefix_of(question))
 
-    def encode_caa(self, question: Question, answer: str, row: int | None = None) -> Encoded:
+    def encode_caa(self, question: Question, answer: str, row: int | None = None, letter: bool = True) -> Encoded:
         """prompt + one space + answer, no suffix, not cut: the released tokenisation of caa (an answer with a leading space gets two).
 
-        Without an answer the prompt's last token stands for it.
+        Without an answer the prompt's last token stands for it; of (A) its letter (released, `letter` off: all of it).
         """
         if not answer:
             prompt = tuple(self.prompt_ids(question))
             return Encoded(prompt, len(prompt) - 1, 0, self.prefix_of(question))
         ids, prompt_length = self._joined(question, " " + answer, row)
+        if letter and (at := self._letter(ids, prompt_length, answer)) is not None:
+            ids, prompt_length = ids[: at + 1], at
         return Encoded(tuple(ids), prompt_length, 0, self.prefix_of(question))
+
+    def _letter(self, ids: Sequence[int], start: int, answer: str) -> int | None:
+        """Which token holds the letter of an answer such as (A); None of any other answer."""
+        found = LETTER.fullmatch(answer)
+        return found and next((at for at in range(start, len(ids)) if found[1] in self.tokenizer.decode([ids[at]])), None)
 
     def _joined(self, question: Question, answer: str, row: int | None) -> tuple[list[int], int]:
         """(tokens of prompt + answer tokenised as one string, the prompt's own token count)."""

@@ -78,6 +78,12 @@ def estimate(model: nn.Module, layer: int, sequences: list[Encoded], settings: F
     sequences: both answers of each pair, matching first. Only the blocks up to `layer` are run.
     """
     assert method.estimate is not None
+    if settings.multiple_choice and all(
+        a.input_ids[:-1] == b.input_ids[:-1] for a, b in zip(sequences[0::2], sequences[1::2], strict=True)
+    ):
+        raise UserError(
+            "multiple_choice reads the token before the last, and up to it both answers of each pair are the same; leave it out"
+        )
     means = activations.answer_means(model, layer, sequences, settings.multiple_choice, pad_id)
     return Vector.from_state(method.estimate(means[0::2], means[1::2]), write_point=settings.site).eval()
 

@@ -141,7 +141,7 @@ def _closed_form(cell: Cell, layer: int, settings: Any, run: Run, fmt: readers.D
     """The estimate of a method, from both answers in the released tokenisation without suffix."""
     chat = run.host.chat(settings.use_chat_template, settings.system_prompt)
     pairs = readers.read_pairs(fmt, cell.concept, run.recordings.rows(settings))
-    sequences = [chat.encode_caa(question, text, p.row) for p in pairs for question, text in p.sides]
+    sequences = [chat.encode_caa(question, text, p.row, not settings.multiple_choice) for p in pairs for question, text in p.sides]
     lengths = [(pairs[i // 2].row, len(sequence.input_ids)) for i, sequence in enumerate(sequences)]
     check_context(run.host.model, f"fit {cell}, answers with their questions", lengths, "shorten the question or its answer")
     return training.estimate(run.host.model, layer, sequences, settings, METHODS[cell.method], run.host.pad_id)
