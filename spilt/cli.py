@@ -84,7 +84,7 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
     known = f"{', '.join(METHODS)} or all ({_spellings(METHOD_ALIASES)}); several, or with a form of its own: spilt_lora"
     add("--method", (*METHODS, plan.ALL), required=True, nargs="+", metavar="NAME", help=known)
     add("--model_name", required=True, help="a checkpoint: a folder under models/, a path, or a hub id")
-    add("--download", action="store_true", help="fetch a hub id that is not in the local hub cache")
+    add("--download", action="store_true", help="fetch a hub id, of the model or of data, that is not in the local cache")
     known = f"{', '.join(FORMS)} or all ({_spellings(INTERVENTION_ALIASES)}); several"
     add("--intervention_method", (*FORMS, plan.ALL), required=True, nargs="+", metavar="NAME", help=known)
     if verb:
@@ -98,7 +98,13 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
     add("--base_dir", default=base_dir, type=Path, help="every relative path is below it; default: this folder")
     add("--dry_run", action="store_true", help="print the plan; write nothing, load no model")
     group = made.add_argument_group("ours")
-    add("--train", nargs="+", type=Path, metavar="FILE", help="pairs of your own: csv, tsv, json, jsonl, parquet; kept in data/{dataset}/")
+    add(
+        "--train",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="pairs of your own: csv, tsv, json, jsonl, parquet, or hf:NAME[:CONFIG][:SPLIT]; kept in data/{dataset}/",
+    )
     add("--test", nargs="+", metavar="FILE|0.2", help="with --train: held-out pairs, or the share (or number) of questions to hold out")
     add(
         "--columns",
@@ -270,7 +276,8 @@ def _own(args: argparse.Namespace) -> own.Own | None:
             raise UserError("which data? give --dataset NAME, or --train FILE with pairs of your own")
         return None
     columns = own.columns_from(args.columns) if args.columns is not None else {}
-    return own.Own(tuple(args.train), own.test_from(args.test), columns, *([] if args.seed is None else [args.seed]))
+    seed = {} if args.seed is None else {"seed": args.seed}
+    return own.Own(tuple(args.train), own.test_from(args.test), columns, **seed, download=args.download)
 
 
 def _words_of(mode: str) -> list[str]:

@@ -371,6 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--concepts", type=int, nargs="+", default=list(range(10)), metavar="ID", help="axbench: concept ids (default: 0 to 9)"
     )
+    parser.add_argument("--download", action="store_true", help="without --source: fetch an hf:NAME that is not in the local cache")
     parser.add_argument("--force", action="store_true", help="replace files that are there")
     return program(parser, argv, _prepare)
 
@@ -380,7 +381,7 @@ def _prepare(args: argparse.Namespace) -> int:
         if args.train is not None:
             raise UserError("--train goes with --source; without it --test says what is held out, and the rest is for training")
         columns = {} if args.columns is None else own.columns_from(args.columns)
-        files = own.Own(tuple(args.input), own.test_from(args.test and [args.test]), columns, args.seed)
+        files = own.Own(tuple(args.input), own.test_from(args.test and [args.test]), columns, args.seed, args.download)
         name = args.name or own.name_of(files.train)
         for line in own.bring(args.base_dir, name, files) or [f"data/{name} is there just so"]:
             say(line)

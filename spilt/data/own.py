@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from spilt.artifacts.atomic import atomic_write_together, half_replaced
-from spilt.data import sense
+from spilt.data import hub, sense
 from spilt.data.chat import SYSTEM
 from spilt.data.readers import (
     ASKED,
@@ -46,6 +46,7 @@ class Own(NamedTuple):
     test: tuple[Path, ...] | float = ()  # files; a share of the questions if below 1, else so many of them
     columns: Mapping[str, str] = {}  # field of a pair -> the file's column; a field left out is its own column
     seed: int = 42  # of the split
+    download: bool = False  # what is named by hf: and not in the local cache
 
 
 def columns_from(text: str) -> dict[str, str]:
@@ -77,6 +78,8 @@ def test_from(words: list[str] | None) -> tuple[Path, ...] | float:
 def name_of(train: tuple[Path, ...]) -> str:
     """The dataset's name, from the first file, or from its folder where the file is called train or the like."""
     first = train[0]
+    if str(first).startswith(hub.SCHEME):
+        return checked_name("dataset", hub.spec_of(str(first)).name.rpartition("/")[2])
     stem = first.name.removesuffix(ending_of(first) or first.suffix)
     stem = first.absolute().parent.name if stem.lower() in PARTS else stem
     try:
@@ -107,7 +110,7 @@ def bring(base_dir: Path, name: str, own: Own, *, dry: bool = False) -> list[str
         return []
     kind = kinds(own, name)
     counts = ", ".join(f"{len(found)} {kind[SECTION[part]]} in {part}.jsonl" for part, found in rows.items())
-    said = f"{counts} from {', '.join(path.name for path in own.train)}"
+    said = f"{counts} from {', '.join(map(_named, own.train))}"
     if dry:
         return [f"{folder} will have {said}"]
     if place()[1] > 1:
@@ -159,16 +162,30 @@ def _refuse_others(base_dir: Path, folder: Path, own: Own) -> None:
         before = [one["file"] for one in json.loads(mark.read_bytes())["train"]]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{mark} is damaged; remove the folder, or give another name with --dataset") from None
-    if before != [path.name for path in own.train]:
+    if before != [*map(_named, own.train)]:
         raise UserError(f"{folder} holds the rows of {', '.join(map(str, before))}; give another name with --dataset, or remove the folder")
 
 
 def _source(own: Own) -> dict[str, Any]:
     def named(paths: tuple[Path, ...]) -> list[dict[str, str]]:
-        return [{"file": path.name, "sha256": file_hash(path)} for path in paths]
+        return [{"file": _named(path), "sha256": _hash(path, own)} for path in paths]
 
     test = {"test": named(own.test)} if isinstance(own.test, tuple) else {"test": own.test, "seed": own.seed}
     return {"train": named(own.train), **test, "columns": dict(own.columns)}
+
+
+def _named(path: Path) -> str:
+    return str(path) if str(path).startswith(hub.SCHEME) else path.name
+
+
+def _records(path: Path, own: Own) -> Iterable[Record]:
+    return hub.rows(str(path), own.download) if str(path).startswith(hub.SCHEME) else read(path)
+
+
+def _hash(path: Path, own: Own) -> str:
+    if not str(path).startswith(hub.SCHEME):
+        return file_hash(path)
+    return hashlib.sha256(json.dumps([record.values for record in _records(path, own)]).encode()).hexdigest()
 
 
 def _rows(paths: tuple[Path, ...], own: Own, name: str, part: str) -> list[dict[str, Any]]:
@@ -176,7 +193,7 @@ def _rows(paths: tuple[Path, ...], own: Own, name: str, part: str) -> list[dict[
     found, mistakes = list[dict[str, Any]](), Mistakes()
     for path in paths:
         with mistakes.each():
-            records = [_with_question(path, record, own.columns) for record in read(path)]
+            records = [_with_question(path, record, own.columns) for record in _records(path, own)]
             if not records:
                 raise UserError(f"{path}: no rows; wanted one pair of answers a row")
             fmt = DatasetFormat(name, "train", path, own.columns, False)
