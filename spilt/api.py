@@ -23,7 +23,8 @@ from spilt import plan
 from spilt.analysis import calibrate as calibrated
 from spilt.analysis import odds
 from spilt.data.chat import Chat, Encoded
-from spilt.data.readers import PAIR_FIELDS, Pair
+from spilt.data.readers import ASKED, PAIR_FIELDS, PAIRS, DatasetFormat, Pair, Row, pairs_of
+from spilt.data.sources import Record
 from spilt.engine import activations, choice, sampling, score, whole
 from spilt.engine import decode as generation
 from spilt.engine import train as training
@@ -38,6 +39,7 @@ from spilt.settings.keys import KEY_ALIASES
 from spilt.steering.interventions import INTERVENTIONS, Intervention, Multiplier
 from spilt.steering.steering import Steering, base_model
 from spilt.tasks.context import check_context, texts_at_once
+from spilt.verbs import fit as fit_verb
 from spilt.verbs import measure as measure_verb
 
 if TYPE_CHECKING:
@@ -45,7 +47,8 @@ if TYPE_CHECKING:
 
 WORST = 0.95  # of the tokens: what a calibration looks at
 
-Pairs = Iterable[Pair | Mapping[str, str] | tuple[str, str, str]]
+Pairs = Iterable[Pair | Mapping[str, Any] | tuple[str, str, str]]
+NO_FILE = DatasetFormat("pairs", "train", Path("pair"), {}, False)  # of pairs that are handed over
 
 
 class Loaded(NamedTuple):
@@ -96,6 +99,7 @@ def fit(
 ) -> Steering:
     """The intervention that a method finds from pairs (question, matching, not_matching), as a Steering.
 
+    A pair as a dict may have what a row of a file may: a list of messages as question, system, system_positive ... (README).
     layer: 0-based decoder block, or several: each fitted alone (the released meaning), or all together (`joint`).
     settings: keys of the YAML files, such as lr, n_epochs, batch_size, rank; left out: the released defaults.
     Raises UserError for names and values that do not exist.
@@ -103,6 +107,8 @@ def fit(
     layers = tuple(_whole("layer", n, 0) for n in (layer if isinstance(layer, Sequence) and not isinstance(layer, str) else [layer]))
     s = _settings(method, intervention, layers, settings)
     rows = _pairs(pairs)
+    if why := fit_verb.refuses(METHODS[s.method], s, rows[0].kind):
+        raise UserError(f"the pairs are {rows[0].kind}: {why}")
     chat = Chat.of(tokenizer, s.use_chat_template, s.system_prompt)
     with _frozen(model), torch.random.fork_rng(devices=[]):
         found = _find(model, tokenizer, rows, chat, s, joint, engine, progress)
@@ -197,6 +203,9 @@ def _pairs(pairs: Pairs) -> list[Pair]:
         if isinstance(given, Pair):
             out.append(given)
             continue
+        if isinstance(given, Mapping) and (isinstance(given.get("question"), list) or not set(ASKED).isdisjoint(given)):
+            out += pairs_of([Row(NO_FILE, Record(row, f"{row}", {**dict.fromkeys(PAIR_FIELDS[1:]), **given}))])
+            continue
         values = [given.get(name) for name in PAIR_FIELDS] if isinstance(given, Mapping) else list(given)
         if len(values) != len(PAIR_FIELDS) or not all(isinstance(value, str) for value in values):
             raise UserError(f"pair {row} is {str(given)[:80]}; wanted the texts {', '.join(PAIR_FIELDS)}, as a dict or in this order")
@@ -206,7 +215,9 @@ def _pairs(pairs: Pairs) -> list[Pair]:
         out.append(Pair(question, matching, not_matching, None, None, row))
     if not out:
         raise UserError("there are no pairs; give at least one (question, matching, not_matching)")
-    if all(pair.matching == pair.not_matching for pair in out):
+    if kinds := sorted({pair.kind for pair in out} - {out[0].kind}):
+        raise UserError(f"the pairs are of several kinds: {out[0].kind}, {', '.join(kinds)}; give those of one kind")
+    if out[0].kind == PAIRS and all(pair.matching == pair.not_matching for pair in out):
         raise UserError(f"each of the {len(out)} pairs has the same answer twice, so neither is preferred")
     return out
 
@@ -402,6 +413,8 @@ def measure(
     import pandas as pd
 
     rows = _pairs(pairs)
+    if rows[0].kind != PAIRS:
+        raise UserError(f"the pairs are {rows[0].kind}: preference and utility compare two answers to one question; give such pairs")
     chat = Chat.of(tokenizer, use_chat_template, system_prompt)
     tokens = [chat.encode(question, text, output_length, p.row) for p in rows for question, text in p.sides]
     _check_context(model, "measure", tokens)

@@ -17,6 +17,7 @@ from spilt.data.batches import position_mask
 from spilt.data.chat import bare, readable
 from spilt.data.readers import DatasetFormat, read_pairs, read_prompts
 from spilt.data.sources import read_rows
+from spilt.model import template
 
 ASKED = (("system", "Be kind."), ("user", "Who?"), ("assistant", "I."), ("user", "Why?"))
 
@@ -196,3 +197,9 @@ def test_conversations_that_begin_differently_are_no_pair(tmp_path: Path) -> Non
     families.write_jsonl(path := tmp_path / "talks.jsonl", [WHOLE[0], {**WHOLE[1], "rejected": WHOLE[2]["rejected"]}])
     said = message(own.bring, tmp_path, "talks", own.Own((path,), columns={"matching": "chosen", "not_matching": "rejected"}))
     assert said.startswith(f"{path} line 2: 'chosen' and 'rejected' are conversations that begin differently")
+
+
+def test_a_template_that_never_ends_on_later_turns_is_refused_before_it_is_used() -> None:
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"
+    endless = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}" + loop + "{% endif %}{% endfor %}"
+    assert "writes more than 100,000 characters" in message(template.check, endless, {})

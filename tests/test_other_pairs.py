@@ -12,6 +12,7 @@ import torch
 from refusal import message
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import spilt
 from spilt import Steering, cli
 from spilt.data import own
 from spilt.data.sources import read_rows
@@ -211,3 +212,18 @@ def test_multiple_choice_of_other_answers_is_told(base: families.Base, capsys: p
     rows = [{"question": f"{i}?", "matching": "y", "not_matching": "n"} for i in range(3)]
     assert run(base, rows, "--set", "multiple_choice=true") == 2
     assert "multiple_choice reads the token before the last, and up to it both answers of each pair are the same" in capsys.readouterr().err
+
+
+def test_the_python_face_takes_the_same_rows(base: families.Base) -> None:
+    model, tokenizer = spilt.load(base.path / "models" / base.model)
+    found = spilt.fit(model, tokenizer, MINDED, layer=1, method="caa")
+    assert run(base, MINDED) == 0
+    torch.testing.assert_close(next(iter(found))[1].state_dict()["v"].flatten(), stored(base), rtol=1e-4, atol=1e-6)
+    talk = {**ROWS[0], "question": [{"role": "user", "content": ROWS[0]["question"]}]}
+    one, other = (spilt.fit(model, tokenizer, [row], layer=1, method="caa") for row in (talk, ROWS[0]))
+    assert torch.equal(next(iter(one))[1].state_dict()["v"], next(iter(other))[1].state_dict()["v"])
+    assert "sft is trained on answers to one question" in message(spilt.fit, model, tokenizer, MINDED, layer=1, method="sft")
+    assert "the pairs are contrasts without answers: preference and utility" in message(spilt.measure, model, tokenizer, found, MINDED)
+    assert "the pairs are of several kinds: pairs, contrasts" in message(spilt.fit, model, tokenizer, [ROWS[0], MINDED[0]], layer=1)
+    wrong = {**talk, "question": [{"role": "user"}]}
+    assert "pair 0: question: turn 0 (0-based) is {'role': 'user'}" in message(spilt.fit, model, tokenizer, [wrong], layer=1)

@@ -326,8 +326,11 @@ class Row:
         return spoken if spoken is not turns and not turns[0][1].strip() else turns
 
     def _turns(self, value: list[Any], field: str) -> Conversation:
+        if not all(isinstance(turn, dict) for turn in value):
+            at = f"in column {self.fmt.column(field)!r}"
+            raise self.wrong(f"{field} is {seen(value)} (list) {at}; wanted text, or turns of {{'role': ..., 'content': ...}}")
         for number, turn in enumerate(value):
-            if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+            if not {"role", "content"} <= turn.keys():
                 raise self.wrong(f"{field}: turn {number} (0-based) is {seen(turn)}; wanted {{'role': ..., 'content': ...}}")
         return tuple((self._checked(turn["role"], f"{field}: role"), self._checked(turn["content"], f"{field}: content")) for turn in value)
 

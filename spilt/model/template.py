@@ -23,6 +23,7 @@ SECONDS, BYTES, LONGEST = 5, 2**30, 100_000  # of processor time and memory that
 WAIT = 120  # seconds of the clock: the machine may be busy
 CLOCK = "strftime_now"  # the one word by which a template learns the date
 USER, SYSTEM = {"role": "user", "content": "a"}, {"role": "system", "content": "b"}
+SEVERAL = (SYSTEM, USER, {"role": "assistant", "content": "c"}, USER)  # tried out like CASES
 CASES = tuple((turns, ask) for turns in ((USER,), (SYSTEM, USER)) for ask in (True, False))
 OTHER_DAY = datetime(2001, 2, 3, 4, 5, 6)
 WAY_OUT = "correct the template, or set use_chat_template: false"
@@ -134,6 +135,7 @@ def _limit() -> None:
 def _render(text: str, special: dict[str, str]) -> Look:
     try:
         today, other = ([_text(text, special, turns, ask, clock) for turns, ask in CASES] for clock in (datetime.now(), OTHER_DAY))
+        _text(text, special, SEVERAL, True, datetime.now())
     except _TooMuch as error:
         return Look((), False, str(error))
     return Look(tuple(today), today != other)

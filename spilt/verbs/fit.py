@@ -12,12 +12,29 @@ from spilt.cell import FORMS
 from spilt.data.readers import BARE_CONTRASTS, CONTRASTS, ONE_SIDED, PAIR_FIELDS, QUESTIONS
 from spilt.errors import UserError
 from spilt.memory import max_tokens
-from spilt.methods import METHODS
+from spilt.methods import METHODS, Method
 from spilt.settings.resolve import COMMAND_LINE, Resolved
 from spilt.verbs.base import Request, Step, Verb, layers_of
 from spilt.verbs.estimate import Cost, Shape, recording
 
 CLOSED = [name for name, row in METHODS.items() if row.estimate is not None]
+
+
+def refuses(method: Method, s: Any, kind: str) -> str:
+    """Why a method can find nothing from pairs of this kind (Pair.kind), and what would; '' where it can."""
+    closed = method.estimate is not None
+    if kind == QUESTIONS:
+        return f"there are no answers to fit on; add the columns {', '.join(PAIR_FIELDS[1:])}"
+    if kind in (CONTRASTS, BARE_CONTRASTS) and not closed:
+        return f"{method.name} is trained on answers to one question, not on two prompts; --method {', '.join(CLOSED)} compares them"
+    if kind == BARE_CONTRASTS and s.multiple_choice:
+        return "multiple_choice reads an answer's token, and there are no answers; leave it out: then the prompt's last token is read"
+    if kind == ONE_SIDED and (closed or method.needs_losing(s)):
+        alone = ", ".join(name for name, row in METHODS.items() if row.estimate is None and not row.needs_losing(s))
+        return f"{method.name} needs not_matching answers too; --method {alone} --set preference_pairs=orig_add does without"
+    if kind == ONE_SIDED and "orig_sub" in s.preference_pairs:
+        return "orig_sub shows the not_matching answers, and there are none; --set preference_pairs=orig_add"
+    return ""
 
 
 class Fit(Verb):
@@ -43,20 +60,7 @@ class Fit(Verb):
         return ()
 
     def refuses(self, step: Step, kind: str) -> str:
-        s, method = step.settings, METHODS[step.cells[0].method]
-        closed = method.estimate is not None
-        if kind == QUESTIONS:
-            return f"there are no answers to fit on; add the columns {', '.join(PAIR_FIELDS[1:])}"
-        if kind in (CONTRASTS, BARE_CONTRASTS) and not closed:
-            return f"{method.name} is trained on answers to one question, not on two prompts; --method {', '.join(CLOSED)} compares them"
-        if kind == BARE_CONTRASTS and s.multiple_choice:
-            return "multiple_choice reads an answer's token, and there are no answers; leave it out: then the prompt's last token is read"
-        if kind == ONE_SIDED and (closed or method.needs_losing(s)):
-            alone = ", ".join(name for name, row in METHODS.items() if row.estimate is None and not row.needs_losing(s))
-            return f"{method.name} needs not_matching answers too; --method {alone} --set preference_pairs=orig_add does without"
-        if kind == ONE_SIDED and "orig_sub" in s.preference_pairs:
-            return "orig_sub shows the not_matching answers, and there are none; --set preference_pairs=orig_add"
-        return ""
+        return refuses(METHODS[step.cells[0].method], step.settings, kind)
 
     def outputs(self, store: Store, step: Step) -> list[Path]:
         return [store.vector(cell, layer) for cell in step.cells for layer in cell.layers]
