@@ -22,7 +22,7 @@ from torch import nn
 from spilt import plan
 from spilt.analysis import calibrate as calibrated
 from spilt.analysis import odds
-from spilt.data.chat import Chat, Encoded
+from spilt.data.chat import Chat, Encoded, Question
 from spilt.data.readers import ASKED, PAIR_FIELDS, PAIRS, DatasetFormat, Pair, Row, pairs_of
 from spilt.data.sources import Record
 from spilt.engine import activations, choice, sampling, score, whole
@@ -314,7 +314,7 @@ def divergence(
     model: nn.Module,
     tokenizer: Any,
     steering: Steering,
-    prompts: Sequence[str],
+    prompts: Sequence[Question],
     multipliers: float | Sequence[float] = 1.0,
     *,
     max_new_tokens: int = 50,
@@ -348,7 +348,7 @@ def calibrate(
     model: nn.Module,
     tokenizer: Any,
     steering: Steering,
-    prompts: Sequence[str],
+    prompts: Sequence[Question],
     budget: float = 1.0,
     *,
     start: float | None = None,

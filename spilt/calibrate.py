@@ -13,6 +13,7 @@ from pathlib import Path
 
 from spilt import __version__
 from spilt.data import readers
+from spilt.data.chat import Question
 from spilt.errors import UserError
 from spilt.say import ready, which_flags
 from spilt.terminal import program, say
@@ -64,7 +65,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prompts(args: argparse.Namespace) -> list[str]:
+def _prompts(args: argparse.Namespace) -> Sequence[Question]:
     """Those to calibrate on, and after them those to check."""
     if args.prompts_file is not None:
         try:
