@@ -373,7 +373,7 @@ def _plan_and_run(args: argparse.Namespace, program: str, shown: dict[str, Any])
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before torch looks for it
     if request.own is not None:
         made = plan.make(request, dry=True)  # what is wrong with the words is told before the files are taken over
-        plan.refuse_rows(made.steps, own.kinds(request.own, request.dataset))
+        plan.refuse_rows(made.steps, own.kinds(own.parts(request.own, request.dataset)))
         for line in own.bring(request.base_dir, request.dataset, request.own, dry=dry):
             say(line)
     made = plan.make(request, dry=dry)

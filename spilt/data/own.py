@@ -108,7 +108,7 @@ def bring(base_dir: Path, name: str, own: Own, *, dry: bool = False) -> list[str
     there = {path.name: path.read_bytes() for path in _ours(folder)}
     if files == there and not half_replaced(folder / SOURCE):
         return []
-    kind = kinds(own, name)
+    kind = kinds(rows)
     counts = ", ".join(f"{len(found)} {kind[SECTION[part]]} in {part}.jsonl" for part, found in rows.items())
     said = f"{counts} from {', '.join(map(_named, own.train))}"
     if dry:
@@ -131,18 +131,22 @@ def parts(own: Own, name: str) -> dict[str, list[dict[str, Any]]]:
 
 def section(own: Own, name: str, section: str) -> list[Pair] | list[Prompt]:
     """What a section of dataset_format.yaml would give of the files."""
-    made, fmts = parts(own, name), formats(Path(), name, own)
+    made = parts(own, name)
     part = next((part for part in made if SECTION[part] == section), [*made][-1])
-    rows = [Row(fmts[SECTION[part]], Record(i, f"row {i} (0-based)", values)) for i, values in enumerate(made[part])]
+    fmt = formats(Path(), name, own)[SECTION[part]]
     if SECTION[part] == section:
-        return pairs_of(rows)
-    fmt = as_prompts(fmts[SECTION[part]])
-    return prompts_of(fmt, [Row(fmt, Record(row.row, row.where, row.values)) for row in rows])
+        return pairs_of(_as_read(fmt, made[part]))
+    return prompts_of(as_prompts(fmt), _as_read(as_prompts(fmt), made[part]))
 
 
-def kinds(own: Own, name: str) -> dict[str, str]:
-    """section -> what kind its pairs are of."""
-    return {key: row.kind for key in formats(Path(), name, own) for row in section(own, name, key)[:1] if isinstance(row, Pair)}
+def kinds(made: Mapping[str, list[dict[str, Any]]]) -> dict[str, str]:
+    """section -> what kind its pairs are of: that of the first. made: train and test -> rows."""
+    formats = {part: DatasetFormat("", SECTION[part], Path(part), {}, False) for part in made}
+    return {SECTION[part]: pairs_of(_as_read(formats[part], rows[:1]))[0].kind for part, rows in made.items()}
+
+
+def _as_read(fmt: DatasetFormat, rows: list[dict[str, Any]]) -> list[Row]:
+    return [Row(fmt, Record(i, f"row {i} (0-based)", values)) for i, values in enumerate(rows)]
 
 
 def _ours(folder: Path) -> list[Path]:
