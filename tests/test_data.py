@@ -66,6 +66,14 @@ def test_shipped_formats_name_the_three_datasets_in_every_section():
         assert found[section]["psychopathy"].path != found["train"]["psychopathy"].path
 
 
+def test_a_column_that_happens_to_be_called_system_is_none_unless_it_is_named(tmp_path):
+    """The released code passes over it, and so do results that are stored."""
+    write(tmp_path / "v.jsonl", jsonl({"question": "q", "matching": "m", "not_matching": "n", "system": "Be kind."}))
+    for names, wanted in (({}, "q"), ({"system": "system"}, (("system", "Be kind."), ("user", "q")))):
+        base = formats(tmp_path, json.dumps({"valid": {"mine": {"file_path": "v.jsonl", "field_names": names}}}))
+        assert read_pairs(dataset_format(base, "mine", "valid"))[0].question == wanted
+
+
 def test_missing_generation_entry_asks_the_valid_one(tmp_path):
     base = formats(
         tmp_path, "valid: {mine: {file_path: v.jsonl, field_names: {question: q, matching: good, concept_id: c}, multi_concept: true}}"
@@ -74,7 +82,7 @@ def test_missing_generation_entry_asks_the_valid_one(tmp_path):
     assert read_pairs(dataset_format(base, "mine", "valid"))[0].not_matching == "n"
     entry = dataset_format(base, "mine", "generation")
     assert entry == DatasetFormat(
-        "mine", "generation", tmp_path / "v.jsonl", {"input": "q", "reference_response": "good", "concept_id": "c"}, True
+        "mine", "generation", tmp_path / "v.jsonl", {"input": "q", "reference_response": "good", "concept_id": "c"}, True, named=True
     )
     assert read_prompts(entry)[0][:3] == ("Why?", " Yes", 3)
 

@@ -9,12 +9,13 @@ from typing import Any
 import families
 import pytest
 import torch
+import yaml
 from refusal import message
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spilt
 from spilt import Steering, cli
-from spilt.data import own
+from spilt.data import own, readers
 from spilt.data.sources import read_rows
 
 ROWS = families.pairs(5)
@@ -132,6 +133,10 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(
     assert run(base, rows, *words, *dry, method=method, mode=mode) == 2
     assert wanted in capsys.readouterr().err and not (base.path / "data/rows").exists()
     families.write_jsonl(base.data(base.one, "train"), [{"matching": None, "not_matching": None, **row} for row in rows])
+    formats = base.path / readers.FORMATS_FILE
+    entries = yaml.safe_load(formats.read_text())
+    entries["train"][base.one]["field_names"] |= {field: field for field in rows[0] if field in readers.ASKED}
+    formats.write_text(yaml.safe_dump(entries))
     given = [*base.argv(method, "vector", "--mode", mode, "--dtype", "float32", *words, *dry), "--quiet"]
     if "question" in rows[0]:
         assert cli.main(given) == 2 and wanted in capsys.readouterr().err, "by its name too"

@@ -47,6 +47,7 @@ class DatasetFormat(NamedTuple):
     field_names: Mapping[str, str]  # standard name -> the file's column; a name left out is its own column
     multi_concept: bool  # one intervention per concept_id (axbench)
     keywords: tuple[str, ...] = ()  # of `generation`: words by which a person sees the trait in an answer
+    named: bool = False  # ASKED are read only where field_names has them: a file of dataset_format.yaml may call something else so
 
     def column(self, field: str) -> str:
         """The file's column for a standard name."""
@@ -232,7 +233,7 @@ def _format(base_dir: Path, section: str, dataset: str, entry: Any) -> DatasetFo
     if wrong:
         raise UserError("\n".join(f"{here}: {what}" for what in wrong))
     columns = {field: column for field, column in names.items() if column}  # null: the file has no such column
-    return DatasetFormat(dataset, section, base_dir / str(file_path), columns, multi, tuple(words))
+    return DatasetFormat(dataset, section, base_dir / str(file_path), columns, multi, tuple(words), not is_own(base_dir, dataset))
 
 
 def as_prompts(valid: DatasetFormat) -> DatasetFormat:
@@ -277,6 +278,8 @@ class Row:
         return value
 
     def has(self, field: str) -> bool:
+        if self.fmt.named and field in ASKED and field not in self.fmt.field_names:
+            return False
         return self.values.get(self.fmt.column(field)) is not None
 
     def answer(self, field: str) -> str:
