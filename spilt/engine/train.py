@@ -194,7 +194,7 @@ class Fit(Job):
         # a vector leaves the template's tokens alone: their keys and values never change while it is fitted
         self.frozen_prefix = min(prefix, cache.prefix) if settings.fitted_positions != "all" else 0
         with torch.no_grad():
-            self.prefix_kv = prefix_pairs(model, cache.layer, cache.prefix_h[None, : self.frozen_prefix].to(self.device), cache.pad_id)
+            self.prefix_kv = prefix_pairs(model, cache.layer, cache.h[None, : self.frozen_prefix].to(self.device), cache.pad_id)
         self.reference = self._reference() if method.needs_reference(settings) else None
 
     def forward_input(self, rows: Rows) -> ForwardInput:
