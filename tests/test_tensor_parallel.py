@@ -97,6 +97,6 @@ def test_what_is_split_is_refused() -> None:
 def test_all_processes_make_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the one with the least memory."""
     model: Any = families.build("qwen2")
-    model._tp_size = 2
+    monkeypatch.setattr(model, "_tp_size", 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda value, op: value.fill_(3.5e6))
     assert texts_at_once(model, None, [[1] * 9], 5).texts < 64
