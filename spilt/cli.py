@@ -26,7 +26,7 @@ from spilt.artifacts.losses import SPLITS
 from spilt.artifacts.manifest import versions
 from spilt.cell import FORMS
 from spilt.data import own
-from spilt.engine.choice import ENGINES
+from spilt.engine.choice import ENGINES, VLLM
 from spilt.errors import UserError, unknown
 from spilt.methods import METHODS
 from spilt.model.identity import Changed
@@ -140,9 +140,9 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
     add("--force", action="store_true", help="do again what is already done")
     add(
         "--engine",
-        choices=ENGINES,
+        choices=(*ENGINES, VLLM),
         default=ENGINES[0],
-        help="plain: hooks and the library's own forward (slower, the same results)",
+        help="plain: hooks and the library's own forward (slower, the same results); vllm: texts of a lora by vLLM, on a GPU",
     )
     add("--deterministic", action="store_true", help="only algorithms that give the same bits every time (slower on a GPU)")
     if not verb:
@@ -221,6 +221,8 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
         flags.append("--released_files" if args.released_files else "--no-released_files")
     if args.control_pairs != verbs.Request.control_pairs:
         flags += ["--control_pairs", str(args.control_pairs)]
+    if args.engine == VLLM:  # its texts are its own; the others give the same
+        flags += ["--engine", VLLM]
     layers = layer_groups(args.layers)
     if layers is not None and "layers" in overrides:
         raise UserError("--layers and --set layers both say where it acts; give one of them")

@@ -116,6 +116,8 @@ def make(request: Request, *, dry: bool = False) -> Plan:
         raise unknown("mode", request.mode, MODES)
     # a closed form has nothing that a seed decides
     groups = _layers(request, store)
+    if request.engine == choice.VLLM:
+        choice.refuse_vllm(MODES[request.mode], request.device, dry)
     wanted_cells = [
         Wanted(m, f, seed, layers, apart(request, m, f, layers))
         for m, f in combinations
@@ -273,8 +275,10 @@ def columns(fmt: readers.DatasetFormat) -> dict[str, Any]:
 
 
 def why_plain(step: Step, engine: str) -> str:
-    """Why the plain engine does a step; '' where the fast one does, or where nothing is to be chosen (closed forms)."""
+    """Why the plain engine does a step; '' where the fast one does, or where nothing is to be chosen (closed forms, vLLM)."""
     s: Any = step.settings
+    if step.engine:
+        return ""
     family = checkpoint.family(step.model)
     if step.verb == "fit" and METHODS[step.cells[0].method].estimate is not None:
         return choice.why_plain([], "fit", family=family)
@@ -387,6 +391,9 @@ def _steps(
         command = _command(request, verb, group, wanted, multipliers, SWEEP if sweep else RECOMMENDED if waits else "")
         notes = tuple(found.unused)
         step = Step(verb.name, group, settings, found.files, model, data, read, (), command, multipliers, sweep, waits, released, notes)
+        if request.engine == choice.VLLM:
+            choice.refuse_in_vllm(settings.dtype, settings.applied_positions)
+            step = step._replace(engine=request.engine)
         steps.append(step._replace(origin=found.origin, outputs=tuple(verb.outputs(store, step))))
     return steps
 

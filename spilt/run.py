@@ -211,7 +211,7 @@ class _Hosts:
             self.host, self.how = None, how
             self.recordings.clear()
             self.seen.of(step.model)
-            self.host = load(step.model, how[0], self.request.device, how[1])
+            self.host = load(step.model, how[0], "cpu" if step.engine else self.request.device, how[1])  # the card is the other engine's
             self.seen.again([step.model])
         return self.host
 

@@ -121,7 +121,7 @@ def print_plan(rows: Sequence[Mapping[str, Any]], made: plan.Plan) -> None:
         if row["multipliers"] == measure_verb.SWEEP:
             say(f"            (widened by half while a tail still moves, up to {measure_verb.SWEEP_MOST} multipliers)")
         why = row["plain_engine"]
-        say(f"   engine   {f'plain: {why}' if why else 'fast'}")
+        say(f"   engine   {f'plain: {why}' if why else step.engine or 'fast'}")
         say(f"   cost     {row['cost_in_words'] or 'unknown until model and data are there'}")
         for note in row["notes"]:
             say(f"   note     {note}")

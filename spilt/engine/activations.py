@@ -6,7 +6,8 @@ import itertools
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ log = logging.getLogger("spilt")
 class Activations:
     """What leaves block `layer`, detached, in the model's dtype; x: what enters a read point there, by its name.
 
-    Stored as it was computed: the tokens that all sequences share once, then one row per pack.
+    Stored as it was computed: the tokens that all sequences share once, then those of each pack, then a row of zeros for padding.
     """
 
     layer: int
@@ -34,64 +35,58 @@ class Activations:
     pad_id: int
     packs: list[Pack]
     prefix: int  # leading tokens shared by all
-    prefix_h: Tensor  # [prefix, D]
-    prefix_x: dict[str, Tensor]  # [prefix, F]
-    h: list[Tensor]  # per pack [n, D]
-    x: dict[str, list[Tensor]]  # per pack [n, F]
+    h: Tensor  # [rows, D]
+    x: dict[str, Tensor]  # [rows, F]
+    rows_of: list[Tensor]  # per pack: where its tokens lie
 
     def batch(self, indices: Sequence[int], read_point: str | None, device: torch.device, start: int = 0) -> tuple[Batch, suffix.Recorded]:
         """Sequences as they are, right-padded, from token `start` (at most `prefix`) on: ids and masks [B, T], streams [B, T, D]."""
-        tokens = Batch(*(t[:, start:].to(device) for t in pad([self.sequences[i] for i in indices], self.pad_id)))
-        h = self._sequences(self.prefix_h, self.h, indices, start, device)
-        x = (
-            {}
-            if read_point is None
-            else {read_point: self._sequences(self.prefix_x[read_point], self.x[read_point], indices, start, device)}
-        )
-        return tokens, suffix.Recorded(h, x)
-
-    def _sequences(self, prefix: Tensor, rows: list[Tensor], indices: Sequence[int], start: int, device: torch.device) -> Tensor:
-        whole = []
-        for i in indices:
-            row, place = self.place[i]
-            whole.append(torch.cat([prefix[start:], rows[row][list(self.packs[row].places[place])]]).to(device, non_blocking=True))
-        return pad_sequence(whole, batch_first=True)
-
-    @property
-    def place(self) -> dict[int, tuple[int, int]]:
-        """Sequence number -> its pack, and which member it is there."""
-        found = self.__dict__.get("_place")
-        if found is None:
-            found = {i: (row, k) for row, pack in enumerate(self.packs) for k, i in enumerate(pack.members)}
-            object.__setattr__(self, "_place", found)
-        return found
+        tokens = Batch(*(_sent(t[:, start:], device) for t in pad([self.sequences[i] for i in indices], self.pad_id)))
+        return tokens, self._streams([self.places[i][start:] for i in indices], read_point, device)
 
     def rows(self, numbers: Sequence[int], read_point: str | None, device: torch.device) -> tuple[Rows, suffix.Recorded]:
         """Packs as they lie, right-padded: [B, T], streams [B, T, D]; the prefix comes in a cache."""
-        tokens = Rows(*(t.to(device) for t in packing.pad_packs([self.packs[i] for i in numbers], self.pad_id)))
-        h = pad_sequence([self.h[i].to(device, non_blocking=True) for i in numbers], batch_first=True)
-        x = {} if read_point is None else {read_point: pad_sequence([self.x[read_point][i].to(device) for i in numbers], batch_first=True)}
-        return tokens, suffix.Recorded(h, x)
+        tokens = Rows(*(_sent(t, device) for t in packing.pad_packs([self.packs[i] for i in numbers], self.pad_id)))
+        return tokens, self._streams([self.rows_of[i] for i in numbers], read_point, device)
+
+    def _streams(self, where: list[Tensor], read_point: str | None, device: torch.device) -> suffix.Recorded:
+        index = pad_sequence(where, batch_first=True, padding_value=len(self.h) - 1)
+        return suffix.Recorded(
+            _picked(self.h, index, device), {} if read_point is None else {read_point: _picked(self.x[read_point], index, device)}
+        )
+
+    @cached_property
+    def places(self) -> dict[int, Tensor]:
+        """Sequence number -> where its tokens lie, the prefix's first."""
+        shared = torch.arange(self.prefix)
+        return {
+            i: torch.cat([shared, rows[list(own)]])
+            for pack, rows in zip(self.packs, self.rows_of, strict=True)
+            for i, own in zip(pack.members, pack.places, strict=True)
+        }
 
     def first(self, sequences: int) -> Activations:
         """The packs that lie wholly within the first so many sequences."""
-        packs = [p for p in self.packs if max(p.members) < sequences]
-        kept = (self.layer, self.sequences[:sequences], self.pad_id, packs, self.prefix, self.prefix_h, self.prefix_x)
-        return Activations(*kept, self.h[: len(packs)], {name: rows[: len(packs)] for name, rows in self.x.items()})
+        packs = [pack for pack in self.packs if max(pack.members) < sequences]
+        return replace(self, sequences=self.sequences[:sequences], packs=packs, rows_of=self.rows_of[: len(packs)])
 
     def unshared(self) -> Activations:
         """The same streams, every sequence its own row and no prefix: for interventions that treat shared tokens differently."""
         every = range(len(self.sequences))
         packs = [packing.pack(self.sequences, (i,), 0) for i in every]
-        device = self.prefix_h.device
+        return replace(self, packs=packs, prefix=0, rows_of=[self.places[i] for i in every])
 
-        def whole(prefix: Tensor, rows: list[Tensor]) -> list[Tensor]:
-            return [self._sequences(prefix, rows, [i], 0, device)[0] for i in every]
 
-        x = {name: whole(self.prefix_x[name], rows) for name, rows in self.x.items()}
-        nothing = {name: value[:0] for name, value in self.prefix_x.items()}
-        h = whole(self.prefix_h, self.h)
-        return Activations(self.layer, self.sequences, self.pad_id, packs, 0, self.prefix_h[:0], nothing, h, x)
+def _picked(rows: Tensor, index: Tensor, device: torch.device) -> Tensor:
+    """rows[index] on `device`: gathered where the rows lie, and sent from pinned memory, which nobody waits for."""
+    pinned = rows.device.type == "cpu" and device.type == "cuda"
+    picked = torch.empty(*index.shape, rows.shape[1], dtype=rows.dtype, device=rows.device, pin_memory=pinned)
+    torch.index_select(rows, 0, _sent(index.flatten(), rows.device), out=picked.view(-1, rows.shape[1]))
+    return picked.to(device, non_blocking=True)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 SHARE_OF_DEVICE, SHARE_OF_HOST = 0.25, 0.5  # of the memory that is free now
@@ -137,12 +132,12 @@ def record(
     names = tuple(read_points)
     cache = packing.cache_of({})
     first = torch.tensor([sequences[0].input_ids[:prefix]], device=device)
-    nothing = suffix.Recorded(torch.empty(1, 0, _width(model)), {name: torch.empty(1, 0, 0) for name in names})
+    nothing = suffix.Recorded(torch.empty(1, 0, 1), {name: torch.empty(1, 0, 1) for name in names})
     head = suffix.record(model, layer, first, names, past_key_values=cache, use_cache=True) if prefix else nothing
     pairs = packing.pairs_of(cache)
     lengths = [len(p.ids) for p in packs]
-    offsets = [0, *itertools.accumulate(lengths)]
-    room: dict[str, Tensor] = {}  # stream or read point -> all rows [sum of lengths, width]
+    offsets = list(itertools.accumulate(lengths, initial=prefix))
+    room: dict[str, Tensor] = {}  # stream or read point -> all rows [prefix + sum of lengths + 1, width]
 
     def some(numbers: Sequence[int]) -> None:
         rows = Rows(*(t.to(device) for t in packing.pad_packs([packs[i] for i in numbers], pad_id)))
@@ -151,7 +146,9 @@ def record(
         seen = suffix.record(model, layer, rows.input_ids, names, past_key_values=shared, **inputs)
         for name, value in (("", seen.h), *seen.x.items()):
             if name not in room:
-                room[name] = storage(offsets[-1], value.shape[-1], value.dtype, value.device)
+                room[name] = storage(offsets[-1] + 1, value.shape[-1], value.dtype, value.device)
+                room[name][:prefix] = (head.x[name] if name else head.h)[0]
+                room[name][-1] = 0
             for row, i in enumerate(numbers):
                 room[name][offsets[i] : offsets[i + 1]] = value[row, : lengths[i]]
 
@@ -159,15 +156,8 @@ def record(
         longest = prefix + lengths[numbers[0]]
         smallest = f"one question of {longest} tokens does not fit in memory up to layer {layer}; lower output_length, or use --device auto"
         memory.halved(some, numbers, f"recording layer {layer}, questions of {longest} tokens", smallest)
-    place = room[""].device
-    split = {name: list(value.split(lengths)) for name, value in room.items()}
-    prefix_x = {name: head.x[name][0].to(place).reshape(prefix, room[name].shape[1]) for name in names}
-    prefix_h = head.h[0].to(place, room[""].dtype)
-    return Activations(layer, sequences, pad_id, packs, prefix, prefix_h, prefix_x, split[""], {name: split[name] for name in names})
-
-
-def _width(model: nn.Module) -> int:
-    return int(model.get_input_embeddings().weight.shape[-1])  # type: ignore[operator]
+    rows_of = [torch.arange(start, start + length) for start, length in zip(offsets, lengths, strict=False)]
+    return Activations(layer, sequences, pad_id, packs, prefix, room.pop(""), room, rows_of)
 
 
 def prefix_pairs(model: nn.Module, layer: int, stream: Tensor, pad_id: int) -> packing.KeysValues:
@@ -194,7 +184,7 @@ def answer_means(model: nn.Module, layer: int, sequences: list[Encoded], multipl
         streams = (suffix.record(model, layer, torch.tensor([s.input_ids], device=device)).h[0] for s in sequences)
     else:
         cache = record(model, layer, sequences, (), pad_id, together=2)
-        streams = (cache.batch([i], None, cache.prefix_h.device)[1].h[0] for i in range(len(sequences)))
+        streams = (cache.batch([i], None, cache.h.device)[1].h[0] for i in range(len(sequences)))
     means = []
     for sequence, stream in zip(sequences, streams, strict=True):
         h = stream.float()

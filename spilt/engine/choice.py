@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from importlib.util import find_spec
 
-from spilt.errors import unknown
+from spilt.errors import UserError, unknown
 from spilt.settings.fields import WRITE_POINTS
 from spilt.steering import anatomy
 
 FAST, PLAIN = ENGINES = ("fast", "plain")
+VLLM = "vllm"  # another program's, for texts alone: tasks.generate asks it
 ASKED = "asked for with --engine plain"
 
 
@@ -39,3 +42,25 @@ def why_plain(
     if verb == "generate" and positions != "all":
         return f"steer_positions = {positions}: text is made fast where every token is steered"
     return ""
+
+
+def refuse_vllm(verbs: Collection[str], device: str, dry: bool) -> None:
+    """Raises UserError where `--engine vllm` cannot be meant. dry: nothing is run, perhaps on another machine."""
+    if list(verbs) != ["generate"]:
+        raise UserError("--engine vllm only produces text; fit and measure without it, then --mode apply --engine vllm")
+    if device not in ("cuda", "cuda:0", "auto"):
+        raise UserError(
+            f"--engine vllm --device {device}: vLLM takes the first card that it sees (--device auto: all); CUDA_VISIBLE_DEVICES says which"
+        )
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("--engine vllm starts its own processes; run it without accelerate launch (--device auto: on all cards)")
+    if not dry and find_spec("vllm") is None:
+        raise UserError("--engine vllm: the package vllm is not installed here: pip install vllm, or leave --engine out")
+
+
+def refuse_in_vllm(dtype: str, positions: str) -> None:
+    """Raises UserError for settings that vLLM's LoRA does not do. What of a Steering can be a LoRA, the export says."""
+    if dtype == "float32":  # its kernels assert it (vLLM issue 14827)
+        raise UserError("--engine vllm: vLLM's LoRA does not compute in float32; --dtype bfloat16 or float16")
+    if positions != "all":
+        raise UserError(f"--engine vllm: steer_positions = {positions}, and a LoRA in vLLM acts on every token; leave --engine out")

@@ -201,7 +201,7 @@ class Fit(Job):
         own = {sequence.prefix(prefix) for sequence in cache.sequences}
         self.frozen_prefix = min(cache.prefix, *own) if settings.fitted_positions != "all" else 0
         with torch.no_grad():
-            self.prefix_kv = prefix_pairs(model, cache.layer, cache.prefix_h[None, : self.frozen_prefix].to(self.device), cache.pad_id)
+            self.prefix_kv = prefix_pairs(model, cache.layer, cache.h[None, : self.frozen_prefix].to(self.device), cache.pad_id)
         self.reference = self._reference() if method.needs_reference(settings) else None
 
     def forward_input(self, rows: Rows) -> ForwardInput:

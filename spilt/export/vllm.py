@@ -25,6 +25,13 @@ Run in this folder; requests then name the model `steered` (or the base model, f
 
 
 def write(job: Job, folder: Path) -> str:
+    most = adapter(job, folder / ADAPTER)
+    words = ["vllm", "serve", job.base, "--enable-lora", "--max-lora-rank", str(most), "--lora-modules", f"steered={ADAPTER}"]
+    return ABOUT.format(line=shlex.join(words))
+
+
+def adapter(job: Job, folder: Path) -> int:
+    """The adapter alone; returns the maximal rank that vLLM is to be told."""
     pairs = factors(job)
     if not pairs or biases(job, "down_proj"):
         why = "vLLM's LoRA has no biases, and this Steering adds a constant"
@@ -32,10 +39,8 @@ def write(job: Job, folder: Path) -> str:
     rank = next(iter(pairs.values()))[0].shape[1]
     if rank > RANKS[-1]:
         raise UserError(f"this Steering is a LoRA of rank {rank}, and vLLM takes {RANKS[-1]} at most; --format merged, or {ANYTHING}")
-    peft.write(job, folder / ADAPTER)
-    most = next(n for n in RANKS if n >= rank)
-    words = ["vllm", "serve", job.base, "--enable-lora", "--max-lora-rank", str(most), "--lora-modules", f"steered={ADAPTER}"]
-    return ABOUT.format(line=shlex.join(words))
+    peft.write(job, folder)
+    return next(n for n in RANKS if n >= rank)
 
 
 def reload(job: Job, folder: Path) -> AbstractContextManager[nn.Module]:

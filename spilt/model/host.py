@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -21,6 +22,7 @@ from spilt.steering import anatomy
 
 log = logging.getLogger("spilt")
 BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")  # that older files hold and the model computes
+SLOW = 3  # times: what half as many bytes cannot make good
 SMALL = 256  # hidden size below which one CPU thread is the fastest
 
 
@@ -121,7 +123,22 @@ def load(path: Path, dtype: str, device: str, said: str = "") -> Host:
     # handing work of this size to other threads costs more than it saves, and much more when other programs want the cores
     if device == "cpu" and config.get_text_config().hidden_size < SMALL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
+    if device == "cpu" and (times := slower(given["dtype"])) > SLOW:
+        log.warning("matrix products in %s take %.0f times as long as in float32 on this CPU; --dtype float32 is faster here", dtype, times)
     return Host(model.eval().requires_grad_(False), tokenizer, path)
+
+
+@cache
+def slower(dtype: torch.dtype) -> float:
+    """How many times as long as in float32 a product takes on this CPU, the best of four of each: many have no arithmetic for others."""
+
+    def seconds(a: torch.Tensor) -> float:
+        start = time.perf_counter()
+        nn.functional.linear(a, a)
+        return time.perf_counter() - start
+
+    own, plain = (min(map(seconds, [torch.ones(384, 384, dtype=kind)] * 4)) for kind in (dtype, torch.float32))
+    return own / plain
 
 
 def configuration(path: Path) -> Any:

@@ -311,7 +311,9 @@ def context(model: nn.Module) -> int | None:
 
 def read_width(model: nn.Module, layer: int, component: str) -> int:
     """F, the width of the read point: what a projection takes in (MLP intermediate size for 'mlp_mid'), else D."""
-    return _widths(read_point(model, layer, component))[0] or hidden_size(model)
+    at = read_point(model, layer, component)
+    _refuse_split(at, 1, f"{component} of block {layer} is read")
+    return _widths(at)[0] or hidden_size(model)
 
 
 def read_widths(model: nn.Module, layer: int) -> dict[str, int]:
@@ -323,4 +325,15 @@ def read_widths(model: nn.Module, layer: int) -> dict[str, int]:
 def write_width(model: nn.Module, layer: int, name: str) -> int:
     """D, or the width of what a linear gives."""
     at = write_point(model, layer, name)
+    _refuse_split(at, 0, f"{name} of block {layer} is written")
     return hidden_size(model) if name == "block" else _widths(at)[1]
+
+
+def _refuse_split(module: nn.Module, axis: int, what: str) -> None:
+    """Raises UserError where tensor parallel (the library's tp_plan) has split a weight [out, in] along this axis: each process has but a
+    part of what goes in (1) or comes out (0)."""
+    if any(placement.is_shard(axis) for placement in getattr(getattr(module, "weight", None), "placements", ())):
+        raise UserError(
+            f"{what}, and in a model loaded with tp_plan each process holds a part of it; intervention_components mlp, attn or block are "
+            "whole everywhere, or load it with device_map='auto'"
+        )

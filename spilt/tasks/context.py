@@ -45,5 +45,11 @@ def texts_at_once(model: nn.Module, given: int | None, prompts: Sequence[Sequenc
     devices = {parameter.device for parameter in model.parameters()}
     kind = next((device.type for device in devices if device.type != "cpu"), "cpu")
     free = min(map(memory.free, devices)) * len(devices) / (place()[1] if kind == "cpu" else 1)
+    if getattr(model, "tp_size", None):  # tensor parallel: all processes make the same batches
+        import torch
+
+        least = torch.tensor(free, dtype=torch.float64, device=min(devices, key=str))
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        free = float(least)
     config, size = model.config.to_dict(), next(model.parameters()).dtype.itemsize  # type: ignore[operator, union-attr]
     return side_by_side(given, shape_from(config), size, max(map(len, prompts), default=0), new, free, kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,7 +123,10 @@ def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinishe
         # the seed is the prompt's and the response's own: the same random numbers at every multiplier
         rows = [generation.Row(ids[t.prompt], t.multiplier or 0.0, f"{s.seed}/{t.prompt}/{t.response}") for t in todo]
         with run.progress.bar(total=len(mine), initial=len(texts), desc=f"apply {cell}", unit="text") as bar:
-            if plan.why_plain(step, run.request.engine):
+            if step.engine:  # exports are above this room: looked up as a verb's work is
+                vllm = import_module("spilt.export.serving")
+                stream = vllm.texts(run.host, steering, rows, how, s.dtype, vllm.cards(run.request.device))
+            elif plan.why_plain(step, run.request.engine):
                 stream = whole.texts(run.host.model, steering, rows, how, s.applied_positions, [prefixes[t.prompt] for t in todo])
             else:
                 batch = texts_at_once(run.host.model, run.request.batch_size or s.batch_size, ids, how.max_new_tokens)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from spilt import verbs
 from spilt.analysis import odds, recommend
@@ -228,7 +227,7 @@ def _sweep(step: Step, steering: Steering, run: Run) -> tuple[float, ...]:
         top = max(map(abs, step.multipliers)) * sum(norms) / len(norms)
     else:  # nothing trained is stored: the strength at which the vector is twice as long as the stream is
         recorded = _streams(step, steering, run)
-        top = 2 * torch.cat([recorded.prefix_h, *recorded.h]).float().norm(dim=-1).mean().item()
+        top = 2 * recorded.h[:-1].float().norm(dim=-1).mean().item()
     return measure_verb.sweep_multipliers((float(f"{top / own:.2g}"),), len(step.multipliers))
 
 

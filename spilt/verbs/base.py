@@ -102,6 +102,7 @@ class Step(NamedTuple):
     notes: tuple[Unused, ...] = ()  # keys of the settings without effect
     columns: Mapping[str, Mapping[str, Any]] = {}  # by what it is for, as `data`: how dataset_format.yaml reads the file
     origin: str = ""  # of the settings, for a base folder without settings files
+    engine: str = ""  # another program's, whose results are its own: vllm
 
     @property
     def inputs(self) -> tuple[Path, ...]:

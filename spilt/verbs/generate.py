@@ -38,7 +38,8 @@ class Generate(Verb):
 
     def decided_by(self, step: Step) -> list[tuple[str, dict[str, Any]]]:
         concepts = [cell.concept for cell in step.cells]
-        return [("prompts", {"multiplier": float(m), "concepts": concepts}) for m in step.multipliers]
+        engine = {"engine": step.engine} if step.engine else {}
+        return [("prompts", {"multiplier": float(m), "concepts": concepts, **engine}) for m in step.multipliers]
 
     def unfinished(self, step: Step, limit: int | None, seen: identity.Seen) -> set[str]:
         outputs = output_parts(step, limit, seen)
