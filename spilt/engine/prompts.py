@@ -88,9 +88,9 @@ class Prompts:
         self.left = Counter(row.prompt for row in rows)  # rows that still want the prompt
         self.kept: dict[tuple[int, ...], tuple[suffix.Recorded, packing.KeysValues]] = {}
         self.multipliers = list(dict.fromkeys(row.multiplier for row in rows))
-        self.heads: packing.KeysValues | None = None  # of the prefix above the base, [M, H, P, d] in the order of `multipliers`
         sequences = [Encoded(prompt, len(prompt), 0) for prompt in self.left]
         self.prefix = packing.prefix_length(sequences) if sequences and self.base >= 0 else 0
+        self.heads: packing.KeysValues | None = None if self.prefix else {}  # above the base, [M, H, P, d] in the order of `multipliers`
         self.head: suffix.Recorded | None = None
         self.below: packing.KeysValues = {}
         if self.prefix:
@@ -139,14 +139,15 @@ class Prompts:
     def _heads(self) -> packing.KeysValues:
         """Keys and values of the shared beginning above the base, at every multiplier; computed once."""
         if self.heads is None:
+            assert self.head is not None
             each: list[packing.KeysValues] = []
-            for multiplier in self.multipliers if self.head is not None else ():
+            for multiplier in self.multipliers:
                 stream, above = self._steered(self.head, torch.full((1, 1, 1), multiplier, device=self.device))
                 with hooks.attach(self.model, above):
                     each.append(prefix_pairs(self.model, self.base, stream, self.pad))
             self.heads = {}
-            for layer in each[0] if each else ():
-                keys, values = zip(*(head[layer] for head in each), strict=True)
+            for layer in each[0]:
+                keys, values = zip(*(one[layer] for one in each), strict=True)
                 self.heads[layer] = torch.cat(keys), torch.cat(values)
         return self.heads
 
