@@ -20,9 +20,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-HERE = Path(os.environ.get("SPILT_CHECKOUT", Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import benchmarks  # noqa: E402, F401 - the same world for both checkouts
+
+HERE = Path(os.environ.get("SPILT_CHECKOUT", sys.path[0]))
 sys.path.insert(0, str(HERE))
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
@@ -65,11 +67,11 @@ def ours(model: Any, layer: int, vector: torch.Tensor, rows: Sequence[decode.Row
     return [text for _, text in sorted(decode.generate(model, Steering.of({layer: made}), rows, how, batch))]
 
 
-def rows_of(shape: world.Shape, count: int) -> list[decode.Row]:
-    """`count` rows: questions of the benchmarks' world, each at four strengths."""
+def rows_of(shape: world.Shape, count: int, longer: int = 0) -> list[decode.Row]:
+    """`count` rows: questions of the benchmarks' world, each at four strengths. longer: tokens that the template has more."""
     chat = Chat.of(world.tokenizer(shape.config["vocab_size"]))
     asked = world.questions(-(-count // len(STRENGTHS)), shape.config["vocab_size"], 0)
-    return [decode.Row(tuple(chat.prompt_ids(question)), m, "") for question in asked for m in STRENGTHS][:count]
+    return [decode.Row((*range(100, 100 + longer), *chat.prompt_ids(question)), m, "") for question in asked for m in STRENGTHS][:count]
 
 
 def cpu_seconds(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -78,12 +80,12 @@ def cpu_seconds(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, found
 
 
-def one(shape_name: str, count: int, new: int, batch: int, way: str) -> dict[str, Any]:
+def one(shape_name: str, count: int, new: int, batch: int, way: str, longer: int = 0) -> dict[str, Any]:
     """One run of one side, after a small one that warms up."""
     shape = world.SHAPES[shape_name]
     model = world.model(shape)
     vector = torch.randn(shape.config["hidden_size"], generator=torch.Generator().manual_seed(0)) / 10
-    rows, side = rows_of(shape, count), {"ours": ours, "plain": plain}[way]
+    rows, side = rows_of(shape, count, longer), {"ours": ours, "plain": plain}[way]
     side(model, shape.layer, vector, rows[:2], 2, 2)
     seconds, texts = cpu_seconds(lambda: side(model, shape.layer, vector, rows, new, batch))
     return {"seconds": seconds, "texts": texts, "mb": inprocess.peak_mb()}
@@ -95,12 +97,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 32, 64, 128])
     parser.add_argument("--new_tokens", type=int, default=32)
+    parser.add_argument("--longer", type=int, default=0, help="tokens that the template has more than its 38")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--against", type=Path, help="another checkout")
     parser.add_argument("--only", choices=["ours", "plain"], help="one run in this process; prints JSON")
     args = parser.parse_args(argv)
     if args.only:
-        print(json.dumps(one(args.shape, args.rows, args.new_tokens, args.batch[0], args.only)))
+        print(json.dumps(one(args.shape, args.rows, args.new_tokens, args.batch[0], args.only, args.longer)))
         return 0
     other = "other checkout" if args.against else "plain hook"
     print(f"| batch | times faster | ours CPU s | {other} CPU s | ours MB | {other} MB | equal texts |\n|---|---|---|---|---|---|---|")
@@ -110,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
             for name in found:
                 checkout = args.against.resolve() if args.against and name == other else HERE
                 words = ["--shape", args.shape, "--rows", args.rows, "--batch", batch, "--new_tokens", args.new_tokens]
+                words += ["--longer", args.longer]
                 words += ["--only", "plain" if name == "plain hook" else "ours"]
                 done = subprocess.run(
                     [sys.executable, __file__, *map(str, words)],

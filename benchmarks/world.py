@@ -41,6 +41,8 @@ SHAPES: dict[str, Shape] = {
     "tiny-gemma-2": Shape(_shape("gemma2", 32, 64, 4, 4, 2, 640, head_dim=8, query_pre_attn_scalar=8), 1, "gemma-2-9b-it"),
     "qwen2-12x128": Shape(_shape("qwen2", 128, 352, 12, 4, 4, 8000), 6),
     "qwen2-12x512": Shape(_shape("qwen2", 512, 1408, 12, 8, 8, 8000), 6),
+    "qwen2-12x512-kv2": Shape(_shape("qwen2", 512, 1408, 12, 8, 2, 8000), 6),
+    "gemma2-12x512": Shape(_shape("gemma2", 512, 1408, 12, 8, 4, 8000, head_dim=64, query_pre_attn_scalar=64), 6, "gemma-2-9b-it"),
     "qwen2.5-0.5b": Shape(_shape("qwen2", 896, 4864, 24, 14, 2, 151936, tie_word_embeddings=True), 12),
     "qwen2.5-7b": Shape(_shape("qwen2", 3584, 18944, 28, 28, 4, 152064), 14),
     "llama-3.1-8b": Shape(_shape("llama", 4096, 14336, 32, 32, 8, 128256), 16),

@@ -253,7 +253,6 @@ def strict(path: Path) -> Any:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_every_cell_gets_its_files(stored: Path, built: Path) -> None:
     assert built == stored / f"vectors/{MODEL}/get_sft_loss/report/{DATASET}/report.html"
     cell = stored / f"vectors/{MODEL}/get_sft_loss/caa/{DATASET}/caa_vector"
@@ -277,7 +276,6 @@ def test_every_cell_gets_its_files(stored: Path, built: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_nothing_is_fitted_again_when_nothing_changed(stored: Path, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("fitted again")
@@ -289,7 +287,6 @@ def test_nothing_is_fitted_again_when_nothing_changed(stored: Path, built: Path,
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_page_has_the_papers_numbers_and_words_on_top(built: Path) -> None:
     page = text_of(built)
     assert "What was found" in page and "pairs of methods within a form" in page and "chosen on train questions" in page
@@ -309,7 +306,6 @@ def test_page_has_the_papers_numbers_and_words_on_top(built: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_recommend_reads_only(stored: Path) -> None:
     files = {path: path.stat().st_mtime_ns for path in stored.rglob("*") if path.is_file()}
     table = report.recommend(stored, MODEL, DATASET, 0.5)
@@ -411,7 +407,6 @@ def test_no_model_code_and_no_plotting_is_imported_before_it_is_needed() -> None
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_images_load_and_nothing_is_requested(built: Path, browser: Browser) -> None:
     browser.open(built)
     images = browser.js("[...document.images].map((i) => [i.complete, i.naturalWidth, i.alt.length])")
@@ -424,7 +419,6 @@ def test_images_load_and_nothing_is_requested(built: Path, browser: Browser) -> 
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_hostile_text_shows_as_text(built: Path, browser: Browser) -> None:
     browser.open(built)
     assert browser.js("document.title").startswith("psychopathy on gemma-2-9b-it")
@@ -435,7 +429,6 @@ def test_hostile_text_shows_as_text(built: Path, browser: Browser) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_tables_sort_by_mouse_and_keyboard(built: Path, browser: Browser) -> None:
     browser.open(built)
     table = "document.querySelector('#recommended table')"
@@ -464,7 +457,6 @@ def test_tables_sort_by_mouse_and_keyboard(built: Path, browser: Browser) -> Non
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("dark", [False, True])
 def test_reads_at_both_widths_in_light_and_dark(built: Path, browser: Browser, width: int, dark: bool, tmp_path: Path) -> None:

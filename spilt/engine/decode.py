@@ -112,9 +112,10 @@ class _Stream:
             self.active = None
             return
         if len(keep) < len(active.rows):
-            tokens = tokens[active.select(keep, max(self._held(active.rows[place]) for place in keep))]
+            tokens = tokens[active.select(keep, max(self._held(active.rows[place]) for place in keep) - self.prompts.shared)]
         lengths = [self._held(i) for i in active.rows]
-        active.scores = forward(self.model, self.make_sites(active.multiplier), tokens, lengths, active.cache)
+        begun = self.prompts.begun([self.rows[i] for i in active.rows])
+        active.scores = forward(self.model, self.make_sites(active.multiplier), tokens, lengths, active.cache, begun)
 
     def _held(self, i: int) -> int:
         """Tokens of a row whose keys and values are there: all but the last."""
@@ -130,7 +131,7 @@ class _Stream:
             self.draws.update({i: random.Random(self.rows[i].seed) for i in fresh})
         started = self.prompts.start(self.rows, fresh)
         if self.active is None:
-            self.active = _Active(started, min(self.batch_size, len(self.rows)), self.columns)
+            self.active = _Active(started, min(self.batch_size, len(self.rows)), self.columns - self.prompts.shared)
         else:
             self.active.join(started)
 

@@ -3,6 +3,8 @@
 block      prefix (the template)   rest of a prompt
 > base     once per multiplier     once per row            steered
 <= base    once                    once per prompt         not steered: recorded, the rows that want it take it from there
+
+A long prefix is not copied into the rows: while decoding, attention reads it where it is, once for all rows of a multiplier.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from spilt.data.chat import Encoded
-from spilt.engine import packing, suffix
+from spilt.engine import attention, packing, suffix
 from spilt.engine.activations import prefix_pairs
 from spilt.steering import hooks
 
@@ -37,12 +39,22 @@ class Started(NamedTuple):
 
     rows: list[int]  # numbers in the request
     multiplier: Tensor  # [B, 1, 1]
-    pairs: Iterable[tuple[Tensor, Tensor]]  # keys and values [B, H, T, d] of each layer, read once
+    pairs: Iterable[tuple[Tensor, Tensor]]  # keys and values [B, H, T, d] of each layer, without a shared beginning; read once
     scores: Tensor  # [B, V] of the next token
 
 
-def forward(model: nn.Module, sites: list[hooks.Applied], tokens: Tensor, lengths: list[int], cache: DynamicCache) -> Tensor:
-    """Scores [B, V] of the token after tokens [B], which come behind `lengths` others each: into the cache's PreallocatedKV."""
+def forward(
+    model: nn.Module,
+    sites: list[hooks.Applied],
+    tokens: Tensor,
+    lengths: list[int],
+    cache: DynamicCache,
+    begun: attention.Begun | None = None,
+) -> Tensor:
+    """Scores [B, V] of the token after tokens [B], which come behind `lengths` others each: into the cache's PreallocatedKV.
+
+    begun: the first of those, where the cache does not hold them.
+    """
     width, place = max(lengths) + 1, torch.tensor(lengths, device=tokens.device)[:, None]
     columns = torch.arange(width, device=tokens.device)
 
@@ -51,10 +63,11 @@ def forward(model: nn.Module, sites: list[hooks.Applied], tokens: Tensor, length
         return (seen if window is None else seen & (columns > place - window))[:, None]
 
     layers: list[Any] = cache.layers
+    shared = begun.length if begun else 0
     for layer in layers:
-        layer.begin(place[:, 0], width)
+        layer.begin(place[:, 0] - shared, width - shared)
     masks = packing.attention_masks(model, visible)
-    with hooks.attach(model, sites):
+    with hooks.attach(model, sites), attention.next_token(model, begun):
         out = model(
             input_ids=tokens[:, None], position_ids=place, attention_mask=masks, past_key_values=cache, use_cache=True, logits_to_keep=1
         )
@@ -74,9 +87,10 @@ class Prompts:
         self.read_points = tuple({site.intervention.read_point for site in sites if self._on_stream(site) and site.intervention.read_point})
         self.left = Counter(row.prompt for row in rows)  # rows that still want the prompt
         self.kept: dict[tuple[int, ...], tuple[suffix.Recorded, packing.KeysValues]] = {}
-        self.heads: dict[float, packing.KeysValues] = {}
+        self.multipliers = list(dict.fromkeys(row.multiplier for row in rows))
         sequences = [Encoded(prompt, len(prompt), 0) for prompt in self.left]
         self.prefix = packing.prefix_length(sequences) if sequences and self.base >= 0 else 0
+        self.heads: packing.KeysValues | None = None if self.prefix else {}  # above the base, [M, H, P, d] in the order of `multipliers`
         self.head: suffix.Recorded | None = None
         self.below: packing.KeysValues = {}
         if self.prefix:
@@ -84,6 +98,15 @@ class Prompts:
             cache = packing.cache_of({})
             self.head = suffix.record(model, self.base, ids, self.read_points, past_key_values=cache, use_cache=True)
             self.below = packing.pairs_of(cache)
+        self.shared = self.prefix if self.prefix >= attention.LONG and attention.replaceable(model) else 0  # tokens that no row holds
+
+    def begun(self, rows: Sequence[Row]) -> attention.Begun | None:
+        """What these rows begin with, where they do not hold it themselves."""
+        if not self.shared:
+            return None
+        group = [self.multipliers.index(row.multiplier) for row in rows]
+        groups, alike = (attention.Groups.of(g, n, self.device) for g, n in ((group, len(self.multipliers)), ([0] * len(rows), 1)))
+        return attention.Begun(self.below | self._heads(), groups, alike)
 
     def _on_stream(self, site: hooks.Applied) -> bool:
         return site.layer == self.base and site.intervention.write_point == "block"
@@ -113,13 +136,20 @@ class Prompts:
             own = {layer: (k[b, :, self.prefix :][:, :n], v[b, :, self.prefix :][:, :n]) for layer, (k, v) in pairs.items()}
             self.kept[prompt] = suffix.Recorded(seen.h[b, :n], {name: x[b, :n] for name, x in seen.x.items()}), own
 
-    def _head(self, multiplier: float) -> packing.KeysValues:
-        """Keys and values of the shared beginning above the base, at one multiplier."""
-        if multiplier not in self.heads and self.head is not None:
-            stream, above = self._steered(self.head, torch.full((1, 1, 1), multiplier, device=self.device))
-            with hooks.attach(self.model, above):
-                self.heads[multiplier] = prefix_pairs(self.model, self.base, stream, self.pad)
-        return self.heads.get(multiplier, {})
+    def _heads(self) -> packing.KeysValues:
+        """Keys and values of the shared beginning above the base, at every multiplier; computed once."""
+        if self.heads is None:
+            assert self.head is not None
+            each: list[packing.KeysValues] = []
+            for multiplier in self.multipliers:
+                stream, above = self._steered(self.head, torch.full((1, 1, 1), multiplier, device=self.device))
+                with hooks.attach(self.model, above):
+                    each.append(prefix_pairs(self.model, self.base, stream, self.pad))
+            self.heads = {}
+            for layer in each[0]:
+                keys, values = zip(*(one[layer] for one in each), strict=True)
+                self.heads[layer] = torch.cat(keys), torch.cat(values)
+        return self.heads
 
     def start(self, rows: Sequence[Row], numbers: list[int]) -> Started:
         """These rows with their prompts read: cache and the next token's scores."""
@@ -131,14 +161,15 @@ class Prompts:
             self._record(new)
         seen, below = zip(*(self.kept[prompt] for prompt in prompts), strict=True)
         self._forget(prompts)
-        scores, above = self._above(prompts, seen, multiplier)
+        scores, above = self._above(prompts, seen, multiplier, [rows[i].multiplier for i in numbers])
 
         def in_order() -> Iterator[tuple[Tensor, Tensor]]:
             """One layer at a time, so that no second copy of the whole cache is ever there."""
             for layer in below[0]:
                 yield self._joined(layer, 0, below), self._joined(layer, 1, below)
             for layer in sorted(above):
-                yield above.pop(layer)
+                keys, values = above.pop(layer)
+                yield keys[:, :, self.shared :], values[:, :, self.shared :]
 
         return Started(list(numbers), multiplier, in_order(), scores)
 
@@ -151,7 +182,7 @@ class Prompts:
         return Started(numbers, multiplier, packing.pairs_of(cache).values(), scores)
 
     def _above(
-        self, prompts: Sequence[tuple[int, ...]], recorded: Sequence[suffix.Recorded], multiplier: Tensor
+        self, prompts: Sequence[tuple[int, ...]], recorded: Sequence[suffix.Recorded], multiplier: Tensor, strengths: Sequence[float]
     ) -> tuple[Tensor, packing.KeysValues]:
         """Scores [B, V] of the token after each prompt, and the keys and values of the blocks above the base."""
         seen = suffix.Recorded(
@@ -160,19 +191,18 @@ class Prompts:
         )
         stream, above = self._steered(seen, multiplier)
         rows = self._rows(prompts)
-        heads = [self._head(m) for m in multiplier.flatten().tolist()]
-        begun = {layer: tuple(torch.cat([head[layer][kv] for head in heads]) for kv in (0, 1)) for layer in heads[0]}
-        cache = packing.cache_of(begun)  # type: ignore[arg-type]
+        which = torch.tensor([self.multipliers.index(m) for m in strengths], device=self.device)
+        cache = packing.cache_of(self._heads(), which)
         inputs = packing.attention_inputs(self.model, rows, self.prefix)
         with hooks.attach(self.model, above):
             scores = suffix.logits(self.model, self.base, stream, _last(rows), past_key_values=cache, **inputs).float().to(self.device)
         return scores, packing.pairs_of(cache)
 
     def _joined(self, layer: int, kv: int, below: Sequence[packing.KeysValues]) -> Tensor:
-        """Keys (kv = 0) or values (1) of a layer up to the base, prefix and prompts, right-padded [B, H, T, d]."""
+        """Keys (kv = 0) or values (1) of a layer up to the base, prefix (unless shared) and prompts, right-padded [B, H, T, d]."""
         rest = pad_sequence([pairs[layer][kv].transpose(0, 1) for pairs in below], batch_first=True).transpose(1, 2)
         begun = self.below.get(layer)
-        return rest if begun is None else torch.cat([begun[kv].expand(len(below), -1, -1, -1), rest], 2)
+        return rest if begun is None or self.shared else torch.cat([begun[kv].expand(len(below), -1, -1, -1), rest], 2)
 
     def _forget(self, prompts: Sequence[tuple[int, ...]]) -> None:
         """What no later row wants goes."""
