@@ -51,7 +51,7 @@ PROGRAMS = {
     "recommend": "print the strength of each measured cell by a utility budget",
     "report": "draw curves and report.html anew from stored losses",
     "say": "try a sentence on a stored vector, at any strength",
-    "calibrate": "find the strengths at which a stored vector disturbs the model equally",
+    "strength": "find the strengths at which a stored vector disturbs the model equally",
     "export": "write a stored vector for PEFT, llama.cpp, vLLM and others, checked",
     "settings": "make settings files like those of another dataset and model",
     "prepare": "make data/ from the public source files",

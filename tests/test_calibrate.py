@@ -1,4 +1,4 @@
-"""Equal disturbance: KL along the steered path against a loop over the library's own generate, the root finder, spilt calibrate."""
+"""Equal disturbance: KL along the steered path against a loop over the library's own generate, the root finder, spilt strength."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_what_does_something_at_zero_is_named_so(monkeypatch: pytest.MonkeyPatch
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = families.make_base(tmp_path / "base", train=6, test=8)
     assert cli.main(base.argv("caa", "vector", "--mode", "generate", "--quiet")) == 0
-    words = ["calibrate", "--base_dir", str(base.path), "--model_name", base.model, "--max_new_tokens", "4", "--prompts", "3"]
+    words = ["strength", "--base_dir", str(base.path), "--model_name", base.model, "--max_new_tokens", "4", "--prompts", "3"]
     cell = ["--dataset", base.one, "--method", "caa", "--intervention_method", "vector"]
     capsys.readouterr()
     assert cli.main([*words, *cell, "--budget", "0.3", "--json"]) == 0

@@ -1,4 +1,4 @@
-"""spilt calibrate: the strengths at which a stored vector disturbs the model as much as a budget allows, so that methods compare there.
+"""spilt strength: the strengths at which a stored vector disturbs the model as much as a budget allows, so that methods compare there.
 
 Measured as KL(steered || base) in nats per token along the steered model's own greedy answers, 95th percentile over all tokens.
 """
@@ -23,17 +23,17 @@ SHOWN = {"kl_p95": "kl p95", "kl_mean": "mean", "kl_max": "max", "audit_kl_p95":
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print both strengths; 0, or 2 for wrong words."""
-    parser = argparse.ArgumentParser(prog="spilt calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="spilt strength", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which_flags(parser)
     parser.add_argument("--budget", type=float, default=1.0, metavar="NATS", help="default 1")
     parser.add_argument("--prompts", type=int, default=32, metavar="N", help="the dataset's first N, and the next N to check (default 32)")
     parser.add_argument("--prompts_file", type=Path, metavar="FILE", help="a prompt a line, in place of the dataset's")
     parser.add_argument("--max_new_tokens", type=int, default=50, metavar="N", help="of each answer (default 50)")
     parser.add_argument("--json", action="store_true", help="print one JSON document, with everything that was tried")
-    return program(parser, argv, _calibrate)
+    return program(parser, argv, _strength)
 
 
-def _calibrate(args: argparse.Namespace) -> int:
+def _strength(args: argparse.Namespace) -> int:
     if not 0 < args.budget < float("inf"):  # nan is not
         raise UserError(f"--budget {args.budget:g}: wanted nats above 0")
     if args.prompts < 1:
