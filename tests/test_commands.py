@@ -12,6 +12,7 @@ from pathlib import Path
 import families
 import pytest
 
+import spilt
 from spilt import cli, plan, run, settings, verbs
 from spilt.artifacts import manifest
 from spilt.errors import UserError
@@ -45,6 +46,7 @@ def test_the_help_names_every_word_and_the_released_flags(command: tuple[str, ..
     assert said.returncode == 0 and not re.search(r"\| +(torch|transformers|pandas)$", said.stderr, re.M)
     listed = dict(re.findall(r"^  spilt (\w+) +(\S.*)$", said.stdout, re.M))
     assert list(listed) == [*verbs.VERBS, *cli.PROGRAMS] and all(listed.values())
+    assert not set(cli.PROGRAMS) & set(spilt.__all__)  # an imported program would stand in place of the function
     assert (
         "run_spilt.py --dataset ... --mode ...`, works as before" in " ".join(said.stdout.split())
         and "--intervention_method" in said.stdout
