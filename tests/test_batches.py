@@ -18,7 +18,8 @@ def sequence_lists(draw) -> tuple[list[Encoded], int]:
     sequences = []
     for _ in range(draw(st.integers(1, 4))):
         prompt, text, suffix = prefix + draw(st.integers(1, 6)), draw(st.integers(1, 4)), draw(st.integers(0, 2))
-        sequences.append(Encoded(tuple(range(10, 10 + prompt + text + suffix)), prompt, suffix))
+        own = draw(st.none() | st.integers(0, prompt))  # of a row with a system prompt of its own
+        sequences.append(Encoded(tuple(range(10, 10 + prompt + text + suffix)), prompt, suffix, own))
     return sequences, prefix
 
 
@@ -42,7 +43,7 @@ def test_pad_is_the_docstrings_example():
 def test_padding_keeps_every_token_and_only_adds_pads(made, side):
     sequences, _ = made
     batch = pad(sequences, pad_id=1, side=side)
-    for i, (ids, prompt, suffix) in enumerate(sequences):
+    for i, (ids, prompt, suffix, _) in enumerate(sequences):
         real_tokens = batch.attention_mask[i]
         assert batch.input_ids[i][real_tokens].tolist() == list(ids)
         assert (batch.input_ids[i][~real_tokens] == 1).all()
@@ -58,15 +59,16 @@ def test_position_masks_are_what_their_names_say(made, n, k):
     width = max(len(sequence.input_ids) for sequence in sequences)
     names = ("all", "skip_prefix", "all_prompt", "all_generation", f"f{n}", f"l{k}", f"f{n}+l{k}")
     masks = {name: position_mask(sequences, name, prefix) for name in names}
-    for i, (ids, prompt, _) in enumerate(sequences):
+    for i, (ids, prompt, _, own) in enumerate(sequences):
+        start = prefix if own is None else own
         places = {name: set(mask[i].nonzero()[:, 0].tolist()) for name, mask in masks.items()}
         assert all(mask.shape == (len(sequences), width) and mask.dtype == torch.bool for mask in masks.values())
         assert places["all"] == set(range(len(ids)))
-        assert places["skip_prefix"] == set(range(prefix, len(ids)))
-        assert places["all_prompt"] == set(range(prefix, prompt))
+        assert places["skip_prefix"] == set(range(start, len(ids)))
+        assert places["all_prompt"] == set(range(start, prompt))
         assert places["all_generation"] == set(range(prompt, len(ids)))
-        assert places[f"f{n}"] == set(list(range(prefix, prompt))[:n])
-        assert places[f"l{k}"] == set(list(range(prefix, prompt))[-k:])
+        assert places[f"f{n}"] == set(list(range(start, prompt))[:n])
+        assert places[f"l{k}"] == set(list(range(start, prompt))[-k:])
         assert places[f"f{n}+l{k}"] == places[f"f{n}"] | places[f"l{k}"]
 
 
