@@ -17,11 +17,13 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from spilt import __version__, plan, summary, verbs
+from spilt import __version__, complete, plan, summary, verbs
 from spilt.artifacts.losses import SPLITS
 from spilt.artifacts.manifest import versions
 from spilt.cell import FORMS
@@ -111,6 +113,7 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
         metavar="FIELD=COLUMN,...",
         help="with --train: question=...,matching=...,not_matching=... where they are called otherwise",
     )
+    add("--complete_losing", action="store_true", help="with --train: not_matching answers that are missing are written by the model")
     add("--layers", nargs="+", metavar="N", help="blocks: 10 14 (each alone, in folders of their own), 10+14 (together), or all (each)")
     add("--inspect", action="store_true", help="show the first pairs as the model will see them: tokens, masks, lengths; write nothing")
     add("--dtype", DTYPES, help="of the model: float32, bfloat16, float16 (over the YAML's)")
@@ -230,6 +233,7 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
     for name in ("train", "test", "columns") if files else ():
         given = getattr(args, name)
         flags += [] if given is None else [f"--{name}", *map(str, given if isinstance(given, list) else [given])]
+    flags += ["--complete_losing"] if args.complete_losing else []
     splits = (*SPLITS, "both")
     if not re.fullmatch(r"(cpu|auto|(cuda|xpu|mps|npu|hpu)(:[0-9]{1,3})?)", args.device):
         raise UserError(f"unknown device {args.device!r}; have: cpu, auto, cuda, cuda:0 and the like")
@@ -271,8 +275,8 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
 def _own(args: argparse.Namespace) -> own.Own | None:
     """The user's files, where --train names some."""
     if args.train is None:
-        for name in ("test", "columns"):
-            if getattr(args, name) is not None:
+        for name in ("test", "columns", "complete_losing"):
+            if getattr(args, name) not in (None, False):
                 raise UserError(f"--{name} goes with --train FILE; a dataset of dataset_format.yaml has its own")
         if not args.dataset:
             raise UserError("which data? give --dataset NAME, or --train FILE with pairs of your own")
@@ -375,8 +379,13 @@ def _plan_and_run(args: argparse.Namespace, program: str, shown: dict[str, Any])
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before torch looks for it
     if request.own is not None:
         made = plan.make(request, dry=True)  # what is wrong with the words is told before the files are taken over
-        plan.refuse_rows(made.steps, own.kinds(own.parts(request.own, request.dataset)))
-        for line in own.bring(request.base_dir, request.dataset, request.own, dry=dry):
+        files, step = request.own, made.steps[0]
+        if args.complete_losing:
+            files = files._replace(writer=complete.writer(request, step))
+            request = replace(request, own=files)
+        plan.refuse_rows(made.steps, own.kinds(own.as_completed(files, own.parts(files, request.dataset))))
+        write = partial(complete.write, request, step, files)
+        for line in own.bring(request.base_dir, request.dataset, files, dry=dry, write=write):
             say(line)
     made = plan.make(request, dry=dry)
     if args.inspect:

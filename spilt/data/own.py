@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from spilt.artifacts.atomic import atomic_write_together, half_replaced
 from spilt.data import hub, sense
-from spilt.data.chat import SYSTEM
+from spilt.data.chat import SYSTEM, Question
 from spilt.data.readers import (
     ASKED,
     CONTRAST,
@@ -37,6 +37,9 @@ from spilt.team import place
 FIELDS = (*PAIR_FIELDS, *ASKED)
 PARTS = ("train", "test", "valid", "data", "train_data", "test_data")  # file names that don't say what the data is: their folder may
 SECTION = {"train": "train", "test": "valid"}
+LOSING = PAIR_FIELDS[2]
+TO_BE = "(an answer of the unsteered model)"
+Write = Callable[[list[Question]], list[str]]
 
 
 class Own(NamedTuple):
@@ -47,6 +50,7 @@ class Own(NamedTuple):
     columns: Mapping[str, str] = {}  # field of a pair -> the file's column; a field left out is its own column
     seed: int = 42  # of the split
     download: bool = False  # what is named by hf: and not in the local cache
+    writer: Mapping[str, Any] = {}  # of not_matching answers that are missing: the model and its settings; empty: none is written
 
 
 def columns_from(text: str) -> dict[str, str]:
@@ -94,23 +98,36 @@ def formats(base_dir: Path, name: str, own: Own) -> dict[str, DatasetFormat]:
     return {SECTION[part]: DatasetFormat(name, SECTION[part], base_dir / DATA / name / f"{part}.jsonl", {}, False) for part in parts}
 
 
-def bring(base_dir: Path, name: str, own: Own, *, dry: bool = False) -> list[str]:
+def bring(base_dir: Path, name: str, own: Own, *, dry: bool = False, write: Write | None = None) -> list[str]:
     """Write data/{name}/, unless it is there just so; the lines to print. dry: only check, and say what would be written.
+
+    write: questions -> answers of own.writer; what it wrote once is kept.
 
     Raises UserError: a file that can't be read as pairs, or a folder that holds other data.
     """
     folder = base_dir / DATA / checked_name("dataset", name)
     _refuse_others(base_dir, folder, own)
     rows = parts(own, name)
-    texts = {f"{part}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found) for part, found in rows.items()}
-    texts[SOURCE] = json.dumps(_source(own), indent=1, ensure_ascii=False) + "\n"
-    files = {name: text.encode() for name, text in texts.items()}
     there = {path.name: path.read_bytes() for path in _ours(folder)}
+    source = (json.dumps(_source(own), indent=1, ensure_ascii=False) + "\n").encode()
+    if own.writer and there.get(SOURCE) == source and len(there) == len(rows) + 1 and not half_replaced(folder / SOURCE):
+        return []
+    if missing := _missing(rows) if own.writer else []:
+        answers = write([one.question for one in _pairs(missing)]) if write and not dry else [TO_BE] * len(missing)  # type: ignore[misc]
+        if empty := [row for row, text in zip(missing, answers, strict=True) if not text.strip()]:
+            raise UserError(
+                f"the model writes nothing to {len(empty)} questions, such as {_asked(empty[0])[:80]!r}; write their not_matching"
+            )
+        for row, text in zip(missing, answers, strict=True):
+            row[LOSING] = text
+    texts = {f"{part}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found) for part, found in rows.items()}
+    files = {name: text.encode() for name, text in texts.items()} | {SOURCE: source}
     if files == there and not half_replaced(folder / SOURCE):
         return []
     kind = kinds(rows)
     counts = ", ".join(f"{len(found)} {kind[SECTION[part]]} in {part}.jsonl" for part, found in rows.items())
     said = f"{counts} from {', '.join(map(_named, own.train))}"
+    said += f"; {len(missing)} not_matching answers {'to be ' if dry else ''}written by {own.writer['model']}" if missing else ""
     if dry:
         return [f"{folder} will have {said}"]
     if place()[1] > 1:
@@ -119,6 +136,18 @@ def bring(base_dir: Path, name: str, own: Own, *, dry: bool = False) -> list[str
     for file in there.keys() - files.keys():
         (folder / file).unlink()
     return [f"{folder} {'was replaced: ' if there else 'has '}{said}"]
+
+
+def _missing(rows: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows of one question that want a not_matching answer. Raises UserError for rows that compare two."""
+    found = [row for some in rows.values() for row in some if row[LOSING] is None]
+    if any(row[PAIR_FIELDS[1]] is None for row in found):
+        raise UserError(f"--complete_losing: a row without a {PAIR_FIELDS[1]} answer, or one that compares two prompts, can't be completed")
+    return found
+
+
+def _pairs(rows: list[dict[str, Any]]) -> list[Pair]:
+    return pairs_of(_as_read(DatasetFormat("", "train", Path("train"), {}, False), rows))
 
 
 def parts(own: Own, name: str) -> dict[str, list[dict[str, Any]]]:
@@ -131,12 +160,19 @@ def parts(own: Own, name: str) -> dict[str, list[dict[str, Any]]]:
 
 def section(own: Own, name: str, section: str) -> list[Pair] | list[Prompt]:
     """What a section of dataset_format.yaml would give of the files."""
-    made = parts(own, name)
+    made = as_completed(own, parts(own, name))
     part = next((part for part in made if SECTION[part] == section), [*made][-1])
     fmt = formats(Path(), name, own)[SECTION[part]]
     if SECTION[part] == section:
         return pairs_of(_as_read(fmt, made[part]))
     return prompts_of(as_prompts(fmt), _as_read(as_prompts(fmt), made[part]))
+
+
+def as_completed(own: Own, rows: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """With a stand-in for each answer that own.writer is going to write."""
+    for row in _missing(rows) if own.writer else []:
+        row[LOSING] = TO_BE
+    return rows
 
 
 def kinds(made: Mapping[str, list[dict[str, Any]]]) -> dict[str, str]:
@@ -175,7 +211,8 @@ def _source(own: Own) -> dict[str, Any]:
         return [{"file": _named(path), "sha256": _hash(path, own)} for path in paths]
 
     test = {"test": named(own.test)} if isinstance(own.test, tuple) else {"test": own.test, "seed": own.seed}
-    return {"train": named(own.train), **test, "columns": dict(own.columns)}
+    written = {"complete_losing": dict(own.writer)} if own.writer else {}
+    return {"train": named(own.train), **test, "columns": dict(own.columns), **written}
 
 
 def _named(path: Path) -> str:
@@ -204,7 +241,8 @@ def _rows(paths: tuple[Path, ...], own: Own, name: str, part: str) -> list[dict[
             for record in records:
                 _check_columns(path, record, own.columns, part)
             rows = [Row(fmt, record._replace(values=dict.fromkeys(map(fmt.column, PAIR_FIELDS[1:])) | record.values)) for record in records]
-            sense.refuse_useless(fmt, pairs_of(rows))
+            apart = [[row] for row in rows] if own.writer else [rows]  # to be completed: with and without both answers
+            sense.refuse_useless(fmt, [pair for some in apart for pair in pairs_of(some)])
             found += [_stored(row) for row in rows]
     mistakes.tell()
     return found

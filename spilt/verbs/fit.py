@@ -31,7 +31,8 @@ def refuses(method: Method, s: Any, kind: str) -> str:
         return "multiple_choice reads an answer's token, and there are no answers; leave it out: then the prompt's last token is read"
     if kind == ONE_SIDED and (closed or method.needs_losing(s)):
         alone = ", ".join(name for name, row in METHODS.items() if row.estimate is None and not row.needs_losing(s))
-        return f"{method.name} needs not_matching answers too; --method {alone} --set preference_pairs=orig_add does without"
+        others = f"--method {alone} --set preference_pairs=orig_add does without, --complete_losing has the model write them"
+        return f"{method.name} needs not_matching answers too; {others}"
     if kind == ONE_SIDED and "orig_sub" in s.preference_pairs:
         return "orig_sub shows the not_matching answers, and there are none; --set preference_pairs=orig_add"
     return ""
