@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from spilt import plan
+from spilt.artifacts.store import Store
 from spilt.data.chat import Question
 from spilt.data.own import Own
+from spilt.model import checkpoint
 from spilt.model.identity import model_hash
 from spilt.verbs import Request, Step
 
@@ -19,6 +22,8 @@ KEYS = ("dtype", "use_chat_template", "system_prompt")
 
 def writer(request: Request, step: Step) -> dict[str, Any]:
     """What decides the answers, for source.json. Raises UserError for a model that is not there."""
+    if not checkpoint.there(step.model):
+        plan.check_model(Store(request.base_dir), request.model)
     known = {key: getattr(step.settings, key) for key in KEYS}
     return {"model": request.model, "sha256": model_hash(step.model), **known, "max_new_tokens": LONGEST}
 

@@ -81,3 +81,5 @@ def test_what_cannot_be_completed(base: families.Base, capsys: pytest.CaptureFix
     assert not (base.path / "data/mine-own").exists()
     assert cli.main([*base.argv("caa", "vector"), "--complete_losing"]) == 2
     assert "--complete_losing goes with --train FILE" in capsys.readouterr().err
+    (base.path / "models" / base.model).rename(base.path / "models" / "other")
+    assert run(base, ROWS, "--complete_losing", "--dry_run") == 2 and "unknown model 'tiny'" in capsys.readouterr().err
