@@ -294,3 +294,17 @@ def test_files_whose_replacement_was_cut_off_are_written_again(base: families.Ba
     assert "is not to be used" in capsys.readouterr().err
     assert run(base, mine, "--mode", "generate") == 0 and not note.exists()
     assert len(read_rows(base.path / "data/Mine/test.jsonl")) == 4
+
+
+def test_on_a_cpu_the_default_is_float32(base: families.Base, mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The released bfloat16 is slower there; a word of the user's goes before, on the command line and in a file of all datasets."""
+    words = ["--train", str(mine), "--columns", COLUMNS, "--model_name", base.model, "--method", "sft", "--intervention_method", "vector"]
+    for device, dtype, said in (("cpu", "float32", "released defaults in float32 (layer 2)"), ("cuda", "bfloat16", "defaults (layer 2)")):
+        assert cli.main([*words, "--base_dir", str(base.path), "--device", device, "--dry_run"]) == 0
+        shown = capsys.readouterr().out
+        assert f"dtype={dtype}" in shown and said in shown
+    asked: dict[str, Any] = {"layers": (2,), "own": True, "device": "cpu"}
+    assert resolve_fit(base.path, base.model, "Mine", "sft", "vector", {"dtype": "bfloat16"}, **asked).settings.dtype == "bfloat16"
+    base.experiment.mkdir(parents=True)
+    (base.experiment / "config.yaml").write_text("torch_dtype: float16\n")
+    assert resolve_fit(base.path, base.model, "Mine", "sft", "vector", **asked).settings.dtype == "float16"

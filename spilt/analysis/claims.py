@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 from spilt.analysis.chance import LEVEL, Curves
 from spilt.analysis.curves.fitting import GOOD_R2
@@ -144,12 +144,12 @@ def _judged(questions: Questions, estimate: Array, drawn: Array, negated: bool, 
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(spread > 0, estimate / spread, np.sign(estimate) * np.inf)
     t = np.where(np.isnan(t), 0.0, t)
-    above, below = stats.t.sf(t, freedom), stats.t.cdf(t, freedom)
+    above, below = special.stdtr(freedom, -t), special.stdtr(freedom, t)
     holds, fails = float(above.max()), float(min(1.0, len(t) * below.min()))
     weakest = int(t.argmin())
     low, high = questions.interval(drawn[:, weakest])
     if fits:
-        low, high = estimate[weakest] + spread[weakest] * stats.t.ppf([0.025, 0.975], freedom[weakest])
+        low, high = estimate[weakest] + spread[weakest] * special.stdtrit(freedom[weakest], [0.025, 0.975])
     verdict = HOLDS if (holds < fails) != negated else FAILS
     sign = -1.0 if negated else 1.0
     low, high = sorted((sign * low, sign * high))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -125,7 +125,7 @@ class Questions:
         out = np.full((2, *drawn.shape[1:]), np.nan)
         enough = np.isfinite(drawn).mean(axis=0) >= 0.9
         if self.freedom >= 1 and enough.any():
-            tail = 100 * stats.norm.cdf(np.sqrt(len(self.concept) / self.freedom) * stats.t.ppf(0.025, self.freedom))
+            tail = 100 * special.ndtr(np.sqrt(len(self.concept) / self.freedom) * special.stdtrit(self.freedom, 0.025))
             out[:, enough] = np.nanpercentile(drawn[:, enough], [tail, 100 - tail], axis=0) + 0.0  # -0.0 is 0.0
         return out
 

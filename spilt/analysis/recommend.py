@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 from spilt.analysis.questions import Array, Questions, interpolate
 
@@ -259,6 +259,6 @@ def with_the_best(questions: Questions, value: Array, drawn: Array) -> npt.NDArr
     with np.errstate(invalid="ignore", divide="ignore"):
         pivots = np.nan_to_num((noise - ahead[..., None]) / noise.std(axis=-1, keepdims=True))
     # few questions: as much wider as Student's t is
-    limit = np.quantile(pivots.max(axis=(0, 1)), 0.95) * stats.t.ppf(0.975, questions.freedom) / stats.norm.ppf(0.975)
+    limit = np.quantile(pivots.max(axis=(0, 1)), 0.95) * special.stdtrit(questions.freedom, 0.975) / special.ndtri(0.975)
     out = np.asarray((ahead <= limit * spread).all(axis=1))
     return out if out.sum() > 1 else np.zeros_like(out)  # it stands alone

@@ -85,16 +85,17 @@ def resolve(
     overrides: Mapping[str, Any] | None = None,
     layers: Sequence[int] = (),
     own: bool = False,
+    device: str = "",
 ) -> Resolved:
     """The settings of a cell and verb: global file < the cell's file < overrides.
 
     fit: config.yaml < generate_{method}_{intervention}.yaml. measure: config.yaml < sft/generate_sft_loss.yaml < layers of the fit.
     generate: apply_config.yaml < apply_{method}.yaml; layers left out there are those of the fit.
     layers: those of a cell for which there are no files at all, nor a word of the command line. own: the data are files of the user's own,
-    which need no settings files.
+    which need no settings files. device: a CPU's dtype is float32 where nobody says another: few have the released bfloat16's arithmetic.
     """
     stack = _Stack(verb, base_dir, model, dataset, method, intervention, own)
-    stack.layers = tuple(layers)
+    stack.layers, stack.device = tuple(layers), device
     stack.add_globals("apply_config.yaml" if verb == "generate" else "config.yaml")
     stack.add_cell()
     if verb == "measure":
@@ -157,6 +158,7 @@ class _Stack:
         self.cell_file: Path | None = None
         self.given: Collection[str] = ()  # keys of the command line
         self.layers: tuple[int, ...] = ()  # where nobody says them
+        self.device = self.cpu = ""  # the second: what a CPU changes in the defaults, in words
         self.overridden = ""  # for messages about values that come together from several places
 
     def add_globals(self, name: str) -> None:
@@ -172,8 +174,10 @@ class _Stack:
     def add_cell(self) -> None:
         """The cell's own file. A fit file that names another method or form is refused; elsewhere the path decides, and it is said."""
         self.cell_file = path = hparam_file(self.base_dir, self.dataset, self.model, self.method, self.intervention, self.verb)
-        if path is None and self.without_files:
-            return  # the defaults of fields.py, which are those of the released code
+        if path is None and self.without_files:  # the defaults of fields.py, which are those of the released code
+            if self.device == "cpu" and (self.base_dir != self.asked or "dtype" not in self.values):
+                self.values["dtype"], self.cpu = "float32", " in float32"
+            return
         if path is None:
             raise self._missing()
         given = self._read(path)
@@ -201,6 +205,7 @@ class _Stack:
         for key in ("method", "intervention_method"):
             given.pop(key, None)
         self.given = given
+        self.cpu = "" if "dtype" in given else self.cpu
         if given:
             self.overridden = " with the settings of the command line"
         self._lay({key: _from_text(key, value) if isinstance(value, str) else value for key, value in given.items()}, COMMAND_LINE)
@@ -224,11 +229,11 @@ class _Stack:
     def _origin(self, layers: Sequence[int]) -> str:
         if self.own and self.cell_file is None:
             at = "" if "layers" in self.given else f" (layer {', '.join(map(str, layers))})"
-            return f"{self.dataset} has no settings files, so the released defaults{at}; --set KEY=VALUE changes them"
+            return f"{self.dataset} has no settings files, so the released defaults{self.cpu}{at}; --set KEY=VALUE changes them"
         if self.base_dir == self.asked:
             return ""
         there = (self.base_dir / ROOT / self.dataset / self.model).is_dir()
-        what = "the settings that come with spilt" if there else "the released defaults; --set KEY=VALUE changes them"
+        what = "the settings that come with spilt" if there else f"the released defaults{self.cpu}; --set KEY=VALUE changes them"
         return f"{self.asked / ROOT} does not exist, so {what} (layer {', '.join(map(str, layers))})"
 
     def _read(self, path: Path, verb: str = "") -> dict[str, Any]:

@@ -135,7 +135,8 @@ class Verb:
         blocks = checkpoint.blocks(checkpoint.config(request.model_folder))
         middle = () if blocks is None else (blocks // 2,)
         own = request.own is not None
-        return resolve(self.name, request.base_dir, request.model, request.dataset, method, form, request.overrides, middle, own)
+        cell = (request.base_dir, request.model, request.dataset, method, form)
+        return resolve(self.name, *cell, request.overrides, middle, own, request.device)
 
     def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:
         """Those of the command line, else of the settings, else 1."""
