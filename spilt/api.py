@@ -22,7 +22,7 @@ from torch import nn
 from spilt import plan
 from spilt.analysis import calibrate as calibrated
 from spilt.analysis import odds
-from spilt.data.chat import Chat, Encoded, Question
+from spilt.data.chat import Chat, Conversation, Encoded, Question, readable
 from spilt.data.readers import ASKED, PAIR_FIELDS, PAIRS, DatasetFormat, Pair, Row, pairs_of
 from spilt.data.sources import Record
 from spilt.engine import activations, choice, sampling, score, whole
@@ -48,7 +48,9 @@ if TYPE_CHECKING:
 WORST = 0.95  # of the tokens: what a calibration looks at
 
 Pairs = Iterable[Pair | Mapping[str, Any] | tuple[str, str, str]]
+Prompt = str | Sequence[Mapping[str, str]] | Conversation  # text, or a list of {"role": ..., "content": ...}
 NO_FILE = DatasetFormat("pairs", "train", Path("pair"), {}, False)  # of pairs that are handed over
+NO_PROMPTS = DatasetFormat("prompts", "test", Path("prompt"), {}, False)
 
 
 class Loaded(NamedTuple):
@@ -196,6 +198,15 @@ def _strengths(given: Any) -> list[float]:
     return [m + 0.0 for m in values]
 
 
+def _questions(prompts: Prompt | Sequence[Prompt]) -> list[Question]:
+    """One prompt or several, checked as those of a file are."""
+    given: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+    if given and all(isinstance(turn, Mapping) for turn in given):
+        given = [given]
+    turns = [[dict(zip(("role", "content"), t, strict=True)) for t in p] if isinstance(p, tuple) else p for p in given]
+    return [Row(NO_PROMPTS, Record(number, f"{number}", {"question": asked})).asked("question") for number, asked in enumerate(turns)]
+
+
 def _pairs(pairs: Pairs) -> list[Pair]:
     """Pairs of any kind as Pair, numbered in their order."""
     out = []
@@ -255,7 +266,7 @@ def generate(
     model: nn.Module,
     tokenizer: Any,
     steering: Steering,
-    prompts: str | Sequence[str],
+    prompts: Prompt | Sequence[Prompt],
     multipliers: float | Sequence[float] = 1.0,
     *,
     num_responses: int = 1,
@@ -269,6 +280,7 @@ def generate(
 ) -> pd.DataFrame:
     """A text for every prompt, multiplier and response: columns prompt, multiplier, response (number), text.
 
+    prompts: texts, or conversations as lists of {"role": ..., "content": ...}; one or several. The column has turns by their roles.
     params: generation parameters (max_new_tokens 128, do_sample true, temperature, top_p ...), else the checkpoint's.
     A prompt's random numbers are its own: the same at every multiplier, whatever else is asked for. first: the number of the first
     prompt, which decides them: that of its row in a file gives the text of the command line. batch_size: texts made side by side; left
@@ -276,14 +288,14 @@ def generate(
     """
     import pandas as pd
 
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    questions = _questions(prompts)
     strengths = _strengths(multipliers)
     for name, value in (("num_responses", num_responses), ("batch_size", 1 if batch_size is None else batch_size)):
         _whole(name, value, 1)
     chat = Chat.of(tokenizer, use_chat_template, system_prompt)
     placed = steering.to(model)
-    asked = [(i, m, k) for i in range(len(texts)) for m in strengths for k in range(num_responses)]
-    ids = [chat.prompt_ids(text) for text in texts]
+    asked = [(i, m, k) for i in range(len(questions)) for m in strengths for k in range(num_responses)]
+    ids = [chat.prompt_ids(question) for question in questions]
     rows = [generation.Row(tuple(ids[i]), m, f"{seed}/{first + i}/{k}") for i, m, k in asked]
     known = {field.name for field in fields(GenerationParams)}
     for name in params:
@@ -292,7 +304,7 @@ def generate(
     how = sampling.decoding(GenerationParams(**params).as_kwargs(), model, tokenizer)
     made = _texts(model, placed, rows, how, engine, batch_size)
     out = [
-        {"prompt": texts[i], "multiplier": m, "response": k, "text": tokenizer.decode(made[n], skip_special_tokens=True)}
+        {"prompt": readable(questions[i]), "multiplier": m, "response": k, "text": tokenizer.decode(made[n], skip_special_tokens=True)}
         for n, (i, m, k) in enumerate(asked)
     ]
     return pd.DataFrame(out, columns=["prompt", "multiplier", "response", "text"])
@@ -314,7 +326,7 @@ def divergence(
     model: nn.Module,
     tokenizer: Any,
     steering: Steering,
-    prompts: Sequence[Question],
+    prompts: Prompt | Sequence[Prompt],
     multipliers: float | Sequence[float] = 1.0,
     *,
     max_new_tokens: int = 50,
@@ -330,7 +342,7 @@ def divergence(
     import pandas as pd
 
     chat, placed = Chat.of(tokenizer, use_chat_template, system_prompt), steering.to(model)
-    ids = [tuple(chat.prompt_ids(text)) for text in prompts]
+    ids = [tuple(chat.prompt_ids(question)) for question in _questions(prompts)]
     if not ids:
         raise UserError("there are no prompts; give at least one")
     how = sampling.decoding({"do_sample": False, "max_new_tokens": _whole("max_new_tokens", max_new_tokens, 1)}, model, tokenizer)
@@ -348,11 +360,11 @@ def calibrate(
     model: nn.Module,
     tokenizer: Any,
     steering: Steering,
-    prompts: Sequence[Question],
+    prompts: Prompt | Sequence[Prompt],
     budget: float = 1.0,
     *,
     start: float | None = None,
-    audit: Sequence[str] = (),
+    audit: Prompt | Sequence[Prompt] = (),
     **how: Any,
 ) -> pd.DataFrame:
     """The multipliers at which steering disturbs as much as `budget`: `kl_p95` of `divergence` in nats, to 5%, on either side of 0.

@@ -203,3 +203,19 @@ def test_a_template_that_never_ends_on_later_turns_is_refused_before_it_is_used(
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"
     endless = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}" + loop + "{% endif %}{% endfor %}"
     assert "writes more than 100,000 characters" in message(template.check, endless, {})
+
+
+def test_the_python_face_takes_them(base: families.Base) -> None:
+    """One or several, as messages; the table has them as a person reads them."""
+    import spilt
+
+    model, tokenizer = spilt.load(base.path / "models" / base.model)
+    steering = spilt.fit(model, tokenizer, families.pairs(4), layer=1, method="caa")
+    talk = turns(("system", "be brief"), ("user", "is 3 odd?"))
+    made = spilt.generate(model, tokenizer, steering, ["is 3 odd?", talk], 1.0, max_new_tokens=2)
+    alone = spilt.generate(model, tokenizer, steering, talk, 1.0, max_new_tokens=2, first=1)
+    assert list(made.prompt) == ["is 3 odd?", "system: be brief\n\nuser: is 3 odd?"] and list(alone.prompt) == list(made.prompt[1:])
+    assert list(alone.text) == list(made.text[1:])
+    assert spilt.divergence(model, tokenizer, steering, talk, 1.0, max_new_tokens=2).tokens[0] == 2
+    told = message(spilt.generate, model, tokenizer, steering, turns(("assistant", "no")), 1.0)
+    assert "wanted user and assistant by turns" in told
