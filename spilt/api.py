@@ -36,11 +36,13 @@ from spilt.model.identity import model_hash
 from spilt.settings import FitSettings
 from spilt.settings.fields import DTYPE_ALIASES, DTYPES, STRONGEST, GenerationParams, intervention_name, method_name
 from spilt.settings.keys import KEY_ALIASES
+from spilt.steering import inplace
 from spilt.steering.interventions import INTERVENTIONS, Intervention, Multiplier
 from spilt.steering.steering import Steering, base_model
 from spilt.tasks.context import check_context, texts_at_once
 from spilt.verbs import fit as fit_verb
 from spilt.verbs import measure as measure_verb
+from spilt.weights import adapters
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,6 +86,26 @@ def steer(model: nn.Module, steering: Steering, multiplier: Multiplier = 1.0) ->
     one = isinstance(multiplier, int | float) or not getattr(multiplier, "ndim", len(strengths))
     with whole.steer(model, steering.to(model), strengths[0] if one else torch.tensor(strengths, dtype=torch.float32)):
         yield model
+
+
+@contextmanager
+def in_place(model: nn.Module, steering: Steering, multiplier: float = 1.0) -> Iterator[nn.Module]:
+    """As `steer` at one strength, in the weights: faster, the same logits up to rounding; the weights are given back bit by bit.
+
+    For what can be weights: changes of linear maps, and constants. Raises UserError for the rest, before any weight is touched.
+    """
+    with inplace.in_place(model, steering, _strengths(multiplier)[0] if isinstance(multiplier, int | float) else multiplier):
+        yield model
+
+
+def read_adapter(model: nn.Module, folder: str | Path) -> Steering:
+    """A PEFT adapter of any kind (lora, dora, pissa, delora, oft, boft, ia3 ...) as the change of its base model's weights.
+
+    The difference of two, `read_adapter(model, a) - read_adapter(model, b)`, is weight steering (arXiv 2511.05408).
+    """
+    with _frozen(model):
+        found = adapters.read(model, folder)
+    return Steering(found, {**found.about, "base_model": _base_model(model)})
 
 
 def fit(

@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("artifacts",),
     ("steering", "data"),
     ("methods", "model"),
-    ("engine", "verbs"),
+    ("engine", "verbs", "weights"),
     ("plan", "analysis"),
     ("report", "tasks"),
     ("anatomy", "api", "inspect", "prepare", "look", "recommend", "say", "verify", "run", "summary"),

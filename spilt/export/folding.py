@@ -1,8 +1,4 @@
-"""What of a Steering can be weights of the model: W' = W + m (A B)^T and b' = b + m db at a down projection, or m db at a block's output.
-
-Exact where x, which the intervention reads, is what the down projection reads, and nothing stands between what the projection
-gives and the stream (arXiv 2602.02343, eq. 3). Everything else is refused, with what is exact instead.
-"""
+"""What an export writes: a Steering at one strength as factors and biases of linear maps (steering/folding.py says what can be that)."""
 
 from __future__ import annotations
 
@@ -16,12 +12,11 @@ from torch import Tensor, nn
 from spilt.errors import UserError
 from spilt.settings.fields import WRITE_POINTS
 from spilt.steering import anatomy
-from spilt.steering.steering import Site, Steering
+from spilt.steering.folding import ANYTHING, Place, down, place
+from spilt.steering.steering import Steering
 
-Factors = dict[int, tuple[Tensor, Tensor]]  # layer -> A [F, r], B [r, D]
-Biases = dict[int, Tensor]  # layer -> [D]
-VECTORS = "--format gguf or vllm-hook holds vectors at the block's output"
-ANYTHING = "--format safetensors holds any Steering"
+Factors = dict[Place, tuple[Tensor, Tensor]]  # A [F, r], B [r, D]
+Biases = dict[Place, Tensor]  # [D]
 
 
 class Job(NamedTuple):
@@ -37,20 +32,13 @@ class Job(NamedTuple):
 
 
 def factors(job: Job) -> Factors:
-    """The low-rank parts, times m, all of one rank (filled up with zeros); several of one layer side by side."""
-    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    """The low-rank parts, times m, all of one rank (filled up with zeros); several of one map side by side."""
+    found: dict[Place, list[tuple[Tensor, Tensor]]] = {}
     for site, made in job.steering:
-        if (pair := made.folded()[0]) is None:
-            continue
-        if site.read_point != "mlp_mid":
-            raise UserError(
-                f"the {made.form} of layer {site.layer} reads at {site.read_point!r}, and no weight of the model goes from there to the "
-                f"stream; {ANYTHING}, and a fit with --set intervention_components=mlp_mid can be weights"
-            )
-        _same_place(job.model, site, made.form, "down_proj")
-        found.setdefault(site.layer, []).append((pair[0], job.multiplier * pair[1]))
+        if (pair := made.folded()[0]) is not None:
+            found.setdefault(place(job.model, site, made), []).append((pair[0], job.multiplier * pair[1]))
     rank = max((sum(a.shape[1] for a, _ in pairs) for pairs in found.values()), default=0)
-    return {layer: _side_by_side(pairs, rank) for layer, pairs in sorted(found.items())}
+    return {where: _side_by_side(pairs, rank) for where, pairs in sorted(found.items())}
 
 
 def _side_by_side(pairs: Iterable[tuple[Tensor, Tensor]], rank: int) -> tuple[Tensor, Tensor]:
@@ -59,47 +47,28 @@ def _side_by_side(pairs: Iterable[tuple[Tensor, Tensor]], rank: int) -> tuple[Te
     return nn.functional.pad(a, (0, missing)).float().cpu(), nn.functional.pad(b, (0, 0, 0, missing)).float().cpu()
 
 
-def biases(job: Job, at: str) -> Biases:
-    """The constant parts, times m, as something added at 'down_proj' or at the 'block' output."""
+def biases(job: Job) -> Biases:
+    """The constant parts, times m, as something that linear maps add; what is added at a block's output is its down projection's."""
     found: Biases = {}
+    for site, made in job.steering:
+        if (bias := made.folded()[1]) is not None and bias.any():
+            where = place(job.model, site, made)
+            found[where] = found.get(where, 0) + job.multiplier * bias.float().cpu()
+    return dict(sorted(found.items()))
+
+
+def at_blocks(job: Job) -> dict[int, Tensor]:
+    """The constant parts, times m, as something added at the blocks' outputs: layer -> [D]."""
+    found: dict[int, Tensor] = {}
     for site, made in job.steering:
         if (bias := made.folded()[1]) is not None and bias.any():
             if site.write_point not in WRITE_POINTS:
                 raise UserError(f"the {made.form} of layer {site.layer} is added inside the block, at {site.write_point}; {ANYTHING}")
-            _same_place(job.model, site, made.form, at)
+            down(job.model, site, made.form, "block")
             found[site.layer] = found.get(site.layer, 0) + job.multiplier * bias.float().cpu()
     return dict(sorted(found.items()))
 
 
-def _same_place(model: nn.Module, site: Site, form: str, at: str) -> None:
-    """Raises UserError where a norm stands between the place that the Steering writes to and `at`, or `at` is not there (experts)."""
-    row, parts = anatomy.family(model), anatomy.of(model).parts[site.layer]
-    if at == "down_proj" and parts.mlp_mid is None:
-        instead = f"{VECTORS}, {ANYTHING}" if form == "vector" else ANYTHING
-        raise UserError(f"block {site.layer} has no down projection that the {form} could become a part of: {parts.why}; {instead}")
-    if site.write_point == at or not row.norm_after_mlp:
-        return
-    if at == "block":
-        instead = f"{ANYTHING}, --format peft or merged what is added at the down projection"
-    else:
-        others = f"{VECTORS}, " if form == "vector" else ""
-        instead = f"{others}{ANYTHING}, and a fit with --set site=down_proj can be weights"
-    raise UserError(
-        f"the {form} of layer {site.layer} is added at {_words(site.write_point)}, and in {row.model_type} a norm follows the down "
-        f"projection: the same at {_words(at)} is something else; {instead}"
-    )
-
-
-def _words(write_point: str) -> str:
-    return {"block": "the block's output", "down_proj": "the down projection"}[write_point]
-
-
-def down_proj_name(model: nn.Module, layer: int) -> str:
-    """Its dotted name in the model."""
-    wanted = anatomy.down_proj(model, layer)
-    return next(name for name, module in model.named_modules() if module is wanted)
-
-
-def transposed(module: nn.Module) -> bool:
-    """GPT-2's Conv1D keeps its weight as [in, out]."""
-    return type(module).__name__ == "Conv1D"
+def name_of(model: nn.Module, where: Place) -> str:
+    """The dotted name of a linear map in the model."""
+    return f"{anatomy.of(model).blocks}.{where[0]}.{where[1]}"

@@ -17,8 +17,9 @@ from torch import nn
 
 from spilt.engine import whole
 from spilt.errors import UserError
-from spilt.export.folding import ANYTHING, Job, biases, down_proj_name, factors
+from spilt.export.folding import Job, at_blocks, factors, name_of
 from spilt.steering import anatomy
+from spilt.steering.folding import ANYTHING
 from spilt.steering.steering import Steering
 
 VECTOR, LORA = "control_vector.gguf", "lora.gguf"
@@ -32,7 +33,7 @@ llama-cli -m model.gguf {flags} -p "..."
 
 def write(job: Job, folder: Path) -> str:
     library = _library()
-    pairs, constants = factors(job), biases(job, "block")
+    pairs, constants = factors(job), at_blocks(job)
     model_type = anatomy.family(job.model).model_type
     flags = []
     if constants:
@@ -50,8 +51,10 @@ def write(job: Job, folder: Path) -> str:
             raise UserError(f"the gguf package knows no architecture {architecture!r} for {model_type}; --format peft, or {ANYTHING}")
         names = library.get_tensor_name_map(known[architecture], len(anatomy.blocks(job.model)))
         tensors: dict[str, Any] = {}
-        for layer, (a, b) in pairs.items():
-            name = f"{names.get_name(down_proj_name(job.model, layer))}.weight"
+        for (layer, path), (a, b) in pairs.items():
+            if path != anatomy.of(job.model).parts[layer].mlp_mid:  # llama.cpp has the rows of queries and keys in another order
+                raise UserError(f"a lora.gguf of ours adapts down projections, and this acts at {path} of block {layer} too; --format peft")
+            name = f"{names.get_name(name_of(job.model, (layer, path)))}.weight"
             tensors |= {f"{name}.lora_a": a.T, f"{name}.lora_b": b.T}
         writer = library.GGUFWriter(folder / LORA, architecture)
         writer.add_type(library.GGUFType.ADAPTER)

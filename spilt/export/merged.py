@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from spilt.errors import UserError
-from spilt.export.folding import ANYTHING, VECTORS, Job, biases, factors, transposed
+from spilt.export.folding import Job, biases, factors
 from spilt.model import checkpoint, host
 from spilt.steering import anatomy
+from spilt.steering.folding import ANYTHING, VECTORS, Place, linear, transposed
+from spilt.steering.inplace import lost
 
 SWITCH = "mlp_bias"  # of config.json, where a family can have biases in its MLP (llama, granite, ...)
 ABOUT = """An ordinary checkpoint folder, in float32: what it adds can no longer be taken away or scaled.
@@ -26,27 +28,25 @@ Stored in bfloat16 instead, {lost} of the added weights (root mean square) would
 
 def write(job: Job, folder: Path) -> str:
     """Changes the weights of the model in memory, and saves it."""
-    pairs, constants = factors(job), biases(job, "down_proj")
+    pairs, constants = factors(job), biases(job)
     if constants:
         _make_biases(job.model, constants)
     wrong, whole = 0.0, 0.0
     with torch.no_grad():
-        for layer in sorted({*pairs, *constants}):
-            module: Any = anatomy.down_proj(job.model, layer)
+        for where in sorted({*pairs, *constants}):
+            module = linear(job.model, where)
             if not module.weight.is_floating_point():
                 raise UserError(f"the weights of this model are {module.weight.dtype}, quantised: --format peft leaves them as they are")
             changes = []
-            if layer in pairs:
-                added = pairs[layer][0] @ pairs[layer][1]
+            if where in pairs:
+                added = pairs[where][0] @ pairs[where][1]
                 changes.append((module.weight, added if transposed(module) else added.T))
-            if layer in constants:
-                changes.append((module.bias, constants[layer]))
+            if where in constants:
+                changes.append((module.bias, constants[where]))
             for parameter, change in changes:
-                before = parameter.detach().clone()
+                part = lost(parameter, change, torch.bfloat16)
+                wrong, whole = wrong + part[0], whole + part[1]
                 parameter.add_(change.to(parameter.device, parameter.dtype))
-                kept = parameter.bfloat16().double() - before.bfloat16().double()
-                wrong += float((kept - change.double().to(kept.device)).square().sum())
-                whole += float(change.double().square().sum())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the library's, about names of its own
         job.model.save_pretrained(folder)  # type: ignore[operator]
@@ -78,20 +78,23 @@ def _in_float32(value: Any) -> Any:
     return {key: "float32" if key in ("dtype", "torch_dtype") else _in_float32(part) for key, part in value.items()}
 
 
-def _make_biases(model: nn.Module, layers: Any) -> None:
+def _make_biases(model: nn.Module, places: Iterable[Place]) -> None:
     """Zero biases for all linear maps of the MLPs, where the family has a switch for them; nothing where there are some already."""
-    down: list[Any] = [anatomy.down_proj(model, layer) for layer in layers]
-    if all(module.bias is not None for module in down):
+    missing = [(layer, path) for layer, path in places if linear(model, (layer, path)).bias is None]
+    if not missing:
         return
     config: Any = model.config
-    if getattr(config, SWITCH, None) is not False:
+    parts = anatomy.of(model).parts
+    outside = next((path for layer, path in missing if not path.startswith(f"{parts[layer].mlp}.")), "")
+    if outside or getattr(config, SWITCH, None) is not False:
+        at = outside or "the down projection"
         raise UserError(
-            f"the constant part of this Steering wants a bias at the down projection, which {config.model_type} has not and cannot have; "
+            f"the constant part of this Steering wants a bias at {at}, which {config.model_type} has not and cannot have; "
             f"--format peft adds one beside the weights, {VECTORS}, {ANYTHING}"
         )
     setattr(config, SWITCH, True)
-    for block, parts in zip(anatomy.blocks(model), anatomy.of(model).parts, strict=True):
-        for module in block.get_submodule(parts.mlp or "").modules():
+    for block, part in zip(anatomy.blocks(model), parts, strict=True):
+        for module in block.get_submodule(part.mlp or "").modules():
             if isinstance(module, nn.Linear) and module.bias is None:
                 module.bias = nn.Parameter(module.weight.new_zeros(module.out_features), requires_grad=False)
 

@@ -1,4 +1,4 @@
-"""A PEFT adapter: LoRA on the down projections, a constant part as the bias of its B (LoraConfig.lora_bias, peft 0.14 and newer)."""
+"""A PEFT adapter: LoRA on linear maps, a constant part as the bias of its B (LoraConfig.lora_bias, peft 0.14 and newer)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from spilt.errors import UserError
-from spilt.export.folding import Job, biases, down_proj_name, factors, transposed
-from spilt.steering import anatomy
+from spilt.export.folding import Job, biases, factors, name_of
+from spilt.steering.folding import linear, transposed
 
 ABOUT = """```python
 from peft import AutoPeftModelForCausalLM
@@ -29,34 +29,34 @@ def write(job: Job, folder: Path) -> str:
     """What the library itself writes of a model with this adapter. Returns the card's words."""
     from peft import LoraConfig, TaskType, get_peft_model
 
-    pairs, constants = factors(job), biases(job, "down_proj")
-    layers = sorted({*pairs, *constants})
-    if not layers:
+    pairs, constants = factors(job), biases(job)
+    places = sorted({*pairs, *constants})
+    if not places:
         raise UserError("this Steering adds nothing: all its parameters are 0")
-    modules: dict[int, Any] = {layer: anatomy.down_proj(job.model, layer) for layer in layers}
+    modules = [linear(job.model, where) for where in places]
     rank = max((a.shape[1] for a, _ in pairs.values()), default=1)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=rank,
         lora_alpha=rank,  # the scale alpha / r is 1: the multiplier is in B
-        target_modules=[down_proj_name(job.model, layer) for layer in layers],
+        target_modules=[name_of(job.model, where) for where in places],
         lora_bias=bool(constants),
-        fan_in_fan_out=any(transposed(module) for module in modules.values()),
+        fan_in_fan_out=any(transposed(module) for module in modules),
         inference_mode=True,
     )
     with quiet():
         adapted: Any = get_peft_model(job.model, config)  # type: ignore[arg-type]
     with torch.no_grad():
-        for layer in layers:
-            made: Any = anatomy.down_proj(adapted.get_base_model(), layer)
+        for where in places:
+            made = linear(adapted.get_base_model(), where)
             a, b = made.lora_A["default"], made.lora_B["default"]
             for parameter in (*a.parameters(), *b.parameters()):
                 parameter.zero_()
-            if layer in pairs:
-                a.weight.copy_(pairs[layer][0].T)
-                b.weight.copy_(pairs[layer][1].T)
-            if layer in constants:
-                b.bias.copy_(constants[layer])
+            if where in pairs:
+                a.weight.copy_(pairs[where][0].T)
+                b.weight.copy_(pairs[where][1].T)
+            if where in constants:
+                b.bias.copy_(constants[where])
     setattr(adapted.peft_config["default"], "base_model_name_or_path", job.base)  # noqa: B010 - get_peft_model has put another one there
     with quiet():
         adapted.save_pretrained(folder, save_embedding_layers=False)

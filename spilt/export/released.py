@@ -10,8 +10,9 @@ from torch import nn
 
 from spilt.engine import whole
 from spilt.errors import UserError
-from spilt.export.folding import ANYTHING, Job
+from spilt.export.folding import Job
 from spilt.steering import layer_file
+from spilt.steering.folding import ANYTHING
 from spilt.steering.steering import Steering
 
 ABOUT = """In `vectors/{{model}}/{{method}}/{{dataset}}/{{method}}_{form}/` every word of the tool reads it as what was fitted there.

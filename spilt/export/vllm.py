@@ -13,7 +13,8 @@ from torch import nn
 
 from spilt.errors import UserError
 from spilt.export import peft
-from spilt.export.folding import ANYTHING, Job, biases, factors
+from spilt.export.folding import Job, biases, factors
+from spilt.steering.folding import ANYTHING
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 ADAPTER = "adapter"
@@ -33,7 +34,7 @@ def write(job: Job, folder: Path) -> str:
 def adapter(job: Job, folder: Path) -> int:
     """The adapter alone; returns the maximal rank that vLLM is to be told."""
     pairs = factors(job)
-    if not pairs or biases(job, "down_proj"):
+    if not pairs or biases(job):
         why = "vLLM's LoRA has no biases, and this Steering adds a constant"
         raise UserError(f"{why}; --format merged, --format vllm-hook for a vector, or {ANYTHING}")
     rank = next(iter(pairs.values()))[0].shape[1]

@@ -18,7 +18,8 @@ from torch import nn
 
 from spilt.engine import whole
 from spilt.errors import UserError
-from spilt.export.folding import ANYTHING, Job, biases
+from spilt.export.folding import Job, at_blocks
+from spilt.steering.folding import ANYTHING
 from spilt.steering.interventions import Vector
 from spilt.steering.steering import Steering
 
@@ -34,7 +35,7 @@ coefficient is the multiplier and may be another one; `vector_path` must be the 
 
 
 def write(job: Job, folder: Path) -> str:
-    constants = {} if any(made.folded()[0] is not None for _, made in job.steering) else biases(job._replace(multiplier=1.0), "block")
+    constants = {} if any(made.folded()[0] is not None for _, made in job.steering) else at_blocks(job._replace(multiplier=1.0))
     if len(constants) != 1:
         why = f"vLLM-Hook adds one vector at one block's output, and this is {job.steering}"
         raise UserError(f"{why}; --format vllm for a LoRA, or {ANYTHING}")

@@ -20,6 +20,7 @@ from spilt.settings.values import Bad, Reader, choice, flag, many, number, optio
 POINTS = ("mlp_mid", "mlp", "attn", "block")  # read points of lora and local_weight
 ANATOMY = ("blocks", "attn", "mlp", "mlp_mid")  # what of a model has a place that can be told
 WRITE_POINTS = ("block", "down_proj")
+ADAPTERS = ("lora", "dora", "pissa", "delora", "oft", "boft", "ia3")  # kinds of PEFT, of weight arithmetic
 PAIRS = ("orig_add", "orig_sub")
 SUBSTRACTIONS = ("normal", "null_it_out")
 LOSSES = ("scaled_simpo", "simpo", "dpo", "ipo", "apo_zero")

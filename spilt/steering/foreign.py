@@ -27,6 +27,7 @@ from spilt.steering.interventions import Intervention, LoRA, Vector
 
 Found = list[tuple[int, Intervention]]
 ADAPTER = "adapter_config.json"
+KEEPS_WEIGHTS = ("gaussian", "eva", "mica", "orthogonal")  # words of init_lora_weights; others put something else in place of W
 INSIDE = ("layer_activations", "directions")  # where libraries keep {block: vector}
 PART = re.compile(r"(?:.{0,200}\.)?(?:layers|h|blk)\.(\d{1,9})\.((?:\w{1,50}\.){1,5})lora_([ab])(?:\.(weight|bias))?", re.I)
 DOWN = ("ffn_down.weight", "mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc2")  # down projections, by their names
@@ -155,21 +156,40 @@ def _gguf(path: Path) -> Any:
     return directions
 
 
-def _peft(folder: Path) -> Found:
+def peft_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a PEFT folder. Raises UserError."""
     try:
         config = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
-        kind = config["peft_type"]
-        alphas = {**(config.get("alpha_pattern") or {}), "": config["lora_alpha"]} if kind == "LORA" else {}
-        numbers = {str(key): float(value) for key, value in alphas.items()}
+        config["peft_type"].lower()
+        return dict(config)
     except FileNotFoundError:
         raise UserError(f"{folder}: holds neither layer_{{id}}.pt nor {ADAPTER}; {KINDS}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder / ADAPTER}: is no PEFT configuration ({type(error).__name__}: {first_line(error)})") from None
-    if not all(re.fullmatch(r"[\w.]*", key) for key in numbers):
-        raise UserError(f"{folder}: alpha_pattern has regular expressions, which are not followed; write names of modules")
+
+
+def refuses(config: Mapping[str, Any]) -> str:
+    """Why a PEFT adapter is not the sum W + s B A with the published W; '' where it is."""
+    kind, start = config["peft_type"], config.get("init_lora_weights")
     if kind != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
         what = "DoRA" if config.get("use_dora") else "with whole modules" if config.get("modules_to_save") else kind
-        raise UserError(f"{folder}: a PEFT adapter of another kind ({what}); only LoRA is linear in its strength")
+        return f"a PEFT adapter of another kind ({what}); only LoRA is linear in its strength"
+    if isinstance(start, str) and start.lower() not in KEEPS_WEIGHTS:
+        return f"a LoRA that begins with {start!r}, which changes the weights that it is added to"
+    return ""
+
+
+def _peft(folder: Path) -> Found:
+    config = peft_config(folder)
+    try:
+        alphas = {**(config.get("alpha_pattern") or {}), "": config["lora_alpha"]} if config["peft_type"] == "LORA" else {}
+        numbers = {str(key): float(value) for key, value in alphas.items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / ADAPTER}: is no PEFT configuration ({type(error).__name__}: {first_line(error)})") from None
+    if not all(re.fullmatch(r"[\w.]*", key) for key in numbers):
+        raise UserError(f"{folder}: alpha_pattern has regular expressions, which are not followed; write names of modules")
+    if why := refuses(config):
+        raise UserError(f"{folder}: {why}; spilt.read_adapter(model, folder) reads it as a change of its base model's weights")
     file = next((path for name in ("adapter_model.safetensors", "adapter_model.bin") if (path := folder / name).is_file()), None)
     if file is None:
         raise UserError(f"{folder}: has {ADAPTER} but no adapter_model.safetensors")

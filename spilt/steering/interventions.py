@@ -89,6 +89,12 @@ class Intervention(nn.Module):
         """((A [F, r], B [r, D]), db [D]) with delta = m ((x A) B + db); None for what it does not have."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is written as weights")
 
+    def update(self) -> Tensor:
+        """dW [F, D] at multiplier 1, of a form that reads."""
+        pair = self.folded()[0]
+        assert pair is not None
+        return pair[0] @ pair[1]
+
     def describe(self) -> dict[str, Any]:
         """The fields of metadata_layer_{id}.jsonl that belong to the form."""
         return {"intervention_components": self.read_point, "rank": None, "alpha": None}
@@ -224,6 +230,9 @@ class LocalWeight(Intervention):
 
     def norm(self) -> float:
         return math.hypot(self.weight.detach().norm().item(), self.bias.detach().norm().item())
+
+    def update(self) -> Tensor:
+        return self.weight.detach()
 
     def folded(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """dW is dW times 1, of rank D, or 1 times dW where F is smaller: nothing is rounded."""
