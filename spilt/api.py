@@ -43,6 +43,7 @@ from spilt.tasks.context import check_context, texts_at_once
 from spilt.verbs import fit as fit_verb
 from spilt.verbs import measure as measure_verb
 from spilt.weights import adapters
+from spilt.weights import training as weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -136,7 +137,7 @@ def fit(
     chat = Chat.of(tokenizer, s.use_chat_template, s.system_prompt)
     with _frozen(model), torch.random.fork_rng(devices=[]):
         found = _find(model, tokenizer, rows, chat, s, joint, engine, progress)
-    for site, made in found:
+    for site, made in found if not METHODS[s.method].adapters else ():
         training.check_usable(made, f"{s.method} {s.intervention_method} layer {site.layer}")
     return Steering(found, {"method": s.method, "base_model": _base_model(model), "settings": s.as_dict()})
 
@@ -167,6 +168,10 @@ def _find(
         return Steering.of({n: _estimate(model, tokenizer, chat, rows, n, s) for n in layers})
     tokens = [chat.encode(question, text, s.output_length, p.row) for p in rows for question, text in p.sides]
     _check_context(model, "fit", tokens)
+    if METHODS[s.method].adapters:
+        made = weights.train(model, tokens, s, host.pad_id(tokenizer), progress=progress).made
+        weights.check(made, s.method)
+        return made
     whole_one = Steering.of({n: training.new_intervention(model, n, s) for n in layers})
     pad, method = host.pad_id(tokenizer), METHODS[s.method]
     for steering in [whole_one] if joint else [whole_one.on(n) for n in layers]:

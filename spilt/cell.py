@@ -20,6 +20,7 @@ class Form(NamedTuple):
     positional: bool = False  # fits and released losses let it act at `intervention_positions` alone, as released
     lr: float = 0.01  # released defaults
     factors: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
+    in_all: bool = True  # the word `all` means it too (the released forms)
 
     def shapes(self, hidden: int, read: int, rank: int | None) -> dict[str, tuple[int, ...]]:
         """Name -> shape of each tensor."""

@@ -73,9 +73,8 @@ def pairs_of(method: str | Sequence[str], intervention: str | Sequence[str]) -> 
     forms = [form for word in words for form in _named("intervention_method", intervention_name(word), FORMS)]
     asked: list[tuple[str, str]] = []
     for word in [method] if isinstance(method, str) else method:
-        name, _, form = (method_name(part) for part in word.partition("_"))
-        if not isinstance(method, str) and name in METHODS and (form := intervention_name(form)) in FORMS:
-            asked.append((name, form))
+        if not isinstance(method, str) and (cell := _cell_named(word)):
+            asked.append(cell)
         else:
             asked += [(name, form) for name in _named("method", method_name(word), METHODS) for form in forms]
     asked = list(dict.fromkeys(asked))
@@ -89,11 +88,18 @@ def pairs_of(method: str | Sequence[str], intervention: str | Sequence[str]) -> 
     return valid, left_out
 
 
+def _cell_named(word: str) -> tuple[str, str] | None:
+    """(method, form) of a word such as spilt_lora; both names may have underscores."""
+    cuts = [at for at, letter in enumerate(word) if letter == "_"]
+    found = [(method_name(word[:at]), intervention_name(word[at + 1 :])) for at in cuts]
+    return next(((name, form) for name, form in found if name in METHODS and form in FORMS), None)
+
+
 def _named(kind: str, word: str, table: Mapping[str, Any]) -> list[str]:
     """The rows of a table that a word means."""
     if word not in (*table, ALL):
         raise unknown(kind, word, table)
-    return list(table) if word == ALL else [word]
+    return [name for name, row in table.items() if row.in_all] if word == ALL else [word]
 
 
 def make(request: Request, *, dry: bool = False) -> Plan:
@@ -187,6 +193,8 @@ def refuse_rows(steps: Sequence[Step], kinds: Mapping[str, str]) -> None:
 def _wants_down(step: Step) -> bool:
     """Whether a fit needs a down projection that is found by itself; of other steps the stored vector says it."""
     s: Any = step.settings
+    if METHODS[step.cells[0].method].adapters:
+        return False
     reads = FORMS[step.cells[0].intervention].reads and s.intervention_components == "mlp_mid"
     return step.verb == "fit" and "mlp_mid" not in s.anatomy and (reads or s.site == "down_proj")
 
@@ -282,6 +290,8 @@ def why_plain(step: Step, engine: str) -> str:
     family = checkpoint.family(step.model)
     if step.verb == "fit" and METHODS[step.cells[0].method].estimate is not None:
         return choice.why_plain([], "fit", family=family)
+    if METHODS[step.cells[0].method].adapters:
+        return choice.ASKED if engine == choice.PLAIN else "linear maps inside the blocks are changed"
     joint = getattr(s, "joint", False)
     layers = [(layer,) for layer in s.layers] if step.verb == "fit" and not joint else [s.layers]
     how = {"engine": engine, "family": family, "joint": joint, "positions": s.applied_positions}

@@ -194,6 +194,8 @@ def _vector(artifact: Artifact) -> str:
     """Loads as plain tensors; shapes of one concept go together and are the model's; every value is finite."""
     stored = layer_file.read(artifact.path)
     form = artifact.form or layer_file.form_of(stored)
+    if layer_file.has_linears(stored):
+        return f"{len(layer_file.linears(stored, artifact.path, form))} linear maps"
     if FORMS[form].bare:
         shape = tuple(getattr(stored, "shape", ()))
         if not hasattr(stored, "shape"):  # the words of a run that reads it

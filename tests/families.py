@@ -17,12 +17,13 @@ import counts
 import torch
 from torch import Tensor, nn
 
-from spilt.cell import FORMS
+from spilt import cell, plan
 from spilt.methods import METHODS
 from spilt.steering import anatomy
 from spilt.steering.anatomy import COMPONENTS, FAMILIES
 from spilt.steering.interventions import INTERVENTIONS, Intervention
 
+FORMS = {name: form for name, form in cell.FORMS.items() if form.in_all}  # the others have test files of their own
 HIDDEN, MIDDLE, LAYERS, WINDOW = 32, 48, 5, 24  # D, F of 'mlp_mid', blocks, sliding window of the families that have one
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<turn>", "<end>")
 PAD, BOS, EOS, _TURN, END = range(len(SPECIAL))
@@ -209,7 +210,7 @@ class Base(NamedTuple):
         return [*words, "--intervention_method", form, "--device", "cpu", "--base_dir", str(self.path), *more]
 
 
-PAIRS = tuple((method, form) for method, row in METHODS.items() for form in row.forms)
+PAIRS = tuple(plan.pairs_of("all", "all")[0])
 CONCEPTS = {0: "rivers", 1: "lamps", 3: "bread"}
 _made: dict[str, Path] = {}
 
@@ -280,7 +281,7 @@ def make_base(root: Path, model_type: str = "qwen2", train: int = 20, test: int 
             cell = {"alg_name": method, "layers": [base.layer], "intervention_method": form}
             loop = {"batch_size": 4, "gradient_accumulation_steps": 2, "n_epochs": 1, "lr": "1e-2", "low_rank_dimension": 4}
             write_yaml(base.hparams(dataset, method, f"generate_{method}_{form}.yaml"), {**cell, **(loop if METHODS[method].loss else {})})
-        for method in METHODS:
+        for method in dict(PAIRS):
             write_yaml(base.hparams(dataset, method, f"apply_{method}.yaml"), {"alg_name": method, "layers": [base.layer]})
         write_yaml(base.hparams(dataset, "sft", "generate_sft_loss.yaml"), {"alg_name": "sft", "layers": [base.layer], "batch_size": 1})
     return base

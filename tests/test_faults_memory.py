@@ -104,7 +104,7 @@ def test_the_message_names_batch_length_layer_and_flag(here: Here, caplog: pytes
         assert any(word.strip(",;").isdigit() for word in message.split())
 
 
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.loss])
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.loss and row.in_all])
 @pytest.mark.long
 def test_a_fit_with_little_memory_goes_on_in_parts(bare: Here, caplog: pytest.LogCaptureFixture, method: str) -> None:
     """The rows of a minibatch are scored a few at a time, the loss is still over all of them: the same vectors up to rounding."""

@@ -7,10 +7,10 @@ from typing import Any
 import golden
 import pytest
 import torch
-from families import FAMILY_NAMES, LAYERS, READS, has_down_proj, intervention, model, token_rows
+from families import FAMILY_NAMES, FORMS, LAYERS, READS, has_down_proj, intervention, model, token_rows
 from torch import Tensor, nn
 
-from spilt.cell import FORMS
+from spilt import cell
 from spilt.engine import suffix
 from spilt.steering import anatomy, hooks
 from spilt.steering.interventions import INTERVENTIONS, Intervention, Vector
@@ -310,7 +310,7 @@ def test_null_it_out_equals_the_released_code(key: str) -> None:
 
 
 def test_every_form_is_a_module_that_says_what_it_is() -> None:
-    assert tuple(INTERVENTIONS) == tuple(FORMS)
+    assert tuple(INTERVENTIONS) == tuple(cell.FORMS)
     for form, kind in INTERVENTIONS.items():
         made = intervention(form)
         assert isinstance(made, nn.Module) and kind.__doc__ and (made.read_point is None) == (not kind.reads)

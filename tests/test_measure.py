@@ -12,7 +12,7 @@ import torch
 from spilt import cli
 from spilt.artifacts.losses import PREFERENCE_TYPES
 from spilt.artifacts.store import Store
-from spilt.cell import FORMS, Cell
+from spilt.cell import Cell
 from spilt.tasks import control as control_task
 from spilt.tasks.measure import SOLVED
 from spilt.verbs.measure import SWEEP_MOST
@@ -75,7 +75,7 @@ def test_zero_is_the_base_model_bit_for_bit(base: families.Base) -> None:
     assert seen[0].equals(seen[1]) and seen[0].equals(seen[2])
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", families.FORMS)
 @pytest.mark.few(1)
 def test_minus_m_is_the_other_side_of_m(base: families.Base, form: str) -> None:
     """The rows of pair orig_sub at m are those of orig_add at -m: the same text at the same applied strength."""

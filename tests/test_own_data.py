@@ -19,7 +19,6 @@ from spilt.artifacts.atomic import HALF_REPLACED
 from spilt.cell import FORMS
 from spilt.data import own
 from spilt.data.sources import read_rows
-from spilt.methods import METHODS
 from spilt.report import cells
 from spilt.settings import FitSettings, resolve_fit
 
@@ -102,11 +101,10 @@ def test_without_words_it_is_the_middle_block_and_the_released_defaults(
     said = capsys.readouterr().out
     assert "Mine has no settings files, so the released defaults (layer 2)" in said and "16 pairs in train.jsonl" in said
     assert not (base.path / "data").exists() and not (base.path / "vectors").exists()
-    for method, row in METHODS.items():
-        for form in row.forms:
-            found = resolve_fit(base.path, base.model, "Mine", method, form, {"dtype": "float32"}, layers=(2,), own=True)
-            assert found.settings == FitSettings(method=method, intervention_method=form, layers=(2,), dtype="float32")
-            assert f"lr={FORMS[form].lr:g} " in said
+    for method, form in families.PAIRS:
+        found = resolve_fit(base.path, base.model, "Mine", method, form, {"dtype": "float32"}, layers=(2,), own=True)
+        assert found.settings == FitSettings(method=method, intervention_method=form, layers=(2,), dtype="float32")
+        assert f"lr={FORMS[form].lr:g} " in said
     assert run(base, mine, "--mode", "generate") == 0
     assert (base.path / "vectors/tiny/sft/Mine/sft_vector/layer_2.pt").is_file()
 

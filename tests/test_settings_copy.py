@@ -11,7 +11,6 @@ import families
 import pytest
 
 from spilt import cli
-from spilt.methods import METHODS
 from spilt.settings import ROOT, load_yaml, resolve_fit, resolve_generate, resolve_measure
 
 PACKAGED = Path(__file__).resolve().parents[1]
@@ -28,13 +27,12 @@ def test_the_released_settings_for_a_model_of_ones_own(base: families.Base, caps
     words += ["--base_dir", str(base.path)]
     assert cli.main(words) == 0
     assert "15 files written" in capsys.readouterr().out
-    for method, row in METHODS.items():
-        for form in row.forms:
-            for resolve in (resolve_fit, resolve_measure, resolve_generate):
-                ours = resolve(base.path, "my-model", "traits", method, form).settings.as_dict()
-                given = {"layers": "3,4", "dtype": "float32"}
-                theirs = resolve(PACKAGED, "gemma-2-9b-it", "psychopathy", method, form, given).settings.as_dict()
-                assert {**ours, "generation_params": 0} == {**theirs, "generation_params": 0}
+    for method, form in families.PAIRS:
+        for resolve in (resolve_fit, resolve_measure, resolve_generate):
+            ours = resolve(base.path, "my-model", "traits", method, form).settings.as_dict()
+            given = {"layers": "3,4", "dtype": "float32"}
+            theirs = resolve(PACKAGED, "gemma-2-9b-it", "psychopathy", method, form, given).settings.as_dict()
+            assert {**ours, "generation_params": 0} == {**theirs, "generation_params": 0}
     edited = base.path / ROOT / "traits/my-model/sft/generate_sft_vector.yaml"
     edited.write_text("layers: [1]\n")
     assert cli.main(words) == 0

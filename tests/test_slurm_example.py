@@ -28,8 +28,9 @@ def test_two_tasks_share_the_cells(tmp_path: Path) -> None:
     ]
     said = [task.communicate()[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0]
+    released = [name for name, row in METHODS.items() if row.in_all]
     fitted = [line.split()[2] for text in said for line in text.splitlines() if line.startswith("generate ") and " done " in line]
-    assert sorted(fitted) == sorted(METHODS), "each by one task"
-    assert all(sum(text.count(f"generate {base.one} {name} ") for text in said) == 1 for name in METHODS)
+    assert sorted(fitted) == sorted(released), "each by one task"
+    assert all(sum(text.count(f"generate {base.one} {name} ") for text in said) == 1 for name in released)
     assert {found.state for found in verify.check(base.path)} == {verify.OK}
-    assert len(list(base.path.rglob("layer_*.pt"))) == len(METHODS)
+    assert len(list(base.path.rglob("layer_*.pt"))) == len(released)

@@ -10,6 +10,7 @@ from spilt.methods.caa import caa
 from spilt.methods.reps import LOSS_TYPES, reps
 from spilt.methods.sft import sft
 from spilt.methods.spilt import spilt
+from spilt.settings.fields import WEIGHT_ARITHMETIC
 
 METHODS: dict[str, Method] = {
     row.name: row
@@ -24,6 +25,15 @@ METHODS: dict[str, Method] = {
         Method("reps", "reference-scaled preference", reps, needs_reference=lambda s: s.loss_type != "simpo"),
         Method("sft", "winning answers only", sft, needs_losing=never),
         Method("spilt", "preference and utility with a hinge", spilt, needs_reference=lambda s: bool(s.ref_loss_weight)),
+        Method(
+            WEIGHT_ARITHMETIC,
+            "difference of two adapters' weights",
+            sft,  # of each adapter, on its own answers
+            forms=("lora", "local_weight"),
+            why="a difference of weights is of low rank (lora) or dense (local_weight)",
+            in_all=False,
+            adapters=True,
+        ),
     )
 }
 

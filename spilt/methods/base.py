@@ -42,3 +42,5 @@ class Method(NamedTuple):
     why: str = ""  # why the other forms are left out
     needs_losing: Callable[[FitSettings], bool] = always
     needs_reference: Callable[[FitSettings], bool] = never
+    in_all: bool = True  # a word `all` means it too (the released methods)
+    adapters: bool = False  # trained: two adapters of linear maps, one on each side's answers, whose difference it is

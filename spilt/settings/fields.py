@@ -21,6 +21,7 @@ POINTS = ("mlp_mid", "mlp", "attn", "block")  # read points of lora and local_we
 ANATOMY = ("blocks", "attn", "mlp", "mlp_mid")  # what of a model has a place that can be told
 WRITE_POINTS = ("block", "down_proj")
 ADAPTERS = ("lora", "dora", "pissa", "delora", "oft", "boft", "ia3")  # kinds of PEFT, of weight arithmetic
+CONTRASTS = ("difference", "bisector", "matching", "not_matching")  # what it makes of two adapters
 PAIRS = ("orig_add", "orig_sub")
 SUBSTRACTIONS = ("normal", "null_it_out")
 LOSSES = ("scaled_simpo", "simpo", "dpo", "ipo", "apo_zero")
@@ -30,8 +31,19 @@ DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32
 DTYPE_ALIASES |= {f"torch.{name}": name for name in DTYPES}
 # other spellings on the command line and in YAML; all names in any case
 METHOD_ALIASES = {"split": "spilt"}  # the paper's spelling
-LATER = ("joint", "steer_positions", "anatomy")  # keys that came after results had been stored
+WEIGHT_ARITHMETIC = "weight_arithmetic"
+OF_ADAPTERS = ("adapter", "modules", "block_size", "warmup_steps", "contrast")  # keys of it alone
+LATER = ("joint", "steer_positions", "anatomy", *OF_ADAPTERS)  # keys that came after results had been stored
 INTERVENTION_ALIASES = {"weight": "local_weight"}  # released file names and YAML
+
+
+# of methods that were not released, what their papers have in place of the released defaults
+OWN_DEFAULTS: dict[str, dict[str, Any]] = {
+    WEIGHT_ARITHMETIC: {
+        "lr": 2e-4, "n_epochs": 1, "gradient_accumulation_steps": 4, "weight_decay": 0.01, "rank": 32, "lora_alpha": 64.0, "dropout": 0.0,
+        "block_size": 8, "warmup_steps": 5, "contrast": "difference",
+    },
+}  # fmt: skip
 
 
 def setting(read: Reader, default: Any = MISSING, *, by: Callable[[str, str], Any] | None = None) -> Any:
@@ -142,8 +154,18 @@ class Common(Checked):
         return self.steer_positions or "all"
 
 
-def _of_form(name: str) -> Callable[[str, str], Any]:
-    return lambda _, form: getattr(FORMS.get(form, FORMS["lora"]), name)  # a name that does not exist is told by others
+def _by_method(name: str, released: Any = None) -> Callable[[str, str], Any]:
+    """The default of a setting: the method's own, else the released one, that of the form where none is given."""
+
+    def default(method: str, form: str) -> Any:
+        of_form = released if released is not None else getattr(FORMS.get(form, FORMS["lora"]), name.removeprefix("steering_"), None)
+        return OWN_DEFAULTS.get(method, {}).get(name, of_form)  # a name that does not exist is told by others
+
+    return default
+
+
+def _adapter(method: str, form: str) -> str | None:
+    return None if method != WEIGHT_ARITHMETIC else "lora" if form == "lora" else "dora"
 
 
 def _released_substraction(method: str, intervention: str) -> str:
@@ -174,18 +196,20 @@ class FitSettings(ScoringSettings):
     """How a method finds the parameters of an intervention (`--mode generate`)."""
 
     # the intervention
-    rank: int = setting(whole(1), 4)  # of lora; released 4 (YAML `rank` or `low_rank_dimension`)
-    lora_alpha: float = setting(number(), 32.0)  # stored with a lora, scales nothing: the effect is m (x A) B
-    dropout: float = setting(number(0, below=1), 0.1)  # probability; on v itself (vector), on the delta (lora, local_weight)
+    rank: int = setting(whole(1), by=_by_method("rank", 4))  # of lora; released 4 (YAML `rank` or `low_rank_dimension`)
+    lora_alpha: float = setting(number(), by=_by_method("lora_alpha", 32.0))  # stored with a lora, scales nothing: the effect is m (x A) B
+    # probability; on v itself (vector), on the delta (lora, local_weight)
+    dropout: float = setting(number(0, below=1), by=_by_method("dropout", 0.1))
     joint: bool = setting(flag, False)  # ours: the layers are fitted together, by one loss; else each alone (released)
     # the loop
-    gradient_accumulation_steps: int = setting(whole(1), 1)  # minibatch groups per optimiser step
-    n_epochs: int = setting(whole(1), 2)  # passes over the pairs
-    lr: float = setting(number(above=0), by=_of_form("lr"))  # AdamW, linear decay to 0
-    weight_decay: float = setting(number(0), 0.0)  # of AdamW
+    # minibatch groups per optimiser step
+    gradient_accumulation_steps: int = setting(whole(1), by=_by_method("gradient_accumulation_steps", 1))
+    n_epochs: int = setting(whole(1), by=_by_method("n_epochs", 2))  # passes over the pairs
+    lr: float = setting(number(above=0), by=_by_method("lr"))  # AdamW, linear decay to 0
+    weight_decay: float = setting(number(0), by=_by_method("weight_decay", 0.0))  # of AdamW
     max_grad_norm: float = setting(number(above=0), 1.0)  # gradient norm is clipped to this; fixed in the released code
     # training strengths: s is drawn from these; shared by winning and losing sequence, or (released) drawn for each
-    steering_factors: tuple[float, ...] = setting(many(number()), by=_of_form("factors"))
+    steering_factors: tuple[float, ...] = setting(many(number()), by=_by_method("steering_factors"))
     shared_factor: bool = setting(flag, False)  # ours
     # sft and spilt: pos L_p + neg L_n + margin_penalty relu(threshold - (L_n - L_p)), losses in nats per answer token
     pos_loss_weight: float = setting(number(0), 1.0)
@@ -202,11 +226,25 @@ class FitSettings(ScoringSettings):
     label_smoothing: float = setting(number(0, below=1), 0.0)  # probability that a pair is the wrong way round
     # caa
     multiple_choice: bool = setting(flag, False)  # read the second-to-last token instead of the mean over answer tokens
+    # weight_arithmetic (ours; rank, lora_alpha, dropout are those of its adapters): None for every other method
+    adapter: str | None = setting(optional(choice("adapter", ADAPTERS)), by=_adapter)  # the kind that both are
+    modules: tuple[str, ...] | None = setting(optional(many(text, distinct=True)), None)  # names of linear maps; None = all of a block
+    block_size: int | None = setting(optional(whole(1)), by=_by_method("block_size"))  # of oft and boft
+    warmup_steps: int | None = setting(optional(whole(0)), by=_by_method("warmup_steps"))  # in which lr rises; at most half of all
+    contrast: str | None = setting(optional(choice("contrast", CONTRASTS)), by=_by_method("contrast"))  # what is made of the two
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.method == WEIGHT_ARITHMETIC:  # an adapter has all its layers
+            object.__setattr__(self, "joint", len(self.layers) > 1)
         if self.joint and len(self.layers) < 2:
             raise UserError(f"joint = true needs two layers or more; layers has {len(self.layers)}: add one, or leave joint out")
+        given = [name for name in OF_ADAPTERS if getattr(self, name) is not None]
+        if given and self.method != WEIGHT_ARITHMETIC:
+            value = getattr(self, given[0])
+            raise UserError(f"{given[0]} = {value} is of {WEIGHT_ARITHMETIC}; {self.method} has no adapters: leave it out")
+        if self.adapter is not None and self.intervention_method == "lora" != self.adapter:
+            raise UserError(f"adapter = {self.adapter}: its change is dense: --intervention_method local_weight, or adapter: lora")
         removes = self.substraction_type == "null_it_out" and "orig_sub" in self.preference_pairs
         if removes and not FORMS[self.intervention_method].direction:
             raise UserError(

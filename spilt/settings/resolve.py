@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from spilt.cell import FORMS
 from spilt.errors import Mistakes, UserError, unknown
-from spilt.settings.fields import GenerationParams, intervention_name, method_name, read_field
+from spilt.settings.fields import OWN_DEFAULTS, GenerationParams, intervention_name, method_name, read_field
 from spilt.settings.files import is_own, kind, load_yaml, parse_yaml, tree_of, trees
 from spilt.settings.keys import FIELDS, IGNORED_KEYS, IGNORED_PARAMS, KEY_ALIASES, KNOWN, PARAM_ALIASES, PARAMS, SECTIONS, SETTINGS
 from spilt.settings.values import Bad, text
@@ -229,6 +229,8 @@ class _Stack:
     def _origin(self, layers: Sequence[int]) -> str:
         if self.own and self.cell_file is None:
             at = "" if "layers" in self.given else f" (layer {', '.join(map(str, layers))})"
+            if self.method in OWN_DEFAULTS:
+                return f"{self.dataset} has no settings file of {self.method}, so its defaults{self.cpu}{at}; --set KEY=VALUE changes them"
             return f"{self.dataset} has no settings files, so the released defaults{self.cpu}{at}; --set KEY=VALUE changes them"
         if self.base_dir == self.asked:
             return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ from spilt.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from spilt.steering.interventions import Intervention
+
+LINEARS = "linears"  # key of a file with changes at several linear maps of its block
+LINEAR = re.compile(r"[a-z]\w{0,50}(\.\w{1,50}){0,5}", re.ASCII)  # the path of one
 
 
 def dump(intervention: Intervention, concept: int | None) -> bytes:
@@ -27,10 +31,45 @@ def dump(intervention: Intervention, concept: int | None) -> bytes:
     return buffer.getvalue()
 
 
-def metadata_line(intervention: Intervention, concept: int | None, text: str | None) -> str:
-    """metadata_layer_{id}.jsonl: one object per concept."""
-    fields = {"concept_id": 0 if concept is None else concept, "concept": text, **intervention.describe(), "ref": None}
+def metadata_line(parts: Sequence[Intervention], concept: int | None, text: str | None) -> str:
+    """metadata_layer_{id}.jsonl: one object per concept; of several linear maps with their names."""
+    several = {LINEARS: [one.write_point for one in parts], "intervention_components": None} if len(parts) > 1 else {}
+    fields = {"concept_id": 0 if concept is None else concept, "concept": text, **parts[0].describe(), "ref": None, **several}
     return json.dumps(fields, ensure_ascii=False) + "\n"
+
+
+def dump_linears(parts: Sequence[Intervention], concept: int | None) -> bytes:
+    """The bytes of layer_{id}.pt of a block with changes at several linear maps: write point -> what `dump` would hold."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save({LINEARS: {one.write_point: one.state() for one in parts}, "concept_id": 0 if concept is None else concept}, buffer)
+    return buffer.getvalue()
+
+
+def has_linears(stored: Any) -> bool:
+    return isinstance(stored, dict) and isinstance(stored.get(LINEARS), dict)
+
+
+def linears(stored: Any, path: Path, form: str) -> list[Intervention]:
+    """The changes of a block's linear maps, each a form with shapes that go together. Raises UserError."""
+    from spilt.steering.interventions import INTERVENTIONS
+
+    if not has_linears(stored) or not stored[LINEARS]:
+        raise UserError(f"{path}: holds {described(stored, path)}; wanted changes of several linear maps, under {LINEARS!r}")
+    found = []
+    for name, state in stored[LINEARS].items():
+        if FORMS[form].bare or not isinstance(state, dict) or not LINEAR.fullmatch(str(name)):
+            raise UserError(f"{path}: {LINEARS} has {str(name)[:60]!r}, which is no {form} at the path of a linear map")
+        sizes: dict[str, int] = {}
+        for tensor, axes in FORMS[form].tensors.items():
+            sizes.update(zip(axes, getattr(state.get(tensor), "shape", ()), strict=False))
+        check_shapes(state, path, form, sizes.get("D", 0), sizes.get("F", 0), None)
+        read_point = str(state.get("intervention_components"))
+        if not LINEAR.fullmatch(read_point):
+            raise UserError(f"{path}: {name} is read at {read_point[:60]!r}, which is no path of a linear map")
+        found.append(INTERVENTIONS[form].from_state(state, read_point=read_point, write_point=str(name)).eval().requires_grad_(False))
+    return found
 
 
 def load(
@@ -165,6 +204,7 @@ def form_of(stored: Any) -> str:
     """The form of what a layer_{id}.pt holds, by its content."""
     if not isinstance(stored, dict):
         return next(name for name, form in FORMS.items() if form.bare)
+    stored = stored[LINEARS] if has_linears(stored) else stored
     first = next(iter(stored.values()), None)
     keys = first.keys() if isinstance(first, dict) else stored.keys()
     named = [name for name, form in FORMS.items() if not form.bare]

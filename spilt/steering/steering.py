@@ -24,7 +24,6 @@ from spilt.steering.hooks import Applied
 from spilt.steering.interventions import INTERVENTIONS, Intervention, Multiplier
 
 SUFFIX = ".safetensors"
-LINEAR = re.compile(r"[a-z]\w{0,50}(\.\w{1,50}){0,5}", re.ASCII)  # the path of a linear map
 FORMAT = 1  # of the stored file
 RECOMMENDED = "recommended_multiplier"  # of `about`: a strength, so it scales the other way round
 
@@ -257,7 +256,7 @@ def _entry(path: Path, number: int, row: dict[str, Any], tensors: dict[str, Tens
         raise UserError(f"{path}: entry {number} has the form {row['form']!r}; have: {', '.join(INTERVENTIONS)}")
     site = Site(int(row["layer"]), row["read_point"], row["write_point"])
     places = (site.read_point, *anatomy.COMPONENTS), (site.write_point, *WRITE_POINTS)
-    known = all(name in (None, *names) or LINEAR.fullmatch(str(name)) for name, *names in places)
+    known = all(name in (None, *names) or layer_file.LINEAR.fullmatch(str(name)) for name, *names in places)
     if site.layer < 0 or site.write_point is None or not known:
         raise UserError(f"{path}: entry {number} has no usable site: {site}")
     kind = INTERVENTIONS[row["form"]]
@@ -279,18 +278,21 @@ def _released(path: Path, layer: int) -> Steering:
     """layer_{id}.pt of one concept; what its manifest knows, where there is one, comes along."""
     held = layer_file.read(path)
     form = layer_file.form_of(held)
-    state = layer_file.one_concept(held, path, form, None)
     parts = (manifest.read(path) or {}).get("parts")
     known = parts.get("settings") if isinstance(parts, dict) else None
     settings: dict[str, Any] = known if isinstance(known, dict) else {}
-    read_point, write_point = None, str(settings.get("site", "block"))
-    if INTERVENTIONS[form].reads:
-        read_point = str(state.get("intervention_components") or settings.get("intervention_components", "mlp_mid"))
-    made = INTERVENTIONS[form].from_state(state, read_point=read_point, write_point=write_point)
+    if layer_file.has_linears(held):
+        several = layer_file.linears(held, path, form)
+    else:
+        state = layer_file.one_concept(held, path, form, None)
+        read_point, write_point = None, str(settings.get("site", "block"))
+        if INTERVENTIONS[form].reads:
+            read_point = str(state.get("intervention_components") or settings.get("intervention_components", "mlp_mid"))
+        several = [INTERVENTIONS[form].from_state(state, read_point=read_point, write_point=write_point)]
     about = {"method": settings["method"]} if "method" in settings else {}
     if about and isinstance(parts, dict) and isinstance(parts.get("model"), str):
         about |= {"settings": settings, "base_model": {"checkpoint": parts["model"]}}
-    return Steering([(Site(layer, read_point, write_point), made.eval().requires_grad_(False))], about)
+    return Steering(((Site(layer, made.read_point, made.write_point), made.eval().requires_grad_(False)) for made in several), about)
 
 
 def per_row(multiplier: Multiplier) -> Multiplier:

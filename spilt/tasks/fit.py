@@ -9,7 +9,8 @@ import os
 import pickle
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ from spilt.engine import train as training
 from spilt.methods import METHODS
 from spilt.model.checkpoint import family
 from spilt.steering.interventions import Intervention
-from spilt.steering.layer_file import dump, metadata_line
+from spilt.steering.layer_file import dump, dump_linears, metadata_line
 from spilt.steering.steering import Steering
 from spilt.tasks.context import check_context
 from spilt.tasks.recordings import Run, tell_replaced
 from spilt.verbs import Step
+from spilt.weights import training as weights
 
 log = logging.getLogger("spilt")
 DIGEST = 32  # bytes of a sha256
@@ -55,22 +57,27 @@ def _fit(step: Step, outputs: dict[int, tuple[Path, dict[str, Any]]], run: Run) 
             log.warning("%s has no manifest (made elsewhere): kept as it is; --force fits it again", run.store.relative(path))
         return False
     tell_replaced(str(step), dict(outputs.values()), run)
-    rows: list[dict[str, float]] = []
+    rows: list[dict[str, Any]] = []
+    more: dict[str, Any] = {}
     fmt = readers.dataset_format(run.request.base_dir, cell.dataset, verbs.VERBS["fit"].sections["train"])
     if METHODS[cell.method].estimate is not None:
         steering = Steering.of({layer: _closed_form(cell, layer, settings, run, fmt) for layer in outputs})
+    elif METHODS[cell.method].adapters:
+        steering, rows, more = _adapters(step, run, fmt, manifest.identity(next(iter(outputs.values()))[1]))
     else:
         steering, rows = _train(step, tuple(outputs), run, fmt, manifest.identity(next(iter(outputs.values()))[1]))
-    for site, intervention in steering:
+    for site, intervention in steering if not METHODS[cell.method].adapters else ():
         training.check_usable(intervention, f"{cell} layer {site.layer}")
     text = readers.concepts(fmt).get(cell.concept) if cell.concept is not None else None
-    for site, intervention in steering:
-        path, parts = outputs[site.layer]
+    for layer in steering.layers:
+        path, parts = outputs[layer]
+        several = [made for _, made in steering.on(layer)]
         run.seen.again(step.inputs)
-        atomic_write(run.store.metadata(cell, site.layer), metadata_line(intervention, cell.concept, text))
-        atomic_write(run.store.train_log(cell), _train_log(cell, site.layer, rows, run.store))
-        notes = {"layer": site.layer, "steps": len(rows), "last_loss": rows[-1]["loss"] if rows else None}
-        run.store_result(step, path, dump(intervention, cell.concept), parts, notes)
+        atomic_write(run.store.metadata(cell, layer), metadata_line(several, cell.concept, text))
+        atomic_write(run.store.train_log(cell), _train_log(cell, layer, rows, run.store))
+        notes = {"layer": layer, "steps": len(rows), "last_loss": rows[-1]["loss"] if rows else None, **more}
+        content = dump_linears(several, cell.concept) if METHODS[cell.method].adapters else dump(several[0], cell.concept)
+        run.store_result(step, path, content, parts, notes)
     run.store.checkpoint(cell, min(outputs)).unlink(missing_ok=True)
     return True
 
@@ -91,7 +98,25 @@ def _train(
         key = next(key for key in run.recordings.keys(step) if key.layer == base)
         cache = run.recordings.get(key, host, fmt, read)
         job = training.Fit(host.model, steering, cache, settings, METHODS[cell.method], prefix)
-    unfinished = run.store.checkpoint(cell, min(layers))
+    with _under_way(cell, min(layers), run, identity) as how:
+        return steering, training.fit(job, **how)
+
+
+def _adapters(step: Step, run: Run, fmt: readers.DatasetFormat, identity: str) -> tuple[Steering, list[dict[str, Any]], dict[str, Any]]:
+    """What is made of two trained adapters, their log, and their geometry. What a killed fit left is gone on from."""
+    (cell,), host = step.cells, run.host
+    settings: Any = step.settings
+    sequences = run.recordings.sequences(step, fmt.path, host, fmt)
+    with _under_way(cell, min(cell.layers), run, identity) as how:
+        trained = weights.train(host.model, sequences, settings, host.pad_id, **how)
+    weights.check(trained.made, str(cell))
+    return trained.made, trained.log, {"geometry": trained.geometry}
+
+
+@contextmanager
+def _under_way(cell: Cell, layer: int, run: Run, identity: str) -> Iterator[dict[str, Any]]:
+    """For a loop: resume (what a killed fit left), checkpoint (stores the state now and then) and progress (a bar)."""
+    unfinished = run.store.checkpoint(cell, layer)
     resume = None if run.request.force else _resume(unfinished, identity)
     saved = time.monotonic()
 
@@ -108,7 +133,7 @@ def _train(
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(0)
 
-        return steering, training.fit(job, resume=resume, checkpoint=checkpoint, progress=progress)
+        yield {"resume": resume, "checkpoint": checkpoint, "progress": progress}
 
 
 def sealed(state: dict[str, Any]) -> bytes:
@@ -147,10 +172,14 @@ def _closed_form(cell: Cell, layer: int, settings: Any, run: Run, fmt: readers.D
     return training.estimate(run.host.model, layer, sequences, settings, METHODS[cell.method], run.host.pad_id)
 
 
-def _train_log(cell: Cell, layer: int, rows: list[dict[str, float]], store: Store) -> str:
+def _train_log(cell: Cell, layer: int, rows: list[dict[str, Any]], store: Store) -> str:
     """The log with this layer's section new; those of the other layers whose vectors lie there stay as they are."""
+
+    def answers(row: dict[str, Any]) -> str:
+        return f"{row['answers']} " if "answers" in row else ""
+
     lines = [
-        f"epoch {row['epoch']} step {row['step']} loss {row['loss']:.6f} lr {row['lr']:.6g} grad_norm {row['grad_norm']:.6g}"
+        f"{answers(row)}epoch {row['epoch']} step {row['step']} loss {row['loss']:.6f} lr {row['lr']:.6g} grad_norm {row['grad_norm']:.6g}"
         for row in rows
     ]
     told = {at: text for at, text in _told(store.train_log(cell), cell).items() if store.vector(cell, at).exists()}

@@ -23,7 +23,7 @@ from spilt.artifacts.losses import APPLIED, COLUMNS, LOSS, NEUTRAL, NEUTRAL_TARG
 from spilt.data import readers
 from spilt.engine import activations, dose, score, whole
 from spilt.errors import NotFinite
-from spilt.methods import METHODS
+from spilt.methods import METHODS, Method
 from spilt.steering.steering import Steering
 from spilt.tasks import control
 from spilt.tasks.recordings import Run, stored, tell_replaced
@@ -220,7 +220,7 @@ def _sweep(step: Step, steering: Steering, run: Run) -> tuple[float, ...]:
     own = _norm(steering)
     if own == 0:
         return step.multipliers
-    others = [replace(cell, method=name) for name, row in METHODS.items() if row.estimate is None and cell.intervention in row.forms]
+    others = [replace(cell, method=name) for name, row in METHODS.items() if _at_blocks(row) and cell.intervention in row.forms]
     there = [other for other in others if all(run.store.vector(other, n).is_file() for n in cell.layers)]
     norms = [_norm(stored(other, step.settings, run)) for other in there]
     if norms:
@@ -229,6 +229,11 @@ def _sweep(step: Step, steering: Steering, run: Run) -> tuple[float, ...]:
         recorded = _streams(step, steering, run)
         top = 2 * recorded.h[:-1].float().norm(dim=-1).mean().item()
     return measure_verb.sweep_multipliers((float(f"{top / own:.2g}"),), len(step.multipliers))
+
+
+def _at_blocks(row: Method) -> bool:
+    """Trained, at the places of a closed form."""
+    return row.estimate is None and not row.adapters
 
 
 def _streams(step: Step, steering: Steering, run: Run) -> activations.Activations:

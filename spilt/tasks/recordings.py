@@ -21,7 +21,8 @@ from spilt.model import identity
 from spilt.model.host import Host
 from spilt.progress import Progress
 from spilt.steering import anatomy, layer_file
-from spilt.steering.steering import Steering
+from spilt.steering.interventions import Intervention
+from spilt.steering.steering import Site, Steering
 from spilt.tasks.context import check_context
 from spilt.team import Team
 from spilt.verbs import Request, Step
@@ -187,7 +188,7 @@ def refuse_parts_of_two_fits(cell: Cell, run: Run) -> None:
 def stored(cell: Cell, settings: Any, run: Run) -> Steering:
     """The stored Steering of a cell, checked against the model. What its manifests say against its use is a warning."""
     refuse_parts_of_two_fits(cell, run)
-    found = {}
+    entries: list[tuple[Site, Intervention]] = []
     for layer in cell.layers:
         widths = anatomy.read_widths(run.host.model, layer)
         path = run.store.vector(cell, layer)
@@ -197,7 +198,13 @@ def stored(cell: Cell, settings: Any, run: Run) -> Steering:
         run.seen.of(path)
         concept = cell.concept if cell.concept is not None else settings.concept_id
         hidden, read = anatomy.hidden_size(run.host.model), settings.intervention_components
-        made = layer_file.load(path, cell.intervention, concept, hidden, widths, read, settings.site)
+        if METHODS[cell.method].adapters:
+            several = layer_file.linears(layer_file.read(path), path, cell.intervention)
+        else:
+            several = [layer_file.load(path, cell.intervention, concept, hidden, widths, read, settings.site)]
         run.seen.again([path])
-        found[layer] = made.to(run.host.device(layer))
-    return Steering.of(found, {"method": cell.method})
+        entries += [(Site(layer, made.read_point, made.write_point), made.to(run.host.device(layer))) for made in several]
+    steering = Steering(entries, {"method": cell.method})
+    if METHODS[cell.method].adapters:  # of a file at linear maps the shapes alone do not say that they are the model's
+        steering.check(run.host.model)
+    return steering

@@ -68,6 +68,16 @@ def with_own(overrides: Mapping[str, Any], method: str, seed: int | None = None,
     return found if layers is None else {**found, "layers": list(layers), "joint": len(layers) > 1 and METHODS[method].estimate is None}
 
 
+def without_files(request: Request, method: str) -> bool:
+    """Whether settings files are not asked for: the data are the user's own, or none were released for the method."""
+    return request.own is not None or METHODS[method].adapters
+
+
+def adapted_layers(blocks: int) -> tuple[int, ...]:
+    """From 30% to 80% of the depth, where behaviours lie, as the rebuilds of arXiv 2511.05408 take them."""
+    return tuple(range(round(0.3 * blocks), max(round(0.8 * blocks), round(0.3 * blocks) + 1)))
+
+
 def layer_groups(words: Sequence[str] | None) -> tuple[tuple[int, ...], ...] | None:
     """The words of --layers: `10 14+18` -> ((10,), (14, 18)); () of `all`."""
     if words is None or list(words) == ["all"]:
@@ -133,10 +143,12 @@ class Verb:
     def settings(self, request: Request, method: str, form: str) -> Resolved:
         """The settings of a cell, from files and command line. Raises UserError for wrong ones."""
         blocks = checkpoint.blocks(checkpoint.config(request.model_folder))
-        middle = () if blocks is None else (blocks // 2,)
-        own = request.own is not None
+        adapters, overrides = METHODS[method].adapters, request.overrides
+        middle = () if blocks is None else adapted_layers(blocks) if adapters else (blocks // 2,)
+        if adapters and not self.fits and "layers" not in overrides:  # where it was fitted, whatever others' files say
+            overrides = {**overrides, "layers": list(VERBS["fit"].settings(request, method, form).settings.layers)}
         cell = (request.base_dir, request.model, request.dataset, method, form)
-        return resolve(self.name, *cell, request.overrides, middle, own, request.device)
+        return resolve(self.name, *cell, overrides, middle, without_files(request, method), request.device)
 
     def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:
         """Those of the command line, else of the settings, else 1."""

@@ -84,7 +84,7 @@ class Fit(Verb):
         above, size = shape.above(s), shape.size(s)
         length = recorded.tokens / len(rows)
         sides = 2 if method.needs_losing(s) else 1
-        times = s.n_epochs * len(s.preference_pairs) * sides
+        times = s.n_epochs * (1 if method.adapters else len(s.preference_pairs)) * sides
         shown = times * (questions + answers / 2)
         flops = recorded.flops + 2 * shape.run(shown, above, length) + 2 * shape.head * times * answers / 2
         shapes = FORMS[step.cells[0].intervention].shapes(shape.hidden, shape.read(step), s.rank)

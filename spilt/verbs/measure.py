@@ -12,7 +12,7 @@ from spilt.artifacts.store import Store
 from spilt.data.readers import PAIRS
 from spilt.model import identity
 from spilt.settings import resolve_fit
-from spilt.verbs.base import Request, Step, Verb, parts_of
+from spilt.verbs.base import Request, Step, Verb, parts_of, without_files
 from spilt.verbs.estimate import Cost, Shape, recording
 
 SWEEP = "sweep"  # the word for --multipliers
@@ -33,7 +33,7 @@ class Measure(Verb):
         if not request.words:  # what is recommended stands in a sweep
             return super().multipliers(request, settings)
         cell = (request.model, request.dataset, settings.method, settings.intervention_method)
-        fitted = resolve_fit(request.base_dir, *cell, layers=settings.layers, own=request.own is not None)
+        fitted = resolve_fit(request.base_dir, *cell, layers=settings.layers, own=without_files(request, settings.method))
         return sweep_multipliers(fitted.settings.steering_factors, settings.sweep_points)
 
     def refuses(self, step: Step, kind: str) -> str:

@@ -8,6 +8,7 @@ never compared with itself. The model is borrowed: after it, it is as before, al
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,9 +80,10 @@ def maps(model: nn.Module, layers: Collection[int], modules: Collection[str] = (
         kept = [(n, path) for n, path in found if path == parts[n].mlp_mid or any(_named(path, name) for name in SCALED)]
     else:
         kept = [(n, path) for n, path in found if not modules or any(_named(path, name) for name in modules)]
-    if not kept:
+    if set(layers) - {layer for layer, _ in kept}:
         have = ", ".join(dict.fromkeys(path for _, path in found)) or "none"
-        raise UserError(f"no linear map of layers {', '.join(map(str, layers))} for a {kind}; they have: {have}")
+        lacking = ", ".join(str(layer) for layer in sorted(set(layers) - {layer for layer, _ in kept}))
+        raise UserError(f"no linear map for {kind} in layer {lacking}; there are: {have}")
     return kept
 
 
@@ -131,7 +133,9 @@ def wrapped(model: nn.Module, make: Callable[[], Any]) -> Iterator[Wrapped]:
     kept = [(one, one.data if one.ndim > 1 else one.data.clone(), one.requires_grad) for one in model.parameters()]
     try:
         try:
-            adapted = make()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft asks for it
+                adapted = make()
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
             raise UserError(f"peft cannot put this adapter into the model: {first_line(error)}") from None
         data = {id(parameter): before for parameter, before, _ in kept}
