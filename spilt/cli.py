@@ -49,6 +49,7 @@ log = logging.getLogger("spilt")
 MODES_SAY = "fit / produce text / measure / fit and produce text / all three"  # of verbs.MODES, in their order
 PROGRAMS = {
     "anatomy": "show where a model's blocks, attention and MLP are found",
+    "audit": "tell which stored vectors explain the difference of two checkpoints",
     "look": "show the stored texts side by side",
     "recommend": "print the strength of each measured cell by a utility budget",
     "report": "draw curves and report.html anew from stored losses",

@@ -180,11 +180,12 @@ def test_parts() -> None:
 def test_a_sum_is_taken_apart_again() -> None:
     """Least squares: the strengths of what a change is made of, and what is left of it."""
     a, b, c = trained("lora", 1).tau, trained("lora", 2).tau, trained("oft", 1).tau
-    strengths, left = diagnostics.explained(arithmetic.combined(a * 0.7 - b * 1.5), [a, b])
-    assert strengths == pytest.approx([0.7, -1.5], abs=1e-4) and left < 1e-3
-    strengths, left = diagnostics.explained(c, [c, c])  # two the same: shared out, nothing left
-    assert sum(strengths) == pytest.approx(1, abs=1e-4) and left < 1e-3
-    assert diagnostics.explained(c, [a])[1] > 0.9
+    found = diagnostics.explained([arithmetic.combined(a * 0.7 - b * 1.5)], [a, b])
+    assert found.strengths == pytest.approx([0.7, -1.5], abs=1e-4) and found.left < 1e-3
+    assert found.cosines[0] == pytest.approx(arithmetic.cosine(a, a * 0.7 - b * 1.5), rel=1e-4)
+    twice = diagnostics.explained([arithmetic.part(c, layers=[n]) for n in LAYERS], [c, c])  # two the same: shared out, nothing left
+    assert twice.strengths == pytest.approx([0.5, 0.5], abs=1e-4) and twice.left < 1e-3
+    assert twice.norm == pytest.approx(arithmetic.norm(c)) and diagnostics.explained([c], [a]).left > 0.9
 
 
 @pytest.mark.parametrize(("size", "error"), [(0.02, 0.12), (0.01, 0.23), (0.002, 1.0)])
@@ -214,7 +215,7 @@ def test_it_is_read_on_a_model_of_another_dtype(dtype: torch.dtype) -> None:
     model = families.build("llama").to(dtype)
     read = spilt.read_adapter(model, made.folder)
     assert all(parameter.dtype == torch.float32 for parameter in read.parameters())
-    left = diagnostics.explained(made.tau, [read])[1]
+    left = diagnostics.explained([made.tau], [read]).left
     assert left < (1e-5 if dtype == torch.float32 else 5e-3)
 
 

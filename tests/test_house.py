@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine", "verbs", "weights"),
     ("plan", "analysis"),
     ("report", "tasks"),
-    ("anatomy", "api", "inspect", "prepare", "look", "recommend", "say", "verify", "run", "summary"),
+    ("anatomy", "api", "audit", "inspect", "prepare", "look", "recommend", "say", "verify", "run", "summary"),
     ("complete", "export", "strength"),
     ("cli",),
     ("__main__",),

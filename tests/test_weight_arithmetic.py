@@ -159,3 +159,26 @@ def test_the_same_answers_have_no_difference() -> None:
     model, tokenizer = families.model("llama"), families.tokenizer()
     with pytest.raises(UserError, match="both adapters are the same"):
         spilt.fit(model, tokenizer, PAIRS, layer=1, method=NAME, intervention="lora", **{**FAST, "lr": 1e-30})
+
+
+@pytest.mark.long
+def test_it_is_swept_beside_another_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sweep, random changes of the same maps, page and recommendation; equal disturbance; the cell as an adapter and as a checkpoint."""
+    base = families.make_base(tmp_path / "base", train=8)
+    given = [word for name, value in {**FAST, "sweep_points": 5}.items() for word in ("--set", f"{name}={value}")]
+    words = [*base.argv(f"{NAME}_lora", "vector", *given), "--quiet", "--control_pairs", "2"]
+    words[words.index("--method") + 1 : words.index("--method") + 2] = [f"{NAME}_lora", "caa"]
+    assert cli.main([*words, "--mode", "all"]) == 0
+    (page,) = base.path.glob("vectors/*/get_sft_loss/report/*/report.html")
+    assert NAME in page.read_text() and "caa" in page.read_text()
+    assert {found.state for found in verify.check(base.path)} == {verify.OK}
+    control = next(base.path.glob(f"vectors/*/get_sft_loss/{NAME}/*/*/control.csv"))
+    assert len(control.read_text().splitlines()) == 1 + 40 * 7
+    cell = ["--base_dir", str(base.path), "--model_name", base.model, "--dataset", base.one, "--method", NAME, "--device", "cpu"]
+    cell += ["--intervention_method", "lora"]
+    capsys.readouterr()
+    assert cli.main(["strength", *cell, "--budget", "0.2", "--prompts", "2", "--max_new_tokens", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "converged" in said and len(said.splitlines()) == 4
+    for kind in ("peft", "merged", "safetensors"):
+        assert cli.main(["export", *cell, "--format", kind, "--multiplier", "1", "--output", str(tmp_path / kind)]) == 0

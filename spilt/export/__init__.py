@@ -40,7 +40,7 @@ class Format(NamedTuple):
 FORMATS: dict[str, Format] = {
     "safetensors": Format("stored", "the Steering itself with all that is known of it; exact for every form and family"),
     "released": Format("released", "layer_{id}.pt, as fits are stored: put where a fit would lie, it is applied and measured"),
-    "peft": Format("peft", "an adapter for PEFT: LoRA at the down projections, vectors as biases"),
+    "peft": Format("peft", "an adapter for PEFT: LoRA at linear maps, constants as its biases"),
     "merged": Format("merged", "a checkpoint in float32 with the update in its weights"),
     "gguf": Format("gguf", "control_vector.gguf and lora.gguf for llama.cpp"),
     "vllm": Format("vllm", "a LoRA for vLLM, with the line that serves it"),

@@ -10,7 +10,7 @@ from spilt.methods.caa import caa
 from spilt.methods.reps import LOSS_TYPES, reps
 from spilt.methods.sft import sft
 from spilt.methods.spilt import spilt
-from spilt.settings.fields import WEIGHT_ARITHMETIC
+from spilt.methods.weight_arithmetic import weight_arithmetic
 
 METHODS: dict[str, Method] = {
     row.name: row
@@ -26,9 +26,9 @@ METHODS: dict[str, Method] = {
         Method("sft", "winning answers only", sft, needs_losing=never),
         Method("spilt", "preference and utility with a hinge", spilt, needs_reference=lambda s: bool(s.ref_loss_weight)),
         Method(
-            WEIGHT_ARITHMETIC,
+            "weight_arithmetic",
             "difference of two adapters' weights",
-            sft,  # of each adapter, on its own answers
+            weight_arithmetic,  # of each adapter
             forms=("lora", "local_weight"),
             why="a difference of weights is of low rank (lora) or dense (local_weight)",
             in_all=False,

@@ -9,10 +9,11 @@ import math
 from collections.abc import Collection, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spilt.errors import UserError
-from spilt.steering.folding import DOWN
+from spilt.steering import anatomy
+from spilt.steering.folding import DOWN, Place, place, transposed
 from spilt.steering.interventions import Intervention, LocalWeight, LoRA, Vector
 from spilt.steering.steering import Site, Steering
 
@@ -93,6 +94,38 @@ def part(steering: Steering, layers: Collection[int] | None = None, modules: Col
         have = f"layers {', '.join(map(str, steering.layers))}; {', '.join(dict.fromkeys(site.write_point for site, _ in steering))}"
         raise UserError(f"nothing of this Steering is at layers {layers or 'all'}, maps {modules or 'all'}; it has {have}")
     return Steering(kept, steering.about)
+
+
+def at_maps(model: nn.Module, steering: Steering) -> Steering:
+    """The same as changes of linear maps: what is added at a block's output is its down projection's. Raises UserError where it is not."""
+    entries = []
+    for site, made in steering:
+        new = _site(model, place(model, site, made, "it is no change of the weights", ""), made.reads)
+        moved = type(made).of_parameters(dict(made.named_parameters()), read_point=new.read_point, write_point=new.write_point)
+        entries.append((new, moved.eval().requires_grad_(False)))
+    return Steering(entries, steering.about)
+
+
+def of_tensor(model: nn.Module, name: str, change: Tensor) -> Steering | None:
+    """The change of one parameter of the blocks, such as 3.mlp.up_proj.weight; None where it is none of a linear map."""
+    number, _, rest = name.partition(".")
+    path, _, kind = rest.rpartition(".")
+    module = dict(anatomy.block(model, int(number)).named_modules()).get(path) if number.isdigit() else None
+    if kind not in ("weight", "bias") or getattr(getattr(module, "weight", None), "ndim", 0) != 2:
+        return None
+    assert module is not None
+    site = _site(model, (int(number), path), kind == "weight")
+    if kind == "bias":
+        return Steering([(site, Vector.from_state(change, write_point=site.write_point))])
+    weight = change if transposed(module) else change.T
+    state = {"weight": weight, "bias": weight.new_zeros(weight.shape[1])}
+    return Steering([(site, LocalWeight.from_state(state, read_point=site.read_point, write_point=site.write_point))])
+
+
+def _site(model: nn.Module, where: Place, reads: bool) -> Site:
+    layer, path = where
+    read, write = DOWN if path == anatomy.of(model).parts[layer].mlp_mid else (path, path)
+    return Site(layer, read if reads else None, write)
 
 
 def constants(steering: Steering) -> Steering:

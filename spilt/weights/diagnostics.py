@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -102,11 +103,24 @@ def _rounded(before: Tensor, summand: Tensor | None, dtype: torch.dtype) -> Tens
     return (before if summand is None else before + summand).to(dtype)
 
 
-def explained(task: Steering, steerings: Sequence[Steering]) -> tuple[list[float], float]:
-    """Strengths m that minimise |task - sum_i m_i dW_i|, and the share of |task| that is left (least squares over all maps)."""
+class Explained(NamedTuple):
+    """strengths m that minimise |task - sum_i m_i dW_i|; the share of |task| that is left; each one's own cosine with it; |task|."""
+
+    strengths: list[float]
+    left: float
+    cosines: list[float]
+    norm: float
+
+
+def explained(task: Iterable[Steering], steerings: Sequence[Steering]) -> Explained:
+    """Least squares over all maps. task: parts at different maps, one after the other. Of equal steerings each gets the same share."""
+    along, whole = torch.zeros(len(steerings), dtype=torch.float64), 0.0
+    for part in task:
+        along += torch.tensor([inner(part, one) for one in steerings], dtype=torch.float64)
+        whole += inner(part, part)
     gram = torch.tensor([[inner(a, b) for b in steerings] for a in steerings], dtype=torch.float64)
-    along = torch.tensor([inner(task, one) for one in steerings], dtype=torch.float64)
     strengths = torch.linalg.pinv(gram, hermitian=True) @ along
-    whole = inner(task, task)
     left = whole - 2 * float(strengths @ along) + float(strengths @ gram @ strengths)
-    return strengths.tolist(), math.sqrt(max(left, 0.0) / whole) if whole else math.nan
+    size = math.sqrt(whole)
+    cosines = [_ratio(value, math.sqrt(own) * size) for value, own in zip(along.tolist(), gram.diagonal().tolist(), strict=True)]
+    return Explained(strengths.tolist(), math.sqrt(max(left, 0.0) / whole) if whole else math.nan, cosines, size)
