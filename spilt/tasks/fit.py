@@ -28,6 +28,7 @@ from spilt.model.checkpoint import family
 from spilt.steering.interventions import Intervention
 from spilt.steering.layer_file import dump, metadata_line
 from spilt.steering.steering import Steering
+from spilt.tasks import screen
 from spilt.tasks.context import check_context
 from spilt.tasks.recordings import Run, tell_replaced
 from spilt.verbs import Step
@@ -64,12 +65,14 @@ def _fit(step: Step, outputs: dict[int, tuple[Path, dict[str, Any]]], run: Run) 
     for site, intervention in steering:
         training.check_usable(intervention, f"{cell} layer {site.layer}")
     text = readers.concepts(fmt).get(cell.concept) if cell.concept is not None else None
+    directions = {site.layer: screen.tell(step, site.layer, run, fmt) for site, _ in steering}
     for site, intervention in steering:
         path, parts = outputs[site.layer]
         run.seen.again(step.inputs)
         atomic_write(run.store.metadata(cell, site.layer), metadata_line(intervention, cell.concept, text))
         atomic_write(run.store.train_log(cell), _train_log(cell, site.layer, rows, run.store))
-        notes = {"layer": site.layer, "steps": len(rows), "last_loss": rows[-1]["loss"] if rows else None}
+        last = rows[-1]["loss"] if rows else None
+        notes = {"layer": site.layer, "steps": len(rows), "last_loss": last, "direction": directions[site.layer]}
         run.store_result(step, path, dump(intervention, cell.concept), parts, notes)
     run.store.checkpoint(cell, min(outputs)).unlink(missing_ok=True)
     return True
