@@ -69,7 +69,7 @@ def probe_of(host: Any, steering: Any, settings: Any) -> Any:
     from spilt.behaviour.probe import Probe
 
     if settings.applied_positions != "all":
-        raise UserError(f"steer_positions = {settings.applied_positions}: every token is steered here; measure what you apply: leave it out")
+        raise UserError(f"steer_positions = {settings.applied_positions}: every token is steered here, so it would be another thing")
     how = {name: getattr(settings, name) for name in ("seed", "batch_size", "use_chat_template", "system_prompt")}
     params = {name: value for name, value in settings.generation_params.as_kwargs().items() if name != "max_new_tokens"}
     return Probe(host.model, host.tokenizer, steering, **how, **params)

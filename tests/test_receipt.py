@@ -1,4 +1,4 @@
-"""Behaviours on a model: verdicts and KL against the library, spilt receipt and spilt strength on stored vectors, hostile words and files."""
+"""Behaviours on a model: verdicts and KL against the library, spilt receipt, spilt strength, hostile words and files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_answers_and_numbers_are_those_of_the_library() -> None:
     assert [one.text for one in found] == texts and len(asked.kept) == len(ASKED)
     pooled = np.concatenate([one.kl for one in found if one.kl is not None])
     table = spilt.divergence(model, tokenizer, steering(), ASKED, 1.5, max_new_tokens=6).iloc[0]
-    assert pooled.mean() == pytest.approx(table["kl_mean"], rel=1e-5) and np.quantile(pooled, 0.95) == pytest.approx(table["kl_p95"], rel=1e-5)
+    assert [pooled.mean(), np.quantile(pooled, 0.95)] == pytest.approx([table["kl_mean"], table["kl_p95"]], rel=1e-5)
     for without, one in zip(probe().answers(ASKED, 1.5, 6), found, strict=True):
         assert without.surprise == pytest.approx(one.surprise, rel=1e-5) and without.kl is None
     prompt = torch.tensor([asked.chat.prompt_ids(ASKED[0])])
@@ -115,6 +115,7 @@ def test_a_judge_is_held_against_a_person(tmp_path: Path) -> None:
     assert str(r.validated(probe(), behaviour(), None)) == "not checked against a person's labels"
 
 
+@pytest.mark.long
 def test_every_failure_is_a_row_with_its_number_and_what_it_is_of() -> None:
     found = r.write_down(probe(), behaviour(), multiplier=2.0, prefix="before " * 5)
     assert [row.name for row, _ in found.failures] == [row.name for row in r.FAILURES] and set(found.rows) >= {0.0, 2.0, -2.0}
@@ -137,7 +138,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> families.Base:
     assert cli.main(made.argv("caa", "vector", "--mode", "generate", "--quiet")) == 0
     assert cli.main(made.argv("caa", "vector", "--mode", "generate", "--quiet", "--layers", "1")) == 0
     hostile = "a\x1b[31m|<script>b</script>"
-    text = json.dumps({"prompts": [hostile, "b?", "c", "d"], "judge": {"regex": "[a-m]"}, "damage": ["x"], "max_new_tokens": 4})
+    text = json.dumps({"prompts": ["b?", hostile, "c", "d"], "judge": {"regex": "[a-m]"}, "damage": ["x"], "max_new_tokens": 4})
     (made.path / "mine.yaml").write_text(text)
     return made
 
@@ -157,10 +158,11 @@ def test_a_receipt_is_a_page_and_a_document(base: families.Base, tmp_path: Path,
     for row in (*told["failures"], *told["strengths"]):
         for number in (value for value in row.values() if isinstance(value, dict)):
             assert set(number) == {"value", "low", "high", "n"}
-    assert told["multiplier"] == 3 and told["dose"] > 0 and told["tried"] and told["texts"][0]["prompt"] == "b?"
+    assert told["multiplier"] == 3 and told["dose"] > 0 and told["tried"] and told["texts"][0]["prompt"] == "a\x1b[31m|<script>b</script>"
     assert "not checked against a person's labels" in page and "ten own illustrations" in page
 
 
+@pytest.mark.long
 def test_strength_by_behaviour_of_all_stored_layers(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
     mine = str(base.path / "mine.yaml")
     assert cli.main(words(base, "strength", "--by", "behaviour", "--behaviour", mine, "--layers", "all", "--json")) == 0
@@ -182,7 +184,7 @@ def test_strength_by_behaviour_of_all_stored_layers(base: families.Base, capsys:
         (["--prompts_file", "gone.txt"], "gone.txt can't be read: No such file"),
         (["--prompts_file", "latin.txt"], "latin.txt line 2: byte 0xe9 is not UTF-8"),
         (["--prompts_file", "empty.txt"], "has no prompt"),
-        (["--prompts_file", "long.txt"], "of 9023 tokens and an answer of 50 exceed"),
+        (["--prompts_file", "long.txt"], "of 9020 tokens and an answer of 50 exceed"),
         (["--prompts_file", "."], "it is a folder"),
         (["--by", "behaviour"], "which? give --behaviour"),
         (["--by", "behaviour", "--behaviour", "sea", "--max_incoherent", "nan"], "wanted a share between 0 and 1"),

@@ -67,7 +67,7 @@ class Probe:
         for text, own in zip(texts, ids, strict=True):
             if context is not None and len(own) + new > context:
                 raise UserError(
-                    f"the prompt {printable(readable(text)[:40])!r} of {len(own)} tokens and an answer of {new} exceed the model's "
+                    f"the prompt '{printable(readable(text)[:40])}' of {len(own)} tokens and an answer of {new} exceed the model's "
                     f"context of {context}; shorten the prompt, or lower max_new_tokens"
                 )
         return ids
