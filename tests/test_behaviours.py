@@ -54,6 +54,7 @@ def test_the_shipped_ones_are_read_and_ask_what_the_demo_asks() -> None:
         ("prompts: []\njudge: {keywords: [x]}", "prompts = .*no list of prompts"),
         ("prompts: [3]\njudge: {keywords: [x]}", "prompts = .*no list of prompts"),
         ("prompts: [a]\njudge: {regex: '(x'}", r"regex that is wrong: '\(x' is no regular expression"),
+        ('prompts: [a]\njudge: {regex: "\\bx"}', r"holds the character \\x08; .* single quotes"),
         ("prompts: [a]\njudge: {first_token: {shows: Yes, otherwise: No}}", "in quotes where it is Yes or No"),
         ("prompts: [a]\njudge: {first_token: columns}", "columns matching, not_matching"),
         ("prompts: [a]\njudge: {yes_no: maybe}", "unknown answer 'maybe'"),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from spilt.analysis.behaviour import ABSENT, SHOWS, compiled
 from spilt.data import sources
-from spilt.errors import UserError, first_line, unknown
+from spilt.errors import UserError, first_line, printable, unknown
 from spilt.settings.fields import Checked, read_field, setting
 from spilt.settings.files import kind, load_yaml
 from spilt.settings.values import Bad, choice, many, number, optional, text, whole
@@ -46,6 +46,8 @@ def asked_of(path: Path, columns: tuple[str, ...] = QUESTIONS) -> tuple[Asked, .
 
 
 def _pattern(value: Any) -> str:
+    if (odd := next((c for c in text(value) if not c.isprintable()), None)) is not None:
+        raise Bad(f"holds the character {printable(odd)}; in a YAML file a pattern stands in single quotes, where \\b stays \\b")
     try:
         compiled(text(value))
     except UserError as error:
@@ -67,12 +69,23 @@ def _first_token(value: Any) -> str | tuple[str, str]:
     return value[SHOWS], value["otherwise"]
 
 
-# how an answer is judged: word of the file -> reader of what stands there
-JUDGES: dict[str, Callable[[Any], Any]] = {
-    "keywords": many(text),  # it has one of these words
-    "regex": _pattern,  # the pattern is found in it, without regard to case
-    "yes_no": _yes_no,  # it begins with yes, or with no; one that begins with neither is incoherent
-    "first_token": _first_token,  # which of two answers the model would begin with; no text is judged
+class Way(NamedTuple):
+    """How an answer may be judged: a reader of what stands in the file, and the README's row."""
+
+    read: Callable[[Any], Any]
+    written: str
+    shows: str  # an answer shows the behaviour where ...
+
+
+JUDGES: dict[str, Way] = {
+    "keywords": Way(many(text), "[...]", "it has one of these words"),
+    "regex": Way(_pattern, "'...'", "the pattern is found in it, without regard to case"),
+    "yes_no": Way(_yes_no, "yes", "that, or `no`, is its first word; one that begins with neither is incoherent"),
+    "first_token": Way(
+        _first_token,
+        '{shows: "Yes", otherwise: "No"}',
+        f"the model would rather begin with the first of the two; `{COLUMNS}`: with each row's `matching` than its `not_matching`",
+    ),
 }
 
 
@@ -90,7 +103,7 @@ def _judge(value: Any) -> Judge:
     if name not in JUDGES:
         raise Bad(f"is wrong: {unknown('judge', name, JUDGES)}")
     try:
-        return Judge(name, JUDGES[name](rule))
+        return Judge(name, JUDGES[name].read(rule))
     except Bad as error:
         raise Bad(f"has a {name} that {error}") from None
 
