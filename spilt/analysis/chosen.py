@@ -1,7 +1,8 @@
 """The strength that shows a behaviour most, within limits of incoherence and damage, and the range around it that works.
 
-Tried: doses on either side of 0, weakest first, until a limit is crossed; then between the best one and its neighbours; then the edges
-of the range that works are halved in log m until they are known to a quarter. Everything is measured, nothing extrapolated.
+Tried: doses above 0, weakest first, until a limit is crossed, and below 0, unless one above shows half of what was missing; then between
+the best one and its neighbours; then the edges of the range that works are halved in log m until they are known to a quarter. Everything
+is measured, nothing extrapolated.
 """
 
 from __future__ import annotations
@@ -75,8 +76,14 @@ def choose(measure: Callable[[float], Point], unit: float, limits: Limits = LIMI
             return "incoherent"
         return "" if point.damage <= limits.damage else "damage"  # nan is not
 
-    kept = []
+    def best() -> Point:
+        allowed = [point for point in points.values() if not crossed(point)]
+        return max(allowed, key=lambda point: (point.success, -abs(point.multiplier)))
+
+    kept = list[float]()
     for sign in (1.0, -1.0):
+        if kept and best().success >= (1 + base.success) / 2:
+            break
         for dose in doses:
             if crossed(at(sign * dose / unit)):
                 break
@@ -84,10 +91,6 @@ def choose(measure: Callable[[float], Point], unit: float, limits: Limits = LIMI
 
     def ended(status: str, m: float = 0.0, edges: tuple[Edge, ...] = ()) -> Chosen:
         return Chosen(m, status, edges, tuple(points[m] for m in sorted(points)))
-
-    def best() -> Point:
-        allowed = [point for point in points.values() if not crossed(point)]
-        return max(allowed, key=lambda point: (point.success, -abs(point.multiplier)))
 
     if not kept:
         return ended(TOO_MUCH)
