@@ -395,7 +395,10 @@ def calibrate(
         at = [one for one in tried if one["multiplier"].iloc[0] == m] or [told.assign(multiplier=m, kl_p95=np.inf)]  # not finite there
         row = {"side": side, "status": calibrated.NOT_ZERO if rest else found.status, **at[0].drop(columns="side").iloc[0]}
         if audit:
-            other = divergence(model, tokenizer, steering, audit, m, **how).iloc[0]
+            try:
+                other = dict(divergence(model, tokenizer, steering, audit, m, **how).iloc[0])
+            except NotFinite:  # as a probe that breaks down
+                other = dict.fromkeys(told, np.inf)
             row |= {f"audit_{name}": other[name] for name in ("kl_mean", "kl_p95", "kl_max")}
         rows.append(row)
     table = pd.DataFrame(rows)

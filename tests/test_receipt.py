@@ -227,3 +227,20 @@ def test_a_fit_says_whether_the_pairs_agree(base: families.Base, tmp_path: Path,
     fit = ["--method", "sft", "--intervention_method", "vector", "--layers", "2", "--mode", "generate", "--dtype", "float32", "--quiet"]
     assert cli.main([*train, *fit]) == 0
     assert "no direction to be seen: the differences of 16 pairs" in caplog.text
+
+
+def test_a_strength_at_which_the_model_breaks_down_is_told_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other prompts may break down where those that were calibrated on did not."""
+    from spilt import api
+    from spilt.errors import NotFinite
+
+    measured = api.divergence
+
+    def breaks(model: Any, tokenizer: Any, value: Any, prompts: Any, m: float, **how: Any) -> Any:
+        if prompts == ["other"]:
+            raise NotFinite("scores are not finite")
+        return measured(model, tokenizer, value, prompts, m, **how)
+
+    monkeypatch.setattr(api, "divergence", breaks)
+    table = api.calibrate(families.model("qwen2"), families.tokenizer(), steering(), ["abc"], 0.3, audit=["other"], max_new_tokens=2)
+    assert np.isinf(table["audit_kl_p95"]).all() and np.isfinite(table["kl_p95"]).all()
