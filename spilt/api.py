@@ -135,7 +135,7 @@ def fit(
     if why := fit_verb.refuses(METHODS[s.method], s, rows[0].kind):
         raise UserError(f"the pairs are {rows[0].kind}: {why}")
     chat = Chat.of(tokenizer, s.use_chat_template, s.system_prompt)
-    with _frozen(model), torch.random.fork_rng(devices=[]):
+    with frozen(model), torch.random.fork_rng(devices=[]):
         found = _find(model, tokenizer, rows, chat, s, joint, engine, progress)
     for site, made in found if not METHODS[s.method].adapters else ():
         training.check_usable(made, f"{s.method} {s.intervention_method} layer {site.layer}")
@@ -272,7 +272,7 @@ def _estimate(model: nn.Module, tokenizer: Any, chat: Chat, pairs: Sequence[Pair
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Inside: evaluation mode, weights without gradient. After it: as before, module by module."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training_mode = [module for module in model.modules() if module.training]
@@ -329,7 +329,7 @@ def generate(
         if name not in known:
             raise unknown("generation parameter", name, known)
     how = sampling.decoding(GenerationParams(**params).as_kwargs(), model, tokenizer)
-    made = _texts(model, placed, rows, how, engine, batch_size)
+    made = new_tokens(model, placed, rows, how, engine, batch_size)
     out = [
         {"prompt": readable(questions[i]), "multiplier": m, "response": k, "text": tokenizer.decode(made[n], skip_special_tokens=True)}
         for n, (i, m, k) in enumerate(asked)
@@ -337,13 +337,13 @@ def generate(
     return pd.DataFrame(out, columns=["prompt", "multiplier", "response", "text"])
 
 
-def _texts(
+def new_tokens(
     model: nn.Module, steering: Steering, rows: Sequence[generation.Row], how: sampling.Decoding, engine: str, batch_size: int | None
 ) -> dict[int, list[int]]:
     """Row number -> new token ids, by the engine that runs it."""
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     check_context(model, "generate, prompts", [*enumerate(map(len, prompts))], "shorten them or lower max_new_tokens", how.max_new_tokens)
-    with _frozen(model):
+    with frozen(model):
         plain = choice.why_plain(steering.places, "generate", family=_family(model), engine=engine)
         at_once = texts_at_once(model, batch_size, prompts, how.max_new_tokens).texts
         return dict(whole.texts(model, steering, rows, how) if plain else generation.generate(model, steering, rows, how, at_once))
@@ -375,9 +375,9 @@ def divergence(
     how = sampling.decoding({"do_sample": False, "max_new_tokens": _whole("max_new_tokens", max_new_tokens, 1)}, model, tokenizer)
     out = []
     for m in _strengths(multipliers):
-        made = _texts(model, placed, [generation.Row(prompt, m, "") for prompt in ids], how, engine, batch_size)
+        made = new_tokens(model, placed, [generation.Row(prompt, m, "") for prompt in ids], how, engine, batch_size)
         told = [Encoded((*prompt, *made[i]), len(prompt), 0) for i, prompt in enumerate(ids)]
-        with _frozen(model):
+        with frozen(model):
             kl = torch.cat([*along_path(model, placed, m, told, host.pad_id(tokenizer))]).numpy()
         out.append((m, len(kl), float(kl.mean()), float(np.quantile(kl, WORST)), float(kl.max())))
     return pd.DataFrame(out, columns=["multiplier", "tokens", "kl_mean", "kl_p95", "kl_max"])
@@ -422,7 +422,10 @@ def calibrate(
         at = [one for one in tried if one["multiplier"].iloc[0] == m] or [told.assign(multiplier=m, kl_p95=np.inf)]  # not finite there
         row = {"side": side, "status": calibrated.NOT_ZERO if rest else found.status, **at[0].drop(columns="side").iloc[0]}
         if audit:
-            other = divergence(model, tokenizer, steering, audit, m, **how).iloc[0]
+            try:
+                other = dict(divergence(model, tokenizer, steering, audit, m, **how).iloc[0])
+            except NotFinite:  # as a probe that breaks down
+                other = dict.fromkeys(told, np.inf)
             row |= {f"audit_{name}": other[name] for name in ("kl_mean", "kl_p95", "kl_max")}
         rows.append(row)
     table = pd.DataFrame(rows)
@@ -462,7 +465,7 @@ def measure(
         multipliers = measure_verb.sweep_multipliers(INTERVENTIONS[steering.forms[0]].factors, 11)
     strengths = sorted({0.0, *_strengths(multipliers)})
     prefix = chat.prefix_length
-    with _frozen(model):
+    with frozen(model):
         if choice.why_plain(placed.places, "measure", family=_family(model), engine=engine):
             scorer: score.Scorer = whole.Scorer(model, placed, tokens, pad, positions, prefix)
         else:

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from spilt import __version__, plan, verbs
 from spilt.artifacts.store import Store
@@ -89,11 +89,28 @@ def _say(args: argparse.Namespace) -> int:
     return 0
 
 
+class Named(NamedTuple):
+    """What the words name, checked, before anything is loaded."""
+
+    args: argparse.Namespace
+    folder: Path  # of the model
+    request: Any
+    cell: Cell | None
+    settings: Any  # None: those of the file of --steering
+    overrides: dict[str, Any]
+    layers: tuple[int, ...] | None  # of --layers
+
+
 def ready(args: argparse.Namespace, max_new_tokens: int | None = None, dtype: str = "") -> tuple[Any, Any, Any, Cell | None]:
     """The model, the Steering, the settings, and the cell where one is named; wrong words are told before anything is loaded.
 
     dtype: of the model, over the settings'.
     """
+    return loaded(named(args, max_new_tokens), dtype)
+
+
+def named(args: argparse.Namespace, max_new_tokens: int | None = None) -> Named:
+    """Raises UserError for words that name nothing that is there."""
     store = Store(args.base_dir)
     name, folder = locate(args.base_dir, args.model_name)
     if name == args.model_name:
@@ -109,12 +126,11 @@ def ready(args: argparse.Namespace, max_new_tokens: int | None = None, dtype: st
             f"--layers {' '.join(args.layers)}: one vector at a time: give one layer, or 10+14 for those that were fitted together"
         )
     layers = None if groups is None else groups[0]
-    named = [flag for flag in ("dataset", "method", "intervention_method") if getattr(args, flag)]
-    if len(named) < 3 and (named or args.steering is None):
+    given = [flag for flag in ("dataset", "method", "intervention_method") if getattr(args, flag)]
+    if len(given) < 3 and (given or args.steering is None):
         raise UserError("which vector? give --dataset, --method and --intervention_method of a stored cell, or --steering FILE")
-    cell, steering = None, None
-    settings: Any = None
-    if named:
+    cell, settings, request = None, None, None
+    if given:
         method, form = method_name(args.method), intervention_name(args.intervention_method)
         if plan.ALL in (method, form):
             raise UserError("one vector at a time: give one --method and one --intervention_method")
@@ -128,6 +144,12 @@ def ready(args: argparse.Namespace, max_new_tokens: int | None = None, dtype: st
             if not path.is_file():
                 way_out = "make it with spilt fit; --layers, and --concept for a dataset with concepts, say which"
                 raise UserError(f"no vector file {path}{beside(path)}; {way_out}")
+    return Named(args, folder, request, cell, settings, overrides, layers)
+
+
+def loaded(what: Named, dtype: str = "", known: Any = None) -> tuple[Any, Any, Any, Cell | None]:
+    """As `ready`. known: the model, where it is loaded already."""
+    args, cell, settings, steering = what.args, what.cell, what.settings, None
     import torch
 
     from spilt import tasks, team
@@ -138,16 +160,16 @@ def ready(args: argparse.Namespace, max_new_tokens: int | None = None, dtype: st
     from spilt.tasks.recordings import stored
 
     if args.steering is not None:
-        steering = Steering.load(args.steering, *(layers or ()))
-        settings = settings or _of_steering(steering, overrides)
+        steering = Steering.load(args.steering, *(what.layers or ()))
+        settings = settings or _of_steering(steering, what.overrides)
     quiet_libraries()
     device = args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    loaded = host.load(folder, dtype or settings.dtype, device, settings.anatomy)
+    made = known or host.load(what.folder, dtype or settings.dtype, device, settings.anatomy)
     if steering is None and cell is not None:
         nothing = Progress({}, 0, complain, quiet=True)
-        run = tasks.Run(request, loaded, store, tasks.Recordings([], None), nothing, team.Team(device), identity.Seen())
+        run = tasks.Run(what.request, made, Store(args.base_dir), tasks.Recordings([], None), nothing, team.Team(device), identity.Seen())
         steering = stored(cell, settings, run)
-    return loaded, steering, settings, cell
+    return made, steering, settings, cell
 
 
 def _of_steering(steering: Any, overrides: dict[str, Any]) -> GenerateSettings:

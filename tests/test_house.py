@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plan", "analysis"),
     ("report", "tasks"),
     ("anatomy", "api", "audit", "inspect", "prepare", "look", "recommend", "say", "verify", "run", "summary"),
-    ("complete", "export", "strength"),
+    ("behaviour", "complete", "export", "receipt", "strength"),
     ("cli",),
     ("__main__",),
 )

@@ -70,6 +70,14 @@ def test_its_make_targets_and_flags_exist() -> None:
         "--multiplier",
         "--like",
         "--for",
+        "--by",
+        "--behaviour",
+        "--max_incoherent",
+        "--max_damage",
+        "--prefix",
+        "--xstest",
+        "--advbench",
+        "--strongreject",
     }
     used = set(re.findall(r"(?<![\w-])--[a-z_]+(?:-[a-z_]+)?", TEXT))
     assert len(used) > 10

@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from spilt.behaviour.files import JUDGES  # noqa: E402
 from spilt.cell import FORMS  # noqa: E402
 from spilt.cli import first_words, parser  # noqa: E402
 from spilt.export import FORMATS  # noqa: E402
@@ -62,7 +63,15 @@ def formats() -> str:
     return "\n".join(["| `--format` | what it writes |", "|---|---|", *(f"| `{name}` | {row.does} |" for name, row in FORMATS.items())])
 
 
-TABLES = {"arguments": arguments, "words": words, "methods": methods, "forms": forms, "families": families, "formats": formats}
+def judges() -> str:
+    """One row per way to judge an answer."""
+    rows = [f"| `{name}: {way.written}` | {way.shows} |" for name, way in JUDGES.items()]
+    return "\n".join(["| `judge` | an answer shows the behaviour where |", "|---|---|", *rows])
+
+
+TABLES = {
+    "arguments": arguments, "words": words, "methods": methods, "forms": forms, "families": families, "formats": formats, "judges": judges,
+}  # fmt: skip
 
 
 def rendered(text: str) -> str:

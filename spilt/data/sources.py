@@ -82,6 +82,12 @@ def read(path: Path) -> Iterator[Record]:
         yield Record(row, where, values)
 
 
+def lines(path: Path) -> list[str]:
+    """The lines of a text file that hold something, stripped, with the checks of a data file."""
+    _check_file(path)
+    return [line for text in _utf8(path, _bytes(path)).split("\n") if (line := text.strip())]
+
+
 def _check_file(path: Path) -> None:
     """A plain file of a size that can be held, and not one of several that are half replaced. Opens nothing: a pipe would wait."""
     try:

@@ -7,6 +7,7 @@ rebuilds; design/weight_steering.md 2.5).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +22,58 @@ from spilt.steering.steering import Steering
 LOGITS = 2**26  # held at once, for either distribution
 
 
-@torch.no_grad()
-def along_path(model: nn.Module, steering: Steering, multiplier: float, texts: Sequence[Encoded], pad_id: int) -> Iterator[Tensor]:
-    """KL at each answer token of each text, one after the other, nats [tokens] float64; every token is steered.
+class Told(NamedTuple):
+    """At each answer token of a text, nats [tokens] float64: KL(steered || base), and -log p_base of the token itself."""
 
-    texts: prompts with what the steered model answered.
+    kl: Tensor
+    loss: Tensor
+
+
+def at_once(model: nn.Module, texts: Sequence[Encoded]) -> int:
+    """How many texts are read together."""
+    return max(1, LOGITS // (max(len(text.input_ids) for text in texts) * anatomy.vocabulary(model)))
+
+
+@torch.no_grad()
+def told(
+    model: nn.Module, steering: Steering, multiplier: float, texts: Sequence[Encoded], pad_id: int, positions: str = "all", prefix: int = 0
+) -> Iterator[Told]:
+    """For each text, one after the other. texts: prompts with what the steered model answered.
+
+    positions: which tokens are steered (`steer_positions`); prefix: tokens of the template before the prompt.
     """
-    at_once = max(1, LOGITS // (max(len(text.input_ids) for text in texts) * anatomy.vocabulary(model)))
+    together = at_once(model, texts)
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    for begin in range(0, len(texts), at_once):
-        part = list(texts[begin : begin + at_once])
+    for begin in range(0, len(texts), together):
+        part = list(texts[begin : begin + together])
         batch = pad(part, pad_id)
         keep = scored_positions(batch.answer_mask).to(device)
         both = []
-        for attached in (whole.steer(model, steering, multiplier), hooks.attach(model, [])):
+        for attached in (whole.steer(model, steering, multiplier, whole.acts(part, positions, prefix)), hooks.attach(model, [])):
             with attached:
                 out = model(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.long().to(device), use_cache=False)
             both.append(out.logits[keep].float().log_softmax(-1))
         steered, base = both
         change = (steered - base).masked_fill(steered == -torch.inf, 0)  # p = 0 adds nothing
-        found = (steered.double().exp() * change).sum(-1).cpu()
-        yield from found.split([len(text.input_ids) - text.prompt_length for text in part])
+        kl = (steered.double().exp() * change).sum(-1).cpu()
+        loss = -base.gather(-1, batch.input_ids[batch.answer_mask].to(base.device)[:, None])[:, 0].double().cpu()
+        lengths = [len(text.input_ids) - text.prompt_length for text in part]
+        yield from map(Told, kl.split(lengths), loss.split(lengths))
+
+
+def along_path(model: nn.Module, steering: Steering, multiplier: float, texts: Sequence[Encoded], pad_id: int) -> Iterator[Tensor]:
+    """KL at each answer token of each text, one after the other, nats [tokens] float64; every token is steered."""
+    return (one.kl for one in told(model, steering, multiplier, texts, pad_id))
+
+
+@torch.no_grad()
+def next_token(model: nn.Module, steering: Steering, multiplier: float, prompts: Sequence[Encoded], pad_id: int) -> Iterator[Tensor]:
+    """log p of the token after each prompt, steered, [V] float32. prompts: without an answer."""
+    together = at_once(model, prompts)
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    for begin in range(0, len(prompts), together):
+        part = list(prompts[begin : begin + together])
+        batch = pad(part, pad_id)
+        with whole.steer(model, steering, multiplier):
+            out = model(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.long().to(device), use_cache=False)
+        yield from out.logits[range(len(part)), [len(one.input_ids) - 1 for one in part]].float().log_softmax(-1).cpu()

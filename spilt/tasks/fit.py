@@ -29,6 +29,7 @@ from spilt.model.checkpoint import family
 from spilt.steering.interventions import Intervention
 from spilt.steering.layer_file import dump, dump_linears, metadata_line
 from spilt.steering.steering import Steering
+from spilt.tasks import screen
 from spilt.tasks.context import check_context
 from spilt.tasks.recordings import Run, tell_replaced
 from spilt.verbs import Step
@@ -59,24 +60,27 @@ def _fit(step: Step, outputs: dict[int, tuple[Path, dict[str, Any]]], run: Run) 
     tell_replaced(str(step), dict(outputs.values()), run)
     rows: list[dict[str, Any]] = []
     more: dict[str, Any] = {}
+    adapters = METHODS[cell.method].adapters
     fmt = readers.dataset_format(run.request.base_dir, cell.dataset, verbs.VERBS["fit"].sections["train"])
     if METHODS[cell.method].estimate is not None:
         steering = Steering.of({layer: _closed_form(cell, layer, settings, run, fmt) for layer in outputs})
-    elif METHODS[cell.method].adapters:
+    elif adapters:
         steering, rows, more = _adapters(step, run, fmt, manifest.identity(next(iter(outputs.values()))[1]))
     else:
         steering, rows = _train(step, tuple(outputs), run, fmt, manifest.identity(next(iter(outputs.values()))[1]))
-    for site, intervention in steering if not METHODS[cell.method].adapters else ():
+    for site, intervention in steering if not adapters else ():
         training.check_usable(intervention, f"{cell} layer {site.layer}")
     text = readers.concepts(fmt).get(cell.concept) if cell.concept is not None else None
+    # adapters are at every layer: there is no one direction to ask for
+    directions = {} if adapters else {site.layer: {"direction": screen.tell(step, site.layer, run, fmt)} for site, _ in steering}
     for layer in steering.layers:
         path, parts = outputs[layer]
         several = [made for _, made in steering.on(layer)]
         run.seen.again(step.inputs)
         atomic_write(run.store.metadata(cell, layer), metadata_line(several, cell.concept, text))
         atomic_write(run.store.train_log(cell), _train_log(cell, layer, rows, run.store))
-        notes = {"layer": layer, "steps": len(rows), "last_loss": rows[-1]["loss"] if rows else None, **more}
-        content = dump_linears(several, cell.concept) if METHODS[cell.method].adapters else dump(several[0], cell.concept)
+        notes = {"layer": layer, "steps": len(rows), "last_loss": rows[-1]["loss"] if rows else None, **directions.get(layer, {}), **more}
+        content = dump_linears(several, cell.concept) if adapters else dump(several[0], cell.concept)
         run.store_result(step, path, content, parts, notes)
     run.store.checkpoint(cell, min(outputs)).unlink(missing_ok=True)
     return True

@@ -1,0 +1,203 @@
+"""One Steering on one model, asked: its answers, what the unsteered model makes of them, and by a behaviour's rules what they show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from spilt import api
+from spilt.analysis import behaviour as rules
+from spilt.analysis import texts as texts_alone
+from spilt.analysis.chosen import Point
+from spilt.behaviour.files import ANSWERS, COLUMNS, Asked, Behaviour, Incoherence
+from spilt.data.chat import Chat, Encoded, Question, readable
+from spilt.engine import divergence, dose, sampling, whole
+from spilt.engine.prompts import Row
+from spilt.errors import NotFinite, UserError, printable
+from spilt.model import host
+from spilt.steering import anatomy
+from spilt.steering.steering import Steering
+
+Verdict = str | None  # of rules.VERDICTS; None: no judge could tell
+
+
+class Answer(NamedTuple):
+    """A text; the mean of -log p of its tokens by the unsteered model; KL(steered || unsteered) at each, where it was asked for. Nats."""
+
+    text: str
+    surprise: float
+    kl: npt.NDArray[np.float64] | None = None
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.surprise, 700.0))
+
+
+class Probe:
+    """Everything that is asked of a Steering; what was answered once is kept."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        steering: Steering,
+        *,
+        seed: int = 42,
+        batch_size: int | None = None,
+        use_chat_template: bool = True,
+        system_prompt: str = "",
+        engine: str = "fast",
+        **params: Any,
+    ) -> None:
+        self.model, self.tokenizer, self.steering = model, tokenizer, steering.to(model)
+        self.seed, self.batch_size, self.engine, self.params = seed, batch_size, engine, params
+        self.chat = Chat.of(tokenizer, use_chat_template, system_prompt)
+        self.pad = host.pad_id(tokenizer)
+        self.kept: dict[tuple[int, str, float, int], Answer] = {}
+
+    def prompts(self, texts: Sequence[Question], new: int) -> list[tuple[int, ...]]:
+        """Their tokens. Raises UserError for one that leaves no room for an answer in the model's context."""
+        ids, context = [tuple(self.chat.prompt_ids(text)) for text in texts], anatomy.context(self.model)
+        for text, own in zip(texts, ids, strict=True):
+            if context is not None and len(own) + new > context:
+                raise UserError(
+                    f"the prompt '{printable(readable(text)[:40])}' of {len(own)} tokens and an answer of {new} exceed the model's "
+                    f"context of {context}; shorten the prompt, or lower max_new_tokens"
+                )
+        return ids
+
+    def answers(self, texts: Sequence[str], m: float, new: int, kl: bool = False) -> list[Answer]:
+        """An answer of at most `new` tokens to each prompt, by the decoding of `params`."""
+        self.fetch([(texts, kl)], m, new)
+        return [self.kept[i, text, m, new] for i, text in enumerate(texts)]
+
+    def fetch(self, sets: Sequence[tuple[Sequence[str], bool]], m: float, new: int) -> None:
+        """The answers to several sets of prompts side by side, those that are not there yet; and KL for the sets that want it."""
+        wanted = {(i, text): False for texts, _ in sets for i, text in enumerate(texts)}
+        wanted |= {(i, text): True for texts, kl in sets for i, text in enumerate(texts) if kl}
+        known = {key: self.kept.get((*key, m, new)) for key in wanted}
+        todo = [key for key, kl in wanted.items() if (there := known[key]) is None or kl and there.kl is None]
+        if not todo:
+            return
+        prompts = self.prompts([text for _, text in todo], new)
+        how = sampling.decoding(self.params | {"max_new_tokens": new}, self.model, self.tokenizer)
+        rows = [Row(prompt, m, f"{self.seed}/{i}/0") for prompt, (i, _) in zip(prompts, todo, strict=True)]
+        made = api.new_tokens(self.model, self.steering, rows, how, self.engine, self.batch_size)
+        full = [Encoded((*prompt, *made[k]), len(prompt), 0) for k, prompt in enumerate(prompts)]
+        losses: dict[int, float] = {}
+        changes: dict[int, npt.NDArray[np.float64]] = {}
+        with api.frozen(self.model), torch.no_grad():
+            measured = [k for k, key in enumerate(todo) if wanted[key]]
+            if measured:
+                for k, one in zip(
+                    measured, divergence.told(self.model, self.steering, m, [full[k] for k in measured], self.pad), strict=True
+                ):
+                    losses[k], changes[k] = float(one.loss.mean()), one.kl.numpy()
+            rest = [k for k in range(len(todo)) if k not in losses]
+            together = divergence.at_once(self.model, full)
+            for part in (rest[begin : begin + together] for begin in range(0, len(rest), together)):
+                scored = whole.score(self.model, None, 0.0, [full[k] for k in part], self.pad)
+                losses |= dict(zip(part, (-scored.total.double() / scored.tokens).tolist(), strict=True))
+        for k, key in enumerate(todo):
+            text = self.tokenizer.decode(made[k], skip_special_tokens=True)
+            self.kept[(*key, m, new)] = Answer(text, losses[k], changes.get(k))
+
+    def kl(self, texts: Sequence[str], m: float, new: int) -> list[npt.NDArray[np.float64]]:
+        """KL(steered || unsteered) at each token of each answer."""
+        return [answer.kl for answer in self.answers(texts, m, new, kl=True) if answer.kl is not None]
+
+    def doses_on(self, texts: Sequence[Question]) -> float:
+        """The dose of multiplier 1 over the tokens of the first of these prompts."""
+        tokens = [Encoded(ids, len(ids), 0) for ids in self.prompts(texts, 0)]
+        with api.frozen(self.model):
+            return dose.of(self.steering, dose.streams(self.model, self.steering, tokens, self.pad))
+
+    # ---- a behaviour
+
+    def verdicts(self, behaviour: Behaviour, asked: Sequence[Asked], m: float) -> list[Verdict]:
+        """What each prompt's answer shows at a multiplier."""
+        if behaviour.judge.kind == "first_token":
+            odds = self.log_probs(behaviour, asked, m)
+            return [
+                rules.INCOHERENT if math.exp(a) + math.exp(b) < behaviour.incoherent.mass else rules.SHOWS if a > b else rules.ABSENT
+                for a, b in odds
+            ]
+        texts = [one.text for one in asked]
+        usual = float(np.median([answer.perplexity for answer in self.answers(texts, 0.0, behaviour.max_new_tokens)]))
+        answers = self.answers(texts, m, behaviour.max_new_tokens)
+        return self.judged(behaviour, [answer.text for answer in answers], [answer.perplexity / usual for answer in answers])
+
+    def broken(self, limits: Incoherence, texts: Sequence[str], perplexity_times: Sequence[float]) -> list[bool]:
+        """Which are no answers any more; perplexity_times: of each, beside what is usual."""
+        return [
+            len(rules.words(text)) < limits.least_words
+            or (limits.repetition is not None and (texts_alone.repetition(text) or 0.0) > limits.repetition)
+            or (limits.perplexity_times is not None and not times <= limits.perplexity_times)  # nan is not
+            or (limits.regex is not None and rules.found(limits.regex, text))
+            for text, times in zip(texts, perplexity_times, strict=True)
+        ]
+
+    def judged(self, behaviour: Behaviour, texts: Sequence[str], perplexity_times: Sequence[float]) -> list[Verdict]:
+        """The rules of a behaviour on any answers."""
+        broken = self.broken(behaviour.incoherent, texts, perplexity_times)
+        told = self._shown(behaviour, texts)
+        return [
+            rules.INCOHERENT if bad or not answered else None if shows is None else rules.SHOWS if shows else rules.ABSENT
+            for bad, (shows, answered) in zip(broken, told, strict=True)
+        ]
+
+    def perplexity_times(self, behaviour: Behaviour, prompts: Sequence[str], texts: Sequence[str]) -> list[float]:
+        """Of texts from elsewhere: their perplexity beside the median of the unsteered model's own answers."""
+        there = [i for i, text in enumerate(texts) if text.strip()]
+        both = [self.chat.encode(prompts[i], texts[i], 10**9) for i in there]
+        bare = [Encoded(one.input_ids[: len(one.input_ids) - one.suffix_length], one.prompt_length, 0) for one in both]
+        with api.frozen(self.model):
+            told = divergence.told(self.model, self.steering, 0.0, bare, self.pad) if bare else ()
+            found = {i: Answer(texts[i], float(one.loss.mean())).perplexity for i, one in zip(there, told, strict=True)}
+        asked = [one.text for one in behaviour.reported_on]
+        usual = float(np.median([answer.perplexity for answer in self.answers(asked, 0.0, behaviour.max_new_tokens)]))
+        return [found[i] / usual if i in found else math.inf for i in range(len(texts))]
+
+    def _shown(self, behaviour: Behaviour, texts: Sequence[str]) -> list[tuple[bool | None, bool]]:
+        """(whether it shows the behaviour; whether it is an answer of the kind that is asked for)."""
+        kind, rule = behaviour.judge
+        if kind == "yes_no":
+            said = [texts_alone.begins_with(text, rule, "no" if rule == "yes" else "yes") for text in texts]
+            return [(bool(one), one is not None) for one in said]
+        by = {"keywords": lambda text: bool(rules.shows(text, None, rule)), "regex": lambda text: rules.found(rule, text)}[kind]
+        return [(by(text), True) for text in texts]
+
+    def log_probs(self, behaviour: Behaviour, asked: Sequence[Asked], m: float) -> list[tuple[float, float]]:
+        """log p of the first token of the answer that shows the behaviour, and of the other one."""
+        rule = behaviour.judge.rule
+        pairs = [tuple(str(one.row[name]) for name in ANSWERS) if rule == COLUMNS else rule for one in asked]
+        ids = self.prompts([one.text for one in asked], 1)
+        with api.frozen(self.model):
+            found = divergence.next_token(self.model, self.steering, m, [Encoded(own, len(own), 0) for own in ids], self.pad)
+            scores = [*found]
+        out = []
+        for one, pair, own, log_p in zip(asked, pairs, ids, scores, strict=True):
+            first = [self.chat.encode(one.text, answer.strip(), 10**9).input_ids[len(own)] for answer in pair]
+            if first[0] == first[1]:
+                raise UserError(f"{behaviour.name}: {pair[0]!r} and {pair[1]!r} begin with the same token; first_token wants others")
+            out.append((float(log_p[first[0]]), float(log_p[first[1]])))
+        return out
+
+    def point(self, behaviour: Behaviour, m: float) -> Point:
+        """On the prompts on which strengths are chosen, and on benign ones. A model that breaks down has failed everywhere."""
+        try:
+            benign = [one.text for one in behaviour.benign]
+            texts = [] if behaviour.judge.kind == "first_token" else [one.text for one in behaviour.chosen_on]
+            self.fetch([(texts, False), (benign, True)], m, behaviour.max_new_tokens)
+            verdicts = self.verdicts(behaviour, behaviour.chosen_on, m)
+        except NotFinite:
+            return Point(m, 0.0, 1.0, math.inf)
+        told = [verdict for verdict in verdicts if verdict is not None]
+        wanted, broken = (sum(one == word for one in told) / len(told) if told else math.nan for word in (behaviour.want, rules.INCOHERENT))
+        return Point(m, wanted, broken, float(np.concatenate(self.kl(benign, m, behaviour.max_new_tokens)).mean()))

@@ -1,0 +1,246 @@
+"""Behaviours on a model: verdicts and KL against the library, spilt receipt, spilt strength, hostile words and files."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import families
+import numpy as np
+import pytest
+import torch
+
+import spilt
+from spilt import cli
+from spilt.analysis import behaviour as rules
+from spilt.behaviour import files
+from spilt.behaviour import receipt as r
+from spilt.behaviour.probe import Probe
+from spilt.errors import UserError
+from spilt.steering.steering import Site, Steering
+
+LAYER = 2
+ASKED = ["abc", "a longer one?", "XYZ", "what now"]
+
+
+def steering(form: str = "vector", scale: float = 0.3) -> Steering:
+    return Steering([(Site(LAYER, "mlp_mid" if form != "vector" else None), families.intervention(form, scale=scale))])
+
+
+def probe(**more: Any) -> Probe:
+    return Probe(families.model("qwen2"), families.tokenizer(), steering(), do_sample=False, **more)
+
+
+def behaviour(judge: dict[str, Any] | None = None, **more: Any) -> files.Behaviour:
+    given = {"prompts": ASKED, "tune_on": ASKED[:2], "damage": ASKED[:3], "max_new_tokens": 6, "name": "mine"}
+    return files.Behaviour(judge=judge or {"regex": "[a-m]"}, **{**given, **more})  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def test_answers_and_numbers_are_those_of_the_library() -> None:
+    model, tokenizer, asked = families.model("qwen2"), families.tokenizer(), probe()
+    texts = spilt.generate(model, tokenizer, steering(), ASKED, 1.5, max_new_tokens=6, do_sample=False)["text"].tolist()
+    found = asked.answers(ASKED, 1.5, 6, kl=True)
+    assert [one.text for one in found] == texts and len(asked.kept) == len(ASKED)
+    pooled = np.concatenate([one.kl for one in found if one.kl is not None])
+    table = spilt.divergence(model, tokenizer, steering(), ASKED, 1.5, max_new_tokens=6).iloc[0]
+    assert [pooled.mean(), np.quantile(pooled, 0.95)] == pytest.approx([table["kl_mean"], table["kl_p95"]], rel=1e-5)
+    for without, one in zip(probe().answers(ASKED, 1.5, 6), found, strict=True):
+        assert without.surprise == pytest.approx(one.surprise, rel=1e-5) and without.kl is None
+    prompt = torch.tensor([asked.chat.prompt_ids(ASKED[0])])
+    with spilt.steer(model, steering(), 1.5), torch.no_grad():
+        made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False, pad_token_id=families.PAD)
+    with torch.no_grad():
+        log_p = model(made).logits[0, prompt.shape[1] - 1 : -1].log_softmax(-1)
+    mine = -log_p.gather(1, made[0, prompt.shape[1] :, None]).mean()
+    assert found[0].surprise == pytest.approx(float(mine), rel=1e-4)
+
+
+def test_first_tokens_are_the_next_ones_of_the_model() -> None:
+    asked, b = probe(), behaviour({"first_token": {"shows": "yes", "otherwise": "no"}}, incoherent={"mass": 0})
+    found = asked.log_probs(b, b.prompts, 2.0)
+    for text, (shows, otherwise) in zip(ASKED, found, strict=True):
+        ids = asked.chat.prompt_ids(text)
+        with spilt.steer(families.model("qwen2"), steering(), 2.0), torch.no_grad():
+            log_p = families.model("qwen2")(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        wanted = [float(log_p[asked.tokenizer.convert_tokens_to_ids(letter)]) for letter in "yn"]
+        assert (shows, otherwise) == pytest.approx(wanted, rel=1e-4)
+    assert asked.verdicts(b, b.prompts, 2.0) == [rules.SHOWS if x > y else rules.ABSENT for x, y in found]
+    with pytest.raises(UserError, match="begin with the same token"):
+        asked.log_probs(behaviour({"first_token": {"shows": "yes", "otherwise": "yet"}}), b.prompts, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("judge", "text", "times", "verdict"),
+    [
+        ({"keywords": ["Sea"]}, "the sea.", 1.0, rules.SHOWS),
+        ({"keywords": ["sea"]}, "season", 1.0, rules.ABSENT),
+        ({"regex": "^no"}, "No!", 1.0, rules.SHOWS),
+        ({"yes_no": True}, "Yes, I do", 1.0, rules.SHOWS),
+        ({"yes_no": "yes"}, "no", 1.0, rules.ABSENT),
+        ({"yes_no": "yes"}, "perhaps", 1.0, rules.INCOHERENT),
+        ({"keywords": ["sea"]}, " ... ", 1.0, rules.INCOHERENT),
+        ({"keywords": ["sea"]}, "sea " * 12, 1.0, rules.INCOHERENT),
+        ({"keywords": ["sea"]}, "the sea", 21.0, rules.INCOHERENT),
+        ({"keywords": ["sea"]}, "the sea", math.nan, rules.INCOHERENT),
+        ({"keywords": ["sea"]}, "the sea \ufffd\ufffd", 1.0, rules.INCOHERENT),
+    ],
+)
+def test_a_broken_answer_is_never_a_success(judge: dict[str, Any], text: str, times: float, verdict: str) -> None:
+    for want in (rules.SHOWS, rules.ABSENT):
+        assert probe().judged(behaviour(judge, want=want, incoherent={"regex": "\ufffd"}), [text], [times]) == [verdict]
+
+
+def test_a_model_that_is_steered_to_pieces_has_no_success() -> None:
+    asked = probe()
+    for want in (rules.SHOWS, rules.ABSENT):
+        found = asked.point(behaviour(want=want, incoherent={"perplexity_times": 1.5, "repetition": 0.0}), 1e6)
+        assert found.success == 0 and found.incoherent == 1
+    assert asked.point(behaviour(), 0.0).damage == 0
+
+
+def test_a_judge_is_held_against_a_person(tmp_path: Path) -> None:
+    rows = [("abc", "abc", "shows"), ("abc", "XYZ", "absent"), ("abc", "ABM", "true"), ("abc", "zz", "shows"), ("abc", "", "incoherent")]
+    families.write_jsonl(tmp_path / "labels.jsonl", [dict(zip(("prompt", "text", "label"), row, strict=True)) for row in rows])
+    loose = {"perplexity_times": None, "repetition": None}
+    found = r.validated(probe(), behaviour(incoherent=loose), tmp_path / "labels.jsonl")
+    assert found.kappa.n == 5 and found.kappa.value == pytest.approx((0.8 - 0.36) / (1 - 0.36)) and "kappa 0.69" in str(found)
+    (tmp_path / "odd.csv").write_text("prompt,text,label\na,b,maybe\n")
+    with pytest.raises(UserError, match="odd.csv line 2: has the label 'maybe'"):
+        r.validated(probe(), behaviour(), tmp_path / "odd.csv")
+    assert str(r.validated(probe(), behaviour(), None)) == "not checked against a person's labels"
+
+
+@pytest.mark.long
+def test_every_failure_is_a_row_with_its_number_and_what_it_is_of() -> None:
+    found = r.write_down(probe(), behaviour(), multiplier=2.0, prefix="before " * 5)
+    assert [row.name for row, _ in found.failures] == [row.name for row in r.FAILURES] and set(found.rows) >= {0.0, 2.0, -2.0}
+    for row, finding in found.failures:
+        assert finding.after.n or row.name == "anti-steered items", row.name
+    before = found.rows[0.0]
+    assert before["wanted"].n == 4 and before["kl"].value == 0
+    bare = r.write_down(probe(), behaviour(), multiplier=2.0)
+    assert {row.name for row, finding in bare.failures if finding.bad is None and "--prefix" in finding.note} == {
+        "damage on long contexts", "no effect on long contexts"
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- the commands
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> families.Base:
+    made = families.make_base(tmp_path_factory.mktemp("receipt") / "base", train=8, test=8)
+    assert cli.main(made.argv("caa", "vector", "--mode", "generate", "--quiet")) == 0
+    assert cli.main(made.argv("caa", "vector", "--mode", "generate", "--quiet", "--layers", "1")) == 0
+    hostile = "a\x1b[31m|<script>b</script>"
+    text = json.dumps({"prompts": ["b?", hostile, "c", "d"], "judge": {"regex": "[a-m]"}, "damage": ["x"], "max_new_tokens": 4})
+    (made.path / "mine.yaml").write_text(text)
+    return made
+
+
+def words(base: families.Base, program: str, *more: str) -> list[str]:
+    cell = ["--dataset", base.one, "--method", "caa", "--intervention_method", "vector"]
+    return [program, "--base_dir", str(base.path), "--model_name", base.model, "--device", "cpu", *cell, *more]
+
+
+def test_a_receipt_is_a_page_and_a_document(base: families.Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine, out = str(base.path / "mine.yaml"), tmp_path / "receipt.md"
+    assert cli.main(words(base, "receipt", "--behaviour", mine, "--multiplier", "3", "--output", str(out))) == 0
+    said, page, told = capsys.readouterr().out, out.read_text(), json.loads(out.with_suffix(".json").read_text())
+    assert said == page and "\x1b" not in page and "<script>" not in page and "a\\\\x1b\\[31m\\|\\<script\\>" in page
+    for row in r.FAILURES:
+        assert f"| {row.name} |" in page
+    for row in (*told["failures"], *told["strengths"]):
+        for number in (value for value in row.values() if isinstance(value, dict)):
+            assert set(number) == {"value", "low", "high", "n"}
+    assert told["multiplier"] == 3 and told["dose"] > 0 and told["tried"] and told["texts"][0]["prompt"] == "a\x1b[31m|<script>b</script>"
+    assert "not checked against a person's labels" in page and "ten own illustrations" in page
+
+
+@pytest.mark.long
+def test_strength_by_behaviour_of_all_stored_layers(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = str(base.path / "mine.yaml")
+    assert cli.main(words(base, "strength", "--by", "behaviour", "--behaviour", mine, "--layers", "all", "--json")) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["layers"] for row in told["sides"]] == ["1", "2"] and all(row["status"] for row in told["sides"])
+    assert told["chosen_on"] == told["reported_on"] == 2 and {row["layers"] for row in told["probes"]} == {"1", "2"}
+    assert cli.main(words(base, "strength", "--layers", "1", "2", "--prompts", "2", "--max_new_tokens", "3", "--budget", "0.3")) == 0
+    said = capsys.readouterr().out
+    assert said.count("positive") == 2 and "layers" in said and "dose" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--max_new_tokens", "0"], "--max_new_tokens 0: wanted 1 or more"),
+        (["--max_new_tokens", "100000"], "exceed the model's context of 512"),
+        (["--prompts", "0"], "--prompts 0: wanted 1 or more"),
+        (["--budget", "inf"], "wanted nats above 0"),
+        (["--prompts_file", "gone.txt"], "gone.txt can't be read: No such file"),
+        (["--prompts_file", "latin.txt"], "latin.txt line 2: byte 0xe9 is not UTF-8"),
+        (["--prompts_file", "empty.txt"], "has no prompt"),
+        (["--prompts_file", "long.txt"], "of 9020 tokens and an answer of 50 exceed"),
+        (["--prompts_file", "."], "it is a folder"),
+        (["--by", "behaviour"], "which? give --behaviour"),
+        (["--by", "behaviour", "--behaviour", "sea", "--max_incoherent", "nan"], "wanted a share between 0 and 1"),
+        (["--by", "behaviour", "--behaviour", "sea", "--max_damage", "inf"], "wanted nats above 0"),
+        (["--layers", "4"], "no vector file"),
+        (["--layers", "1", "2", "3"], "no vector file"),
+        (["--set", "steer_positions=l5"], "every token is steered here"),
+    ],
+)
+def test_wrong_words_are_one_message(
+    base: families.Base, tmp_path: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("latin.txt").write_bytes(b"one\ncaf\xe9\n")
+    Path("empty.txt").write_text(" \n\n")
+    Path("long.txt").write_text("\x1b[2J" + "a" * 9000)
+    assert cli.main(words(base, "strength", *more)) == 2
+    told = capsys.readouterr()
+    assert said in told.err and "Traceback" not in told.err and "\x1b" not in told.err and not told.out
+
+
+@pytest.mark.parametrize("how", ["truncated", "wrong shape"])
+def test_a_vector_file_that_is_none_is_named(base: families.Base, tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "layer_2.pt"
+    torch.save(torch.ones(families.HIDDEN + (how == "wrong shape")), path)
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:100])
+    given = ["--base_dir", str(base.path), "--model_name", base.model, "--device", "cpu", "--steering", str(path)]
+    Path(tmp_path / "p.txt").write_text("one\n")
+    assert cli.main(["strength", *given, "--prompts_file", str(tmp_path / "p.txt")]) == 2
+    assert "Traceback" not in (said := capsys.readouterr().err) and ("layer_2.pt" in said or "has shape [33]" in said)
+
+
+def test_a_fit_says_whether_the_pairs_agree(base: families.Base, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    record = json.loads(next((base.path / "vectors" / base.model / "caa").rglob("layer_2.manifest.json")).read_text())
+    assert record["notes"]["direction"]["n"] == 8 and set(record["notes"]["direction"]) == {"n", "cosine", "held_out", "auc", "p"}
+    mixed = [{"question": f"is {i} odd?", "matching": (" yes", " no")[i % 2], "not_matching": (" no", " yes")[i % 2]} for i in range(16)]
+    families.write_jsonl(tmp_path / "mixed.jsonl", mixed)
+    train = ["--train", str(tmp_path / "mixed.jsonl"), "--model_name", base.model, "--base_dir", str(base.path), "--device", "cpu"]
+    fit = ["--method", "sft", "--intervention_method", "vector", "--layers", "2", "--mode", "generate", "--dtype", "float32", "--quiet"]
+    assert cli.main([*train, *fit]) == 0
+    assert "no direction to be seen: the differences of 16 pairs" in caplog.text
+
+
+def test_a_strength_at_which_the_model_breaks_down_is_told_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other prompts may break down where those that were calibrated on did not."""
+    from spilt import api
+    from spilt.errors import NotFinite
+
+    measured = api.divergence
+
+    def breaks(model: Any, tokenizer: Any, value: Any, prompts: Any, m: float, **how: Any) -> Any:
+        if prompts == ["other"]:
+            raise NotFinite("scores are not finite")
+        return measured(model, tokenizer, value, prompts, m, **how)
+
+    monkeypatch.setattr(api, "divergence", breaks)
+    table = api.calibrate(families.model("qwen2"), families.tokenizer(), steering(), ["abc"], 0.3, audit=["other"], max_new_tokens=2)
+    assert np.isinf(table["audit_kl_p95"]).all() and np.isfinite(table["kl_p95"]).all()
