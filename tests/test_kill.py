@@ -25,7 +25,7 @@ from counts import CI, count
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-KILLS = {"fit": count(45, 4), "generate": count(45, 4), "loss": count(36, 3), "report": count(8, 2)}
+KILLS = {"fit": count(45, 4), "generate": count(45, 4), "loss": count(36, 3), "report": count(5, 1)}
 SEED = 20260
 SWEEP = ["all", "vector", "--mode", "loss", "--multipliers", "-2", "-1", "0", "1", "2", "--checkpoint_seconds", "0"]
 # words of the run that is killed, and of those that make what it needs
