@@ -66,13 +66,16 @@ def limits_of(args: argparse.Namespace) -> Limits:
 
 def probe_of(host: Any, steering: Any, settings: Any) -> Any:
     """A Probe with the settings of --mode apply."""
+    from tqdm import tqdm
+
     from spilt.behaviour.probe import Probe
 
     if settings.applied_positions != "all":
         raise UserError(f"steer_positions = {settings.applied_positions}: every token is steered here, so it would be another thing")
     how = {name: getattr(settings, name) for name in ("seed", "batch_size", "use_chat_template", "system_prompt")}
     params = {name: value for name, value in settings.generation_params.as_kwargs().items() if name != "max_new_tokens"}
-    return Probe(host.model, host.tokenizer, steering, **how, **params)
+    bar = tqdm(desc="answers", unit=" answers", leave=False, disable=not sys.stderr.isatty())
+    return Probe(host.model, host.tokenizer, steering, progress=bar.update, **how, **params)
 
 
 def _receipt(args: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +40,7 @@ class Answer(NamedTuple):
 
 
 class Probe:
-    """Everything that is asked of a Steering; what was answered once is kept."""
+    """Everything that is asked of a Steering; what was answered once is kept. progress: hears how many answers have been made."""
 
     def __init__(
         self,
@@ -53,10 +53,11 @@ class Probe:
         use_chat_template: bool = True,
         system_prompt: str = "",
         engine: str = "fast",
+        progress: Callable[[int], Any] = lambda count: None,
         **params: Any,
     ) -> None:
         self.model, self.tokenizer, self.steering = model, tokenizer, steering.to(model)
-        self.seed, self.batch_size, self.engine, self.params = seed, batch_size, engine, params
+        self.seed, self.batch_size, self.engine, self.progress, self.params = seed, batch_size, engine, progress, params
         self.chat = Chat.of(tokenizer, use_chat_template, system_prompt)
         self.pad = host.pad_id(tokenizer)
         self.kept: dict[tuple[int, str, float, int], Answer] = {}
@@ -107,6 +108,7 @@ class Probe:
         for k, key in enumerate(todo):
             text = self.tokenizer.decode(made[k], skip_special_tokens=True)
             self.kept[(*key, m, new)] = Answer(text, losses[k], changes.get(k))
+        self.progress(len(todo))
 
     def kl(self, texts: Sequence[str], m: float, new: int) -> list[npt.NDArray[np.float64]]:
         """KL(steered || unsteered) at each token of each answer."""
