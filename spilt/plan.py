@@ -488,7 +488,8 @@ def doubts(cell: Cell, layer: int, settings: Any, request: Request, seen: identi
         said.append(f"was fitted on another model than {store.relative(store.model(cell.model))} holds now")
     given = with_own(request.overrides, cell.method, cell.seed, cell.layers if cell.apart else None)
     try:
-        found_now = resolve_fit(request.base_dir, cell.model, cell.dataset, cell.method, cell.intervention, given, cell.layers)
+        names = (cell.model, cell.dataset, cell.method, cell.intervention)
+        found_now = resolve_fit(request.base_dir, *names, given, cell.layers, METHODS[cell.method].adapters)
         data = readers.dataset_format(request.base_dir, cell.dataset, VERBS["fit"].sections["train"]).path
     except UserError:  # a vector needs no settings of its fit to be used
         return said

@@ -89,8 +89,8 @@ def test_a_killed_fit_goes_on_to_the_same(side: int) -> None:
 
 
 def test_the_learning_rate_rises_first() -> None:
-    """warmup_steps of it, at most half of all; then down to 0 as without."""
-    rates = [row["lr"] / 0.03 for row in train(n_epochs=4, warmup_steps=2).log][:8]
+    """warmup of it, at most half of all; then down to 0 as without."""
+    rates = [row["lr"] / 0.03 for row in train(n_epochs=4, warmup=2).log][:8]
     assert rates == pytest.approx([1 / 2, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
     assert [row["lr"] / 0.03 for row in train(n_epochs=1).log][:2] == pytest.approx([1, 1])
 

@@ -300,7 +300,7 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train job.intervention in place; returns one row per optimizer step: epoch, step, loss, lr, grad_norm.
 
-    AdamW, linear decay (after `warmup_steps`, if any) over the optimizer steps really taken, gradient norm clipped. A batch of
+    AdamW, linear decay (after `warmup`, if any) over the optimizer steps really taken, gradient norm clipped. A batch of
     `batch_size` pairs expands to |preference_pairs| entries each, cut into minibatches of `batch_size`; each
     minibatch's loss is divided by (minibatches x batches accumulated).
     `checkpoint` is given a function that returns the whole state, after each step; `resume` continues from such a state to the same result.
@@ -310,7 +310,7 @@ def fit(
     per_epoch = math.ceil(math.ceil(rows / s.batch_size) / s.gradient_accumulation_steps)
     steps = per_epoch * s.n_epochs
     optimizer = torch.optim.AdamW(intervention.parameters(), lr=s.lr, weight_decay=s.weight_decay)
-    rising = min(s.warmup_steps or 0, steps // 2)
+    rising = min(s.warmup or 0, steps // 2)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda k: (k + 1) / rising if k < rising else max(0.0, 1 - (k - rising) / (steps - rising))
     )

@@ -32,7 +32,7 @@ DTYPE_ALIASES |= {f"torch.{name}": name for name in DTYPES}
 # other spellings on the command line and in YAML; all names in any case
 METHOD_ALIASES = {"split": "spilt"}  # the paper's spelling
 WEIGHT_ARITHMETIC = "weight_arithmetic"
-OF_ADAPTERS = ("adapter", "modules", "block_size", "warmup_steps", "contrast")  # keys of it alone
+OF_ADAPTERS = ("adapter", "modules", "block_size", "warmup", "contrast")  # keys of it alone
 LATER = ("joint", "steer_positions", "anatomy", *OF_ADAPTERS)  # keys that came after results had been stored
 INTERVENTION_ALIASES = {"weight": "local_weight"}  # released file names and YAML
 
@@ -41,7 +41,7 @@ INTERVENTION_ALIASES = {"weight": "local_weight"}  # released file names and YAM
 OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     WEIGHT_ARITHMETIC: {
         "lr": 2e-4, "n_epochs": 1, "gradient_accumulation_steps": 4, "weight_decay": 0.01, "rank": 32, "lora_alpha": 64.0, "dropout": 0.0,
-        "block_size": 8, "warmup_steps": 5, "contrast": "difference",
+        "block_size": 8, "warmup": 5, "contrast": "difference",
     },
 }  # fmt: skip
 
@@ -230,7 +230,7 @@ class FitSettings(ScoringSettings):
     adapter: str | None = setting(optional(choice("adapter", ADAPTERS)), by=_adapter)  # the kind that both are
     modules: tuple[str, ...] | None = setting(optional(many(text, distinct=True)), None)  # names of linear maps; None = all of a block
     block_size: int | None = setting(optional(whole(1)), by=_by_method("block_size"))  # of oft and boft
-    warmup_steps: int | None = setting(optional(whole(0)), by=_by_method("warmup_steps"))  # in which lr rises; at most half of all
+    warmup: int | None = setting(optional(whole(0)), by=_by_method("warmup"))  # in which lr rises; at most half of all
     contrast: str | None = setting(optional(choice("contrast", CONTRASTS)), by=_by_method("contrast"))  # what is made of the two
 
     def __post_init__(self) -> None:

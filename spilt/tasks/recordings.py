@@ -189,12 +189,13 @@ def stored(cell: Cell, settings: Any, run: Run) -> Steering:
     """The stored Steering of a cell, checked against the model. What its manifests say against its use is a warning."""
     refuse_parts_of_two_fits(cell, run)
     entries: list[tuple[Site, Intervention]] = []
+    doubts: dict[str, list[str]] = {}
     for layer in cell.layers:
         widths = anatomy.read_widths(run.host.model, layer)
         path = run.store.vector(cell, layer)
         refuse_changed(path)
         for doubt in plan.doubts(cell, layer, settings, run.request, run.seen):
-            log.warning("%s: %s; --mode generate fits it again", run.store.relative(path), doubt)
+            doubts.setdefault(doubt, []).append(run.store.relative(path))
         run.seen.of(path)
         concept = cell.concept if cell.concept is not None else settings.concept_id
         hidden, read = anatomy.hidden_size(run.host.model), settings.intervention_components
@@ -204,6 +205,8 @@ def stored(cell: Cell, settings: Any, run: Run) -> Steering:
             several = [layer_file.load(path, cell.intervention, concept, hidden, widths, read, settings.site)]
         run.seen.again([path])
         entries += [(Site(layer, made.read_point, made.write_point), made.to(run.host.device(layer))) for made in several]
+    for doubt, names in doubts.items():
+        log.warning("%s%s: %s; --mode generate fits it again", names[0], f" and {len(names) - 1} more" if len(names) > 1 else "", doubt)
     steering = Steering(entries, {"method": cell.method})
     if METHODS[cell.method].adapters:  # of a file at linear maps the shapes alone do not say that they are the model's
         steering.check(run.host.model)
