@@ -104,7 +104,7 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Steering:
 
     The difference of two, `read_adapter(model, a) - read_adapter(model, b)`, is weight steering (arXiv 2511.05408).
     """
-    with _frozen(model):
+    with frozen(model):
         found = adapters.read(model, folder)
     return Steering(found, {**found.about, "base_model": _base_model(model)})
 
