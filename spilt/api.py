@@ -37,7 +37,7 @@ from spilt.settings import FitSettings
 from spilt.settings.fields import DTYPE_ALIASES, DTYPES, STRONGEST, GenerationParams, intervention_name, method_name
 from spilt.settings.keys import KEY_ALIASES
 from spilt.steering import inplace
-from spilt.steering.interventions import INTERVENTIONS, Intervention, Multiplier
+from spilt.steering.interventions import INTERVENTIONS, Multiplier
 from spilt.steering.steering import Steering, base_model
 from spilt.tasks.context import check_context, texts_at_once
 from spilt.verbs import fit as fit_verb
@@ -118,6 +118,7 @@ def fit(
     method: str = "spilt",
     intervention: str = "vector",
     joint: bool = False,
+    neutral: Sequence[str] = (),
     engine: str = choice.FAST,
     progress: Callable[[int, int, float], None] | None = None,
     **settings: Any,
@@ -126,17 +127,19 @@ def fit(
 
     A pair as a dict may have what a row of a file may: a list of messages as question, system, system_positive ... (README).
     layer: 0-based decoder block, or several: each fitted alone (the released meaning), or all together (`joint`).
+    neutral: ordinary texts, for mean_centred.
     settings: keys of the YAML files, such as lr, n_epochs, batch_size, rank; left out: the released defaults.
     Raises UserError for names and values that do not exist.
     """
     layers = tuple(_whole("layer", n, 0) for n in (layer if isinstance(layer, Sequence) and not isinstance(layer, str) else [layer]))
     s = _settings(method, intervention, layers, settings)
+    fit_verb.refuse_without_effect(s)
     rows = _pairs(pairs)
     if why := fit_verb.refuses(METHODS[s.method], s, rows[0].kind):
         raise UserError(f"the pairs are {rows[0].kind}: {why}")
     chat = Chat.of(tokenizer, s.use_chat_template, s.system_prompt)
     with frozen(model), torch.random.fork_rng(devices=[]):
-        found = _find(model, tokenizer, rows, chat, s, joint, engine, progress)
+        found = _find(model, tokenizer, rows, chat, s, joint, engine, neutral, progress)
     for site, made in found if not METHODS[s.method].adapters else ():
         training.check_usable(made, f"{s.method} {s.intervention_method} layer {site.layer}")
     return Steering(found, {"method": s.method, "base_model": _base_model(model), "settings": s.as_dict()})
@@ -156,6 +159,7 @@ def _find(
     s: FitSettings,
     joint: bool,
     engine: str,
+    neutral: Sequence[str],
     progress: Callable[[int, int, float], None] | None,
 ) -> Steering:
     """What the method finds at the layers of the settings."""
@@ -165,7 +169,7 @@ def _find(
         raise UserError(f"joint: several layers are trained by one loss, but {why}; leave joint out")
     choice.why_plain([], "fit", engine=engine)  # a word that names no engine is refused for every method
     if closed:
-        return Steering.of({n: _estimate(model, tokenizer, chat, rows, n, s) for n in layers})
+        return _closed_form(model, tokenizer, chat, rows, s, neutral)
     tokens = [chat.encode(question, text, s.output_length, p.row) for p in rows for question, text in p.sides]
     _check_context(model, "fit", tokens)
     if METHODS[s.method].adapters:
@@ -265,10 +269,13 @@ def _check_context(model: nn.Module, what: str, tokens: Sequence[Encoded]) -> No
     check_context(model, f"{what}, questions with their answers", lengths, "shorten them or lower output_length")
 
 
-def _estimate(model: nn.Module, tokenizer: Any, chat: Chat, pairs: Sequence[Pair], layer: int, s: FitSettings) -> Intervention:
+def _closed_form(model: nn.Module, tokenizer: Any, chat: Chat, pairs: Sequence[Pair], s: FitSettings, neutral: Sequence[str]) -> Steering:
     tokens = [chat.encode_caa(question, text, p.row, not s.multiple_choice) for p in pairs for question, text in p.sides]
     _check_context(model, "fit", tokens)
-    return training.estimate(model, layer, tokens, s, METHODS[s.method], host.pad_id(tokenizer)).requires_grad_(False)
+    texts = [Encoded(tuple(tokenizer(text)["input_ids"][: s.output_length]), 1, 0) for text in neutral]  # all but the first token
+    if METHODS[s.method].against_neutral and not (texts and all(len(text.input_ids) > 1 for text in texts)):
+        raise UserError(f"{s.method} subtracts the mean of ordinary text: give neutral=[...], each of two tokens or more")
+    return training.closed_form(model, s.layers, tokens, s, METHODS[s.method], host.pad_id(tokenizer), texts)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ FORMS: dict[str, Form] = {
         Form("vector", "vector", {"v": "D"}, True, False, True, True, lr=0.08, factors=tuple(map(float, range(2, 21, 2)))),
         Form("lora", "LoRA", {"lora_A": "Fr", "lora_B": "rD"}),
         Form("local_weight", "local weight", {"weight": "FD", "bias": "D"}),
+        Form("ablation", "ablation", {"direction": "D", "scale": ""}, reads=False, in_all=False),
     )
 }
 

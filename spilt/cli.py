@@ -53,9 +53,11 @@ PROGRAMS = {
     "look": "show the stored texts side by side",
     "recommend": "print the strength of each measured cell by a utility budget",
     "report": "draw curves and report.html anew from stored losses",
+    "lm_eval": "score a stored vector on tasks of lm-evaluation-harness",
     "say": "try a sentence on a stored vector, at any strength",
     "strength": "find the strength at which a stored vector shows a behaviour most, or disturbs the model equally",
     "receipt": "write down what a stored vector does, what it costs, and in which range",
+    "table": "make the paper's tables from stored results: main, equal KL, fits, training to test",
     "export": "write a stored vector for PEFT, llama.cpp, vLLM and others, checked",
     "settings": "make settings files like those of another dataset and model",
     "prepare": "make data/ from the public source files",
@@ -85,11 +87,11 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
 
     known = "a name in hparams/Steer/dataset_format.yaml, such as psychopathy; with --train its new name (default: the file's)"
     add("--dataset", help=known)
-    known = f"{', '.join(METHODS)} or all ({_spellings(METHOD_ALIASES)}); several, or with a form of its own: spilt_lora"
+    known = f"{', '.join(METHODS)} or all (those released; {_spellings(METHOD_ALIASES)}); several, or with a form of its own: spilt_lora"
     add("--method", (*METHODS, plan.ALL), required=True, nargs="+", metavar="NAME", help=known)
     add("--model_name", required=True, help="a checkpoint: a folder under models/, a path, or a hub id")
     add("--download", action="store_true", help="fetch a hub id, of the model or of data, that is not in the local cache")
-    known = f"{', '.join(FORMS)} or all ({_spellings(INTERVENTION_ALIASES)}); several"
+    known = f"{', '.join(FORMS)} or all (those released; {_spellings(INTERVENTION_ALIASES)}); several"
     add("--intervention_method", (*FORMS, plan.ALL), required=True, nargs="+", metavar="NAME", help=known)
     if verb:
         made.set_defaults(mode=verbs.VERBS[verb].mode)

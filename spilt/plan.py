@@ -20,7 +20,7 @@ from spilt.data import own, readers, sense
 from spilt.data.chat import LETTER
 from spilt.engine import choice
 from spilt.errors import Mistakes, UserError, nearest, printable, unknown
-from spilt.methods import METHODS
+from spilt.methods import METHODS, stand_ins
 from spilt.model import checkpoint, identity
 from spilt.settings import resolve_fit
 from spilt.settings.fields import intervention_name, method_name
@@ -136,7 +136,11 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     model = request.model_folder
     if not dry and request.folder is None:
         check_model(store, request.model)
-    sections = {verb: dict(VERBS[verb].sections) for verb in MODES[request.mode]}
+    asked = {method for method, _ in combinations}
+    sections = {
+        verb: {purpose: name for purpose, name in VERBS[verb].sections.items() if any(purpose in VERBS[verb].purposes(m) for m in asked)}
+        for verb in MODES[request.mode]
+    }
     if "measure" in sections:
         sections["measure"] = {split: sections["measure"][split] for split in splits_of(request)}
     wanted = {section for names in sections.values() for section in names.values()}
@@ -157,7 +161,8 @@ def make(request: Request, *, dry: bool = False) -> Plan:
         how = {purpose: columns(formats[section]) for purpose, section in names.items()}
         data = {purpose: formats[section].path for purpose, section in names.items()}
         for wanted_cell in wanted_cells:
-            found = _steps(request, store, VERBS[name], wanted_cell, concepts, data, model)
+            own_data = {purpose: path for purpose, path in data.items() if purpose in VERBS[name].purposes(wanted_cell.method)}
+            found = _steps(request, store, VERBS[name], wanted_cell, concepts, own_data, model)
             made += [step._replace(columns=how) for step in found]
         # cells of one concept and layer side by side: they share what is recorded
         made.sort(key=lambda step: (-1 if (first := step.cells[0]).concept is None or len(step.cells) > 1 else first.concept, first.layers))
@@ -166,7 +171,7 @@ def make(request: Request, *, dry: bool = False) -> Plan:
         anatomy.parse(said)
     if request.own is None or not dry:  # before they are brought, own.py knows them
         refuse_rows(steps, {section: row.kind for section, fmt in formats.items() if (row := _first(fmt)) is not None})
-    checkpoint.check(model, *({layer for step in steps if wants(step) for layer in step.settings.layers} for wants in (bool, _wants_down)))
+    checkpoint.check(model, *({layer for step in steps if wants(step) for layer in _layers_of(step)} for wants in (bool, _wants_down)))
     return Plan(steps, left_out)
 
 
@@ -188,6 +193,11 @@ def refuse_rows(steps: Sequence[Step], kinds: Mapping[str, str]) -> None:
                 if why := VERBS[step.verb].refuses(step, kind):
                     raise UserError(f"{step}: {path} has {kind}: {why}")
     mistakes.tell()
+
+
+def _layers_of(step: Step) -> set[int]:
+    """The blocks that a step names."""
+    return {*step.settings.layers, getattr(step.settings, "direction_layer", None)} - {None}
 
 
 def _wants_down(step: Step) -> bool:
@@ -263,6 +273,8 @@ def _format(request: Request, section: str) -> readers.DatasetFormat:
     if section == "generation":
         return readers.as_prompts(made.get("valid", made["train"]))
     if section not in made:
+        if section == NEUTRAL:
+            raise UserError(f"dataset {request.dataset!r} has no neutral text; section `neutral` of dataset_format.yaml names a file")
         raise UserError(f"dataset {request.dataset!r} has no held-out rows: --test 0.2 holds some out, --test FILE names them")
     return made[section]
 
@@ -489,7 +501,8 @@ def doubts(cell: Cell, layer: int, settings: Any, request: Request, seen: identi
     given = with_own(request.overrides, cell.method, cell.seed, cell.layers if cell.apart else None)
     try:
         names = (cell.model, cell.dataset, cell.method, cell.intervention)
-        found_now = resolve_fit(request.base_dir, *names, given, cell.layers, METHODS[cell.method].adapters)
+        adapters = METHODS[cell.method].adapters
+        found_now = resolve_fit(request.base_dir, *names, given, cell.layers, adapters, like=stand_ins(*names[2:]))
         data = readers.dataset_format(request.base_dir, cell.dataset, VERBS["fit"].sections["train"]).path
     except UserError:  # a vector needs no settings of its fit to be used
         return said

@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plan", "analysis"),
     ("report", "tasks"),
     ("anatomy", "api", "audit", "inspect", "prepare", "look", "recommend", "say", "verify", "run", "summary"),
-    ("behaviour", "complete", "export", "receipt", "strength"),
+    ("behaviour", "complete", "disturbance", "export", "lm_eval", "receipt", "strength", "table"),
     ("cli",),
     ("__main__",),
 )
@@ -113,7 +113,10 @@ def test_what_the_inner_rooms_import_from_outside(module: str, allowed: set[str]
     outside = {name.split(".")[0] for name, _ in imports_of(TREES[PACKAGE / f"{module}.py"])}
     assert outside - set(sys.stdlib_module_names) - {"spilt"} <= allowed
     if module == "steering/interventions":
-        assert {name for name, _ in imports_of(TREES[PACKAGE / "steering/interventions.py"]) if name.startswith("spilt")} == {"spilt.cell"}
+        assert {name for name, _ in imports_of(TREES[PACKAGE / "steering/interventions.py"]) if name.startswith("spilt")} == {
+            "spilt.cell",
+            "spilt.errors",
+        }
 
 
 def test_only_hooks_and_suffix_touch_a_module() -> None:
@@ -165,15 +168,17 @@ def test_torch_load_is_always_weights_only() -> None:
 def test_a_new_method_is_a_row_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Added to METHODS alone it is in `all`, in the choices, in the help and in the reasons of what is left out."""
     before, left = plan.pairs_of("all", "all")
-    monkeypatch.setitem(METHODS, "probe", Method("probe", lambda *_: None, "a probe", forms=("lora",), why="it only does lora"))  # type: ignore[arg-type, return-value]
+    monkeypatch.setitem(METHODS, "gauge", Method("gauge", lambda *_: None, "a gauge", forms=("lora",), why="it only does lora"))  # type: ignore[arg-type, return-value]
     after, left_after = plan.pairs_of("all", "all")
-    assert [pair for pair in after if pair not in before] == [("probe", "lora")]
-    assert [item for item in left_after if item not in left] == [(f"probe {form}", "it only does lora") for form in FORMS if form != "lora"]
-    assert "probe" in cli.parser().format_help()
+    assert [pair for pair in after if pair not in before] == [("gauge", "lora")]
+    assert [item for item in left_after if item not in left] == [
+        (f"gauge {form}", "it only does lora") for form in FORMS if form != "lora" and FORMS[form].in_all
+    ]
+    assert "gauge" in cli.parser().format_help()
     with pytest.raises(UserError, match="it only does lora"):
-        plan.pairs_of("probe", "vector")
-    with pytest.raises(UserError, match="have: .*probe"):
-        plan.pairs_of("prob", "vector")
+        plan.pairs_of("gauge", "vector")
+    with pytest.raises(UserError, match="have: .*gauge"):
+        plan.pairs_of("gaug", "vector")
 
 
 def test_all_is_every_row_that_fits() -> None:

@@ -176,7 +176,7 @@ def test_several_changes_of_one_map_are_summed() -> None:
     torch.nn.init.normal_(dense.weight, std=0.1)
     vector = Vector(wide, write_point=site[1])
     both = Steering([(Site(1, *site), one), (Site(1, *site), dense), (Site(1, None, site[1]), vector)])
-    (weight, bias), = (inplace.change(anatomy.read_point(model, 1, site[0]), made) for made in inplace.by_place(model, both).values())
+    ((weight, bias),) = (inplace.change(anatomy.read_point(model, 1, site[0]), made) for made in inplace.by_place(model, both).values())
     assert weight is not None and bias is not None
     torch.testing.assert_close(weight, (one.lora_A @ one.lora_B + dense.weight).T)
     torch.testing.assert_close(bias, vector.v.detach())

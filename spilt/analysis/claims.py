@@ -129,7 +129,7 @@ def _of_fit(questions: Questions, weights: Array | None = None) -> MeanCurves:
     return questions.multipliers[ok], questions.mean("preference", weights)[:, ok], questions.mean("utility", weights)[:, ok]
 
 
-def _judged(questions: Questions, estimate: Array, drawn: Array, negated: bool, fits: Sequence[Array] = ()) -> dict[str, Any]:
+def judged(questions: Questions, estimate: Array, drawn: Array, negated: bool, fits: Sequence[Array] = ()) -> dict[str, Any]:
     """Verdict before correction, of parts [part] and their resamples [draws, part]; the part shown is the one that decides.
 
     fits: the parts by each fit [fit, part], an array for each of the cells compared that have several.
@@ -163,7 +163,7 @@ def judge(cases: Mapping[str, Case], seed: int = 0) -> pd.DataFrame:
     """One row per claim and cell that can be judged (COLUMNS); `than`: the cell that it is compared with. p: after Holm's correction."""
     rows: list[dict[str, Any]] = []
     for name, case in cases.items():
-        case = case._replace(fits=_on_shared(case.fits))
+        case = case._replace(fits=on_shared(case.fits))
         if not _can_be_judged(case.fits):
             continue
         questions = case.fits[0]
@@ -172,7 +172,7 @@ def judge(cases: Mapping[str, Case], seed: int = 0) -> pd.DataFrame:
             estimate = parts(*mean)[0] if len(mean[0]) > 2 else np.empty(0)
             if len(estimate):
                 row = {"claim": claim, "among": case.form, "cell": name, "fits": len(case.fits)}
-                row |= _judged(questions, estimate, parts(*drawn), negated, _of_fits(parts, case.fits, mean[0]))
+                row |= judged(questions, estimate, parts(*drawn), negated, _of_fits(parts, case.fits, mean[0]))
                 rows.append(row | _random(case, partial(_passes, parts, negated)))
     rows += [_fits(name, case) for name, case in cases.items() if len(case.r2) and None not in [fit[0] for fit in case.r2]]
     pairs = [pair for pair in combinations(reversed(list(cases.items())), 2) if pair[0][1].form == pair[1][1].form]
@@ -217,7 +217,7 @@ def _fits(name: str, case: Case) -> dict[str, Any]:
 
 def _compared(a: str, one: Case, b: str, other: Case, seed: int) -> dict[str, Any] | None:
     """Does `one` keep more utility than `other` at equal preference? Over the gains that both reach, on the questions of both."""
-    both = _on_shared((*one.fits, *other.fits))
+    both = on_shared((*one.fits, *other.fits))
     first, second = both[: len(one.fits)], both[len(one.fits) :]
     if not _can_be_judged(both):
         return None
@@ -233,7 +233,7 @@ def _compared(a: str, one: Case, b: str, other: Case, seed: int) -> dict[str, An
     base = float(means[0][1][0, means[0][0] == 0][0])
     row = {"claim": KEEPS.format(one.method, other.method), "among": one.form, "cell": a, "than": b, "from": base, "to": base + min(tops)}
     spreads = [each for fits, mean in zip((first, second), means, strict=True) for each in _of_fits(partial(_kept, levels), fits, mean[0])]
-    row |= {"fits": min(len(first), len(second))} | _judged(both[0], _ahead(means[0], means[1], levels)[0], drawn, False, spreads)
+    row |= {"fits": min(len(first), len(second))} | judged(both[0], _ahead(means[0], means[1], levels)[0], drawn, False, spreads)
 
     def passes(m: Array, preference: Array, utility: Array) -> Array:
         """Random ones in the place of `one`, over what each of them and `other` reach; those that reach nothing do not pass."""
@@ -258,7 +258,7 @@ def _of_fits(parts: Parts, fits: Sequence[Questions], m: Array) -> list[Array]:
     return [np.stack([parts(m, *(y[:, np.isin(own, m)] for y in curves))[0] for own, *curves in each])] if len(fits) > 1 else []
 
 
-def _on_shared(fits: Sequence[Questions]) -> tuple[Questions, ...]:
+def on_shared(fits: Sequence[Questions]) -> tuple[Questions, ...]:
     """On the questions that all of them were asked."""
     keys = reduce(lambda some, other: some.intersection(other), [questions.keys for questions in fits]).sort_values()
     return tuple(_of(questions, keys) for questions in fits)

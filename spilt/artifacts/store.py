@@ -17,6 +17,8 @@ from spilt.errors import checked_name
 class Store:
     """All paths of one base_dir."""
 
+    KL = "kl.csv"  # in a cell's folder of losses: the multipliers of equal KL
+
     def __init__(self, base_dir: Path | str) -> None:
         self.base_dir = Path(base_dir)
 

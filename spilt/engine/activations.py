@@ -174,16 +174,16 @@ def prefix_pairs(model: nn.Module, layer: int, stream: Tensor, pad_id: int) -> p
     return packing.pairs_of(cache)
 
 
-def answer_means(model: nn.Module, layer: int, sequences: list[Encoded], multiple_choice: bool, pad_id: int) -> Tensor:
+def answer_means(model: nn.Module, layer: int, sequences: list[Encoded], multiple_choice: bool, pad_id: int, together: int = 2) -> Tensor:
     """The stream at block `layer` averaged over each sequence's answer tokens (or its second-to-last token), float32 [S, D].
 
-    sequences: two answers of each question, one after the other.
+    sequences: so many of each question (`together`), one after the other.
     """
     if anatomy.family(model).plain:  # nothing is shared between sequences
         device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         streams = (suffix.record(model, layer, torch.tensor([s.input_ids], device=device)).h[0] for s in sequences)
     else:
-        cache = record(model, layer, sequences, (), pad_id, together=2)
+        cache = record(model, layer, sequences, (), pad_id, together=together)
         streams = (cache.batch([i], None, cache.h.device)[1].h[0] for i in range(len(sequences)))
     means = []
     for sequence, stream in zip(sequences, streams, strict=True):

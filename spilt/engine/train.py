@@ -72,10 +72,19 @@ class Mixed(Intervention):
         return self.intervention.steered_or_removed(h, multiplier, self.removed)
 
 
-def estimate(model: nn.Module, layer: int, sequences: list[Encoded], settings: FitSettings, method: Method, pad_id: int) -> Intervention:
-    """A closed form's vector, from the streams [n, D] after block `layer`, each averaged over an answer's tokens.
+def estimate(
+    model: nn.Module,
+    layer: int,
+    sequences: list[Encoded],
+    settings: FitSettings,
+    method: Method,
+    pad_id: int,
+    neutral: Sequence[Encoded] = (),
+) -> Tensor:
+    """A closed form's direction [D], from the streams [n, D] after block `layer`, each averaged over an answer's tokens.
 
-    sequences: both answers of each pair, matching first. Only the blocks up to `layer` are run.
+    sequences: both answers of each pair, matching first; neutral: texts, for the methods that want them. Only the blocks up to `layer`
+    are run.
     """
     assert method.estimate is not None
     if settings.multiple_choice and all(
@@ -85,7 +94,16 @@ def estimate(model: nn.Module, layer: int, sequences: list[Encoded], settings: F
             "multiple_choice reads the token before the last, and up to it both answers of each pair are the same; leave it out"
         )
     means = activations.answer_means(model, layer, sequences, settings.multiple_choice, pad_id)
-    return Vector.from_state(method.estimate(means[0::2], means[1::2]), write_point=settings.site).eval()
+    other = activations.answer_means(model, layer, [*neutral], False, pad_id, together=1) if method.against_neutral else means[1::2]
+    return method.estimate(means[0::2], other)
+
+
+def closed_form(model: nn.Module, layers: Sequence[int], sequences: list[Encoded], settings: FitSettings, *how: Any) -> Steering:
+    """The form of the settings along the direction of each layer, or of `direction_layer` at all of them. how: as for `estimate`."""
+    form, one = INTERVENTIONS[settings.intervention_method], settings.direction_layer
+    found = {layer: estimate(model, layer, sequences, settings, *how) for layer in (layers if one is None else [one])}
+    made = {n: form.from_direction(found[n if one is None else one], write_point=settings.site) for n in layers}
+    return Steering.of({n: made[n].eval().requires_grad_(False).to(anatomy.device_of(model, n)) for n in layers})
 
 
 NO_EFFECT = 1e-6  # norm of an update: the stream's is 1 and more, so this is below what its own rounding changes
@@ -143,6 +161,11 @@ class Job:
     def gradients(self, minibatch: list[Entry], share: int) -> tuple[float, list[Tensor]]:
         """(loss / share, its gradients by the parameters)."""
         raise NotImplementedError(f"{type(self).__name__} does not say how gradients are found")
+
+    def entries(self, row: int) -> list[Entry]:
+        """The directions in which a pair is shown this time."""
+        sides = entries(row, self.settings)
+        return [self.draw.choice(sides)] if self.method.one_side else sides
 
     def draw_rows(self, minibatch: list[Entry]) -> Rows:
         """Winning sequences, then (where the method needs them) losing ones, each with its factor."""
@@ -335,7 +358,7 @@ def fit(
             groups = chunks(chunks(order(rows, s.seed, epoch), s.batch_size), s.gradient_accumulation_steps)
             total = 0.0
             for batch in groups[place]:
-                minibatches = chunks([entry for row in batch for entry in entries(row, s)], s.batch_size)
+                minibatches = chunks([entry for row in batch for entry in job.entries(row)], s.batch_size)
                 for minibatch in minibatches:
                     loss, grads = job.gradients(minibatch, len(minibatches) * len(groups[place]))
                     total += loss

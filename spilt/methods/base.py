@@ -23,6 +23,9 @@ class Scored(NamedTuple):
     ref_losing: AnswerLogProbs | None = None
 
 
+DIRECTIONS = ("vector", "ablation")  # what a direction of the stream can be used as
+
+
 def always(_: FitSettings) -> bool:
     return True
 
@@ -44,3 +47,5 @@ class Method(NamedTuple):
     needs_reference: Callable[[FitSettings], bool] = never
     in_all: bool = True  # a word `all` means it too (the released methods)
     adapters: bool = False  # trained: two adapters of linear maps, one on each side's answers, whose difference it is
+    one_side: bool = False  # trained: a pair is shown in one of `preference_pairs`, drawn each time, and not in all of them
+    against_neutral: bool = False  # closed form: the second argument is of neutral text, not of the not-matching answers

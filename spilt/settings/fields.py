@@ -33,7 +33,7 @@ DTYPE_ALIASES |= {f"torch.{name}": name for name in DTYPES}
 METHOD_ALIASES = {"split": "spilt"}  # the paper's spelling
 WEIGHT_ARITHMETIC = "weight_arithmetic"
 OF_ADAPTERS = ("adapter", "modules", "block_size", "warmup", "contrast")  # keys of it alone
-LATER = ("joint", "steer_positions", "anatomy", *OF_ADAPTERS)  # keys that came after results had been stored
+LATER = ("joint", "steer_positions", "anatomy", "direction_layer", *OF_ADAPTERS)  # keys that came after results had been stored
 INTERVENTION_ALIASES = {"weight": "local_weight"}  # released file names and YAML
 
 
@@ -43,6 +43,7 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {
         "lr": 2e-4, "n_epochs": 1, "gradient_accumulation_steps": 4, "weight_decay": 0.01, "rank": 32, "lora_alpha": 64.0, "dropout": 0.0,
         "block_size": 8, "warmup": 5, "contrast": "difference",
     },
+    "bipo": {"lr": 5e-4, "n_epochs": 20, "beta": 0.1, "steering_factors": (1.0,)},
 }  # fmt: skip
 
 
@@ -84,7 +85,9 @@ class Checked:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON-able values, for the manifest beside an artifact. Keys of LATER stand there where they are set."""
         found = asdict(self)  # type: ignore[call-overload]
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items() if name not in LATER or value}
+        unset = {key.name: key.default for key in fields(self) if key.name in LATER}  # type: ignore[arg-type]
+        kept = {name: value for name, value in found.items() if name not in unset or value != unset[name]}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 
 
 @dataclass(frozen=True)
@@ -218,14 +221,16 @@ class FitSettings(ScoringSettings):
     margin_threshold: float = setting(number(), 0.5)  # nats per token
     ref_loss_weight: float = setting(number(0), 0.0)  # of relu(L_p - L_p_ref) + relu(L_n - L_n_ref); 0 = no reference pass
     hinge: str = setting(choice("hinge", ("batch", "pair")), "batch")  # on minibatch means (released) or per pair (the paper; ours)
-    # reps
+    # reps; bipo has beta
     loss_type: str = setting(choice("loss_type", LOSSES), "scaled_simpo")
-    beta: float = setting(number(above=0), 1.0)  # scale of the log-odds
+    beta: float = setting(number(above=0), by=_by_method("beta", 1.0))  # scale of the log-odds
     gemma: float = setting(number(), 0.0)  # target margin of simpo, divided by beta; the released spelling of gamma
     simpo_scaler: float = setting(number(), 1.0)  # R = simpo_scaler (log p_ref(l) - log p_ref(w))
     label_smoothing: float = setting(number(0, below=1), 0.0)  # probability that a pair is the wrong way round
-    # caa
+    # closed forms
     multiple_choice: bool = setting(flag, False)  # read the second-to-last token instead of the mean over answer tokens
+    # ours: the block whose direction is used at every layer of the cell, as directional ablation does; None = each layer has its own
+    direction_layer: int | None = setting(optional(whole(0)), None)
     # weight_arithmetic (ours; rank, lora_alpha, dropout are those of its adapters): None for every other method
     adapter: str | None = setting(optional(choice("adapter", ADAPTERS)), by=_adapter)  # the kind that both are
     modules: tuple[str, ...] | None = setting(optional(many(text, distinct=True)), None)  # names of linear maps; None = all of a block

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from spilt.cell import FORMS
 from spilt.errors import Mistakes, UserError, unknown
-from spilt.settings.fields import OWN_DEFAULTS, GenerationParams, intervention_name, method_name, read_field
+from spilt.settings.fields import OWN_DEFAULTS, Common, GenerateSettings, GenerationParams, intervention_name, method_name, read_field
 from spilt.settings.files import is_own, kind, load_yaml, parse_yaml, tree_of, trees
 from spilt.settings.keys import FIELDS, IGNORED_KEYS, IGNORED_PARAMS, KEY_ALIASES, KNOWN, PARAM_ALIASES, PARAMS, SECTIONS, SETTINGS
 from spilt.settings.values import Bad, text
 
 ROOT = Path("hparams/Steer/experiment_hparams/spilt_experiment")
 COMMAND_LINE = "command line"
+# what a file says that stands in for one that is not there: where it acts and on what; not how another method is trained, nor strengths
+STANDS_IN = {key.name for kind in (Common, GenerateSettings) for key in fields(kind)} - {"method", "intervention_method", "multipliers"} | {
+    "output_length",
+    "max_num_of_examples",
+    "multiple_choice",
+}
 
 
 class Unused(NamedTuple):
@@ -86,6 +93,7 @@ def resolve(
     layers: Sequence[int] = (),
     own: bool = False,
     device: str = "",
+    like: Sequence[tuple[str, str]] = (),
 ) -> Resolved:
     """The settings of a cell and verb: global file < the cell's file < overrides.
 
@@ -93,9 +101,10 @@ def resolve(
     generate: apply_config.yaml < apply_{method}.yaml; layers left out there are those of the fit.
     layers: those of a cell for which there are no files at all, nor a word of the command line. own: the data are files of the user's own,
     which need no settings files. device: a CPU's dtype is float32 where nobody says another: few have the released bfloat16's arithmetic.
+    like: (method, form) whose files say where this one acts where it has none (methods.stand_ins).
     """
     stack = _Stack(verb, base_dir, model, dataset, method, intervention, own)
-    stack.layers, stack.device = tuple(layers), device
+    stack.layers, stack.device, stack.like = tuple(layers), device, like
     stack.add_globals("apply_config.yaml" if verb == "generate" else "config.yaml")
     stack.add_cell()
     if verb == "measure":
@@ -156,6 +165,8 @@ class _Stack:
         self.unused: list[Unused] = []
         self.mistakes = Mistakes()  # of all files, told together
         self.cell_file: Path | None = None
+        self.like: Sequence[tuple[str, str]] = ()
+        self.stands_in: Path | None = None
         self.given: Collection[str] = ()  # keys of the command line
         self.layers: tuple[int, ...] = ()  # where nobody says them
         self.device = self.cpu = ""  # the second: what a CPU changes in the defaults, in words
@@ -174,6 +185,9 @@ class _Stack:
     def add_cell(self) -> None:
         """The cell's own file. A fit file that names another method or form is refused; elsewhere the path decides, and it is said."""
         self.cell_file = path = hparam_file(self.base_dir, self.dataset, self.model, self.method, self.intervention, self.verb)
+        if path is None and (other := self._stand_in(self.verb)):
+            self.stands_in = other
+            return self._lay({key: value for key, value in self._read(other).items() if key in STANDS_IN}, str(other))
         if path is None and self.without_files:  # the defaults of fields.py, which are those of the released code
             if self.device == "cpu" and (self.base_dir != self.asked or "dtype" not in self.values):
                 self.values["dtype"], self.cpu = "float32", " in float32"
@@ -194,9 +208,13 @@ class _Stack:
                 self.unused.append(Unused(str(path), f"alg_name = {found}", f"the file lies where {asked} is looked for"))
         self._lay(given, str(path))
 
+    def _stand_in(self, verb: str) -> Path | None:
+        cells = ((self.base_dir, self.dataset, self.model, method, form) for method, form in self.like)
+        return next((path for cell in cells if (path := hparam_file(*cell, verb))), None)
+
     def add_fitted_layers(self) -> None:
         """The layers that the cell was, or would be, fitted at."""
-        path = hparam_file(self.base_dir, self.dataset, self.model, self.method, self.intervention, "fit")
+        path = hparam_file(self.base_dir, self.dataset, self.model, self.method, self.intervention, "fit") or self._stand_in("fit")
         if path is not None:
             self._lay({"layers": self._read(path, "fit").get("layers")}, str(path))
 
@@ -227,6 +245,8 @@ class _Stack:
         return Resolved(settings, tuple(self.files), tuple(dict.fromkeys(self.unused)), self._origin(settings.layers))
 
     def _origin(self, layers: Sequence[int]) -> str:
+        if self.stands_in:
+            return f"{self.method} {self.intervention} has no settings of its own: {self.stands_in} says where it acts; else defaults"
         if self.own and self.cell_file is None:
             at = "" if "layers" in self.given else f" (layer {', '.join(map(str, layers))})"
             if self.method in OWN_DEFAULTS:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from spilt.cell import FORMS
+from spilt.errors import UserError
 
 Multiplier = float | Tensor
 State = Tensor | dict[str, Any]  # what layer_{id}.pt holds for one concept
@@ -77,6 +78,11 @@ class Intervention(nn.Module):
     def from_state(cls, state: State, **kwargs: Any) -> Intervention:
         """The form from what `state` gave. kwargs: read_point, write_point, dropout."""
         raise NotImplementedError(f"{cls.__name__} does not say how it is made of what is stored")
+
+    @classmethod
+    def from_direction(cls, v: Tensor, **kwargs: Any) -> Intervention:
+        """The form along v [D], which a closed form found; its length too, where the form has one. kwargs: write_point."""
+        raise NotImplementedError(f"{cls.__name__} does not say how it is made of a direction")
 
     def scaled(self, factor: float) -> Intervention:
         """Itself, with delta times `factor`."""
@@ -143,6 +149,10 @@ class Vector(Intervention):
 
     def state(self) -> State:
         return self.v.detach().float().cpu().clone()
+
+    @classmethod
+    def from_direction(cls, v: Tensor, **kwargs: Any) -> Vector:
+        return cls.from_state(v, **kwargs)
 
     @classmethod
     def from_state(cls, state: State, **kwargs: Any) -> Vector:
@@ -255,5 +265,57 @@ class LocalWeight(Intervention):
         return made
 
 
-INTERVENTIONS: dict[str, type[Intervention]] = {kind.form: kind for kind in (Vector, LoRA, LocalWeight)}
+class Ablation(Intervention):
+    """delta = -m s (h . r) r, r = direction / |direction| [D]: at m s = 1 nothing of the stream points along r any more.
+
+    Directional ablation (arXiv 2406.11717, eq. 4). It reads the stream that it writes to; s = 1 until a Steering is scaled.
+    Dropout acts on the delta.
+    """
+
+    form = "ablation"
+    linear = ("scale",)
+
+    def __init__(
+        self,
+        hidden: int,
+        read: int | None = None,
+        *,
+        read_point: str | None = None,
+        write_point: str = "block",
+        dropout: float = 0.0,
+        **_: Any,
+    ) -> None:
+        super().__init__(None, write_point, dropout)
+        self.direction = nn.Parameter(torch.empty(hidden, dtype=torch.float32).uniform_(-1, 1))
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float32))
+
+    def delta(self, h: Tensor, x: Tensor | None, multiplier: Multiplier) -> Tensor:
+        r = self.direction / self.direction.norm()
+        return self.dropout(-multiplier * self.scale * (h.float() @ r)[..., None] * r)
+
+    def norm(self) -> float:
+        """Of s r r^T; 0 where there is no direction."""
+        return abs(self.scale.item()) if self.direction.detach().norm() > 1e-6 else 0.0
+
+    def folded(self) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+        raise UserError(
+            "ablation reads the stream that it changes, as no weight of the model does; --format safetensors holds any Steering"
+        )
+
+    def state(self) -> State:
+        return {**{name: p.detach().float().cpu().clone() for name, p in self.named_parameters()}, "intervention_components": None}
+
+    @classmethod
+    def from_direction(cls, v: Tensor, **kwargs: Any) -> Ablation:
+        return cls.from_state({"direction": v, "scale": torch.ones(())}, **kwargs)
+
+    @classmethod
+    def from_state(cls, state: State, **kwargs: Any) -> Ablation:
+        assert isinstance(state, Mapping)
+        made = cls(len(state["direction"]), **kwargs)
+        made.direction, made.scale = (nn.Parameter(state[name].detach().float().clone()) for name in ("direction", "scale"))
+        return made
+
+
+INTERVENTIONS: dict[str, type[Intervention]] = {kind.form: kind for kind in (Vector, LoRA, LocalWeight, Ablation)}
 assert list(INTERVENTIONS) == list(FORMS)

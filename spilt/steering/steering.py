@@ -124,7 +124,7 @@ class Steering:
         return f"Steering({sites}{known})"
 
     def __add__(self, other: Steering) -> Steering:
-        """Both act, this one first. At one site their deltas add up: no form reads what another one writes there."""
+        """Both act, this one first. At one site their deltas add up; an ablation alone reads what those before it wrote there."""
         if not isinstance(other, Steering):
             return NotImplemented
         about = {key: value for key, value in self.about.items() if key != RECOMMENDED and other.about.get(key) == value}

@@ -9,7 +9,7 @@ import os
 import pickle
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,15 @@ import torch
 from spilt import verbs
 from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write
+from spilt.artifacts.losses import NEUTRAL
 from spilt.artifacts.store import Store
 from spilt.cell import Cell
 from spilt.data import readers
+from spilt.data.chat import Encoded
 from spilt.engine import choice, score, whole
 from spilt.engine import train as training
 from spilt.methods import METHODS
 from spilt.model.checkpoint import family
-from spilt.steering.interventions import Intervention
 from spilt.steering.layer_file import dump, dump_linears, metadata_line
 from spilt.steering.steering import Steering
 from spilt.tasks import screen
@@ -44,14 +45,14 @@ def fit(step: Step, run: Run) -> str:
     (cell,) = step.cells
     settings: Any = step.settings
     outputs = dict(zip(cell.layers, verbs.output_parts(step, run.request.limit, run.seen).items(), strict=True))
-    groups = [cell.layers] if settings.joint else [(layer,) for layer in cell.layers]
+    together = settings.joint or settings.direction_layer is not None
+    groups = [cell.layers] if together else [(layer,) for layer in cell.layers]
     return "done" if any([_fit(step, {layer: outputs[layer] for layer in group}, run) for group in groups]) else "already done"
 
 
 def _fit(step: Step, outputs: dict[int, tuple[Path, dict[str, Any]]], run: Run) -> bool:
     """One fit, of one layer or of several together. outputs: layer -> file, what decides it. Returns whether anything was done."""
     (cell,) = step.cells
-    settings: Any = step.settings
     standing = {path: manifest.standing(path, parts) for path, parts in outputs.values()}
     if not run.request.force and set(standing.values()) <= {"done", "foreign"}:
         for path in (path for path, state in standing.items() if state == "foreign"):
@@ -63,7 +64,7 @@ def _fit(step: Step, outputs: dict[int, tuple[Path, dict[str, Any]]], run: Run) 
     adapters = METHODS[cell.method].adapters
     fmt = readers.dataset_format(run.request.base_dir, cell.dataset, verbs.VERBS["fit"].sections["train"])
     if METHODS[cell.method].estimate is not None:
-        steering = Steering.of({layer: _closed_form(cell, layer, settings, run, fmt) for layer in outputs})
+        steering = _closed_form(step, tuple(outputs), run, fmt)
     elif adapters:
         steering, rows, more = _adapters(step, run, fmt, manifest.identity(next(iter(outputs.values()))[1]))
     else:
@@ -166,14 +167,21 @@ def _resume(path: Path, identity: str) -> dict[str, Any] | None:
     return state if isinstance(state, dict) and state.get("identity") == identity else None
 
 
-def _closed_form(cell: Cell, layer: int, settings: Any, run: Run, fmt: readers.DatasetFormat) -> Intervention:
+def _closed_form(step: Step, layers: Sequence[int], run: Run, fmt: readers.DatasetFormat) -> Steering:
     """The estimate of a method, from both answers in the released tokenisation without suffix."""
+    (cell,) = step.cells
+    settings: Any = step.settings
     chat = run.host.chat(settings.use_chat_template, settings.system_prompt)
     pairs = readers.read_pairs(fmt, cell.concept, run.recordings.rows(settings))
     sequences = [chat.encode_caa(question, text, p.row, not settings.multiple_choice) for p in pairs for question, text in p.sides]
     lengths = [(pairs[i // 2].row, len(sequence.input_ids)) for i, sequence in enumerate(sequences)]
     check_context(run.host.model, f"fit {cell}, answers with their questions", lengths, "shorten the question or its answer")
-    return training.estimate(run.host.model, layer, sequences, settings, METHODS[cell.method], run.host.pad_id)
+    neutral: Sequence[Encoded] = ()
+    if NEUTRAL in step.data:
+        texts = readers.dataset_format(run.request.base_dir, cell.dataset, verbs.VERBS["fit"].sections[NEUTRAL])
+        neutral = run.recordings.sequences(step, step.data[NEUTRAL], run.host, texts)
+    how = (sequences, settings, METHODS[cell.method], run.host.pad_id, neutral)
+    return training.closed_form(run.host.model, layers, *how)
 
 
 def _train_log(cell: Cell, layer: int, rows: list[dict[str, Any]], store: Store) -> str:

@@ -20,6 +20,7 @@ from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.journal import Journal
 from spilt.artifacts.losses import APPLIED, COLUMNS, LOSS, NEUTRAL, NEUTRAL_TARGET, PREFERENCE_TYPES, SPLITS, TABLE, TABLES, TARGETS
+from spilt.cell import FORMS
 from spilt.data import readers
 from spilt.engine import activations, dose, score, whole
 from spilt.errors import NotFinite
@@ -213,14 +214,16 @@ def _seen(step: Step, steering: Steering, run: Run) -> list[dose.Seen]:
 
 
 def _sweep(step: Step, steering: Steering, run: Run) -> tuple[float, ...]:
-    """The sweep's multipliers. caa is not trained at any strength: its range makes max |m v| that of the trained vectors."""
+    """The sweep's multipliers. A closed form's vector is trained at none: its range makes max |m v| that of the trained ones."""
     (cell,) = step.cells
-    if METHODS[cell.method].estimate is None:
+    if METHODS[cell.method].estimate is None or not FORMS[cell.intervention].direction:
         return step.multipliers
     own = _norm(steering)
     if own == 0:
         return step.multipliers
-    others = [replace(cell, method=name) for name, row in METHODS.items() if _at_blocks(row) and cell.intervention in row.forms]
+    others = [
+        replace(cell, method=name) for name, row in METHODS.items() if row.in_all and _at_blocks(row) and cell.intervention in row.forms
+    ]
     there = [other for other in others if all(run.store.vector(other, n).is_file() for n in cell.layers)]
     norms = [_norm(stored(other, step.settings, run)) for other in there]
     if norms:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -15,7 +15,7 @@ from spilt.cell import Cell
 from spilt.data import readers
 from spilt.data.own import Own
 from spilt.errors import UserError
-from spilt.methods import METHODS
+from spilt.methods import METHODS, stand_ins
 from spilt.model import checkpoint, identity, template
 from spilt.settings.resolve import Resolved, Unused, resolve
 from spilt.verbs.estimate import Cost, Shape, shape_of
@@ -148,7 +148,11 @@ class Verb:
         if adapters and not self.fits and "layers" not in overrides:  # where it was fitted, whatever others' files say
             overrides = {**overrides, "layers": list(VERBS["fit"].settings(request, method, form).settings.layers)}
         cell = (request.base_dir, request.model, request.dataset, method, form)
-        return resolve(self.name, *cell, overrides, middle, without_files(request, method), request.device)
+        return resolve(self.name, *cell, overrides, middle, without_files(request, method), request.device, stand_ins(method, form))
+
+    def purposes(self, method: str) -> Collection[str]:
+        """What of `sections` a method reads."""
+        return self.sections
 
     def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:
         """Those of the command line, else of the settings, else 1."""
@@ -213,6 +217,8 @@ def parts_of(step: Step, purpose: str, own: Mapping[str, Any], limit: int | None
     dated = template.identity(step.model) if step.settings.use_chat_template else None
     if dated is not None:  # left out for all others: nothing of it depends on the day
         sources["template"] = dated
+    if step.verb == "fit" and NEUTRAL in step.data:
+        sources["neutral"] = seen.of(step.data[NEUTRAL])
     return {"settings": settings, **own, "verb": step.verb, "version": verb.version, "limit": limit, **sources}
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from spilt.artifacts.losses import NEUTRAL
 from spilt.artifacts.store import Store
 from spilt.cell import FORMS
 from spilt.data.readers import BARE_CONTRASTS, CONTRASTS, ONE_SIDED, PAIR_FIELDS, QUESTIONS
@@ -38,14 +39,24 @@ def refuses(method: Method, s: Any, kind: str) -> str:
     return ""
 
 
+def refuse_without_effect(s: Any) -> None:
+    """Raises UserError for a setting that a method makes nothing of."""
+    if METHODS[s.method].estimate is None and s.direction_layer is not None:
+        others = ", ".join(CLOSED)
+        raise UserError(f"direction_layer = {s.direction_layer}: {s.method} is trained at its layers; --method {others} find a direction")
+
+
 class Fit(Verb):
     name, mode = "fit", "generate"
     does = "find the parameters of interventions from pairs of answers"
     flags = ("checkpoint_seconds",)
-    sections = {"train": "train"}
+    sections = {"train": "train", NEUTRAL: "neutral"}
     work = "spilt.tasks.fit:fit"
     fits = True
     not_deciding = ()  # the batch size decides a fit
+
+    def purposes(self, method: str) -> Collection[str]:
+        return self.sections if METHODS[method].against_neutral else ("train",)
 
     def settings(self, request: Request, method: str, form: str) -> Resolved:
         found = super().settings(request, method, form)
@@ -55,6 +66,7 @@ class Fit(Verb):
             raise UserError(f"{where}: {method} with site: {s.site} does not exist: {why}; leave site out")
         if METHODS[method].estimate is not None and s.joint:
             raise UserError(f"{where}: joint with {method} does not exist: each layer has its own mean; leave joint out")
+        refuse_without_effect(s)
         return found
 
     def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:
@@ -84,7 +96,7 @@ class Fit(Verb):
         above, size = shape.above(s), shape.size(s)
         length = recorded.tokens / len(rows)
         sides = 2 if method.needs_losing(s) else 1
-        times = s.n_epochs * (1 if method.adapters else len(s.preference_pairs)) * sides
+        times = s.n_epochs * (1 if method.adapters or method.one_side else len(s.preference_pairs)) * sides
         shown = times * (questions + answers / 2)
         flops = recorded.flops + 2 * shape.run(shown, above, length) + 2 * shape.head * times * answers / 2
         shapes = FORMS[step.cells[0].intervention].shapes(shape.hidden, shape.read(step), s.rank)

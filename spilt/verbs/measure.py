@@ -10,6 +10,7 @@ from spilt.artifacts import manifest
 from spilt.artifacts.losses import NEUTRAL, PREFERENCE_TYPES, SPLITS, TABLES
 from spilt.artifacts.store import Store
 from spilt.data.readers import PAIRS
+from spilt.methods import stand_ins
 from spilt.model import identity
 from spilt.settings import resolve_fit
 from spilt.verbs.base import Request, Step, Verb, parts_of, without_files
@@ -33,7 +34,8 @@ class Measure(Verb):
         if not request.words:  # what is recommended stands in a sweep
             return super().multipliers(request, settings)
         cell = (request.model, request.dataset, settings.method, settings.intervention_method)
-        fitted = resolve_fit(request.base_dir, *cell, layers=settings.layers, own=without_files(request, settings.method))
+        own, like = without_files(request, settings.method), stand_ins(*cell[2:])
+        fitted = resolve_fit(request.base_dir, *cell, layers=settings.layers, own=own, like=like)
         return sweep_multipliers(fitted.settings.steering_factors, settings.sweep_points)
 
     def refuses(self, step: Step, kind: str) -> str:

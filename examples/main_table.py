@@ -1,0 +1,98 @@
+"""The paper's main table on one GPU: every method and form is fitted, measured and read on every data set, then `spilt table`.
+
+    python examples/main_table.py --dry_run                                 hours and memory, nothing is run
+    python examples/main_table.py --model_name gemma-2-9b-it qwen2.5-7b-it  models/ and data/ as the README's "The paper's data" has them
+    python examples/main_table.py --base_dir demo-run --model_name smollm2-135m-it --dataset sea --method caa sft spilt pca lda --device cpu
+
+It can be stopped at any moment: the same command goes on. Hours are what is computed by --tflops, those that the card sustains; texts,
+which wait for memory, are counted --text_factor times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from spilt.analysis.paper import DATASETS, MODELS  # noqa: E402
+from spilt.cell import FORMS  # noqa: E402
+from spilt.methods import METHODS  # noqa: E402
+
+RELEASED = [name for name, row in METHODS.items() if row.in_all]
+
+
+def commands(options: argparse.Namespace) -> list[list[str]]:
+    """The runs, one for each model and data set: the paper's methods in all forms, the baselines as vectors."""
+    cells = [(name, form) for name in options.method for form in (METHODS[name].forms if METHODS[name].in_all else ("vector",))]
+    asked = options.form or [name for name, row in FORMS.items() if row.in_all]
+    chosen = [f"{name}_{form}" for name, form in cells if form in asked]
+    fixed = ["--intervention_method", "vector", "--mode", "all", "--device", options.device, "--base_dir", str(options.base_dir)]
+    more = ["--control_pairs", str(options.control_pairs), *(["--limit", str(options.limit)] if options.limit else [])]
+    return [
+        ["--dataset", dataset, "--model_name", model, "--method", *chosen, *fixed, *more]
+        for model in options.model_name
+        for dataset in options.dataset
+    ]
+
+
+def planned(words: list[str]) -> list[dict[str, Any]]:
+    """The steps of a run as its dry run has them."""
+    done = subprocess.run([sys.executable, str(ROOT / "run_spilt.py"), *words, "--dry_run", "--json"], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(done.returncode)  # it has said why
+    return list(json.loads(done.stdout)["steps"])
+
+
+def estimate(options: argparse.Namespace) -> int:
+    total, largest, unknown = 0.0, 0.0, 0
+    for words in commands(options):
+        steps = [step for step in planned(words) if step["state"] != "already done"]
+        known = [step for step in steps if step["cost"]]
+        unknown += len(steps) - len(known)
+        flops = sum(step["cost"]["flops"] * (options.text_factor if step["verb"] == "generate" else 1) for step in known)
+        peak = max((step["cost"]["peak"] for step in known), default=0.0)
+        total, largest = total + flops, max(largest, peak)
+        print(f"{words[3]} {words[1]}: {len(steps)} steps, {flops / options.tflops / 3.6e15:.2f} h, {peak / 2**30:.1f} GiB")
+    if largest:
+        hours = total / options.tflops / 3.6e15
+        print(f"in all about {hours:.1f} hours at {options.tflops:g} TFLOP/s, up to {largest / 2**30:.1f} GiB at once")
+    if unknown:
+        print(f"{unknown} steps are not counted: their model or data are not there yet")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base_dir", type=Path, default=ROOT)
+    parser.add_argument("--model_name", nargs="+", default=list(MODELS))
+    parser.add_argument("--dataset", nargs="+", default=list(DATASETS))
+    parser.add_argument("--method", nargs="+", default=RELEASED, choices=METHODS, help=f"default: {' '.join(RELEASED)}")
+    parser.add_argument("--form", nargs="+", choices=FORMS, help="default: all of a method")
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--kl", type=float, default=1.0, help="nats at which methods are compared at equal disturbance (default 1)")
+    parser.add_argument("--control_pairs", type=int, default=32, help="questions for random interventions; 0: none")
+    parser.add_argument("--limit", type=int, help="rows of each data file")
+    parser.add_argument("--output", type=Path, default=Path("tables"), help="folder for the tables (default: tables)")
+    parser.add_argument("--tflops", type=float, default=100.0, help="that the card sustains (default 100; a CPU core: 0.05)")
+    parser.add_argument("--text_factor", type=float, default=10.0, help="how much slower text is made than read (default 10)")
+    parser.add_argument("--dry_run", action="store_true", help="print hours and memory; run nothing")
+    options = parser.parse_args()
+    if options.dry_run:
+        return estimate(options)
+    failed = [words for words in commands(options) if subprocess.run([sys.executable, str(ROOT / "run_spilt.py"), *words]).returncode]
+    table = ["--base_dir", str(options.base_dir), "--model_name", *options.model_name, "--dataset", *options.dataset]
+    table += ["--kl", str(options.kl), "--device", options.device, "--output", str(options.output)]
+    done = subprocess.run([sys.executable, str(ROOT / "run_spilt.py"), "table", *table]).returncode
+    for words in failed:
+        print(f"not all was done: run_spilt.py {' '.join(words)}", file=sys.stderr)
+    return done or bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

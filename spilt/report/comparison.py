@@ -1,0 +1,374 @@
+"""The paper's tables from what is stored, of any models and data sets: main, fits, averages, train_test, equal; its own numbers beside.
+
+Cells that differ by their seed alone are one row: means over the fits, and their range in place of the interval over questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from spilt.analysis import equal, paper
+from spilt.analysis.claims import Case
+from spilt.analysis.provenance import of_one_vector
+from spilt.analysis.questions import Questions
+from spilt.artifacts.store import Store
+from spilt.errors import UserError, unknown
+from spilt.report import cells as stored
+from spilt.report import tables
+from spilt.report.cells import Measured, label, shown
+
+KL_COLUMNS = ("side", "multiplier", "status", "tokens", "kl_mean", "kl_p95", "kl_max", "budget")
+NO_STEERING = ("no steering", "")
+ON = {"train": "training", "test": "held-out"}
+
+
+class Table(NamedTuple):
+    """name: as it is asked for; title and note: what stands above and below; shown: cells as text; values: as numbers."""
+
+    name: str
+    title: str
+    note: str
+    shown: pd.DataFrame
+    values: pd.DataFrame
+
+
+class Group(NamedTuple):
+    """The fits of a method and form at the same layers, whatever their seeds."""
+
+    cells: tuple[Measured, ...]
+
+    @property
+    def method(self) -> str:
+        return self.cells[0].place.method
+
+    @property
+    def variant(self) -> str:
+        return self.cells[0].place.fitted_as
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.variant}"
+
+    @property
+    def label(self) -> str:
+        fits = f" ({len(self.cells)} fits)" if len(self.cells) > 1 else ""
+        return label(self.method, self.variant) + fits
+
+    def numbers(self, read: Callable[[Measured], tuple[float | None, float | None, float | None]]) -> dict[str, float]:
+        """value, low, high of one number that is read off each fit."""
+        found = np.array([[np.nan if x is None else float(x) for x in read(cell)] for cell in self.cells])
+        if len(found) == 1:
+            return dict(zip(("value", "low", "high"), found[0].tolist(), strict=True))
+        own = found[:, 0]
+        return {"value": float(own.mean()), "low": float(own.min()), "high": float(own.max())}
+
+
+class Set(NamedTuple):
+    """What is measured of one model on one data set."""
+
+    base: Path
+    model: str
+    dataset: str
+    groups: tuple[Group, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def heading(self) -> str:
+        return f"{self.model}, {self.dataset}"
+
+    def named(self, values: pd.DataFrame) -> pd.DataFrame:
+        return values.assign(model=self.model, dataset=self.dataset)
+
+
+def collect(base: Path, models: Sequence[str], datasets: Sequence[str], names: Sequence[str], budget: float, seed: int) -> list[Set]:
+    """Every model and data set with stored losses, or those named. Raises UserError for names without any.
+
+    names: of the tables wanted; curves are fitted (and kept) for those that show fits alone.
+    """
+    read = stored.analyse if {"fits", "averages"} & {*names} else stored.judged
+    have = stored.models(base)
+    if not have:
+        raise UserError(f"no stored losses below {base}; run --mode loss first, or check --base_dir")
+    for model in models:
+        if model not in have:
+            raise unknown("model with stored losses", model, have)
+    every = {model: stored.datasets(base, model) for model in (models or have)}
+    for name in datasets:
+        if not any(name in there for there in every.values()):
+            raise unknown("dataset with stored losses", name, sorted({one for there in every.values() for one in there}))
+    found = [
+        _set(base, model, name, partial(read, norm="mean", budget=budget, seed=seed))
+        for model, there in every.items()
+        for name in there
+        if not datasets or name in datasets
+    ]
+    return [one for one in found if one.groups]
+
+
+def _set(base: Path, model: str, dataset: str, read: Callable[[stored.Place], Measured]) -> Set:
+    groups: dict[tuple[str, str], list[Measured]] = {}
+    problems = []
+    for place in stored.find(base, model, dataset):
+        try:
+            groups.setdefault((place.method, place.fitted_as), []).append(read(place))
+        except (UserError, OSError) as error:
+            problems.append(f"{model} {dataset} {place.name}: {error}")
+    return Set(base, model, dataset, tuple(Group(tuple(same)) for same in groups.values()), tuple(problems))
+
+
+def spread(numbers: Mapping[str, float], spec: str = ".2f") -> str:
+    """'0.83 [0.70, 0.95]'"""
+    low, high = numbers["low"], numbers["high"]
+    return shown(numbers["value"], spec) + (f" [{shown(low, spec)}, {shown(high, spec)}]" if np.isfinite([low, high]).all() else "")
+
+
+def _told(cell: Measured) -> dict[str, Any]:
+    """The numbers at the multiplier that the budget gives, on held-out questions where they were measured."""
+    return dict(cell.best["reported"] or cell.best["chosen"] or {})
+
+
+def _of(cell: Measured, name: str, low: str = "", high: str = "") -> tuple[float | None, float | None, float | None]:
+    told = _told(cell)
+    return told.get(name), told.get(low), told.get(high)
+
+
+MAIN: dict[str, tuple[str, Callable[[Measured], tuple[float | None, float | None, float | None]]]] = {
+    "m": (".3g", lambda cell: (cell.best["solved"], cell.best["low"], cell.best["high"])),
+    "preferred": (".1%", lambda cell: _of(cell, "accuracy")),
+    "preference gain, nats": (".2f", lambda cell: _of(cell, "preference_gain", "gain_low", "gain_high")),
+    "utility drop, nats": (".2f", lambda cell: _of(cell, "utility_drop", "drop_low", "drop_high")),
+}
+
+
+def main(one: Set) -> Table:
+    """The paper's main table: every cell at the multiplier that its training items give, on held-out items."""
+    theirs = {(row["method"], row["intervention"]): row for row in paper.main_results(one.model, one.dataset)}
+    measures = list(paper.MEASURES.get(one.dataset, {})) if theirs else []
+    rows, values = [], []
+    for group in (None, *one.groups):
+        names = NO_STEERING if group is None else (group.method, group.variant)
+        row: dict[str, Any] = {"method": names[0] if group is None else group.label}
+        found = {} if group is None else {name: group.numbers(read) for name, (_, read) in MAIN.items()}
+        if group is None:
+            first = _told(one.groups[0].cells[0])
+            found = {"preferred": dict.fromkeys(("low", "high"), float("nan")) | {"value": _number(first.get("accuracy_at_0"))}}
+        chosen = group is None or all(cell.best["multiplier"] for cell in group.cells)
+        for name, (spec, _) in MAIN.items():
+            row[name] = spread(found[name], spec) + ("" if chosen or name != "m" else " °") if name in found else "–"
+            if name in found:
+                values.append({"method": names[0], "intervention": names[1], "measure": name, **found[name], "recommended": chosen})
+        for name in measures:
+            row[f"paper: {name}"] = shown(theirs.get(names, {}).get(name), ".4g")
+            values.append(
+                {"method": names[0], "intervention": names[1], "measure": f"paper: {name}", "value": theirs.get(names, {}).get(name)}
+            )
+        rows.append(row)
+    on = next((cell.best["reported_on"] or cell.best["chosen_on"] for group in one.groups for cell in group.cells), "train")
+    budget = one.groups[0].cells[0].best["budget"]
+    note = (
+        f"m: of largest gain in preference within a utility drop of {budget:g} nat, chosen on training questions. Preferred: "
+        f"{ON[on]} questions whose matching answer has the smaller loss. Gain and drop: from m = 0, 95% bootstrap intervals over "
+        "questions; of several fits their range. °: not recommended (no gain, or random interventions reach it too)."
+    )
+    return Table("main", f"{one.heading}: main results", note, pd.DataFrame(rows), one.named(pd.DataFrame(values)))
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def fits(one: Set) -> Table:
+    """Paper table 2: R^2 of both curves of every cell, the paper's beside."""
+    every = tables.fits([cell for group in one.groups for cell in group.cells], one.model, one.dataset)
+    every = every[every["range"] == "trained"]
+    rows = []
+    for group in one.groups:
+        own = every[(every["method"] == group.method) & every["intervention"].isin([cell.place.intervention for cell in group.cells])]
+        row = {"method": group.label}
+        for curve, part in own.groupby("curve", sort=False):
+            for name, words in {"r2": "R²", "r2_held_out": "held out", "r2_test": "on test", "r2_paper": "paper"}.items():
+                row[f"{curve} {words}"] = shown(part[name].astype(float).mean(), ".3f" if name != "r2_paper" else ".2f")
+        rows.append(row)
+    note = (
+        "Over the trained range, as in the paper. Held out: fitted on every second multiplier, scored on the others. "
+        "On test: the fit of the training questions, scored on the held-out ones."
+    )
+    return Table("fits", f"{one.heading}: fits of the curves", note, pd.DataFrame(rows), one.named(every))
+
+
+def averages(sets: Sequence[Set]) -> list[Table]:
+    """Paper tables 6 and 7: R^2 averaged over data sets and methods, by form; how many reach 0.95; on the test questions."""
+    out = []
+    for model in dict.fromkeys(one.model for one in sets):
+        every = pd.concat([fits(one).values for one in sets if one.model == model], ignore_index=True)
+        every["form"] = [label("", name.partition("@")[0]) for name in every["intervention"]]
+        parts = [*every.groupby("form", sort=False), ("all", every)]
+        means = [tables.fit_averages(part).assign(form=form) for form, part in parts]
+        table = pd.concat(means, ignore_index=True)
+        rows = []
+        for form, part in table.groupby("form", sort=False):
+            row = {"form": str(form)}
+            for line in part.to_dict("records"):
+                curve = line["curve"]
+                row |= {f"{curve} R²": shown(line["r2"], ".3f"), f"{curve} on test": shown(line["r2_test"], ".3f")}
+                row |= {f"{curve} paper": shown(line["r2_paper"], ".3f"), f"{curve} R² from 0.95": f"{line['good']} of {line['fitted']}"}
+            rows.append(row)
+        names = ", ".join(one.dataset for one in sets if one.model == model)
+        out.append(
+            Table(
+                "averages",
+                f"{model}: averages of the fits",
+                f"Over methods and data sets: {names}.",
+                pd.DataFrame(rows),
+                table.assign(model=model),
+            )
+        )
+    return out
+
+
+def train_test(one: Set) -> Table:
+    """What was chosen on the training questions, there and on the held-out ones."""
+    rows, values = [], []
+    for group in one.groups:
+        row: dict[str, Any] = {"method": group.label}
+        for part, on in (("chosen", "train"), ("reported", "test")):
+            for name, low, high in (("preference_gain", "gain_low", "gain_high"), ("utility_drop", "drop_low", "drop_high")):
+
+                def read(cell: Measured, part: str = part, names: tuple[str, str, str] = (name, low, high)) -> Any:
+                    return tuple((cell.best[part] or {}).get(key) for key in names)
+
+                found = group.numbers(read)
+                row[f"{name.replace('_', ' ')}, {on}"] = spread(found)
+                values.append({"method": group.method, "intervention": group.variant, "measure": name, "on": on, **found})
+        rows.append(row)
+    note = "At the multiplier chosen on the training questions; nats, from m = 0, 95% intervals."
+    return Table("train_test", f"{one.heading}: training to held-out questions", note, pd.DataFrame(rows), one.named(pd.DataFrame(values)))
+
+
+def kl_of(cell: Measured) -> pd.DataFrame | None:
+    """The stored multipliers of equal KL, of the vector that lies there now."""
+    path = cell.place.folder / Store.KL
+    if not path.is_file() or path not in of_one_vector(cell.place.base, [path])[0]:
+        return None
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a table ({error}); spilt table --kl makes it again") from None
+    if tuple(table.columns) != KL_COLUMNS:
+        raise UserError(f"{path}: has columns {', '.join(table.columns)}; spilt table --kl makes it again")
+    return table
+
+
+def _at_kl(cell: Measured) -> float | None:
+    """The multiplier on the side of the recommended one, where the budget was met within what was measured."""
+    table = kl_of(cell)
+    side = "negative" if (cell.best["solved"] or 0) < 0 else "positive"
+    for row in () if table is None else table[table["side"] == side].to_dict("records"):
+        m = np.sort(cell.frame["multiplier"].unique())
+        if row["status"] == "converged" and m[0] <= row["multiplier"] <= m[-1]:
+            return float(row["multiplier"])
+    return None
+
+
+def strengths(one: Set) -> Table | None:
+    """Every cell's multipliers of equal KL, both signs, with what was reached; None where none are stored."""
+    every = [(group, cell, table) for group in one.groups for cell in group.cells if (table := kl_of(cell)) is not None]
+    if not every:
+        return None
+    rows, values = [], []
+    for _, cell, table in every:
+        row = {"method": cell.label}
+        for line in table.to_dict("records"):
+            row |= {f"m, {line['side']}": shown(line["multiplier"], ".3g"), f"KL p95, {line['side']}": shown(line["kl_p95"], ".3f")}
+            row |= {f"status, {line['side']}": str(line["status"])}
+        rows.append(row)
+        values.append(table.assign(**cell.names))
+    budget = every[0][2]["budget"].iloc[0]
+    note = f"KL(steered || unsteered) along the steered model's own greedy answers, 95th percentile over tokens; budget {budget:g} nat."
+    return Table("strengths", f"{one.heading}: strengths of equal KL", note, pd.DataFrame(rows), one.named(pd.concat(values)))
+
+
+def _told_on(cell: Measured) -> str:
+    """The split that is reported on: held-out questions where they were measured."""
+    return "test" if "test" in set(cell.frame["split"]) else str(cell.frame["split"].iloc[0])
+
+
+def at_equal(one: Set, budget: float, seed: int) -> Table:
+    """spilt against each other method of its form at equal KL, equal preference, equal utility, whatever comes out."""
+    compared = {}
+    for group in one.groups:
+        split = _told_on(group.cells[0])
+        questions = tuple(Questions.of(cell.frame[cell.frame["split"] == _told_on(cell)]) for cell in group.cells)
+        compared[group.name] = equal.Cell(Case(group.method, group.variant, questions), tuple(_at_kl(cell) for cell in group.cells))
+    table = equal.pairs(compared, budget, seed=seed)
+    labels = {group.name: group.label for group in one.groups}
+    rows = []
+    for line in table.to_dict("records"):
+        better = "–" if not line["p"] < 0.05 else labels[line["cell"] if line["difference"] > 0 else line["than"]]
+        numbers = {"value": line["difference"], "low": line["low"], "high": line["high"]}
+        of = {"preference": "preference gain", "utility": "utility kept"}[line["of"]]
+        row = {"at equal": line["at equal"], "method": labels[line["cell"]], "against": labels[line["than"]], "difference in": of}
+        rows.append({**row, "nats": spread(numbers), "p": shown(line["p"], ".3f"), "better": better})
+    words = ["at equal", "method", "against", "difference in", "nats", "p", "better"]
+    note = (
+        f"On {ON[split]} questions, paired; 95% intervals, p by Holm over the comparisons of a kind. At equal utility: within a "
+        f"drop of {budget:g} nat. At equal preference: mean over the gains that both reach. At equal KL: both where the KL budget is met."
+    )
+    frame = pd.DataFrame(rows, columns=words)
+    return Table("equal", f"{one.heading}: SPLIT at equal KL, preference and utility", note, frame, one.named(table))
+
+
+def make(sets: Sequence[Set], names: Sequence[str], budget: float, seed: int) -> list[Table]:
+    """The tables that are asked for, by model and data set; averages over data sets last."""
+    of_set: dict[str, Callable[[Set], Table | None]] = {
+        **{"main": main, "strengths": strengths, "train_test": train_test, "fits": fits},
+        "equal": lambda one: at_equal(one, budget, seed),
+    }
+    made = [table for one in sets for name in paper.TABLES if name in names and name in of_set and (table := of_set[name](one)) is not None]
+    return [*made, *(averages(sets) if "averages" in names else [])]
+
+
+# ---------------------------------------------------------------- as text
+
+
+def markdown(made: Sequence[Table]) -> str:
+    parts = []
+    for table in made:
+        cells = [list(table.shown.columns), *table.shown.astype(str).to_numpy().tolist()]
+        lines = ["| " + " | ".join(str(text).replace("|", "\\|") for text in row) + " |" for row in cells]
+        lines.insert(1, "|---" * len(table.shown.columns) + "|")
+        parts.append("\n".join([f"## {table.title}", "", *(lines if len(table.shown) else ["nothing to compare"]), "", table.note, ""]))
+    return "\n".join(parts)
+
+
+def latex(made: Sequence[Table]) -> str:
+    """booktabs; needs no package of fonts: the signs that plain LaTeX does not have are written with its commands."""
+    parts = [
+        table.shown.to_latex(index=False, escape=True, caption=table.title, label=f"tab:{n}-{table.name}") for n, table in enumerate(made)
+    ]
+    text = "\n".join(parts)
+    for sign, command in {"−": "$-$", "–": "--", "²": "\\textsuperscript{2}", "°": "\\textdegree{}"}.items():
+        text = text.replace(sign, command)
+    return text
+
+
+def csv(made: Sequence[Table], name: str) -> str:
+    """All tables of one name in one file, as numbers."""
+    values = [table.values for table in made if table.name == name]
+    frame = pd.concat(values, ignore_index=True)
+    first = [column for column in ("model", "dataset") if column in frame]
+    return frame[[*first, *(column for column in frame if column not in first)]].to_csv(
+        index=False, float_format="%.10g", lineterminator="\n"
+    )
+
+
+def html(made: Sequence[Table], version: str) -> str:
+    from spilt.report import page
+
+    return page.render("comparison.html", tables=made, version=version)

@@ -1,0 +1,104 @@
+"""spilt table: the paper's tables from stored results of any models and data sets, its own numbers beside for its two models.
+
+main: every method at the strength that its training questions give; equal: SPLIT against the others at equal KL, preference and utility;
+strengths: those of equal KL; train_test; fits and averages: of the curves. With --kl the model is loaded and cells without such a strength
+get one, which is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spilt import __version__
+from spilt.analysis.paper import TABLES
+from spilt.errors import UserError
+from spilt.terminal import complain, program, say
+
+if TYPE_CHECKING:
+    from spilt.report.comparison import Set
+
+FORMATS = {"markdown": ".md", "csv": ".csv", "latex": ".tex", "html": ".html"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print or write the tables; 0, or 2 where there is nothing to read."""
+    parser = argparse.ArgumentParser(prog="spilt table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base_dir", default=".", type=Path)
+    parser.add_argument("--model_name", nargs="+", default=[], metavar="NAME", help="default: every model with stored losses")
+    parser.add_argument("--dataset", nargs="+", default=[], metavar="NAME", help="default: every data set with stored losses")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="default: all of them")
+    parser.add_argument("--format", choices=FORMATS, help="of what is printed (default markdown); with --output all four are written")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write tables.md, .tex, .html and a csv of each table there")
+    parser.add_argument("--budget", type=float, default=0.5, help="utility that may be lost from m = 0, nats (default 0.5)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--kl", type=float, metavar="NATS", help="find the strengths of equal KL that are not stored yet; loads the model")
+    parser.add_argument("--prompts", type=int, default=8, metavar="N", help="for --kl: the data set's first N (default 8)")
+    parser.add_argument("--max_new_tokens", type=int, default=32, metavar="N", help="for --kl: of each answer (default 32)")
+    parser.add_argument("--device", default="", help="for --kl; default: cuda:0 where there is one, else cpu")
+    return program(parser, argv, _table)
+
+
+def _table(args: argparse.Namespace) -> int:
+    from spilt.artifacts.atomic import atomic_write
+    from spilt.report import comparison
+
+    if not args.budget >= 0:
+        raise UserError(f"--budget {args.budget:g}: nats of utility to spend, 0 or more")
+    if args.kl is not None and not 0 < args.kl < float("inf"):
+        raise UserError(f"--kl {args.kl:g}: wanted nats above 0")
+    for name in ("prompts", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: wanted 1 or more")
+    if args.format == "csv" and args.output is None and len(args.tables) > 1:
+        raise UserError("--format csv prints one table: name it with --tables, or give --output FOLDER for a file of each")
+    sets = comparison.collect(args.base_dir, args.model_name, args.dataset, args.tables, args.budget, args.seed)
+    problems = [problem for one in sets for problem in one.problems]
+    for problem in problems:
+        complain(f"warning: {problem}")
+    if not sets:
+        raise UserError("no cell could be read; spilt verify says what is wrong with each file")
+    if args.kl is not None:
+        _calibrate(args, sets)
+    made = comparison.make(sets, args.tables, args.budget, args.seed)
+    lacking = [name for name in args.tables if name not in {table.name for table in made}]
+    if lacking:
+        complain(f"note: no table {', '.join(lacking)}: no strengths of equal KL are stored; --kl NATS finds them")
+    if not made:
+        return 1
+    if args.output is None:
+        written = {"markdown": comparison.markdown, "latex": comparison.latex, "html": lambda some: comparison.html(some, __version__)}
+        text = comparison.csv(made, made[0].name) if args.format == "csv" else written[args.format or "markdown"](made)
+        for line in text.splitlines():
+            say(line)
+        return 0
+    args.output.mkdir(parents=True, exist_ok=True)
+    files = {f"{name}.csv": comparison.csv(made, name) for name in dict.fromkeys(table.name for table in made)}
+    files |= {
+        "tables.md": comparison.markdown(made),
+        "tables.tex": comparison.latex(made),
+        "tables.html": comparison.html(made, __version__),
+    }
+    for name, text in files.items():
+        atomic_write(args.output / name, text)
+    say(f"{args.output}: {', '.join(files)}")
+    return 0
+
+
+def _calibrate(args: argparse.Namespace, sets: Sequence[Set]) -> None:
+    from spilt.disturbance import How, calibrate
+
+    how = How(args.kl, args.prompts, args.max_new_tokens)
+    for one in sets:
+        cells = [(cell.place.method, cell.place.intervention) for group in one.groups for cell in group.cells]
+        try:
+            calibrate(args.base_dir, one.model, one.dataset, cells, how, args.device, complain)
+        except UserError as error:
+            complain(f"warning: {one.heading}: no strengths of equal KL: {error}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""examples/main_table.py: what it would take, without running anything; and on a small model all of it, to the tables."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import families
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "main_table.py"
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=300)
+
+
+def of(base: families.Base, *more: str) -> list[str]:
+    return ["--base_dir", str(base.path), "--model_name", base.model, "--dataset", base.one, "--device", "cpu", *more]
+
+
+def test_the_dry_run_says_hours_and_memory(tmp_path: Path) -> None:
+    """Of the very steps that would run; what the run itself would refuse is refused; nothing is written."""
+    base = families.make_base(tmp_path / "base", train=6)
+    before = families.listing(base.path)
+    done = run(*of(base, "--method", "caa", "spilt", "mean_centred", "--form", "vector", "--dry_run"))
+    assert done.returncode == 2 and "neutral" in done.stderr  # as the run itself would say
+    done = run(*of(base, "--method", "caa", "spilt", "lda", "--dry_run", "--tflops", "1e-7"))
+    assert done.returncode == 0, done.stderr
+    assert f"tiny {base.one}: 15 steps, " in done.stdout and "GiB at once" in done.stdout  # caa, lda, three of spilt; three verbs
+    hours = float(done.stdout.split("in all about ")[1].split(" hours")[0])
+    assert hours > 0 and families.listing(base.path) == before
+
+
+@pytest.mark.long
+def test_all_of_it_on_a_small_model(tmp_path: Path) -> None:
+    base = families.make_base(tmp_path / "base", train=6)
+    words = ["--method", "sft", "spilt", "--form", "vector", "--control_pairs", "0", "--kl", "0.3", "--output", str(tmp_path / "tables")]
+    done = run(*of(base, *words))
+    assert done.returncode == 0, done.stderr
+    said = (tmp_path / "tables" / "tables.md").read_text()
+    assert "| spilt vector |" in said and "| KL |" in said and "strengths of equal KL" in said
