@@ -176,7 +176,7 @@ def judge(cases: Mapping[str, Case], seed: int = 0) -> pd.DataFrame:
                 rows.append(row | _random(case, partial(_passes, parts, negated)))
     rows += [_fits(name, case) for name, case in cases.items() if len(case.r2) and None not in [fit[0] for fit in case.r2]]
     pairs = [pair for pair in combinations(reversed(list(cases.items())), 2) if pair[0][1].form == pair[1][1].form]
-    rows += filter(None, [_compared(a, one, b, other, seed) for (a, one), (b, other) in pairs])
+    rows += filter(None, [keeps(a, one, b, other, seed) for (a, one), (b, other) in pairs])
     table = pd.DataFrame(rows, columns=COLUMNS)
     tested = table["p"].notna()
     table.loc[tested, "p"] = holm(table.loc[tested, "p"].to_numpy(float))
@@ -215,7 +215,7 @@ def _fits(name: str, case: Case) -> dict[str, Any]:
     return {"claim": FITS, "among": case.form, "cell": name, "verdict": HOLDS if sure else OPEN if good else FAILS, "estimate": min(own)}
 
 
-def _compared(a: str, one: Case, b: str, other: Case, seed: int) -> dict[str, Any] | None:
+def keeps(a: str, one: Case, b: str, other: Case, seed: int) -> dict[str, Any] | None:
     """Does `one` keep more utility than `other` at equal preference? Over the gains that both reach, on the questions of both."""
     both = on_shared((*one.fits, *other.fits))
     first, second = both[: len(one.fits)], both[len(one.fits) :]

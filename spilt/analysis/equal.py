@@ -1,8 +1,8 @@
 """Two cells of a form compared at equal disturbance (KL), equal preference and equal utility: paired over questions, all on the same ones.
 
 At equal KL: gain P(m) - P(0) and kept utility U(m) - U(0), each cell at the multiplier at which it meets one budget of KL (interpolated).
-At equal utility: the largest gain within a utility drop of the budget. At equal preference: claims.KEEPS. Several fits of a cell (seeds):
-their mean, with the variance between them as in claims. Holm's correction over all rows of a table.
+At equal utility: the largest gain within a utility drop of the budget. At equal preference: claims.keeps. Several fits of a cell (seeds):
+their mean, with the variance between them as in claims. Holm's correction over the rows of each kind.
 """
 
 from __future__ import annotations
@@ -84,17 +84,11 @@ def pairs(cells: Mapping[str, Cell], budget: float, first: str = "spilt", seed: 
                 one, two = ([*zip(side.case.fits, own, strict=True)] for side, own in zip((cell, other), statistics, strict=True))
                 if found := compared(one, two, seed):
                     rows.append({"at equal": at, "form": cell.case.form, "cell": name, "than": against, "of": of, **found})
-    kept = claims.judge({name: cell.case for name, cell in cells.items()}, seed)
-    kept = kept[kept["than"].notna()]
-    for row in kept.to_dict("records"):
-        sign = 1 if cells[row["cell"]].case.method == first else -1
-        if first not in (cells[row["cell"]].case.method, cells[row["than"]].case.method):
-            continue
-        low, high = sorted((sign * row["low"], sign * row["high"]))
-        names = (row["cell"], row["than"])[::sign]
-        told = {"difference": sign * row["estimate"], "low": low, "high": high, "p": row["p"], "fits": row["fits"]}
-        rows.append({"at equal": PREFERENCE, "form": row["among"], "cell": names[0], "than": names[1], "of": "utility", **told})
+            if kept := claims.keeps(name, cell.case, against, other.case, seed):
+                told = {key: kept[key] for key in ("low", "high", "p", "fits")}
+                names = {"at equal": PREFERENCE, "form": cell.case.form, "cell": name, "than": against, "of": "utility"}
+                rows.append({**names, "difference": kept["estimate"], **told})
     table = pd.DataFrame(rows, columns=COLUMNS)
-    own = table["at equal"] != PREFERENCE  # those are corrected already
-    table.loc[own, "p"] = claims.holm(table.loc[own, "p"].to_numpy(float))
-    return table
+    for _, part in table.groupby("at equal"):
+        table.loc[part.index, "p"] = claims.holm(part["p"].to_numpy(float))
+    return table.sort_values("at equal", kind="stable", ignore_index=True)
