@@ -78,6 +78,9 @@ def test_its_make_targets_and_flags_exist() -> None:
         "--xstest",
         "--advbench",
         "--strongreject",
+        "--kl",
+        "--tasks",
+        "--include_path",
     }
     used = set(re.findall(r"(?<![\w-])--[a-z_]+(?:-[a-z_]+)?", TEXT))
     assert len(used) > 10
