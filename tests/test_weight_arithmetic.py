@@ -18,6 +18,7 @@ from spilt.engine import choice
 from spilt.errors import UserError
 from spilt.settings import FitSettings, resolve_generate, resolve_measure
 from spilt.settings.fields import ADAPTERS, CONTRASTS
+from spilt.tasks import control
 from spilt.verbs.base import adapted_layers
 from spilt.weights import arithmetic, training
 
@@ -162,18 +163,19 @@ def test_the_same_answers_have_no_difference() -> None:
 
 
 @pytest.mark.long
-def test_it_is_swept_beside_another_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_swept_beside_another_method(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Sweep, random changes of the same maps, page and recommendation; equal disturbance; the cell as an adapter and as a checkpoint."""
+    monkeypatch.setattr(control, "DRAWS", 2)
     base = families.make_base(tmp_path / "base", train=8)
-    given = [word for name, value in {**FAST, "sweep_points": 5}.items() for word in ("--set", f"{name}={value}")]
-    words = [*base.argv(f"{NAME}_lora", "vector", *given), "--quiet", "--control_pairs", "2"]
+    given = [["--set", f"{name}={value}"] for name, value in {**FAST, "sweep_points": 5, "modules": "down_proj,q_proj"}.items()]
+    words = [*base.argv(f"{NAME}_lora", "vector"), *sum(given, []), "--quiet", "--control_pairs", "2"]
     words[words.index("--method") + 1 : words.index("--method") + 2] = [f"{NAME}_lora", "caa"]
     assert cli.main([*words, "--mode", "all"]) == 0
     (page,) = base.path.glob("vectors/*/get_sft_loss/report/*/report.html")
     assert NAME in page.read_text() and "caa" in page.read_text()
     assert {found.state for found in verify.check(base.path)} == {verify.OK}
-    control = next(base.path.glob(f"vectors/*/get_sft_loss/{NAME}/*/*/control.csv"))
-    assert len(control.read_text().splitlines()) == 1 + 40 * 7
+    along = next(base.path.glob(f"vectors/*/get_sft_loss/{NAME}/*/*/control.csv"))
+    assert len(along.read_text().splitlines()) == 1 + control.DRAWS * (2 * len(control.DOSES) + 1)
     cell = ["--base_dir", str(base.path), "--model_name", base.model, "--dataset", base.one, "--method", NAME, "--device", "cpu"]
     cell += ["--intervention_method", "lora"]
     capsys.readouterr()

@@ -17,6 +17,7 @@ from spilt.data.own import Own
 from spilt.errors import UserError
 from spilt.methods import METHODS, stand_ins
 from spilt.model import checkpoint, identity, template
+from spilt.settings.fields import OF_ADAPTERS, method_name
 from spilt.settings.resolve import Resolved, Unused, resolve
 from spilt.verbs.estimate import Cost, Shape, shape_of
 
@@ -71,6 +72,11 @@ def with_own(overrides: Mapping[str, Any], method: str, seed: int | None = None,
 def without_files(request: Request, method: str) -> bool:
     """Whether settings files are not asked for: the data are the user's own, or none were released for the method."""
     return request.own is not None or METHODS[method].adapters
+
+
+def _asks_for_adapters(request: Request) -> bool:
+    words = [request.method] if isinstance(request.method, str) else request.method
+    return any(method_name(word).startswith(name) for word in words for name, row in METHODS.items() if row.adapters)
 
 
 def adapted_layers(blocks: int) -> tuple[int, ...]:
@@ -145,6 +151,8 @@ class Verb:
         blocks = checkpoint.blocks(checkpoint.config(request.model_folder))
         adapters, overrides = METHODS[method].adapters, request.overrides
         middle = () if blocks is None else adapted_layers(blocks) if adapters else (blocks // 2,)
+        if not adapters and _asks_for_adapters(request):  # theirs, of a request for several methods
+            overrides = {name: value for name, value in overrides.items() if name not in OF_ADAPTERS}
         if adapters and not self.fits and "layers" not in overrides:  # where it was fitted, whatever others' files say
             overrides = {**overrides, "layers": list(VERBS["fit"].settings(request, method, form).settings.layers)}
         cell = (request.base_dir, request.model, request.dataset, method, form)
