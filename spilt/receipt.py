@@ -84,8 +84,8 @@ def _receipt(args: argparse.Namespace) -> int:
         raise UserError(f"--multiplier, --multipliers: wanted finite numbers within +-{STRONGEST:g}")
     if args.multiplier == 0:
         raise UserError("--multiplier 0 is the unsteered model, which is in every table; give another one, or leave it out")
-    if args.output is not None and args.output.suffix != ".md":
-        raise UserError(f"--output {args.output}: is written as markdown; give a name that ends in .md")
+    if args.output is not None and (args.output.suffix != ".md" or args.output.is_dir()):
+        raise UserError(f"--output {args.output}: is written as a markdown file; give a name that ends in .md and is no folder")
     limits, behaviour = limits_of(args), files.load(args.behaviour)
     prefix = None if args.prefix is None else "\n".join(sources.lines(args.prefix))
     if prefix == "":

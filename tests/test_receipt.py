@@ -206,6 +206,30 @@ def test_wrong_words_are_one_message(
     assert said in told.err and "Traceback" not in told.err and "\x1b" not in told.err and not told.out
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--multiplier", "nan"], "wanted finite numbers"),
+        (["--multiplier", "0"], "is the unsteered model"),
+        (["--output", "receipt.txt"], "ends in .md"),
+        (["--output", "folder.md"], "no folder"),
+        (["--prefix", "empty.txt"], "is empty"),
+        (["--advbench", "rows.csv"], "has none of the columns goal; columns found: prompt, type"),
+        (["--xstest", "rows.csv"], "has no row of the kind"),
+        (["--behaviour", "se"], "unknown behaviour 'se'; did you mean 'sea'"),
+    ],
+)
+def test_wrong_words_of_a_receipt_are_told_before_anything_is_loaded(
+    base: families.Base, tmp_path: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder.md").mkdir()
+    Path("empty.txt").write_text("\n")
+    Path("rows.csv").write_text("prompt,type\na,contrast_homonyms\n")
+    assert cli.main(words(base, "receipt", "--behaviour", "sea", *more)) == 2
+    assert said in (told := capsys.readouterr()).err and "Traceback" not in told.err and not told.out
+
+
 @pytest.mark.parametrize("how", ["truncated", "wrong shape"])
 def test_a_vector_file_that_is_none_is_named(base: families.Base, tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "layer_2.pt"
