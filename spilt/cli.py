@@ -23,7 +23,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from spilt import __version__, complete, plan, summary, verbs
+from spilt import __version__, complete, judges, plan, summary, verbs
 from spilt.artifacts.losses import SPLITS
 from spilt.artifacts.manifest import versions
 from spilt.cell import FORMS
@@ -45,8 +45,9 @@ from spilt.verbs.measure import SWEEP
 
 log = logging.getLogger("spilt")
 
+# of verbs.MODES, in their order
+MODES_SAY = "fit / produce text / measure / score the texts / fit and produce text / fit, measure and produce text"
 # `spilt WORD ...`: besides the verbs, another program of the package (spilt/WORD), and its line in --help
-MODES_SAY = "fit / produce text / measure / fit and produce text / all three"  # of verbs.MODES, in their order
 PROGRAMS = {
     "anatomy": "show where a model's blocks, attention and MLP are found",
     "audit": "tell which stored vectors explain the difference of two checkpoints",
@@ -136,6 +137,15 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
         "table of losses per cell, measured as text is made (always of a sweep)",
     )
     add("--control_pairs", type=_count, default=32, metavar="N", help="questions for random interventions after a sweep; 0: none")
+    where = "" if verb else "evaluate mode: "
+    add(
+        "--judge",
+        metavar="endpoint|MODEL",
+        help=f"{where}who rates the texts: an OpenAI-compatible endpoint, or a local model; default: nobody",
+    )
+    known = f"{', '.join(judges.BUILT_IN)}, or YAML files; default: the dataset's"
+    add("--rubric", nargs="+", metavar="NAME|FILE", help=f"{where}what the judge is asked: {known}")
+    add("--judge_limit", type=_positive, metavar="N", help=f"{where}only texts to the first N prompts are rated")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="any YAML setting, over the file's; repeatable")
     add(
         "--checkpoint_seconds",
@@ -221,9 +231,10 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
         if value is not None:
             overrides[name] = str(value)
             flags += [f"--{name}", str(value)]
-    for name in ("limit", "batch_size", "split"):
+    for name in ("limit", "batch_size", "split", "judge", "judge_limit"):
         if getattr(args, name) is not None:
             flags += [f"--{name}", str(getattr(args, name))]
+    flags += ["--rubric", *args.rubric] if args.rubric else []
     if args.released_files is not None:
         flags.append("--released_files" if args.released_files else "--no-released_files")
     if args.control_pairs != verbs.Request.control_pairs:
@@ -269,6 +280,9 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
         checkpoint_seconds=args.checkpoint_seconds,
         released_files=args.released_files,
         control_pairs=args.control_pairs,
+        judge=args.judge,
+        rubrics=tuple(dict.fromkeys(args.rubric or ())),
+        judge_limit=args.judge_limit,
         deterministic=args.deterministic,
         engine=args.engine,
         flags=tuple(flags),
@@ -411,8 +425,8 @@ def _plan_and_run(args: argparse.Namespace, program: str, shown: dict[str, Any])
         log.info("plan %d. %s: %s", number, step, step.command)
     for item in made.left_out if rank == 0 else []:
         say(f"left out: {item.name}: {item.why}")
-    for origin in dict.fromkeys(step.origin for step in made.steps if step.origin):
-        log.warning("%s", origin)
+    for said in dict.fromkeys(said for step in made.steps for said in (step.origin, step.lacks) if said):
+        log.warning("%s", said)
     if keys := {note.key for step in made.steps for note in step.notes}:
         log.warning("%d keys of the settings files have no effect here; --dry_run lists them", len(keys))
     try:
@@ -425,6 +439,7 @@ def _plan_and_run(args: argparse.Namespace, program: str, shown: dict[str, Any])
     shown["steps"] = summary.done(outcomes, made, request)
     if rank == 0 and not args.json:
         summary.print_table(outcomes)
+        summary.print_scores(made, outcomes)
     return exit_code(outcomes)
 
 

@@ -138,7 +138,7 @@ def make(request: Request, *, dry: bool = False) -> Plan:
         check_model(store, request.model)
     asked = {method for method, _ in combinations}
     sections = {
-        verb: {purpose: name for purpose, name in VERBS[verb].sections.items() if any(purpose in VERBS[verb].purposes(m) for m in asked)}
+        verb: {purpose: name for purpose, name in _read_by(VERBS[verb], request).items() if any(purpose in VERBS[verb].purposes(m) for m in asked)}
         for verb in MODES[request.mode]
     }
     if "measure" in sections:
@@ -279,6 +279,12 @@ def _format(request: Request, section: str) -> readers.DatasetFormat:
     return made[section]
 
 
+def _read_by(verb: Verb, request: Request) -> dict[str, str]:
+    """What a verb reads of this dataset: purpose -> section."""
+    there = _sections(request) if verb.optional else ()
+    return {purpose: section for purpose, section in verb.sections.items() if purpose not in verb.optional or section in there}
+
+
 def _sections(request: Request) -> Collection[str]:
     if request.own is None:
         return readers.sections_of(request.base_dir, request.dataset)
@@ -410,9 +416,11 @@ def _steps(
     steps = []
     for group in [cells] if verb.together else [(cell,) for cell in cells]:
         read: tuple[Path, ...] = () if verb.fits else tuple(store.vector(cell, layer) for cell in group for layer in cell.layers)
-        command = _command(request, verb, group, wanted, multipliers, SWEEP if sweep else RECOMMENDED if waits else "")
         notes = tuple(found.unused)
-        step = Step(verb.name, group, settings, found.files, model, data, read, (), command, multipliers, sweep, waits, released, notes)
+        step = Step(verb.name, group, settings, found.files, model, data, read, (), "", multipliers, sweep, waits, released, notes)
+        step = verb.filled(step, request, store)
+        command = _command(request, verb, group, wanted, step.multipliers, SWEEP if sweep else RECOMMENDED if waits else "")
+        step = step._replace(command=command)
         if request.engine == choice.VLLM:
             choice.refuse_in_vllm(settings.dtype, settings.applied_positions)
             step = step._replace(engine=request.engine)

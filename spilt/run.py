@@ -50,8 +50,11 @@ def run_plan(made: plan.Plan, request: verbs.Request, tell: Tell = lambda text: 
     broken: set[Path] = set()
     for step in made.steps:
         lacking = [path for path in step.vectors if not path.exists() and path not in coming]
-        if lacking:
-            reason = f"no vector file {lacking[0]}{beside(lacking[0])}; make it with --mode generate"
+        unsaid = [path for path in step.texts if not path.exists()]
+        if lacking or unsaid:
+            reason = f"no texts {unsaid[0]}; make them with --mode apply" if unsaid else ""
+            if lacking:
+                reason = f"no vector file {lacking[0]}{beside(lacking[0])}; make it with --mode generate"
             log.warning("%s: skipped: %s", step, reason)
             outcomes.append(Outcome(str(step), SKIPPED, reason, 0.0, ""))
         elif not broken.isdisjoint(step.vectors):

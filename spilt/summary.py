@@ -46,7 +46,8 @@ def done(outcomes: Iterable[Outcome], made: plan.Plan, request: verbs.Request) -
         files = [store.base_dir / one.output] if step is None or step.verb == "measure" else step.outputs
         about = {"step": one.step, "verb": one.step} if step is None else _about(step)
         result = {"status": one.outcome, "seconds": round(one.seconds, 3), "outputs": files if good else [], "error": one.reason or None}
-        rows.append({**about, **result})
+        told = {"scores": scores(step)} if good and step is not None and step.verb == "evaluate" else {}
+        rows.append({**about, **result, **told})
     return rows
 
 
@@ -80,7 +81,7 @@ def planned(made: plan.Plan, request: verbs.Request) -> list[dict[str, Any]]:
                 "plain_engine": plan.why_plain(step, request.engine) or None,
                 "cost": None if guess is None else guess._asdict(),
                 "cost_in_words": None if guess is None else str(guess),
-                "notes": [*([f"will fail: {failing}"] if failing else []), *_doubts(step, request, seen)],
+                "notes": [*([f"will fail: {failing}"] if failing else []), *_doubts(step, request, seen), *filter(None, [step.lacks])],
             }
         )
         made_before.update(step.outputs)
@@ -142,6 +143,42 @@ def _doubts(step: verbs.Step, request: verbs.Request, seen: Seen) -> list[str]:
             except UserError as error:
                 found.append(f"will be refused: {error}")
     return found
+
+
+def scores(step: verbs.Step) -> list[dict[str, Any]]:
+    """What an evaluated cell has: a row per measure and multiplier (analysis/scores.py)."""
+    from spilt.analysis import scores as analysis
+
+    rows = [row for path in step.outputs if path.is_file() for row in analysis.summarise(analysis.read(path)).to_dict("records")]
+    return [{name: None if value != value else value for name, value in row.items()} for row in rows]
+
+
+def print_scores(made: plan.Plan, outcomes: Iterable[Outcome]) -> None:
+    """A table for each evaluated cell: measures down, multipliers across, means with their intervals; then what is missing, and why."""
+    good = {one.step for one in outcomes if one.outcome in (DONE, ALREADY)}
+    for step in made.steps:
+        rows = scores(step) if step.verb == "evaluate" and str(step) in good else []
+        if not rows:
+            continue
+        strengths, names = (list(dict.fromkeys(row[what] for row in rows)) for what in ("multiplier", "measure"))
+        cells = {(row["measure"], row["multiplier"]): _mean(row) for row in rows}
+        lines = [
+            (str(step), *(f"m = {m:g}" for m in strengths)),
+            *((name, *(cells.get((name, m), "-") for m in strengths)) for name in names),
+        ]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        say()
+        for line in lines:
+            say("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+        for row in (row for row in rows if row["missing"]):
+            of = row["n"] + row["missing"]
+            say(f"missing: {row['measure']} at m = {row['multiplier']:g}: {row['missing']} of {of} ({row['reasons']})")
+
+
+def _mean(row: Mapping[str, Any]) -> str:
+    if row["mean"] is None:
+        return "-"
+    return f"{row['mean']:.3g}" + ("" if row["low"] is None else f" [{row['low']:.3g}, {row['high']:.3g}]")
 
 
 def print_table(outcomes: Sequence[Outcome]) -> None:

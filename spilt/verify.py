@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from spilt import verbs
 from spilt.analysis.provenance import Artifact
-from spilt.artifacts import losses, manifest, store
+from spilt.artifacts import losses, manifest, scores, store
 from spilt.artifacts.atomic import TEMPORARY
 from spilt.artifacts.texts import CONCEPT_KEYS, ROW_KEYS
 from spilt.cell import FORMS
@@ -83,7 +83,7 @@ def _check_file(base_dir: Path, path: Path) -> Found | None:
     if TEMPORARY in name:
         return Found(LEFTOVER, path, "a write that was cut off; may be deleted")
     if re.fullmatch(r"unfinished_\d+\.jsonl", name):
-        what = "losses" if path.relative_to(base_dir).parts[0] == "vectors" else "texts"
+        what = "losses" if path.relative_to(base_dir).parts[0] == "vectors" else "scores" if path.parent.name == "scores" else "texts"
         return Found(LEFTOVER, path, f"{what} of a run that did not finish; the same command goes on from them")
     if re.fullmatch(r"layer_\d+\.unfinished\.pt", name):
         return Found(LEFTOVER, path, "state of a fit that did not finish; the same command goes on from it")
@@ -166,6 +166,8 @@ def _changed(artifact: Artifact) -> str:
         data = None  # not listed any more: nothing to compare with
     if data is not None and data.is_file() and manifest.file_hash(data) != parts.get("data"):
         said.append(f"data {_short(artifact.base_dir, data)} has changed")
+    if "texts" in parts and (changed := _texts_changed(artifact)):
+        said.append(changed)
     then = parts.get("vectors", [])
     for path, before in zip(artifact.vectors(), then, strict=False) if isinstance(then, list) else ():
         if not path.is_file():
@@ -173,6 +175,14 @@ def _changed(artifact: Artifact) -> str:
         elif manifest.file_hash(path) != before:
             said.append(f"vector {_short(artifact.base_dir, path)} has changed")
     return "; ".join(said)
+
+
+def _texts_changed(artifact: Artifact) -> str:
+    """What became of the texts that scores are of."""
+    path = artifact.texts()
+    if not path.is_file():
+        return f"texts {_short(artifact.base_dir, path)} are gone"
+    return "" if manifest.file_hash(path) == artifact.parts["texts"] else f"texts {_short(artifact.base_dir, path)} have changed"
 
 
 def _template(artifact: Artifact, model: Path) -> list[str] | None:
@@ -321,6 +331,19 @@ def _control_texts(artifact: Artifact) -> str:
     return ""
 
 
+def _scores(artifact: Artifact) -> str:
+    """Columns; each row has either a finite value or a reason; of one multiplier; with a manifest as many as it speaks of."""
+    rows = sources.read_rows(artifact.path)
+    for row in rows:
+        if bool(row.values.get("value")) == bool(row.values.get("reason")):
+            raise Damaged(f"{row.where}: wanted a value, or the reason why there is none")
+    _numbers([row for row in rows if row.values["value"]], scores.TABLE, ("measure", "reason"))
+    wanted = (artifact.record or {}).get("notes", {}).get("rows", len(rows))
+    if len(rows) != wanted:
+        raise Damaged(f"{len(rows)} rows; its manifest speaks of {wanted}")
+    return ""
+
+
 def _wanted_rows(artifact: Artifact, concept: int | None) -> int | None:
     """How many examples or prompts the manifest's request reads; None when its data is not here any more."""
     try:
@@ -371,6 +394,7 @@ KINDS: dict[str, Callable[[Artifact], str]] = {
     "|".join(map(re.escape, losses.TABLES.values())): _table,
     r"control\.csv": _control,
     r"control_texts\.csv": _control_texts,
+    r"scores_m.+\.csv": _scores,
     r".+_results\.json|all_generation_results_m.+\.json": _results,
 }
 

@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("artifacts",),
     ("steering", "data"),
     ("methods", "model"),
-    ("engine", "verbs", "weights"),
+    ("engine", "verbs", "weights", "judges"),
     ("plan", "analysis"),
     ("report", "tasks"),
     ("anatomy", "api", "audit", "inspect", "prepare", "look", "recommend", "say", "verify", "run", "summary"),

@@ -86,7 +86,7 @@ def _inputs(base_dir: Path, model: str, dataset: str) -> Iterator[Path]:
         files = [path for leaf in leaves for path in leaf.rglob("*") if path.is_file() and path.suffix not in (".log", ".jsonl")]
         # a summary without loss rows (somebody's own) is used as it is
         yield from [path for path in files if path.name not in DERIVED] or [path for path in files if path.name == losses.SUMMARY_FILE]
-        for _, path in store.generated(cell):
+        for _, path in [*store.generated(cell), *store.scored(cell)]:
             yield from (path, manifest.manifest_path(path))
 
 

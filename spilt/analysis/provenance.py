@@ -67,6 +67,12 @@ class Artifact:
         cells = [replace(one, concept=concept) for concept in concepts]
         return [store.Store(self.base_dir).vector(cell, layer) for cell in cells for layer in layers]
 
+    def texts(self) -> Path:
+        """The results file that scores are of."""
+        own, concepts = variant_of(self.leaf.removeprefix(f"{self.method}_")), self.parts.get("concepts") or [None]
+        cell = Cell(self.model, self.dataset, self.method, self.form or "", own.layers or (), concepts[0], own.seed, own.layers is not None)
+        return store.Store(self.base_dir).results(cell, float(self.parts["multiplier"]))
+
     @property
     def created(self) -> str:
         """When it was stored, as sortable text."""

@@ -14,7 +14,7 @@ Mask = npt.NDArray[np.bool_]
 
 DRAWS = 1000
 NO_VALUES = ("split", "concept", "example", "multiplier")
-LEFT_OUT = ("utility", "dose", "moved_wrong")  # a value that is not finite leaves its question out of this mean; elsewhere it shows
+LEFT_OUT = ("utility", "dose", "moved_wrong", "value")  # what is not finite leaves its question out of this mean; elsewhere it shows
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,10 @@ class Questions:
         numeric = [name for name in frame if name not in NO_VALUES and frame[name].dtype.kind in "fiub"]
         values = {str(name): table(frame[name]) for name in numeric}
         here = np.isfinite(table(np.ones(len(frame))))
-        values.setdefault("accuracy", np.where(here, values["preference"] > 0, np.nan))
         values.setdefault("n", np.where(here, 1.0, np.nan))
-        values.setdefault("n_undefined", np.where(here, np.isnan(values["utility"]), np.nan))
+        if "preference" in values:
+            values.setdefault("accuracy", np.where(here, values["preference"] > 0, np.nan))
+            values.setdefault("n_undefined", np.where(here, np.isnan(values["utility"]), np.nan))
         concept = pd.factorize(keys.get_level_values("concept"))[0]
         return Questions(m, values, here, concept, keys)
 

@@ -79,6 +79,28 @@ class Store:
         names = (path.name.removeprefix(f"{cell.method}_") for path in self.generation_folder(cell).parent.glob(f"{cell.leaf}@*"))
         return [cell, *(replace(cell, intervention=name) for name in sorted(names))]
 
+    def scores(self, cell: Cell, multiplier: float) -> Path:
+        """Of the texts at a multiplier, of all concepts."""
+        return self.generation_folder(cell) / "scores" / f"scores_m{float(multiplier)}.csv"
+
+    def scored(self, cell: Cell) -> list[tuple[float, Path]]:
+        """(multiplier, scores file) of everything that has been evaluated, by multiplier."""
+        found = []
+        for path in (self.generation_folder(cell) / "scores").glob("scores_m*.csv"):
+            try:
+                found.append((float(path.stem.removeprefix("scores_m")), path))
+            except ValueError:  # a file of somebody's own
+                continue
+        return sorted(found)
+
+    def unfinished_scores(self, cell: Cell, rank: int) -> Path:
+        """What a run that did not finish has measured of texts; one file per process."""
+        return self.generation_folder(cell) / "scores" / f"unfinished_{rank}.jsonl"
+
+    def judged(self) -> Path:
+        """What judges have replied, to whatever run."""
+        return self.base_dir / "judged"
+
     def unfinished(self, cell: Cell, rank: int) -> Path:
         """Texts made by a run that did not finish; one file per process, removed when the results are written."""
         return self.generation_folder(cell) / f"unfinished_{rank}.jsonl"
@@ -117,11 +139,14 @@ class Store:
         return self.loss_folder(cell) / f"unfinished_{rank}.jsonl"
 
     def unfinished_work(self, verb: str, cells: Sequence[Cell]) -> list[Path]:
-        """What runs that did not finish left of a step: checkpoints of fits, or lines of texts or losses."""
+        """What runs that did not finish left of a step: checkpoints of fits, or lines of texts, scores or losses."""
         if verb == "fit":
             return [path for cell in cells for layer in cell.layers if (path := self.checkpoint(cell, layer)).exists()]
-        folder = self.generation_folder if verb == "generate" else self.loss_folder
-        return sorted({path for cell in cells for path in folder(cell).glob("unfinished_*.jsonl")})
+        if verb == "evaluate":
+            folders = [self.generation_folder(cell) / "scores" for cell in cells]
+        else:
+            folders = [(self.generation_folder if verb == "generate" else self.loss_folder)(cell) for cell in cells]
+        return sorted({path for folder in folders for path in folder.glob("unfinished_*.jsonl")})
 
     def control(self, cell: Cell) -> Path:
         """Random interventions of the same output norm, per draw and multiplier."""

@@ -76,6 +76,7 @@ class Recordings:
         self.uses: Counter[Key] = Counter()
         self.read_points: dict[Key, set[str]] = {}
         self.along_random: dict[str, Any] = {}  # measured random interventions, for all cells of a form, place and data
+        self.judge: Any = None  # of texts, asked by all steps
         for step in steps:
             for key in self.keys(step):
                 self.uses[key] += 1

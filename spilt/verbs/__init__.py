@@ -16,11 +16,12 @@ from spilt.verbs.base import (
     state,
     without_effect,
 )  # fmt: skip
+from spilt.verbs.evaluate import Evaluate
 from spilt.verbs.fit import Fit
 from spilt.verbs.generate import Generate
 from spilt.verbs.measure import Measure
 
-for _verb in (Fit(), Generate(), Measure()):
+for _verb in (Fit(), Generate(), Measure(), Evaluate()):
     register(_verb)
 MODES["both"] = ("fit", "generate")
 MODES["all"] = ("fit", "measure", "generate")  # what the losses recommend is applied

@@ -53,6 +53,9 @@ class Request:
     control_pairs: int = 32  # questions on which random interventions are measured after a sweep; 0: none are
     report: bool = True  # loss mode: draw the page
     engine: str = "fast"  # 'plain': hooks and the library's own forward everywhere
+    judge: str | None = None  # of evaluate: judges.ENDPOINT, or a checkpoint; None: no judge
+    rubrics: tuple[str, ...] = ()  # names or files; (): those of the dataset
+    judge_limit: int | None = None  # prompts of each results file whose texts are judged, from the first
     flags: tuple[str, ...] = ()  # our own flags as they were typed, for the copy-paste command lines
     program: str = "python run_spilt.py"  # what was called, for the same
     model_said: str = ""  # a path or a hub id: `model` is its last part, and its files lie in `folder`
@@ -119,10 +122,13 @@ class Step(NamedTuple):
     columns: Mapping[str, Mapping[str, Any]] = {}  # by what it is for, as `data`: how dataset_format.yaml reads the file
     origin: str = ""  # of the settings, for a base folder without settings files
     engine: str = ""  # another program's, whose results are its own: vllm
+    texts: tuple[Path, ...] = ()  # stored results files that are read
+    scoring: Mapping[str, Any] = {}  # of evaluate: what decides the judge's ratings
+    lacks: str = ""  # what is left out, and how it is to be had
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        return (self.model, *self.data.values(), *self.vectors)
+        return (self.model, *self.data.values(), *self.vectors, *self.texts)
 
     def __str__(self) -> str:
         first, mode = self.cells[0], VERBS[self.verb].mode
@@ -139,6 +145,8 @@ class Verb:
     does: ClassVar[str] = ""  # one line for `spilt --help`
     flags: ClassVar[tuple[str, ...]] = ()  # of the flags that not every verb takes, those that mean something to it
     sections: ClassVar[Mapping[str, str]]  # what it reads: purpose -> section of dataset_format.yaml
+    optional: ClassVar[tuple[str, ...]] = ()  # purposes of them that a dataset may lack
+    settings_of: ClassVar[str] = ""  # the verb whose settings it takes; its own
     work: ClassVar[str]  # 'module:function', (step, run) -> 'done' or 'already done'; imported when it is run
     version: ClassVar[int] = 1  # of its code: raised when equal settings would give other results
     fits: ClassVar[bool] = False  # its outputs are vectors; other verbs read them
@@ -156,7 +164,7 @@ class Verb:
         if adapters and not self.fits and "layers" not in overrides:  # where it was fitted, whatever others' files say
             overrides = {**overrides, "layers": list(VERBS["fit"].settings(request, method, form).settings.layers)}
         cell = (request.base_dir, request.model, request.dataset, method, form)
-        return resolve(self.name, *cell, overrides, middle, without_files(request, method), request.device, stand_ins(method, form))
+        return resolve(self.settings_of or self.name, *cell, overrides, middle, without_files(request, method), request.device, stand_ins(method, form))
 
     def purposes(self, method: str) -> Collection[str]:
         """What of `sections` a method reads."""
@@ -166,6 +174,10 @@ class Verb:
         """Those of the command line, else of the settings, else 1."""
         given = getattr(settings, "multipliers", None) if request.multipliers is None else request.multipliers
         return tuple(dict.fromkeys(float(m) for m in (given or (1.0,))))
+
+    def filled(self, step: Step, request: Request, store: Store) -> Step:
+        """The step with what this verb alone knows of it. Raises UserError."""
+        return step
 
     def refuses(self, step: Step, kind: str) -> str:
         """Why a step makes no sense of its pairs of this kind (Pair.kind), and what would; '' where it does."""
@@ -239,7 +251,7 @@ def output_parts(step: Step, limit: int | None, seen: identity.Seen) -> dict[Pat
 def missing_inputs(step: Step) -> list[Path]:
     """Inputs that are not there (a model folder counts by its config.json)."""
     model = [] if checkpoint.there(step.model) else [step.model]
-    return model + [p for p in (*step.data.values(), *step.vectors) if not p.is_file()]
+    return model + [p for p in step.inputs[1:] if not p.is_file()]
 
 
 def standing(step: Step, limit: int | None, seen: identity.Seen) -> dict[Path, str]:
