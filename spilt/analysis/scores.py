@@ -39,7 +39,7 @@ def collect(store: Store, cell: Cell) -> tuple[pd.DataFrame, list[Path]]:
 
 def per_item(table: pd.DataFrame, measure: str) -> pd.DataFrame:
     """One measure: columns concept, example, multiplier, value (mean over the responses that have one, else nan)."""
-    own = table[table["measure"] == measure].rename(columns={"item": "example"})
+    own = table[table["measure"] == measure].rename(columns={"item": "example"}).astype({"value": float})
     return own.groupby(["concept", "example", "multiplier"], as_index=False)["value"].mean()
 
 
