@@ -439,7 +439,7 @@ def _plan_and_run(args: argparse.Namespace, program: str, shown: dict[str, Any])
     shown["steps"] = summary.done(outcomes, made, request)
     if rank == 0 and not args.json:
         summary.print_table(outcomes)
-        summary.print_scores(made, outcomes)
+        summary.print_scores(shown["steps"])
     return exit_code(outcomes)
 
 

@@ -149,23 +149,22 @@ def scores(step: verbs.Step) -> list[dict[str, Any]]:
     """What an evaluated cell has: a row per measure and multiplier (analysis/scores.py)."""
     from spilt.analysis import scores as analysis
 
-    rows = [row for path in step.outputs if path.is_file() for row in analysis.summarise(analysis.read(path)).to_dict("records")]
+    rows = analysis.summarise(analysis.read_all([path for path in step.outputs if path.is_file()])).to_dict("records")
     return [{name: None if value != value else value for name, value in row.items()} for row in rows]
 
 
-def print_scores(made: plan.Plan, outcomes: Iterable[Outcome]) -> None:
-    """A table for each evaluated cell: measures down, multipliers across, means with their intervals; then what is missing, and why."""
-    good = {one.step for one in outcomes if one.outcome in (DONE, ALREADY)}
-    for step in made.steps:
-        rows = scores(step) if step.verb == "evaluate" and str(step) in good else []
+def print_scores(steps: Iterable[Mapping[str, Any]]) -> None:
+    """Of `done`: a table for each evaluated cell, measures down, multipliers across; then what is missing, and why."""
+    for step in steps:
+        rows = step.get("scores")
         if not rows:
             continue
         strengths, names = (list(dict.fromkeys(row[what] for row in rows)) for what in ("multiplier", "measure"))
         cells = {(row["measure"], row["multiplier"]): _mean(row) for row in rows}
-        lines = [
-            (str(step), *(f"m = {m:g}" for m in strengths)),
-            *((name, *(cells.get((name, m), "-") for m in strengths)) for name in names),
-        ]
+        counts = {name: sorted({row["n"] for row in rows if row["measure"] == name}) for name in names}
+        head = (step["step"], "n", *(f"m = {m:g}" for m in strengths))
+        several = {name: f"{found[0]}-{found[-1]}" if len(found) > 1 else str(found[0]) for name, found in counts.items()}
+        lines = [head, *((name, several[name], *(cells.get((name, m), "-") for m in strengths)) for name in names)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         say()
         for line in lines:

@@ -363,3 +363,17 @@ def test_texts_of_another_vector_or_of_other_prompts_are_refused(base: families.
     assert "row 0 answers another prompt" in capsys.readouterr().err
     evaluated(base, "--multipliers", "3", code=1)
     assert "no texts" in capsys.readouterr().out
+
+
+def test_the_page_has_a_table_of_the_scores(base: families.Base) -> None:
+    evaluated(base)
+    run(base, "--mode", "loss", "--multipliers", "0", "4", "--no-released_files", "--split", "train")
+    page = next(base.path.rglob(f"report/{base.one}/report.html"))
+    html = page.read_text()
+    assert "Scores of the stored texts" in html and "perplexity" in html and "KL(steered || unsteered)" in html
+    stored = pd.read_csv(page.with_name("scores.csv"))
+    assert {"perplexity", "accuracy", "neutral_loss"} <= set(stored["measure"]) and set(stored["multiplier"]) == {0.0, 4.0}
+    path = next(base.path.rglob("scores_m4.0.csv"))
+    path.write_text("damaged")
+    run(base, "--mode", "loss", "--multipliers", "0", "4", "--no-released_files", "--split", "train")
+    assert "scores left out" in page.read_text()

@@ -164,7 +164,7 @@ def test_the_environment_says_where_and_how_much(server: Server, monkeypatch: py
 def test_a_local_model_judges_by_its_greedy_reply(tmp_path: Path) -> None:
     base = families.make_base(tmp_path / "base")
     word = str(base.path / "models" / base.model)
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="--judge 'nowhere/at all': no such folder"):
         judges.name_of("nowhere/at all", base.path)
     with pytest.raises(UserError, match="--judge endpoint asks"):
         judges.name_of("nobody", base.path)

@@ -30,11 +30,15 @@ def read(path: Path) -> pd.DataFrame:
     return table
 
 
+def read_all(paths: Sequence[Path]) -> pd.DataFrame:
+    """The rows of several."""
+    return pd.concat(map(read, paths), ignore_index=True) if paths else pd.DataFrame(columns=[*TABLE])
+
+
 def collect(store: Store, cell: Cell) -> tuple[pd.DataFrame, list[Path]]:
     """All scores of a cell of the vector that lies there now, and the files that are of another one."""
     kept, others = of_one_vector(store.base_dir, [path for _, path in store.scored(cell)])
-    tables = [read(path) for path in kept]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=[*TABLE]), others
+    return read_all(kept), others
 
 
 def per_item(table: pd.DataFrame, measure: str) -> pd.DataFrame:

@@ -26,7 +26,10 @@ def name_of(word: str, base_dir: Path) -> str:
     """How a judge is known, in results and in what it has answered before. Raises UserError for one that cannot be asked."""
     if word == ENDPOINT:
         return endpoint.model()
-    name, folder = locate(base_dir, word)
+    try:
+        name, folder = locate(base_dir, word)
+    except UserError as error:
+        raise UserError(str(error).replace("--model_name", "--judge")) from None
     if not checkpoint.there(folder):
         raise UserError(f"--judge {word}: no checkpoint {folder}; {HOW}")
     return f"{name} {model_hash(folder)[:16]}"

@@ -114,6 +114,7 @@ def _report(
     parts: dict[str, Any],
 ) -> Path:
     folder = freshness.page(base, model, dataset).parent
+    scored = {cell.name: stored.scored(cell.place) for cell in measured}
     claimed, fits = tables.claimed(measured, split, seed), tables.fits(measured, model, dataset)
     frames = {
         "recommendations": (recommendations := tables.recommendations(measured, seed)),
@@ -125,6 +126,7 @@ def _report(
         "readings": tables.readings(measured, split),
         "equal_preference": tables.trade_off(claimed),
         "control": tables.control(measured),
+        "scores": tables.scores(measured, {name: table for name, (table, _) in scored.items()}),
         "claims": claimed,
     }
     for name, frame in frames.items():
@@ -145,7 +147,7 @@ def _report(
         pictures[cell.name] = _picture(wide, narrow)
         atomic_write(cell.place.folder / stored.CURVES_FILE, figures.png_of(wide))
 
-    for unread in filter(None, (stored.left_out_texts(cell.place) for cell in measured)):
+    for unread in filter(None, [*(stored.left_out_texts(cell.place) for cell in measured), *(said for _, said in scored.values())]):
         problems = [*problems, unread]
         log.warning("report: %s", unread)
     told = {cell.name: about.facts(cell) for cell in measured}
@@ -165,6 +167,7 @@ def _report(
         **{"first": first[0] if first else None, "headline": headline, "numbers": numbers},
         **{"asked": about.side_by_side(texts, first[0] if first else None)},
         **{"files": {cell.name: about.files(cell, freshness.page(base, model, dataset)) for cell in measured}},
+        **{"sheets": {name: page.score_sheet(table) for name, (table, _) in scored.items() if len(table)}},
         **{"cells": measured, "pictures": pictures, "texts": texts, "coverage": words.coverage(measured)},
         **{"rows": rows, "claims": tables.judged(claimed)},
         **{"main_results": tables.records(pd.DataFrame(paper.main_results(model, dataset)))},

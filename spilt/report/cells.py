@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from spilt.analysis import odds
+from spilt.analysis import odds, scores
 from spilt.analysis.chance import Curves, beyond_chance
 from spilt.analysis.chance import curves as random_curves
 from spilt.analysis.curves import CurveFit, checked, fit_curve, r_squared, regions, utility_drops, utility_peak
@@ -409,6 +409,17 @@ def samples(place: Place, limit: int = 3) -> list[Sample]:
     # one prompt per concept first, then the second ones
     order = sorted(found, key=lambda key: (key[1], key[0]))
     return [dataclasses.replace(found[key], texts=dict(sorted(found[key].texts.items()))) for key in order[:limit]]
+
+
+def scored(place: Place) -> tuple[pd.DataFrame, str]:
+    """analysis.scores.summarise of a place's stored scores (empty where there are none), and a sentence on what is left out."""
+    store, cell = Store(place.base), Cell(place.model, place.dataset, place.method, place.intervention, ())
+    try:
+        table, others = scores.collect(store, cell)
+    except UserError as error:
+        return pd.DataFrame(columns=[*scores.COLUMNS]), f"{place.name}: scores left out: {error}"
+    gone = f"{place.name}: {len(others)} files of scores left out: of another vector than the one that lies there now" if others else ""
+    return scores.summarise(table), gone
 
 
 def left_out_texts(place: Place) -> str:

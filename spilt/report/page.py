@@ -9,9 +9,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from spilt.artifacts.scores import MEASURES
 from spilt.errors import printable
 from spilt.report.cells import absent, anchor, shown
 from spilt.report.figures import adaptive
@@ -59,6 +61,19 @@ def image(svg: str) -> Image:
 def columns(names: Iterable[str], unit: str, spec: str) -> list[Column]:
     """Numbers whose names are their headings."""
     return [Column(name, name, unit, spec) for name in names]
+
+
+def score_sheet(table: pd.DataFrame) -> tuple[list[dict[str, Any]], list[Column]]:
+    """One cell's, for the page: a row per measure, a column per multiplier."""
+    columns, rows = [Column("measure", "measure"), Column("what", "what it is", kind="text")], dict[str, dict[str, Any]]()
+    for k, m in enumerate(dict.fromkeys(table["multiplier"])):
+        columns.append(Column(f"m{k}", f"m = {m:g}", "", ".3g", f"low{k}", f"high{k}"))
+        for row in table[table["multiplier"] == m].to_dict("records"):
+            own = rows.setdefault(row["measure"], {"measure": row["measure"], "what": MEASURES.get(row["measure"], "rating by a judge")})
+            own |= {f"m{k}": row["mean"], f"low{k}": row["low"], f"high{k}": row["high"]}
+            own["missing"] = own.get("missing", 0) + row["missing"]
+    empty = {name: None for column in columns[2:] for name in (column.name, column.low, column.high)}
+    return [{**empty, **row} for row in rows.values()], [*columns, Column("missing", "missing", "of all m", ".0f")]
 
 
 def _sha256(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from spilt.analysis import claims, paper
 from spilt.analysis.curves.fitting import GOOD_R2
 from spilt.analysis.questions import Questions
 from spilt.analysis.recommend import choice
+from spilt.analysis.scores import COLUMNS
 from spilt.errors import printable
 from spilt.report.cells import KINDS, RANGES, Measured, anchor, label, name_of
 
@@ -117,6 +118,12 @@ def foremost(cells: Sequence[Measured]) -> list[Measured]:
     best = {(row["method"], row["intervention"]): row["layer"] for row in table.iloc[::-1].to_dict("records")}
     own = {name: (method, form, layer) for name, method, form, layer in table[["cell", "method", "intervention", "layer"]].to_numpy()}
     return [cell for cell in cells if cell.name not in own or best[own[cell.name][:2]] == own[cell.name][2]]
+
+
+def scores(cells: Sequence[Measured], of: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Of each cell (by its name) what analysis.scores.summarise says of its stored texts: a row per measure and multiplier."""
+    parts = [of[cell.name].assign(**cell.names)[[*cell.names, *COLUMNS]] for cell in cells if len(of[cell.name])]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["method", "intervention", *COLUMNS])
 
 
 def seeds(cells: Sequence[Measured], table: pd.DataFrame) -> pd.DataFrame:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from spilt import judges, verbs
+from spilt.analysis import scores
 from spilt.analysis import texts as offline
 from spilt.analysis.behaviour import words
 from spilt.artifacts import manifest, texts
@@ -125,12 +126,15 @@ def _table(
     """The scores at one multiplier, stored."""
     rows: list[tuple[Any, ...]] = []
     again = 0
+    # of a table that only lacks ratings, what the model said of the texts stays
+    usable = not run.request.force and manifest.standing(*output) == "done"
+    before = scores.read(output[0]).query("measure in @ALONG") if usable else pd.DataFrame(columns=[*TABLE])
     stored_rows = texts.read(path)
     for texts_of in cells:
         concept = texts_of.cell.concept or 0
         said = texts_of.rows(stored_rows, path)
         values = [*texts_of.at_first_token(m), *texts_of.neutral(m), *_by_themselves(said, texts_of.pairs)]
-        values += _along(texts_of, said, m, manifest.identity(output[1]), unfinished)
+        values += _along(texts_of, said, m, manifest.identity(output[1]), unfinished, before)
         if judge is not None:
             rated, lost = _judged(step, judge, texts_of, said, run)
             values, again = [*values, *rated], again + lost
@@ -258,12 +262,15 @@ def _by_themselves(said: Sequence[texts.Row], pairs: Sequence[readers.Pair]) -> 
                 yield Value(row.number, response, CHOICE[2], value, "" if value is not None else "begins with neither answer")
 
 
-def _along(of: _Texts, said: Sequence[texts.Row], m: float, identity: str, unfinished: Unfinished) -> Iterator[Value]:
+def _along(of: _Texts, said: Sequence[texts.Row], m: float, identity: str, unfinished: Unfinished, before: pd.DataFrame) -> Iterator[Value]:
     """Perplexity exp(mean -log p_base) and KL along each text; batches are decided by the texts alone, so a rerun finds the same bits."""
     asked = [(row, k) for row in said for k, text in enumerate(row.texts) if text.strip()]
     encoded = [of.encode(of.prompts[row.number].input, row.texts[k], row.number) for row, k in asked]
     order = sorted(range(len(asked)), key=lambda i: -len(encoded[i].input_ids))
     known, concept, host = unfinished.read(identity), of.cell.concept or 0, of.run.host
+    for key, own in before.groupby(["concept", "item", "response"]):
+        values = own.set_index("measure")["value"].reindex(ALONG)
+        known[key] = [None if math.isnan(value) else float(value) for value in values]
     together = divergence.at_once(host.model, encoded) if encoded else 1
     where = (of.s.applied_positions, of.chat.prefix_length)
     with of.run.progress.bar(total=len(asked), desc=f"evaluate {of.cell} m={m:g}", unit="text") as bar:
