@@ -71,6 +71,7 @@ def test_each_program_runs_as_a_module_too(program: str, tmp_path: Path) -> None
 
 FLAGS = {
     "fit": {"--checkpoint_seconds"},
+    "evaluate": {"--multipliers", "--judge", "--rubric", "--judge_limit"},
     "generate": {"--multipliers", "--batch_size"},
     "measure": {
         "--multipliers",
@@ -91,7 +92,7 @@ def test_a_verb_takes_the_flags_that_mean_something_to_it(verb: str, base: famil
     own = {flag for action in cli.parser(verb=verb)._actions for flag in action.option_strings}
     every = set().union(*FLAGS.values())
     assert own == (released - every - {"--mode", "--verify", "--version"}) | FLAGS[verb]
-    value = {"--mode": ["loss"], "--split": ["train"], "--no_report": [], "--released_files": [], "--no-released_files": []}
+    value = {"--rubric": ["power"], "--mode": ["loss"], "--split": ["train"], "--no_report": [], "--released_files": [], "--no-released_files": []}
     for flag in every - FLAGS[verb] | {"--mode"}:
         assert cli.main([verb, *words(base, "--dry_run", flag, *value.get(flag, ["1"]))]) == 2
         assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
