@@ -92,7 +92,14 @@ def test_a_verb_takes_the_flags_that_mean_something_to_it(verb: str, base: famil
     own = {flag for action in cli.parser(verb=verb)._actions for flag in action.option_strings}
     every = set().union(*FLAGS.values())
     assert own == (released - every - {"--mode", "--verify", "--version"}) | FLAGS[verb]
-    value = {"--rubric": ["power"], "--mode": ["loss"], "--split": ["train"], "--no_report": [], "--released_files": [], "--no-released_files": []}
+    value = {
+        "--rubric": ["power"],
+        "--mode": ["loss"],
+        "--split": ["train"],
+        "--no_report": [],
+        "--released_files": [],
+        "--no-released_files": [],
+    }
     for flag in every - FLAGS[verb] | {"--mode"}:
         assert cli.main([verb, *words(base, "--dry_run", flag, *value.get(flag, ["1"]))]) == 2
         assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
