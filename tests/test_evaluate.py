@@ -95,6 +95,7 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def environment(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    pytest.importorskip("openai", reason="pip install 'spilt[judge]'")
     for name, value in (("SPILT_JUDGE_MODEL", "stand-in"), ("OPENAI_API_KEY", KEY), ("OPENAI_BASE_URL", server.url)):
         monkeypatch.setenv(name, value)
 

@@ -29,7 +29,8 @@ def name_of(word: str, base_dir: Path) -> str:
     try:
         name, folder = locate(base_dir, word)
     except UserError as error:
-        raise UserError(str(error).replace("--model_name", "--judge")) from None
+        said = str(error).replace("--model_name", "--judge").replace("--download fetches it", f"`hf download {word}` fetches it")
+        raise UserError(said) from None
     if not checkpoint.there(folder):
         raise UserError(f"--judge {word}: no checkpoint {folder}; {HOW}")
     return f"{name} {model_hash(folder)[:16]}"
