@@ -137,10 +137,7 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     if not dry and request.folder is None:
         check_model(store, request.model)
     asked = {method for method, _ in combinations}
-    sections = {
-        verb: {purpose: name for purpose, name in _read_by(VERBS[verb], request).items() if any(purpose in VERBS[verb].purposes(m) for m in asked)}
-        for verb in MODES[request.mode]
-    }
+    sections = {verb: _read_by(VERBS[verb], request, asked) for verb in MODES[request.mode]}
     if "measure" in sections:
         sections["measure"] = {split: sections["measure"][split] for split in splits_of(request)}
     wanted = {section for names in sections.values() for section in names.values()}
@@ -279,10 +276,11 @@ def _format(request: Request, section: str) -> readers.DatasetFormat:
     return made[section]
 
 
-def _read_by(verb: Verb, request: Request) -> dict[str, str]:
-    """What a verb reads of this dataset: purpose -> section."""
+def _read_by(verb: Verb, request: Request, methods: Collection[str]) -> dict[str, str]:
+    """What a verb reads of this dataset for any of these methods: purpose -> section."""
     there = _sections(request) if verb.optional else ()
-    return {purpose: section for purpose, section in verb.sections.items() if purpose not in verb.optional or section in there}
+    read = {purpose for method in methods for purpose in verb.purposes(method)}
+    return {name: section for name, section in verb.sections.items() if name in read and (name not in verb.optional or section in there)}
 
 
 def _sections(request: Request) -> Collection[str]:

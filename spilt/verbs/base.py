@@ -164,7 +164,8 @@ class Verb:
         if adapters and not self.fits and "layers" not in overrides:  # where it was fitted, whatever others' files say
             overrides = {**overrides, "layers": list(VERBS["fit"].settings(request, method, form).settings.layers)}
         cell = (request.base_dir, request.model, request.dataset, method, form)
-        return resolve(self.settings_of or self.name, *cell, overrides, middle, without_files(request, method), request.device, stand_ins(method, form))
+        plain = without_files(request, method)
+        return resolve(self.settings_of or self.name, *cell, overrides, middle, plain, request.device, stand_ins(method, form))
 
     def purposes(self, method: str) -> Collection[str]:
         """What of `sections` a method reads."""
