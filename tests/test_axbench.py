@@ -61,6 +61,7 @@ def test_eval_data_hold_the_released_rows(base: Base) -> None:
             assert row["category"] == "positive" and row["concept_genre"] is None  # the file has no such column
 
 
+@pytest.mark.long
 def test_losses_of_the_training_pairs(base: Base) -> None:
     assert run(base, "--mode", "generate", "--quiet", dataset="axbench") == 0
     assert run(base, "--mode", "loss", "--multipliers", "1", "--split", "train", "--concepts", "1", "--quiet", dataset="axbench") == 0

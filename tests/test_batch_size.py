@@ -103,6 +103,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.mark.long
 def test_texts_are_the_same(base: families.Base, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Byte by byte, and without being made again: the batch size is no setting that decides."""
     many = [str(0.25 * k) for k in range(23)]

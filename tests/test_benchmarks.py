@@ -129,6 +129,7 @@ def test_naive_gemma_2_has_the_soft_cap_and_the_late_norm(tmp_path: Path, monkey
     assert workload.main(small) == 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_gpu_script_runs_on_the_cpu_at_small_size(tmp_path: Path) -> None:
     from benchmarks import gpu

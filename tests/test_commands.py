@@ -169,6 +169,7 @@ def completed(line: str, cwd: Path = ROOT) -> set[str]:
     return {word.strip() for word in found.split("\n")}
 
 
+@pytest.mark.long
 def test_a_shell_completes_words_flags_and_names(tmp_path: Path) -> None:
     import argcomplete  # noqa: F401 - in requirements-test.txt
 

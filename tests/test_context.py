@@ -88,6 +88,7 @@ def test_only_the_cell_fails(absolute: families.Base, capsys: pytest.CaptureFixt
     assert "1 done, 1 failed" in out
 
 
+@pytest.mark.long
 def test_a_rotary_model_goes_on_and_tells_once_per_cell(rotary: families.Base, caplog: pytest.LogCaptureFixture) -> None:
     lengths = sorted(tokens(row["question"]) for row in families.pairs(3))
     assert lengths[-2] < lengths[-1]

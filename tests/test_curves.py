@@ -124,6 +124,7 @@ def test_under_twelve_points_are_warned_of(n: int) -> None:
     assert "few_points" in names(fit) and "no_held_out" in names(fit) and fit.r2_held_out is None
 
 
+@pytest.mark.long
 def test_one_sided_noise_and_other_shapes_never_crash() -> None:
     rng = np.random.default_rng(0)
     one_sided = fit_curve(np.linspace(0, 20, 21), np.exp(-np.linspace(0, 3, 21)), "utility")

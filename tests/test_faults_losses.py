@@ -98,6 +98,7 @@ def in_train(here: Scored) -> int:
     return count
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.few(1)
@@ -118,6 +119,7 @@ def test_losses_killed_in_the_middle_of_a_split(scored: Scored, split: str) -> N
     assert scored.listing() == whole
 
 
+@pytest.mark.long
 def test_losses_stopped_again_and_again(scored: Scored) -> None:
     every = scored.score()
     whole = scored.listing()

@@ -122,6 +122,7 @@ def test_a_fit_with_little_memory_goes_on_in_parts(bare: Here, caplog: pytest.Lo
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
 
 
+@pytest.mark.long
 def test_a_fit_of_one_row_that_is_too_large_runs_its_blocks_twice(bare: Here, caplog: pytest.LogCaptureFixture) -> None:
     """The last way out before an error: the backward pass keeps the blocks' inputs alone."""
     words = (*FIT, "--set", "dropout=0")
@@ -151,6 +152,7 @@ def test_a_fit_of_one_row_that_is_too_large_runs_its_blocks_twice(bare: Here, ca
     assert all(torch.allclose(made[name], want[name], atol=1e-5) for name in ("lora_A", "lora_B"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["caa", "reps"])
 def test_caa_and_the_reference_of_reps_with_little_memory(here: Here, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both go over all answers, in batches of their own: halved like any other."""

@@ -136,6 +136,7 @@ findings.check("parquet")
 """
 
 
+@pytest.mark.long
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own: the reader is compiled code, and a crash there would take the tests along."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}

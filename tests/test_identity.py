@@ -295,6 +295,7 @@ def test_the_released_codes_texts_are_replaced_with_a_word(base: Base, caplog: p
 # ---------------------------------------------------------------- a kill between the last result and the end
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["generate", "apply", "loss"])
 def test_what_was_kept_goes_when_everything_is_done(base: Base, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(base, "--mode", "generate", "--quiet", "--limit", "1") == 0

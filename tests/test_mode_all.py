@@ -170,6 +170,7 @@ def test_killed_between_the_stages(base: families.Base, monkeypatch: pytest.Monk
     assert cli.main(words) == 0 and results(base.path) == whole and not fitted
 
 
+@pytest.mark.long
 def test_a_dataset_with_concepts(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
     """Fits and losses of each concept, texts of all of them together; what is recorded of a concept is not kept for the next stage."""
     words = base.argv("sft", "vector", "--mode", "all", "--multipliers", "2", "--quiet", "--json", dataset=base.many)

@@ -95,6 +95,7 @@ def test_losses_of_other_questions_are_not_one_curve(base: Base) -> None:
     assert "m = 1, 2 left out: measured with limit 2 (now null)" in frame.attrs["notes"][0]
 
 
+@pytest.mark.long
 def test_released_losses_without_manifest_still_make_a_curve(base: Base) -> None:
     assert run(base, "--mode", "generate", "--quiet") == 0
     assert run(base, "--mode", "loss", "--multipliers", *SWEEP, "--quiet") == 0

@@ -117,7 +117,7 @@ def test_inspect_marks_what_is_compared(base: families.Base, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("rows", "method", "mode", "words", "wanted"),
     [
-        (MINDED, "sft", "generate", (), "sft is trained on answers to one question, not on two prompts; --method caa compares them"),
+        (MINDED, "sft", "generate", (), "sft is trained on answers to one question, not on two prompts; methods that compare them: caa"),
         (TWICE, "reps", "generate", (), "reps is trained on answers to one question"),
         (MINDED, "caa", "loss", (), "preference and utility compare two answers to one question"),
         (MINDED, "caa", "generate", ("--set", "multiple_choice=true"), "multiple_choice reads an answer's token, and there are no answers"),

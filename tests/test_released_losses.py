@@ -74,6 +74,7 @@ def test_the_released_losses(tmp_path: Path, form: str) -> None:
         assert losses == pytest.approx(at, abs=4e-6), (m, kind, pair)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.few(1)
 def test_a_loss_run_on_the_released_tree(tmp_path: Path, form: str) -> None:

@@ -99,6 +99,7 @@ def test_the_story_of_one_cell_comes_first(built: Path) -> None:
     assert "<img" in story and story.count('class="pair"') == 3
 
 
+@pytest.mark.long
 def test_texts_stand_beside_the_unsteered_ones(base: Path, built: Path) -> None:
     found = sections(text_of(built))
     assert found["across"].count('class="pair"') == 3 and "Four?" not in found["across"]
@@ -116,6 +117,7 @@ def test_a_cell_that_is_not_beyond_chance_is_not_the_story(tmp_path: Path) -> No
     assert "<img" not in page["story"] and "None" not in page["story"]
 
 
+@pytest.mark.long
 def test_the_header_says_how_it_was_measured(base: Path, built: Path) -> None:
     page = text_of(built)
     header, cells = page[: page.index("</header>")], sections(page)["cells"]
@@ -134,6 +136,7 @@ def test_a_card_of_another_kind_says_nothing(tmp_path: Path, card: str) -> None:
     assert not report.about.synthetic(tmp_path, MODEL) and not report.about.synthetic(tmp_path, "another")
 
 
+@pytest.mark.long
 def test_what_gain_and_drop_are_made_of(base: Path, built: Path) -> None:
     made = pd.read_csv(built.parent / "makeup.csv").set_index(["method", "intervention"]).loc[("spilt", "vector")]
     rows = pd.read_csv(base / f"vectors/{MODEL}/get_sft_loss/spilt/{DATASET}/spilt_vector/losses_test.csv")
@@ -151,6 +154,7 @@ def test_what_gain_and_drop_are_made_of(base: Path, built: Path) -> None:
     assert made["moved_wrong"] == pytest.approx(float(np.interp(made["at"], wide.index, wrong)))
 
 
+@pytest.mark.long
 def test_seeds_of_a_method_stand_in_one_row(built: Path) -> None:
     table, every = pd.read_csv(built.parent / "seeds.csv"), pd.read_csv(built.parent / "recommendations.csv")
     assert table[["method", "intervention", "fits"]].to_numpy().tolist() == [["spilt", "vector", 3]]
@@ -159,11 +163,13 @@ def test_seeds_of_a_method_stand_in_one_row(built: Path) -> None:
     assert "spilt vector, seed 2" in text_of(built) and "@seed" not in re.sub(r'href="[^"]*"', "", text_of(built))
 
 
+@pytest.mark.long
 def test_no_names_of_the_code_on_the_page(built: Path) -> None:
     words = re.sub(r"<(style|script)>.*?</\1>|<[^>]+>|[\w/]+\.(csv|json|jsonl)\b", " ", text_of(built), flags=re.DOTALL)
     assert not re.search(r"\b\w+_(plus|minus|train|test|u|r2)\b|\bnan\b|\bNone\b", words)
 
 
+@pytest.mark.long
 def test_links_lead_to_what_is_there(base: Path, built: Path) -> None:
     store = Store(base)
     for page in (built, store.index(MODEL), store.index()):
@@ -179,6 +185,7 @@ def test_links_lead_to_what_is_there(base: Path, built: Path) -> None:
     assert page.count('href="#cell-') > 20 and "losses_test.csv" in page and "recommendations.csv" in page
 
 
+@pytest.mark.long
 def test_lists_of_pages_are_written_with_each_page(base: Path, built: Path, tmp_path: Path) -> None:
     there = tmp_path / "base"
     shutil.copytree(base, there)
@@ -206,6 +213,7 @@ def test_anchors_tell_all_names_apart() -> None:
 # --- in a browser
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dark", [False, True])
 def test_every_table_fits_1400_pixels(built: Path, browser: Browser, dark: bool) -> None:
     browser.open(built, 1400, dark)
@@ -225,6 +233,7 @@ def test_every_table_fits_1400_pixels(built: Path, browser: Browser, dark: bool)
         assert contrast(one, other) > 4.5, pair
 
 
+@pytest.mark.long
 def test_the_first_column_stays_at_400_pixels(built: Path, browser: Browser) -> None:
     browser.open(built, 400)
     browser.js("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
@@ -238,6 +247,7 @@ def test_the_first_column_stays_at_400_pixels(built: Path, browser: Browser) -> 
     assert len(seen) > 6 and all(seen)
 
 
+@pytest.mark.long
 def test_a_link_opens_its_cell(built: Path, browser: Browser) -> None:
     browser.open(built)
     browser.js("document.querySelector('#recommended tbody a').click()")
@@ -246,6 +256,7 @@ def test_a_link_opens_its_cell(built: Path, browser: Browser) -> None:
     assert browser.js("document.title").startswith(DATASET) and browser.js("document.querySelectorAll('img[onerror]').length") == 0
 
 
+@pytest.mark.long
 def test_the_list_of_pages_in_a_browser(base: Path, built: Path, browser: Browser) -> None:
     for width in (400, 1400):
         browser.open(Store(base).index(), width)

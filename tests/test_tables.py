@@ -27,6 +27,7 @@ def words(base: families.Base, *more: str) -> list[str]:
     return ["--base_dir", str(base.path), "--model_name", base.model, "--dataset", base.one, *more]
 
 
+@pytest.mark.long
 def test_look_shows_each_multiplier(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert cli.main(["look", *words(base)]) == 0

@@ -79,6 +79,7 @@ def refined(population: Population | Peaked, budget: float = BUDGET) -> list[flo
     return m
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "tested"), [(16, False), (48, True)])
 def test_intervals_of_m_gain_and_drop_cover_the_truth(n: int, tested: bool) -> None:
@@ -99,6 +100,7 @@ def test_intervals_of_m_gain_and_drop_cover_the_truth(n: int, tested: bool) -> N
     assert all_cover(covered), covered / EXPERIMENTS
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [16, 48])
 def test_intervals_of_m_cover_the_peak_where_the_gain_has_one(n: int) -> None:

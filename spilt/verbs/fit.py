@@ -27,7 +27,7 @@ def refuses(method: Method, s: Any, kind: str) -> str:
     if kind == QUESTIONS:
         return f"there are no answers to fit on; add the columns {', '.join(PAIR_FIELDS[1:])}"
     if kind in (CONTRASTS, BARE_CONTRASTS) and not closed:
-        return f"{method.name} is trained on answers to one question, not on two prompts; --method {', '.join(CLOSED)} compares them"
+        return f"{method.name} is trained on answers to one question, not on two prompts; methods that compare them: {', '.join(CLOSED)}"
     if kind == BARE_CONTRASTS and s.multiple_choice:
         return "multiple_choice reads an answer's token, and there are no answers; leave it out: then the prompt's last token is read"
     if kind == ONE_SIDED and (closed or method.needs_losing(s)):
