@@ -9,6 +9,7 @@ from typing import Any
 
 from spilt import __version__, plan, verbs
 from spilt.artifacts.store import Store
+from spilt.doubts import doubts_of
 from spilt.errors import UserError, printable
 from spilt.model.identity import Seen
 from spilt.run import ALREADY, DONE, FAILED, SKIPPED, Outcome, keeps_what_is_unusable
@@ -139,7 +140,7 @@ def _doubts(step: verbs.Step, request: verbs.Request, seen: Seen) -> list[str]:
     for cell in step.cells if step.verb != "fit" and not verbs.missing_inputs(step) else ():
         for layer in cell.layers:
             try:
-                found += plan.doubts(cell, layer, step.settings, request, seen)
+                found += doubts_of(cell, layer, step.settings, request, seen)
             except UserError as error:
                 found.append(f"will be refused: {error}")
     return found

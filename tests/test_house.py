@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("steering", "data"),
     ("methods", "model"),
     ("engine", "verbs", "weights", "judges"),
-    ("plan", "analysis"),
+    ("doubts", "plan", "analysis"),
     ("report", "tasks"),
     ("anatomy", "api", "audit", "inspect", "prepare", "look", "recommend", "say", "verify", "run", "summary"),
     ("behaviour", "complete", "disturbance", "export", "lm_eval", "receipt", "strength", "table"),

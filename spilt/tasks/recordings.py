@@ -14,6 +14,7 @@ from spilt.artifacts.store import Store
 from spilt.cell import FORMS, Cell
 from spilt.data import readers
 from spilt.data.chat import Encoded
+from spilt.doubts import doubts_of
 from spilt.engine import activations
 from spilt.errors import UserError
 from spilt.methods import METHODS
@@ -195,7 +196,7 @@ def stored(cell: Cell, settings: Any, run: Run) -> Steering:
         widths = anatomy.read_widths(run.host.model, layer)
         path = run.store.vector(cell, layer)
         refuse_changed(path)
-        for doubt in plan.doubts(cell, layer, settings, run.request, run.seen):
+        for doubt in doubts_of(cell, layer, settings, run.request, run.seen):
             doubts.setdefault(doubt, []).append(run.store.relative(path))
         run.seen.of(path)
         concept = cell.concept if cell.concept is not None else settings.concept_id
