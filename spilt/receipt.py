@@ -16,10 +16,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spilt import __version__
+from spilt import __version__, judges
 from spilt.analysis.chosen import CHOSEN, DAMAGE, INCOHERENT, Limits
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.manifest import digest
+from spilt.artifacts.store import Store
 from spilt.behaviour import files
 from spilt.data import sources
 from spilt.errors import NotFinite, UserError, printable
@@ -52,8 +53,24 @@ def behaviour_flags(parser: argparse.ArgumentParser, required: bool = False) -> 
     """The flags that name a behaviour and what it may cost."""
     have = ", ".join(files.shipped())
     parser.add_argument("--behaviour", required=required, metavar="NAME|FILE", help=f"{have}, or a YAML file of your own")
+    parser.add_argument("--judge", metavar="endpoint|MODEL", help="who rates the answers, where the behaviour is judged by a rubric")
     parser.add_argument("--max_incoherent", type=float, default=INCOHERENT, metavar="SHARE", help=f"more than unsteered ({INCOHERENT:g})")
     parser.add_argument("--max_damage", type=float, default=DAMAGE, metavar="NATS", help=f"KL per token on benign prompts ({DAMAGE:g})")
+
+
+def judge_for(behaviour: files.Behaviour, args: argparse.Namespace) -> judges.Judge | None:
+    """Who is asked about the answers; None where rules tell. Raises UserError where a word is missing or says nothing."""
+    kind, rule = behaviour.judge
+    if kind != "rubric":
+        if args.judge is not None:
+            raise UserError(f"--judge {args.judge}: {behaviour.name} is judged by {kind}, so nobody is asked; leave it out")
+        return None
+    if args.judge is None:
+        raise UserError(f"{behaviour.name} is judged by the rubric {rule.rubric.name}: who is asked? {judges.HOW}")
+    import torch
+
+    device = args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    return judges.judge_of(args.judge, args.base_dir, Store(args.base_dir).judged(), device)
 
 
 def limits_of(args: argparse.Namespace) -> Limits:
@@ -64,7 +81,7 @@ def limits_of(args: argparse.Namespace) -> Limits:
     return Limits(args.max_incoherent, args.max_damage)
 
 
-def probe_of(host: Any, steering: Any, settings: Any) -> Any:
+def probe_of(host: Any, steering: Any, settings: Any, judge: judges.Judge | None = None) -> Any:
     """A Probe with the settings of --mode apply."""
     from tqdm import tqdm
 
@@ -75,7 +92,7 @@ def probe_of(host: Any, steering: Any, settings: Any) -> Any:
     how = {name: getattr(settings, name) for name in ("seed", "batch_size", "use_chat_template", "system_prompt")}
     params = {name: value for name, value in settings.generation_params.as_kwargs().items() if name != "max_new_tokens"}
     bar = tqdm(desc="answers", unit=" answers", leave=False, disable=not sys.stderr.isatty())
-    return Probe(host.model, host.tokenizer, steering, progress=bar.update, **how, **params)
+    return Probe(host.model, host.tokenizer, steering, progress=bar.update, judge=judge, **how, **params)
 
 
 def _receipt(args: argparse.Namespace) -> int:
@@ -93,13 +110,14 @@ def _receipt(args: argparse.Namespace) -> int:
     suites = {name: path for name in files.SUITES if (path := getattr(args, name)) is not None}
     for name, path in suites.items():
         files.SUITES[name].read(path)
+    judge = judge_for(behaviour, args)
     host, steering, s, _ = ready(args)
     from spilt.behaviour import receipt
     from spilt.memory import OutOfMemory
 
     asked: Any = {"multiplier": args.multiplier, "more": args.multipliers, "labels": args.labels, "prefix": prefix, "suites": suites}
     try:
-        found = receipt.write_down(probe_of(host, steering, s), behaviour, limits=limits, **asked)
+        found = receipt.write_down(probe_of(host, steering, s, judge), behaviour, limits=limits, **asked)
     except (NotFinite, OutOfMemory) as error:
         complain(f"error: {error}")
         return 1
@@ -110,6 +128,7 @@ def _receipt(args: argparse.Namespace) -> int:
         "parameters": digest(b"".join(p.detach().float().cpu().numpy().tobytes() for p in steering.parameters())),
         "decoding": s.generation_params.as_kwargs() | {"max_new_tokens": behaviour.max_new_tokens},
         "seed": s.seed,
+        "judge": None if judge is None else {"name": judge.name, "asked": str(judge.tally)},
         "spilt": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -139,10 +158,13 @@ def _estimate(found: Estimate) -> dict[str, Any]:
 def document(found: Receipt, about: dict[str, Any]) -> dict[str, Any]:
     """Everything as JSON values."""
     chosen, behaviour = found.found, found.behaviour
+    rule = behaviour.judge.rule
     return {
         "schema": 1,
         **about,
         "behaviour": {"name": behaviour.name, "about": behaviour.about, "judge": behaviour.judge.kind, "want": behaviour.want},
+        "rubric": {**rule.rubric.decides, "at_least": rule.at_least, "concept": rule.concept} if isinstance(rule, files.Rated) else None,
+        "unrated": dict(zip(("missing", "of"), found.unrated, strict=True)),
         "checked": {"kappa": _estimate(found.checked.kappa), "file": found.checked.file},
         "limits": found.limits._asdict(),
         "status": chosen.status,
@@ -207,7 +229,13 @@ def _range(found: Receipt) -> list[str]:
 
 def markdown(found: Receipt, about: dict[str, Any]) -> list[str]:
     behaviour, limits = found.behaviour, found.limits
+    rule, judge = behaviour.judge.rule, about["judge"]
     ways = {"first_token": "which of two answers is the likelier beginning"}
+    if judge is not None:
+        ways["rubric"] = (
+            f"the rubric {rule.rubric.name}, at least {rule.at_least} of {rule.rubric.scale[1]}, as {_cell(judge['name'])} rates; "
+            f"{found.unrated[0]} of {found.unrated[1]} answers have no rating and are left out ({_cell(judge['asked'])})"
+        )
     out = [
         f"# Receipt: {_cell(about['vector'])} on {_cell(about['model'])}",
         "",

@@ -24,7 +24,7 @@ from spilt.data import readers
 from spilt.data.chat import Question
 from spilt.errors import NotFinite, UserError
 from spilt.model.locate import locate
-from spilt.receipt import behaviour_flags, limits_of, probe_of
+from spilt.receipt import behaviour_flags, judge_for, limits_of, probe_of
 from spilt.say import Named, loaded, named, which_flags
 from spilt.settings.fields import intervention_name, method_name
 from spilt.terminal import complain, program, say
@@ -36,6 +36,7 @@ SHOWN = {
     "works_from": ("works from", ".4g"), "works_to": ("to", ".4g"), "wanted": ("as wanted", ""), "unsteered": ("unsteered", ""),
     "incoherent": ("incoherent", ""),
     "damage": ("KL, benign", ".3f"), "kl_p95": ("kl p95", ".3f"), "kl_mean": ("mean", ".3f"), "kl_max": ("max", ".3f"),
+    "unrated": ("not rated", ""),
     "audit_kl_p95": ("p95 on other prompts", ".3f"), "status": ("status", ""),
 }  # fmt: skip
 
@@ -157,13 +158,14 @@ def _behaviour(args: argparse.Namespace) -> By:
     if args.behaviour is None:
         raise UserError(f"--by behaviour: which? give --behaviour, {', '.join(files.shipped())} or a YAML file")
     limits, behaviour = limits_of(args), files.load(args.behaviour)
+    judge = judge_for(behaviour, args)
 
     def measure(host: Any, steering: Any, settings: Any) -> tuple[Rows, Rows]:
         from spilt.analysis.behaviour import INCOHERENT
         from spilt.analysis.chosen import choose
         from spilt.analysis.intervals import share
 
-        probe = probe_of(host, steering, settings)
+        probe = probe_of(host, steering, settings, judge)
         unit = probe.doses_on([asked.text for asked in behaviour.chosen_on])
         found = choose(lambda m: probe.point(behaviour, m), unit, limits)
 
@@ -178,10 +180,12 @@ def _behaviour(args: argparse.Namespace) -> By:
             row |= {"dose_from": abs(inner.works) * unit, "dose_to": abs(outer.works) * unit, "chosen_on": found.point.success}
             row |= {"wanted": on_others(found.multiplier, behaviour.want), "incoherent": on_others(found.multiplier, INCOHERENT)}
             row |= {"damage": found.point.damage}
+        if judge is not None:
+            row |= {"unrated": "{} of {}".format(*probe.unrated)}
         return [row], [{**point._asdict(), "dose": abs(point.multiplier) * unit} for point in found.points]
 
     counts = {"chosen_on": len(behaviour.chosen_on), "reported_on": len(behaviour.reported_on)}
-    told = {"behaviour": behaviour.name, "limits": limits._asdict(), **counts}
+    told = {"behaviour": behaviour.name, "limits": limits._asdict(), **counts, "judge": None if judge is None else judge.name}
     line = f"{behaviour.name}: chosen on {counts['chosen_on']} prompts; shares of {counts['reported_on']} others, 95% intervals"
     return told, measure, line
 

@@ -92,7 +92,7 @@ def test_first_tokens_are_the_next_ones_of_the_model() -> None:
 )
 def test_a_broken_answer_is_never_a_success(judge: dict[str, Any], text: str, times: float, verdict: str) -> None:
     for want in (rules.SHOWS, rules.ABSENT):
-        assert probe().judged(behaviour(judge, want=want, incoherent={"regex": "\ufffd"}), [text], [times]) == [verdict]
+        assert probe().judged(behaviour(judge, want=want, incoherent={"regex": "\ufffd"}), ["?"], [text], [times]) == [verdict]
 
 
 def test_a_model_that_is_steered_to_pieces_has_no_success() -> None:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from spilt.analysis.behaviour import ABSENT, SHOWS, compiled
 from spilt.data import sources
 from spilt.errors import UserError, first_line, printable, unknown
+from spilt.judges import BUILT_IN, Rubric
+from spilt.judges import rubric as rubrics
 from spilt.settings.fields import Checked, read_field, setting
 from spilt.settings.files import kind, load_yaml
 from spilt.settings.values import Bad, choice, many, number, optional, text, whole
@@ -69,6 +71,37 @@ def _first_token(value: Any) -> str | tuple[str, str]:
     return value[SHOWS], value["otherwise"]
 
 
+class Rated(NamedTuple):
+    """An answer shows the behaviour where a judge rates it so or higher. concept: what the rubric's {{concept}} is."""
+
+    rubric: Rubric
+    at_least: int
+    concept: str | None = None
+
+
+def _rubric(value: Any) -> Rated:
+    """name: a built-in one, or a file, which `load` has made a Path."""
+    if isinstance(value, Rated):
+        return value
+    if not isinstance(value, dict) or not {"name", "at_least"} <= set(value) <= {"name", "at_least", "concept"}:
+        raise Bad("is not {name: power, at_least: 3}, and concept where the rubric asks for one")
+    name = value["name"]
+    if not isinstance(name, Path) and name not in BUILT_IN:
+        raise Bad(f"is wrong: {unknown('rubric', str(name)[:60], BUILT_IN)}, or a file beside this one that ends in .yaml")
+    try:
+        made = Rated(rubrics.read(name if isinstance(name, Path) else rubrics.FOLDER / f"{name}.yaml"), whole()(value["at_least"]))
+    except UserError as error:
+        raise Bad(f"is wrong: {first_line(error)}") from None
+    low, high = made.rubric.scale
+    if not low < made.at_least <= high:
+        raise Bad(f"wants at least {made.at_least}, which tells nothing apart; its ratings are from {low} to {high}")
+    places = rubrics.PLACE.findall(made.rubric.prompt)
+    if "reference" in places or ("concept" in places) != ("concept" in value):
+        why = "reference}}, and here is none" if "reference" in places else "concept}}: give concept as well, where it does and only there"
+        raise Bad(f"is wrong: whether it holds {{{{{why}")
+    return made._replace(concept=text(value["concept"]) if "concept" in value else None)
+
+
 class Way(NamedTuple):
     """How an answer may be judged: a reader of what stands in the file, and the README's row."""
 
@@ -85,6 +118,12 @@ JUDGES: dict[str, Way] = {
         _first_token,
         '{shows: "Yes", otherwise: "No"}',
         f"the model would rather begin with the first of the two; `{COLUMNS}`: with each row's `matching` than its `not_matching`",
+    ),
+    "rubric": Way(
+        _rubric,
+        "{name: power, at_least: 3}",
+        "the judge that `--judge` names rates it so or higher, as this [rubric](#scoring-the-texts) says: a built-in one, or a YAML file "
+        "beside this one; `concept: TEXT` as well where it asks about one; an answer without a rating is left out, and counted",
     ),
 }
 
@@ -196,6 +235,9 @@ def load(said: str) -> Behaviour:
             given[name] = asked_of(_beside(path, name, given[name]))
     if given.get("labels") is not None:
         given["labels"] = _beside(path, "labels", given["labels"])
+    rule = given["judge"].get("rubric") if isinstance(given["judge"], dict) else None
+    if isinstance(rule, dict) and str(rule.get("name")).endswith((".yaml", ".yml")):
+        given["judge"] = {**given["judge"], "rubric": {**rule, "name": _beside(path, "rubric", rule["name"])}}
     made = Behaviour(**{name: read_field(KEYS[name], value, str(path)) for name, value in given.items()}, name=path.stem)
     if made.judge == Judge("first_token", COLUMNS):
         for asked in (*made.prompts, *(made.tune_on or ())):

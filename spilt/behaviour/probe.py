@@ -15,11 +15,12 @@ from spilt import api
 from spilt.analysis import behaviour as rules
 from spilt.analysis import texts as texts_alone
 from spilt.analysis.chosen import Point
-from spilt.behaviour.files import ANSWERS, COLUMNS, Asked, Behaviour, Incoherence
+from spilt.behaviour.files import ANSWERS, COLUMNS, Asked, Behaviour, Incoherence, Rated
 from spilt.data.chat import Chat, Encoded, Question, readable
 from spilt.engine import divergence, dose, sampling, whole
 from spilt.engine.prompts import Row
 from spilt.errors import NotFinite, UserError, printable
+from spilt.judges import Judge
 from spilt.model import host
 from spilt.steering import anatomy
 from spilt.steering.steering import Steering
@@ -40,7 +41,10 @@ class Answer(NamedTuple):
 
 
 class Probe:
-    """Everything that is asked of a Steering; what was answered once is kept. progress: hears how many answers have been made."""
+    """Everything that is asked of a Steering; what was answered once is kept.
+
+    progress: hears how many answers have been made. judge: rates them, where a behaviour has a rubric.
+    """
 
     def __init__(
         self,
@@ -53,6 +57,7 @@ class Probe:
         use_chat_template: bool = True,
         system_prompt: str = "",
         engine: str = "fast",
+        judge: Judge | None = None,
         progress: Callable[[int], Any] = lambda count: None,
         **params: Any,
     ) -> None:
@@ -61,6 +66,8 @@ class Probe:
         self.chat = Chat.of(tokenizer, use_chat_template, system_prompt)
         self.pad = host.pad_id(tokenizer)
         self.kept: dict[tuple[int, str, float, int], Answer] = {}
+        self.judge = judge
+        self.ratings: dict[tuple[str, ...], int | None] = {}  # by what the judge was asked; None: missing
 
     def prompts(self, texts: Sequence[Question], new: int) -> list[tuple[int, ...]]:
         """Their tokens. Raises UserError for one that leaves no room for an answer in the model's context."""
@@ -133,7 +140,7 @@ class Probe:
         texts = [one.text for one in asked]
         usual = float(np.median([answer.perplexity for answer in self.answers(texts, 0.0, behaviour.max_new_tokens)]))
         answers = self.answers(texts, m, behaviour.max_new_tokens)
-        return self.judged(behaviour, [answer.text for answer in answers], [answer.perplexity / usual for answer in answers])
+        return self.judged(behaviour, texts, [answer.text for answer in answers], [answer.perplexity / usual for answer in answers])
 
     def broken(self, limits: Incoherence, texts: Sequence[str], perplexity_times: Sequence[float]) -> list[bool]:
         """Which are no answers any more; perplexity_times: of each, beside what is usual."""
@@ -145,13 +152,17 @@ class Probe:
             for text, times in zip(texts, perplexity_times, strict=True)
         ]
 
-    def judged(self, behaviour: Behaviour, texts: Sequence[str], perplexity_times: Sequence[float]) -> list[Verdict]:
-        """The rules of a behaviour on any answers."""
+    def judged(
+        self, behaviour: Behaviour, prompts: Sequence[str], texts: Sequence[str], perplexity_times: Sequence[float]
+    ) -> list[Verdict]:
+        """The rules of a behaviour on any answers. Of one that is broken nobody is asked what it shows."""
         broken = self.broken(behaviour.incoherent, texts, perplexity_times)
-        told = self._shown(behaviour, texts)
+        there = [i for i, bad in enumerate(broken) if not bad]
+        told = dict(zip(there, self._shown(behaviour, [prompts[i] for i in there], [texts[i] for i in there]), strict=True))
+        found = [told.get(i, (False, False)) for i in range(len(texts))]
         return [
-            rules.INCOHERENT if bad or not answered else None if shows is None else rules.SHOWS if shows else rules.ABSENT
-            for bad, (shows, answered) in zip(broken, told, strict=True)
+            rules.INCOHERENT if not answered else None if shows is None else rules.SHOWS if shows else rules.ABSENT
+            for shows, answered in found
         ]
 
     def perplexity_times(self, behaviour: Behaviour, prompts: Sequence[str], texts: Sequence[str]) -> list[float]:
@@ -166,14 +177,31 @@ class Probe:
         usual = float(np.median([answer.perplexity for answer in self.answers(asked, 0.0, behaviour.max_new_tokens)]))
         return [found[i] / usual if i in found else math.inf for i in range(len(texts))]
 
-    def _shown(self, behaviour: Behaviour, texts: Sequence[str]) -> list[tuple[bool | None, bool]]:
-        """(whether it shows the behaviour; whether it is an answer of the kind that is asked for)."""
+    def _shown(self, behaviour: Behaviour, prompts: Sequence[str], texts: Sequence[str]) -> list[tuple[bool | None, bool]]:
+        """(whether it shows the behaviour, None: no rating; whether it is an answer of the kind that is asked for)."""
         kind, rule = behaviour.judge
+        if kind == "rubric":
+            return [(None if rating is None else rating >= rule.at_least, True) for rating in self._rated(rule, prompts, texts)]
         if kind == "yes_no":
             said = [texts_alone.begins_with(text, rule, "no" if rule == "yes" else "yes") for text in texts]
             return [(bool(one), one is not None) for one in said]
         by = {"keywords": lambda text: bool(rules.shows(text, None, rule)), "regex": lambda text: rules.found(rule, text)}[kind]
         return [(by(text), True) for text in texts]
+
+    def _rated(self, rule: Rated, prompts: Sequence[str], texts: Sequence[str]) -> list[int | None]:
+        if self.judge is None:
+            raise UserError(f"the rubric {rule.rubric.name} is asked of a judge, and there is none")
+        asked = [rule.rubric.messages(question=q, answer=a, concept=rule.concept) for q, a in zip(prompts, texts, strict=True)]
+        keys = [tuple(turn["content"] for turn in turns) for turns in asked]
+        todo = {key: turns for key, turns in zip(keys, asked, strict=True) if key not in self.ratings}
+        for key, reply in zip(todo, self.judge.judge([*todo.values()], rule.rubric.parameters), strict=True):
+            self.ratings[key] = None if reply is None else rule.rubric.rating(reply)
+        return [self.ratings[key] for key in keys]
+
+    @property
+    def unrated(self) -> tuple[int, int]:
+        """Answers without a rating, of how many."""
+        return sum(rating is None for rating in self.ratings.values()), len(self.ratings)
 
     def log_probs(self, behaviour: Behaviour, asked: Sequence[Asked], m: float) -> list[tuple[float, float]]:
         """log p of the first token of the answer that shows the behaviour, and of the other one."""
@@ -201,5 +229,7 @@ class Probe:
         except NotFinite:
             return Point(m, 0.0, 1.0, math.inf)
         told = [verdict for verdict in verdicts if verdict is not None]
-        wanted, broken = (sum(one == word for one in told) / len(told) if told else math.nan for word in (behaviour.want, rules.INCOHERENT))
+        if not told:
+            raise UserError(f"{behaviour.name}: no answer at multiplier {m:.4g} has a rating; judge {self.judge and self.judge.tally}")
+        wanted, broken = (sum(one == word for one in told) / len(told) for word in (behaviour.want, rules.INCOHERENT))
         return Point(m, wanted, broken, float(np.concatenate(self.kl(benign, m, behaviour.max_new_tokens)).mean()))

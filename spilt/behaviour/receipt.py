@@ -229,7 +229,7 @@ def validated(probe: Probe, behaviour: Behaviour, labels: Path | None) -> Checke
     if not rows:
         raise UserError(f"{path}: has no row")
     prompts, texts = ([str(row.values[name]) for row in rows] for name in ("prompt", "text"))
-    ours = probe.judged(behaviour, texts, probe.perplexity_times(behaviour, prompts, texts))
+    ours = probe.judged(behaviour, prompts, texts, probe.perplexity_times(behaviour, prompts, texts))
     theirs = [SAID[str(row.values["label"]).strip().lower()] for row in rows]
     told = [(x, y) for x, y in zip(ours, theirs, strict=True) if x is not None]
     return Checked(kappa([x for x, _ in told], [y for _, y in told]), path.name)
@@ -247,6 +247,7 @@ class Receipt(NamedTuple):
     checked: Checked
     limits: Limits
     samples: list[dict[str, Any]]
+    unrated: tuple[int, int] = (0, 0)  # answers that the judge of a rubric gave no rating, of how many
 
 
 def write_down(
@@ -288,4 +289,4 @@ def write_down(
             rows[strength] = dict.fromkeys(("wanted", "incoherent", "kl"), NONE)
     # nothing was chosen: what it would cost has no strength to be measured at
     failures = tuple((row, row.measure(on)) for row in FAILURES) if m else ()
-    return Receipt(behaviour, found, m, unit, rows, failures, checked, limits, samples)
+    return Receipt(behaviour, found, m, unit, rows, failures, checked, limits, samples, probe.unrated)
