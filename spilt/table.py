@@ -2,7 +2,8 @@
 
 main: every method at the strength that its training questions give, beside prompts; prompts: the methods against these; equal: SPLIT
 against the others at equal KL, preference and utility; strengths: those of equal KL; train_test; fits and averages: of the curves.
-With --kl the model is loaded and cells without such a strength get one, which is kept. With --prompt_baseline it is loaded too, and the losses behind that prompt are kept.
+With --kl the model is loaded and cells without such a strength get one, which is kept.
+With --prompt_baseline it is loaded too, and the losses behind that prompt are kept.
 """
 
 from __future__ import annotations
