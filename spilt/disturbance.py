@@ -43,7 +43,7 @@ def calibrate(
     device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     todo = [
         (step, request, seen, path, parts)
-        for step, request, seen in _steps(base, model, dataset, cells, device)
+        for step, request, seen in steps(base, model, dataset, cells, device)
         for path, parts in [(Store(base).loss_folder(step.cells[0]) / Store.KL, _parts(step, how, seen))]
         if manifest.standing(path, parts) != "done"
     ]
@@ -68,10 +68,10 @@ def calibrate(
     return len(todo)
 
 
-def _steps(
-    base: Path, model: str, dataset: str, cells: Sequence[tuple[str, str]], device: str
+def steps(
+    base: Path, model: str, dataset: str, cells: Sequence[tuple[str, str]], device: str, mode: str = "apply", split: str | None = None
 ) -> list[tuple[Step, verbs.Request, identity.Seen]]:
-    """A step for each cell, as texts are made with it."""
+    """A step for each cell, as texts are made with it (or its losses measured)."""
 
     def variant(cell: tuple[str, str]) -> tuple[tuple[int, ...], int]:
         own = variant_of(cell[1])
@@ -81,11 +81,12 @@ def _steps(
     for (layers, seed), group in groupby(sorted(cells, key=variant), variant):
         words = tuple(f"{method}_{variant_of(form).form}" for method, form in group)
         own: dict[str, Any] = {"layers": (layers,) if layers else None, "seeds": (None if seed < 0 else seed,)}
-        request = verbs.Request(dataset, words, model, ("vector",), "apply", device=device, multipliers=(1.0,), base_dir=base, **own)
+        own |= {"device": device, "multipliers": (1.0,), "base_dir": base, "split": split}
+        request = verbs.Request(dataset, words, model, ("vector",), mode, **own)
         seen = identity.Seen()
         for step in plan.make(request).steps:
             if len(step.cells) > 1 or step.cells[0].concept is not None:
-                raise UserError(f"{dataset} has concepts, each with a vector of its own; equal KL is for data sets without")
+                raise UserError(f"{dataset} has concepts, each with a vector of its own; equal KL and prompts are for data sets without")
             out.append((step, request, seen))
     return out
 

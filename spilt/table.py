@@ -1,8 +1,9 @@
 """spilt table: the paper's tables from stored results of any models and data sets, its own numbers beside for its two models.
 
-main: every method at the strength that its training questions give; equal: SPLIT against the others at equal KL, preference and utility;
-strengths: those of equal KL; train_test; fits and averages: of the curves. With --kl the model is loaded and cells without such a strength
-get one, which is kept.
+main: every method at the strength that its training questions give, beside prompts; prompts: the methods against these; equal: SPLIT
+against the others at equal KL, preference and utility; strengths: those of equal KL; train_test; fits and averages: of the curves.
+With --kl the model is loaded and cells without such a strength get one, which is kept.
+With --prompt_baseline it is loaded too, and the losses behind that prompt are kept.
 """
 
 from __future__ import annotations
@@ -19,8 +20,13 @@ from spilt.errors import UserError
 from spilt.terminal import complain, program, say
 
 if TYPE_CHECKING:
+    from spilt.prompted import Prompt
     from spilt.report.comparison import Set
 
+LACKING = {
+    "prompts": "no prompt is measured on these questions; --prompt_baseline NAME=FILE measures one",
+    "strengths": "no strengths of equal KL are stored; --kl NATS finds them",
+}
 FORMATS = {"markdown": ".md", "csv": ".csv", "latex": ".tex", "html": ".html"}
 
 
@@ -38,7 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kl", type=float, metavar="NATS", help="find the strengths of equal KL that are not stored yet; loads the model")
     parser.add_argument("--prompts", type=int, default=8, metavar="N", help="for --kl: the data set's first N (default 8)")
     parser.add_argument("--max_new_tokens", type=int, default=32, metavar="N", help="for --kl: of each answer (default 32)")
-    parser.add_argument("--device", default="", help="for --kl; default: cuda:0 where there is one, else cpu")
+    parser.add_argument(
+        "--prompt_baseline",
+        nargs="+",
+        default=[],
+        metavar="NAME=FILE",
+        help="measure the unsteered model behind a prompt: a text file is a system prompt, rows of question and answer (.jsonl, .json, "
+        ".csv) are examples; loads the model",
+    )
+    parser.add_argument("--device", default="", help="for --kl and --prompt_baseline; default: cuda:0 where there is one, else cpu")
     return program(parser, argv, _table)
 
 
@@ -55,6 +69,7 @@ def _table(args: argparse.Namespace) -> int:
             raise UserError(f"--{name} {getattr(args, name)}: wanted 1 or more")
     if args.format == "csv" and args.output is None and len(args.tables) > 1:
         raise UserError("--format csv prints one table: name it with --tables, or give --output FOLDER for a file of each")
+    prompts = _prompts(args.prompt_baseline) if args.prompt_baseline else []
     sets = comparison.collect(args.base_dir, args.model_name, args.dataset, args.tables, args.budget, args.seed)
     problems = [problem for one in sets for problem in one.problems]
     for problem in problems:
@@ -63,10 +78,11 @@ def _table(args: argparse.Namespace) -> int:
         raise UserError("no cell could be read; spilt verify says what is wrong with each file")
     if args.kl is not None:
         _calibrate(args, sets)
+    failed = bool(prompts) and not _measure(args, sets, prompts)
     made = comparison.make(sets, args.tables, args.budget, args.seed)
     lacking = [name for name in args.tables if name not in {table.name for table in made}]
     if lacking:
-        complain(f"note: no table {', '.join(lacking)}: no strengths of equal KL are stored; --kl NATS finds them")
+        complain(f"note: no table {', '.join(lacking)}: {'; '.join(LACKING[name] for name in lacking)}")
     if not made:
         return 1
     if args.output is None:
@@ -74,7 +90,7 @@ def _table(args: argparse.Namespace) -> int:
         text = comparison.csv(made, made[0].name) if args.format == "csv" else written[args.format or "markdown"](made)
         for line in text.splitlines():
             say(line)
-        return 0
+        return int(failed)
     args.output.mkdir(parents=True, exist_ok=True)
     files = {f"{name}.csv": comparison.csv(made, name) for name in dict.fromkeys(table.name for table in made)}
     files |= {
@@ -85,7 +101,7 @@ def _table(args: argparse.Namespace) -> int:
     for name, text in files.items():
         atomic_write(args.output / name, text)
     say(f"{args.output}: {', '.join(files)}")
-    return 0
+    return int(failed)
 
 
 def _calibrate(args: argparse.Namespace, sets: Sequence[Set]) -> None:
@@ -98,6 +114,29 @@ def _calibrate(args: argparse.Namespace, sets: Sequence[Set]) -> None:
             calibrate(args.base_dir, one.model, one.dataset, cells, how, args.device, complain)
         except UserError as error:
             complain(f"warning: {one.heading}: no strengths of equal KL: {error}")
+
+
+def _prompts(words: Sequence[str]) -> list[Prompt]:
+    from spilt import prompted  # brings torch
+
+    return prompted.read(words)
+
+
+def _measure(args: argparse.Namespace, sets: Sequence[Set], prompts: Sequence[Prompt]) -> bool:
+    """Whether all of them were measured, or had been."""
+    from spilt import prompted
+    from spilt.report.comparison import told_on
+
+    whole = True
+    for one in sets:
+        try:
+            first = one.groups[0].cells[0].place
+            cell = (first.method, first.intervention)
+            prompted.measure(args.base_dir, one.model, one.dataset, cell, told_on(one), prompts, args.device, complain)
+        except UserError as error:
+            complain(f"warning: {one.heading}: not all prompts are measured: {error}")
+            whole = False
+    return whole
 
 
 if __name__ == "__main__":

@@ -391,7 +391,7 @@ def _short(base_dir: Path, path: Path) -> str:
 KINDS: dict[str, Callable[[Artifact], str]] = {
     r"layer_\d+\.pt": _vector,
     "|".join(map(re.escape, LOSSES)): _losses,
-    "|".join(map(re.escape, losses.TABLES.values())): _table,
+    "|".join(map(re.escape, (*losses.TABLES.values(), *losses.PROMPTS.values()))): _table,
     r"control\.csv": _control,
     r"control_texts\.csv": _control_texts,
     r"scores_m.+\.csv": _scores,

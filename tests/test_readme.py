@@ -71,6 +71,7 @@ def test_its_make_targets_and_flags_exist() -> None:
         "--like",
         "--for",
         "--by",
+        "--prompt_baseline",
         "--behaviour",
         "--max_incoherent",
         "--max_damage",

@@ -5,6 +5,7 @@ from __future__ import annotations
 # all multipliers of a cell and split in one table, measured as text is made (`positions`: which tokens were steered)
 NEUTRAL = "neutral"  # text that has nothing to do with the trait: one answer to each prompt
 TABLES = {"train": "losses_train.csv", "test": "losses_test.csv", NEUTRAL: "losses_neutral.csv"}
+PROMPTS = {"train": "prompt_train.csv", "test": "prompt_test.csv"}  # of the unsteered model behind a prompt, columns as TABLE
 # dose: mean of |delta| / |h| over tokens at the steered blocks. One row per multiplier, example and answer (target)
 TABLE = ("multiplier", "dose", "positions", "example", "target", "n_tokens", "loss_sum", "answer_tokens", "answer_loss_sum")
 TARGETS = ("matching", "not_matching")

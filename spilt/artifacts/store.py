@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from spilt.artifacts.losses import SPLITS, TABLES
+from spilt.artifacts.losses import PROMPTS, SPLITS, TABLES
 from spilt.cell import Cell
 from spilt.errors import checked_name
 
@@ -133,6 +133,15 @@ class Store:
     def loss_table(self, cell: Cell, split: str) -> Path:
         """All multipliers in one file."""
         return self.loss_folder(cell) / TABLES[split]
+
+    def prompt_table(self, model: str, dataset: str, name: str, split: str) -> Path:
+        """Losses behind a prompt, a baseline: a folder for each beside those of the methods."""
+        folder = self.loss_root(model) / "prompt" / checked_name("dataset", dataset)
+        return folder / checked_name("prompt baseline", name) / PROMPTS[split]
+
+    def prompt_tables(self, model: str, dataset: str, split: str) -> list[Path]:
+        """Those that there are."""
+        return sorted((self.loss_root(model) / "prompt" / checked_name("dataset", dataset)).glob(f"*/{PROMPTS[split]}"))
 
     def unfinished_losses(self, cell: Cell, rank: int) -> Path:
         """Losses scored by a run that did not finish; one file per process, removed when the tables are written."""

@@ -77,7 +77,7 @@ class Scorer(scoring.Scorer):
     def __init__(
         self,
         model: nn.Module,
-        steering: Steering,
+        steering: Steering | None,
         sequences: Sequence[Encoded],
         pad_id: int,
         positions: str = "all",

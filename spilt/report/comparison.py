@@ -1,6 +1,7 @@
-"""The paper's tables from what is stored, of any models and data sets: main, fits, averages, train_test, equal; its own numbers beside.
+"""The paper's tables from what is stored, of any models and data sets: main, prompts, fits, averages, train_test, equal.
 
-Cells that differ by their seed alone are one row: means over the fits, and their range in place of the interval over questions.
+The paper's own numbers stand beside. Cells that differ by their seed alone are one row: means over the fits, and their range in place
+of the interval over questions.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from spilt.analysis import equal, paper
+from spilt.analysis import claims, equal, odds, paper
 from spilt.analysis.claims import Case
-from spilt.analysis.provenance import of_one_vector
+from spilt.analysis.provenance import Artifact, of_one_vector
 from spilt.analysis.questions import Questions
+from spilt.artifacts.losses import TABLES
 from spilt.artifacts.store import Store
 from spilt.errors import UserError, unknown
 from spilt.report import cells as stored
@@ -25,6 +27,7 @@ from spilt.report.cells import Measured, label, shown
 
 KL_COLUMNS = ("side", "multiplier", "status", "tokens", "kl_mean", "kl_p95", "kl_max", "budget")
 NO_STEERING = ("no steering", "")
+PROMPT = "prompt"
 ON = {"train": "training", "test": "held-out"}
 
 
@@ -146,19 +149,68 @@ MAIN: dict[str, tuple[str, Callable[[Measured], tuple[float | None, float | None
 }
 
 
-def main(one: Set) -> Table:
-    """The paper's main table: every cell at the multiplier that its training items give, on held-out items."""
+class Behind(NamedTuple):
+    """A prompt, of which `questions` have m = 0, the model without it, and m = 1, behind it."""
+
+    name: str
+    questions: Questions
+
+    @property
+    def label(self) -> str:
+        return f"{PROMPT}: {self.name}"
+
+    def numbers(self, seed: int) -> dict[str, dict[str, float]]:
+        """value, low, high of what MAIN has, but for a strength."""
+        q, weights = self.questions, self.questions.resamples(seed)
+        alone = dict.fromkeys(("low", "high"), float("nan"))
+        out = {"preferred": {"value": float(q.mean("accuracy")[0, 1]), **alone}}
+        for name, of, sign in (("preference gain, nats", "preference", 1.0), ("utility drop, nats", "utility", -1.0)):
+            low, high = q.interval(sign * equal.change(of, 1.0, q, weights)[:, None])[:, 0]
+            out[name] = {"value": float(sign * equal.change(of, 1.0, q, None)[0]) + 0.0, "low": float(low), "high": float(high)}
+        return out
+
+
+def told_on(one: Set) -> str:
+    """The split that its cells are reported on."""
+    return _told_on(one.groups[0].cells[0])
+
+
+def behind(one: Set) -> tuple[list[Behind], list[str]]:
+    """The prompts measured on the questions of the cells, and the names of those that were measured on others or by another model."""
+    cell, split = one.groups[0].cells[0], told_on(one)
+    here, found, others = Artifact(one.base, cell.place.folder / TABLES[split]).parts, [], []
+    plain = cell.frame[(cell.frame["split"] == split) & (cell.frame["multiplier"] == 0)]
+    for path in Store(one.base).prompt_tables(one.model, one.dataset, split):
+        parts = Artifact(one.base, path).parts
+        settings, asked = here.get("settings", {}), parts.get("settings", {})
+        same = {"model", "data"} <= parts.keys() and all(here.get(name, parts[name]) == parts[name] for name in ("model", "data"))
+        if not same or any(settings.get(name, value) != value for name, value in asked.items()) or "example" not in plain:
+            others.append(path.parent.name)
+            continue
+        frame = odds.per_question(odds.answers(odds.losses_table(path), "mean"), split).assign(multiplier=1.0)
+        both = [part[part["example"].isin({*plain["example"]} & {*frame["example"]})] for part in (plain, frame)]
+        if not len(both[0]):
+            others.append(path.parent.name)
+            continue
+        found.append(Behind(path.parent.name, Questions.of(pd.concat(both, ignore_index=True))))
+    return found, others
+
+
+def main(one: Set, seed: int) -> Table:
+    """The paper's main table: every cell at the multiplier that its training items give, on held-out items; before them prompts."""
     theirs = {(row["method"], row["intervention"]): row for row in paper.main_results(one.model, one.dataset)}
     measures = list(paper.MEASURES.get(one.dataset, {})) if theirs else []
+    prompts, others = behind(one)
+    first = _told(one.groups[0].cells[0])
+    unsteered = {"preferred": dict.fromkeys(("low", "high"), float("nan")) | {"value": _number(first.get("accuracy_at_0"))}}
+    lines = [(NO_STEERING, NO_STEERING[0], unsteered, True)]
+    lines += [((PROMPT, prompt.name), prompt.label, prompt.numbers(seed), True) for prompt in prompts]
+    for group in one.groups:
+        numbers = {name: group.numbers(read) for name, (_, read) in MAIN.items()}
+        lines.append(((group.method, group.variant), group.label, numbers, all(cell.best["multiplier"] for cell in group.cells)))
     rows, values = [], []
-    for group in (None, *one.groups):
-        names = NO_STEERING if group is None else (group.method, group.variant)
-        row: dict[str, Any] = {"method": names[0] if group is None else group.label}
-        found = {} if group is None else {name: group.numbers(read) for name, (_, read) in MAIN.items()}
-        if group is None:
-            first = _told(one.groups[0].cells[0])
-            found = {"preferred": dict.fromkeys(("low", "high"), float("nan")) | {"value": _number(first.get("accuracy_at_0"))}}
-        chosen = group is None or all(cell.best["multiplier"] for cell in group.cells)
+    for names, called, found, chosen in lines:
+        row: dict[str, Any] = {"method": called}
         for name, (spec, _) in MAIN.items():
             row[name] = spread(found[name], spec) + ("" if chosen or name != "m" else " °") if name in found else "–"
             if name in found:
@@ -176,7 +228,42 @@ def main(one: Set) -> Table:
         f"{ON[on]} questions whose matching answer has the smaller loss. Gain and drop: from m = 0, 95% bootstrap intervals over "
         "questions; of several fits their range. °: not recommended (no gain, or random interventions reach it too)."
     )
+    if others:
+        note += f" Not shown, since of other questions, settings or model: prompt {', '.join(others)}; --prompt_baseline measures it again."
     return Table("main", f"{one.heading}: main results", note, pd.DataFrame(rows), one.named(pd.DataFrame(values)))
+
+
+def against_prompts(one: Set, seed: int) -> Table | None:
+    """Every cell at its strength of the main table against each prompt, paired over questions; None where there are no prompts."""
+    prompts, rows, values = behind(one)[0], list[dict[str, Any]](), list[dict[str, Any]]()
+    for prompt in prompts:
+        for group in one.groups:
+            strengths = [cell.best["solved"] for cell in group.cells]
+            for of, words in {"preference": "preference gain", "utility": "utility kept"}.items():
+                own = [
+                    (Questions.of(cell.frame[cell.frame["split"] == _told_on(cell)]), partial(equal.change, of, m))
+                    for cell, m in zip(group.cells, strengths, strict=True)
+                    if m is not None
+                ]
+                behind_it = (prompt.questions, partial(equal.change, of, 1.0))
+                if len(own) == len(strengths) and (told := equal.compared(own, [behind_it], seed)):
+                    values.append({"method": group.method, "intervention": group.variant, "than": prompt.name, "of": of, **told})
+                    rows.append({"method": group.label, "against": prompt.label, "difference in": words})
+    if not prompts:
+        return None
+    table = pd.DataFrame(values, columns=["method", "intervention", "than", *equal.COLUMNS[equal.COLUMNS.index("of") :]])
+    for _, part in table.groupby("of"):
+        table.loc[part.index, "p"] = claims.holm(part["p"].to_numpy(float))
+    for row, line in zip(rows, table.to_dict("records"), strict=True):
+        better = "–" if not line["p"] < 0.05 else row["method"] if line["difference"] > 0 else row["against"]
+        numbers = {"value": line["difference"], "low": line["low"], "high": line["high"]}
+        row |= {"nats": spread(numbers), "p": shown(line["p"], ".3f"), "better": better}
+    note = (
+        f"On {ON[told_on(one)]} questions, paired, from the model without either; methods at m of the main table. "
+        "95% intervals, p by Holm over the comparisons of a kind."
+    )
+    frame = pd.DataFrame(rows, columns=["method", "against", "difference in", "nats", "p", "better"])
+    return Table("prompts", f"{one.heading}: steering against prompts", note, frame, one.named(table))
 
 
 def _number(value: float | None) -> float:
@@ -327,7 +414,13 @@ def at_equal(one: Set, budget: float, seed: int) -> Table:
 def make(sets: Sequence[Set], names: Sequence[str], budget: float, seed: int) -> list[Table]:
     """The tables that are asked for, by model and data set; averages over data sets last."""
     of_set: dict[str, Callable[[Set], Table | None]] = {
-        **{"main": main, "strengths": strengths, "train_test": train_test, "fits": fits},
+        **{
+            "main": partial(main, seed=seed),
+            "prompts": partial(against_prompts, seed=seed),
+            "strengths": strengths,
+            "train_test": train_test,
+            "fits": fits,
+        },
         "equal": lambda one: at_equal(one, budget, seed),
     }
     made = [table for one in sets for name in paper.TABLES if name in names and name in of_set and (table := of_set[name](one)) is not None]

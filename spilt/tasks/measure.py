@@ -166,7 +166,7 @@ class Tables:
             identities = measure_verb.loss_identities(step, wanted, split, where, run.request.limit, run.seen)
             found = _shared_losses(run, scorer, wanted, self.unfinished, identities, bar.update)
         sound = _finite(found)
-        new = [_rows(found, k, m, abs(m) * self.unit, where, split) for k, m in enumerate(wanted) if sound[k]]
+        new = [table_rows(found, k, m, abs(m) * self.unit, where, split) for k, m in enumerate(wanted) if sound[k]]
         grown = pd.concat([part for part in (self.rows[split], *new) if len(part)]) if new else self.rows[split]
         self.rows[split] = grown.sort_values(["multiplier", "example", "target"], ignore_index=True)
         self._store(split, swept=False)
@@ -185,7 +185,7 @@ class Tables:
             self._store(split, swept=True)
 
 
-def _rows(found: score.Losses, k: int, multiplier: float, amount: float, positions: str, split: str) -> pd.DataFrame:
+def table_rows(found: score.Losses, k: int, multiplier: float, amount: float, positions: str, split: str) -> pd.DataFrame:
     """The rows of TABLE of one multiplier."""
     count, targets = found.total.shape[1], (NEUTRAL_TARGET,) if split == NEUTRAL else TARGETS
     columns = {

@@ -1,0 +1,135 @@
+"""Prompts as baselines: losses of the unsteered model behind a system prompt or a few examples, on the questions of the methods.
+
+prompt_{split}.csv of each beside the losses of the methods, of which they are at m = 0 what steering is at m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from spilt import verbs
+from spilt.artifacts import manifest
+from spilt.artifacts.store import Store
+from spilt.data import readers, sources
+from spilt.data.chat import SYSTEM, Chat, Conversation, Encoded, Question
+from spilt.disturbance import steps
+from spilt.engine import score, whole
+from spilt.errors import UserError, checked_name
+from spilt.model import host
+from spilt.progress import Progress
+from spilt.run import quiet_libraries
+from spilt.tasks.context import check_context
+from spilt.tasks.measure import table_rows
+from spilt.tasks.recordings import Recordings, Run
+from spilt.team import Team
+from spilt.verbs.base import parts_of
+
+DECIDING = ("dtype", "use_chat_template", "system_prompt", "output_length", "max_num_of_examples", "anatomy")
+FEW_SHOT = ("question", "answer")
+
+
+class Prompt(NamedTuple):
+    """turns: a system turn, or user and assistant by turns."""
+
+    name: str
+    turns: Conversation
+
+
+def read(words: Sequence[str]) -> list[Prompt]:
+    """NAME=FILE each: a text is a system prompt; rows of `question` and `answer` (.jsonl, .json, .csv ...) are turns. Raises UserError."""
+    found = list[Prompt]()
+    for word in words:
+        name, _, file = word.partition("=")
+        if not name or not file:
+            raise UserError(f"--prompt_baseline {word!r}: wanted NAME=FILE")
+        if name in (one.name for one in found):
+            raise UserError(f"--prompt_baseline {name}: named twice; give each prompt a name of its own")
+        found.append(Prompt(checked_name("prompt baseline", name), _turns(Path(file))))
+    return found
+
+
+def _turns(path: Path) -> Conversation:
+    if sources.ending_of(path) is None:
+        try:
+            text = path.read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise UserError(f"prompt {path}: cannot be read as text ({error})") from None
+        if not text:
+            raise UserError(f"prompt {path}: is empty; write a system prompt into it")
+        return ((SYSTEM, text),)
+    turns = []
+    for row in sources.read_rows(path):
+        for role, column in zip(("user", "assistant"), FEW_SHOT, strict=True):
+            value = row.values.get(column)
+            if not isinstance(value, str) or not value.strip():
+                raise UserError(f"prompt {path}, {row.where}: wanted texts {' and '.join(FEW_SHOT)}; {column} is {repr(value)[:60]}")
+            turns.append((role, value))
+    if not turns:
+        raise UserError(f"prompt {path}: has no rows; write one with {' and '.join(FEW_SHOT)} for each example")
+    return tuple(turns)
+
+
+def behind(turns: Conversation, question: Question, system_prompt: str = "") -> Question:
+    """The question behind a prompt. Its own system prompt, or that of the settings, comes first."""
+    asked = (("user", question),) if isinstance(question, str) else question
+    own = asked[0][1] if asked[0][0] == SYSTEM else system_prompt
+    system = "\n\n".join(filter(None, [own, *(text for role, text in turns if role == SYSTEM)]))
+    rest = tuple(turn for turn in (*turns, *asked) if turn[0] != SYSTEM)
+    return ((SYSTEM, system), *rest) if system else rest
+
+
+def encoded(chat: Chat, turns: Conversation, pairs: Sequence[readers.Pair], output_length: int) -> list[Encoded]:
+    """Both answers of each pair behind a prompt, cut where they are cut without it: the same answer tokens are scored."""
+    out = []
+    for pair in pairs:
+        for question, text in pair.sides:
+            whole_one = behind(turns, question, chat.system_prompt or "")
+            longer = len(chat.prompt_ids(whole_one)) - len(chat.prompt_ids(question))
+            out.append(chat.encode(whole_one, text, output_length + longer, pair.row))
+    return out
+
+
+def measure(
+    base: Path,
+    model: str,
+    dataset: str,
+    cell: tuple[str, str],
+    split: str,
+    prompts: Sequence[Prompt],
+    device: str = "",
+    tell: Callable[[str], None] = print,
+) -> int:
+    """Store the losses behind prompts that are not there yet, with the settings of a cell (method, form). Returns how many."""
+    device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    step, request, seen = steps(base, model, dataset, [cell], device, "loss", split)[0]
+    step, store, s = step._replace(vectors=()), Store(base), step.settings
+    settings = {name: value for name, value in s.as_dict().items() if name in DECIDING}
+    todo = []
+    for prompt in prompts:
+        own = {"settings": settings, "prompt": [[*turn] for turn in prompt.turns], "table": "all", "split": split}
+        path, parts = store.prompt_table(model, dataset, prompt.name, split), parts_of(step, split, own, None, seen)
+        if manifest.standing(path, parts) != "done":
+            todo.append((prompt, path, parts))
+    if not todo:
+        return 0
+    quiet_libraries()
+    loaded = host.load(request.model_folder, s.dtype, device, s.anatomy)
+    run = Run(request, loaded, store, Recordings([], None), Progress({}, 0, tell, quiet=True), Team(device), seen)
+    fmt = readers.dataset_format(base, dataset, verbs.VERBS["measure"].sections[split])
+    pairs = readers.read_pairs(fmt, None, s.max_num_of_examples)
+    chat = loaded.chat(s.use_chat_template, s.system_prompt)
+    for number, (prompt, path, parts) in enumerate(todo, 1):
+        sequences = encoded(chat, prompt.turns, pairs, s.output_length)
+        lengths = [(pairs[i // 2].row, len(sequence.input_ids)) for i, sequence in enumerate(sequences)]
+        check_context(loaded.model, f"prompt {prompt.name}, answers with their questions", lengths, "shorten the prompt")
+        found = score.losses(whole.Scorer(loaded.model, None, sequences, loaded.pad_id), [0.0])
+        table: Any = table_rows(found, 0, 0.0, 0.0, "all", split)
+        if not table["loss_sum"].map(abs).lt(float("inf")).all():
+            raise UserError(f"losses behind prompt {prompt.name} are NaN or infinite; use another --dtype (bfloat16, float32)")
+        run.store_result(step, path, table.to_csv(index=False, lineterminator="\n"), parts, {"multipliers": [0.0]})
+        tell(f"[{number}/{len(todo)}] prompt {prompt.name}: {len(pairs)} {split} questions of {dataset}")
+    return len(todo)
