@@ -166,7 +166,7 @@ def _changed(artifact: Artifact) -> str:
         data = None  # not listed any more: nothing to compare with
     if data is not None and data.is_file() and manifest.file_hash(data) != parts.get("data"):
         said.append(f"data {_short(artifact.base_dir, data)} has changed")
-    if "texts" in parts and (changed := _texts_changed(artifact)):
+    if parts["verb"] == "evaluate" and (changed := _texts_changed(artifact)):  # others keep other things by that name
         said.append(changed)
     then = parts.get("vectors", [])
     for path, before in zip(artifact.vectors(), then, strict=False) if isinstance(then, list) else ():
