@@ -89,7 +89,7 @@ def test_a_step_of_a_fit(family: str) -> None:
 def test_means_of_a_closed_form(family: str) -> None:
     """What is recorded together is what whole forwards give."""
     tiny, sequences = model(family), answer_pairs()
-    found = activations.answer_means(tiny, LAYER, sequences, False, PAD)
+    found = activations.answer_means(tiny, [LAYER], sequences, False, PAD)[LAYER]
     for mean, s in zip(found, sequences, strict=True):
         alone = suffix.record(tiny, LAYER, torch.tensor([s.input_ids])).h[0]
         torch.testing.assert_close(mean, alone[s.prompt_length :].mean(0), atol=1e-5, rtol=1e-5)

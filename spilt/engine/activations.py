@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,6 +21,7 @@ from spilt.engine.packing import Pack, Rows
 from spilt.steering import anatomy
 
 log = logging.getLogger("spilt")
+QUESTIONS = 64  # whose streams at several blocks are held at once
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Activations:
     packs: list[Pack]
     prefix: int  # leading tokens shared by all
     h: Tensor  # [rows, D]
-    x: dict[str, Tensor]  # [rows, F]
+    x: dict[str | int, Tensor]  # [rows, F]; of a lower block by its number [rows, D]
     rows_of: list[Tensor]  # per pack: where its tokens lie
 
     def batch(self, indices: Sequence[int], read_point: str | None, device: torch.device, start: int = 0) -> tuple[Batch, suffix.Recorded]:
@@ -117,7 +118,7 @@ def record(
     model: nn.Module,
     layer: int,
     sequences: list[Encoded],
-    read_points: Sequence[str],
+    read_points: Sequence[str | int],
     pad_id: int,
     together: int = 1,
     budget: int | None = None,
@@ -137,7 +138,7 @@ def record(
     pairs = packing.pairs_of(cache)
     lengths = [len(p.ids) for p in packs]
     offsets = list(itertools.accumulate(lengths, initial=prefix))
-    room: dict[str, Tensor] = {}  # stream or read point -> all rows [prefix + sum of lengths + 1, width]
+    room: dict[str | int, Tensor] = {}  # stream or read point -> all rows [prefix + sum of lengths + 1, width]
 
     def some(numbers: Sequence[int]) -> None:
         rows = Rows(*(t.to(device) for t in packing.pad_packs([packs[i] for i in numbers], pad_id)))
@@ -147,7 +148,7 @@ def record(
         for name, value in (("", seen.h), *seen.x.items()):
             if name not in room:
                 room[name] = storage(offsets[-1] + 1, value.shape[-1], value.dtype, value.device)
-                room[name][:prefix] = (head.x[name] if name else head.h)[0]
+                room[name][:prefix] = (head.h if name == "" else head.x[name])[0]
                 room[name][-1] = 0
             for row, i in enumerate(numbers):
                 room[name][offsets[i] : offsets[i + 1]] = value[row, : lengths[i]]
@@ -174,19 +175,31 @@ def prefix_pairs(model: nn.Module, layer: int, stream: Tensor, pad_id: int) -> p
     return packing.pairs_of(cache)
 
 
-def answer_means(model: nn.Module, layer: int, sequences: list[Encoded], multiple_choice: bool, pad_id: int, together: int = 2) -> Tensor:
-    """The stream at block `layer` averaged over each sequence's answer tokens (or its second-to-last token), float32 [S, D].
+def answer_means(
+    model: nn.Module, layers: Collection[int], sequences: list[Encoded], multiple_choice: bool, pad_id: int, together: int = 2
+) -> dict[int, Tensor]:
+    """The stream at each of these blocks averaged over each sequence's answer tokens (or its second-to-last token), float32 [S, D].
 
-    sequences: so many of each question (`together`), one after the other.
+    One pass up to the highest. sequences: so many of each question (`together`), one after the other.
     """
+    *below, top = sorted(set(layers))
+    means: dict[int, list[Tensor]] = {layer: [] for layer in (*below, top)}
+
+    def add(sequence: Encoded, layer: int, stream: Tensor) -> None:
+        h = stream.float()
+        means[layer].append(h[-2] if multiple_choice else h[sequence.prompt_length :].mean(0))
+
     if anatomy.family(model).plain:  # nothing is shared between sequences
         device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-        streams = (suffix.record(model, layer, torch.tensor([s.input_ids], device=device)).h[0] for s in sequences)
+        for sequence in sequences:
+            seen = suffix.record(model, top, torch.tensor([sequence.input_ids], device=device), (*below,))
+            for layer in means:
+                add(sequence, layer, seen.h[0] if layer == top else seen.x[layer][0])
     else:
-        cache = record(model, layer, sequences, (), pad_id, together=together)
-        streams = (cache.batch([i], None, cache.h.device)[1].h[0] for i in range(len(sequences)))
-    means = []
-    for sequence, stream in zip(sequences, streams, strict=True):
-        h = stream.float()
-        means.append(h[-2] if multiple_choice else h[sequence.prompt_length :].mean(0))
-    return torch.stack(means)
+        for start in range(0, len(sequences), QUESTIONS * together):  # all blocks' streams of a few at a time
+            some = sequences[start : start + QUESTIONS * together]
+            cache = record(model, top, some, below, pad_id, together=together)
+            for i, sequence in enumerate(some):
+                for layer in means:
+                    add(sequence, layer, (cache.h if layer == top else cache.x[layer])[cache.places[i].to(cache.h.device)])
+    return {layer: torch.stack(found) for layer, found in means.items()}

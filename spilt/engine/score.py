@@ -149,7 +149,7 @@ class Recorded(Scorer):
         cache, name = self.cache, self.read_point
         if not cache.prefix:
             return {}
-        read = {name: cache.x[name][None, : cache.prefix].to(self.device)} if name is not None else {}
+        read: dict[str | int, Tensor] = {name: cache.x[name][None, : cache.prefix].to(self.device)} if name is not None else {}
         sites = self._sites(strength, 1, None if self.acts is None else self.acts[0][None, : cache.prefix])
         stream, above = self._stream(sites, suffix.Recorded(cache.h[None, : cache.prefix].to(self.device), read))
         with hooks.attach(self.model, above):

@@ -22,10 +22,10 @@ _returns_tuple: dict[type, bool] = {}  # class of a block -> what its forward re
 
 
 class Recorded(NamedTuple):
-    """Streams of one padded batch. h [B, T, D]; x: read point name -> [B, T, F]."""
+    """Streams of one padded batch. h [B, T, D]; x: read point name -> [B, T, F], number of a lower block -> its output [B, T, D]."""
 
     h: Tensor
-    x: dict[str, Tensor]
+    x: dict[str | int, Tensor]
 
 
 class _Reached(Exception):
@@ -33,18 +33,24 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def record(model: nn.Module, layer: int, input_ids: Tensor, read_points: tuple[str, ...] = (), **inputs: Any) -> Recorded:
-    """The output of block `layer` (and the read points asked for); the forward stops there.
+def record(model: nn.Module, layer: int, input_ids: Tensor, read_points: tuple[str | int, ...] = (), **inputs: Any) -> Recorded:
+    """The output of block `layer` (and the read points, or numbers of lower blocks, asked for); the forward stops there.
 
     input_ids [B, T], right-padded: causal attention keeps the padding away from real tokens, so no mask is needed.
     """
-    seen: dict[str, Tensor] = {}
+    seen: dict[str | int, Tensor] = {}
     with ExitStack() as handles:
         for read_point in read_points:
 
-            def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = read_point) -> None:
+            def after(_: nn.Module, args: Any, output: Any, name: str | int = read_point) -> None:
+                seen[name] = hooks.first(output)
+
+            def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str | int = read_point) -> None:
                 seen[name] = hooks.input_of(args, kwargs)
 
+            if isinstance(read_point, int):
+                handles.callback(anatomy.block(model, read_point).register_forward_hook(after).remove)
+                continue
             at = anatomy.read_point(model, layer, read_point)
             handles.callback(at.register_forward_pre_hook(read, with_kwargs=True).remove)
 

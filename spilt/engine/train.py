@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +72,9 @@ class Mixed(Intervention):
         return self.intervention.steered_or_removed(h, multiplier, self.removed)
 
 
+Means = Callable[[nn.Module, Collection[int], list[Encoded], bool, int], Mapping[int, Tensor]]
+
+
 def estimate(
     model: nn.Module,
     layer: int,
@@ -80,11 +83,12 @@ def estimate(
     method: Method,
     pad_id: int,
     neutral: Sequence[Encoded] = (),
+    means: Means = activations.answer_means,
 ) -> Tensor:
     """A closed form's direction [D], from the streams [n, D] after block `layer`, each averaged over an answer's tokens.
 
-    sequences: both answers of each pair, matching first; neutral: texts, for the methods that want them. Only the blocks up to `layer`
-    are run.
+    sequences: both answers of each pair, matching first; neutral: texts, for the methods that want them. means: as `answer_means`, which
+    runs only the blocks up to `layer`.
     """
     assert method.estimate is not None
     if settings.multiple_choice and all(
@@ -93,9 +97,10 @@ def estimate(
         raise UserError(
             "multiple_choice reads the token before the last, and up to it both answers of each pair are the same; leave it out"
         )
-    means = activations.answer_means(model, layer, sequences, settings.multiple_choice, pad_id)
-    other = activations.answer_means(model, layer, [*neutral], False, pad_id, together=1) if method.against_neutral else means[1::2]
-    return method.estimate(means[0::2], other)
+    found = means(model, [layer], sequences, settings.multiple_choice, pad_id)[layer]
+    if method.against_neutral:
+        return method.estimate(found[0::2], activations.answer_means(model, [layer], [*neutral], False, pad_id, together=1)[layer])
+    return method.estimate(found[0::2], found[1::2])
 
 
 def closed_form(model: nn.Module, layers: Sequence[int], sequences: list[Encoded], settings: FitSettings, *how: Any) -> Steering:

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,8 @@ def _closed_form(step: Step, layers: Sequence[int], run: Run, fmt: readers.Datas
     if NEUTRAL in step.data:
         texts = readers.dataset_format(run.request.base_dir, cell.dataset, verbs.VERBS["fit"].sections[NEUTRAL])
         neutral = run.recordings.sequences(step, step.data[NEUTRAL], run.host, texts)
-    how = (sequences, settings, METHODS[cell.method], run.host.pad_id, neutral)
+    means = partial(run.recordings.means, step)  # all closed forms of a request have them from one pass
+    how = (sequences, settings, METHODS[cell.method], run.host.pad_id, neutral, means)
     return training.closed_form(run.host.model, layers, *how)
 
 

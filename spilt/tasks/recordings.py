@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch import Tensor, nn
 
 from spilt import plan, verbs
 from spilt.artifacts import manifest
@@ -78,7 +80,10 @@ class Recordings:
         self.read_points: dict[Key, set[str]] = {}
         self.along_random: dict[str, Any] = {}  # measured random interventions, for all cells of a form, place and data
         self.judge: Any = None  # of texts, asked by all steps
+        self.known: dict[tuple[Hashable, ...], dict[int, Tensor]] = {}  # answers' means of closed forms, by layer
+        self.wanted: dict[Hashable, Counter[int]] = {}  # layer -> steps that want them
         for step in steps:
+            self.wanted.setdefault(self._answers(step), Counter()).update(_directions(step))
             for key in self.keys(step):
                 self.uses[key] += 1
                 parts = self.read_points.setdefault(key, set())
@@ -128,9 +133,27 @@ class Recordings:
             self.kept[key] = activations.record(host.model, key.layer, sequences, there, host.pad_id, together)
         return self.kept[key]
 
+    def means(self, step: Step, model: nn.Module, layers: Collection[int], sequences: list[Encoded], *how: Any) -> dict[int, Tensor]:
+        """`answer_means` at these layers: one pass for all layers that closed forms want of the same answers."""
+        if not _directions(step):
+            return activations.answer_means(model, layers, sequences, *how)
+        same = self._answers(step)
+        key = (same, how, tuple(sequences))
+        if not set(layers) <= self.known.get(key, {}).keys():
+            self.known[key] = activations.answer_means(model, {*layers, *self.wanted.get(same, ())}, sequences, *how)
+        return self.known[key]
+
+    def _answers(self, step: Step) -> Hashable:
+        """What the answers of a closed form are made of."""
+        s, cell = step.settings, step.cells[0]
+        if not _directions(step):
+            return None
+        return cell.dataset, cell.concept, cell.model, s.use_chat_template, s.system_prompt, s.multiple_choice, self.rows(s)
+
     def clear(self) -> None:
         """Another model is about to be loaded."""
         self.kept.clear()
+        self.known.clear()
 
     def release(self, step: Step) -> None:
         """The step is over: drop what no later step reads."""
@@ -138,6 +161,20 @@ class Recordings:
             self.uses[key] -= 1
             if self.uses[key] <= 0:
                 self.kept.pop(key, None)
+        same = self._answers(step)
+        if same is not None:
+            self.wanted[same].subtract(_directions(step))
+            self.wanted[same] += Counter()
+            if not self.wanted[same]:
+                self.known = {key: kept for key, kept in self.known.items() if key[0] != same}
+
+
+def _directions(step: Step) -> tuple[int, ...]:
+    """Where a closed form looks for its direction; of another step, nowhere."""
+    if step.verb != "fit" or METHODS[step.cells[0].method].estimate is None:
+        return ()
+    s: Any = step.settings
+    return tuple(s.layers) if s.direction_layer is None else (s.direction_layer,)
 
 
 class Run(NamedTuple):

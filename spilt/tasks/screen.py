@@ -10,7 +10,6 @@ import torch
 from spilt.analysis.direction import Direction, screen
 from spilt.data import readers
 from spilt.data.chat import Encoded
-from spilt.engine import activations
 from spilt.tasks.recordings import Run
 from spilt.verbs import Step
 
@@ -37,7 +36,7 @@ def direction(step: Step, layer: int, run: Run, fmt: readers.DatasetFormat) -> D
     else:
         chat = run.host.chat(settings.use_chat_template, settings.system_prompt)
         sequences: list[Encoded] = [chat.encode_caa(question, text, p.row) for p in pairs for question, text in p.sides]
-        found = activations.answer_means(run.host.model, layer, sequences, False, run.host.pad_id).cpu()
+        found = run.recordings.means(step, run.host.model, [layer], sequences, False, run.host.pad_id)[layer].cpu()
     return screen(found[0::2].numpy(), found[1::2].numpy())
 
 
