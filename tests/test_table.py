@@ -16,7 +16,9 @@ from spilt.analysis import equal
 from spilt.analysis.claims import Case
 from spilt.analysis.paper import MAIN, TABLES
 from spilt.analysis.questions import Questions
+from spilt.artifacts.scores import TABLE
 from spilt.artifacts.store import Store
+from spilt.cell import Cell
 from spilt.report import comparison
 
 M = np.arange(-4.0, 5.0)
@@ -201,3 +203,30 @@ def test_strengths_of_equal_kl_are_found_once(tmp_path: Path, capsys: pytest.Cap
     assert cli.main([*words, "--mode", "generate", "--set", "lr=0.02"]) == 0
     assert cli.main(["table", "--base_dir", str(base.path), "--tables", "strengths"]) == 1
     assert set(TABLES) >= {"strengths"}
+
+
+def test_the_main_table_has_stored_scores_at_its_strengths(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the cell's own m and of m = 0; a cell that was scored elsewhere has none."""
+    (one,) = comparison.collect(base.path, [], [], ["main"], 0.5, 0)
+    cells = {cell.name: cell for group in one.groups for cell in group.cells}
+    at = {"spilt vector": cells["spilt vector"].best["solved"], "sft vector": 17.0}
+    made = []
+    for name, m in at.items():
+        place = cells[name].place
+        for strength, values in ((0.0, (0, 0, 1, 0)), (m, (1, 1, 0, 1))):
+            path = Store(base.path).scores(Cell(place.model, place.dataset, place.method, place.intervention, ()), strength)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = [(strength, 0, item, 0, "accuracy", value, "") for item, value in enumerate(values)]
+            pd.DataFrame(rows, columns=TABLE).to_csv(path, index=False)
+            made.append(path)
+    try:
+        found = pd.read_csv(io.StringIO(told(base, capsys, "--tables", "main", "--format", "csv")))
+        score = found[found["measure"] == "score: accuracy"].fillna({"intervention": ""}).set_index(["method", "intervention"])
+        assert score.loc[("no steering", ""), "value"] == 0.25 and score.loc[("spilt", "vector"), "value"] == 0.75
+        assert 0 <= score.loc[("spilt", "vector"), "low"] < 0.75 < score.loc[("spilt", "vector"), "high"] <= 1
+        assert np.isnan(score.loc[("sft", "vector"), "value"]) and np.isnan(score.loc[("spilt", "lora"), "value"])
+        said = told(base, capsys, "--tables", "main")
+        assert "score: accuracy" in said and "Score: of stored texts at that m" in said
+    finally:
+        for path in made:
+            path.unlink()

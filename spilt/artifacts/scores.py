@@ -9,6 +9,7 @@ UNPARSABLE = "no rating in the judge's reply"
 ALONG = ("perplexity", "kl_mean", "kl_p95")  # of a text, by the model
 CHOICE = ("accuracy", "log_odds", "accuracy_text")  # of answers of one word
 NEUTRAL_LOSS, HARMONIC = "neutral_loss", "harmonic"
+HEADLINES = ("accuracy", "power", "concept", HARMONIC)  # what the paper's main table has of its three datasets
 # what a measure is, in tables; a rubric's has its own name
 MEASURES = {
     "accuracy": "held-out questions whose matching answer's first token is likelier than the other's",

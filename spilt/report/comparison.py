@@ -19,6 +19,7 @@ from spilt.analysis.claims import Case
 from spilt.analysis.provenance import Artifact, of_one_vector
 from spilt.analysis.questions import Questions
 from spilt.artifacts.losses import TABLES
+from spilt.artifacts.scores import HEADLINES
 from spilt.artifacts.store import Store
 from spilt.errors import UserError, unknown
 from spilt.report import cells as stored
@@ -196,6 +197,22 @@ def behind(one: Set) -> tuple[list[Behind], list[str]]:
     return found, others
 
 
+def _scores(cells: Sequence[Measured]) -> dict[str, dict[float, tuple[float, float, float]]]:
+    """Headline measure -> multiplier -> mean, low, high of what `spilt evaluate` has stored of these fits' texts."""
+    out: dict[str, dict[float, tuple[float, float, float]]] = {}
+    for cell in cells:
+        for row in stored.scored(cell.place)[0].to_dict("records"):
+            if row["measure"] in HEADLINES:
+                out.setdefault(str(row["measure"]), {}).setdefault(float(row["multiplier"]), (row["mean"], row["low"], row["high"]))
+    return out
+
+
+def _at(scores: Mapping[float, tuple[float, float, float]], m: float | None) -> tuple[float | None, float | None, float | None]:
+    """At a strength to nine digits, which is as it stands in a folder's name."""
+    near = (found for there, found in scores.items() if m is not None and abs(there - m) <= 1e-9 * max(1.0, abs(m)))
+    return next(near, (None, None, None))
+
+
 def main(one: Set, seed: int) -> Table:
     """The paper's main table: every cell at the multiplier that its training items give, on held-out items; before them prompts."""
     theirs = {(row["method"], row["intervention"]): row for row in paper.main_results(one.model, one.dataset)}
@@ -203,15 +220,23 @@ def main(one: Set, seed: int) -> Table:
     prompts, others = behind(one)
     first = _told(one.groups[0].cells[0])
     unsteered = {"preferred": dict.fromkeys(("low", "high"), float("nan")) | {"value": _number(first.get("accuracy_at_0"))}}
+    of_cell = {cell.name: _scores([cell]) for group in one.groups for cell in group.cells}
+    every = _scores([cell for group in one.groups for cell in group.cells])
+    judged = {name: f"score: {name}" for name in HEADLINES if name in every}
+    unsteered |= {
+        called: dict(zip(("value", "low", "high"), map(_number, _at(every[name], 0.0)), strict=True)) for name, called in judged.items()
+    }
     lines = [(NO_STEERING, NO_STEERING[0], unsteered, True)]
     lines += [((PROMPT, prompt.name), prompt.label, prompt.numbers(seed), True) for prompt in prompts]
     for group in one.groups:
         numbers = {name: group.numbers(read) for name, (_, read) in MAIN.items()}
+        for name, called in judged.items():
+            numbers[called] = group.numbers(lambda cell, name=name: _at(of_cell[cell.name].get(name, {}), cell.best["solved"]))  # type: ignore[misc]
         lines.append(((group.method, group.variant), group.label, numbers, all(cell.best["multiplier"] for cell in group.cells)))
     rows, values = [], []
     for names, called, found, chosen in lines:
         row: dict[str, Any] = {"method": called}
-        for name, (spec, _) in MAIN.items():
+        for name, spec in {**{name: spec for name, (spec, _) in MAIN.items()}, **dict.fromkeys(judged.values(), ".2f")}.items():
             row[name] = spread(found[name], spec) + ("" if chosen or name != "m" else " °") if name in found else "–"
             if name in found:
                 values.append({"method": names[0], "intervention": names[1], "measure": name, **found[name], "recommended": chosen})
@@ -228,6 +253,9 @@ def main(one: Set, seed: int) -> Table:
         f"{ON[on]} questions whose matching answer has the smaller loss. Gain and drop: from m = 0, 95% bootstrap intervals over "
         "questions; of several fits their range. °: not recommended (no gain, or random interventions reach it too)."
     )
+    if judged:
+        note += " Score: of stored texts at that m, by spilt evaluate; – where they were not scored there."
+        note += " The paper's power scores are on another scale (0 to 4)." if "power" in judged and measures else ""
     if others:
         note += f" Not shown, since of other questions, settings or model: prompt {', '.join(others)}; --prompt_baseline measures it again."
     return Table("main", f"{one.heading}: main results", note, pd.DataFrame(rows), one.named(pd.DataFrame(values)))
