@@ -405,6 +405,7 @@ def calibrate(
 
     One row for each side: multiplier, status (converged, below budget, above budget, jumps over the budget, not monotone, not the
     identity at 0), the numbers of `divergence` there and, on other prompts, those named audit_. attrs["probes"]: all that was tried.
+    kl_floor: kl_p95 at m = 0, of what is not the identity there.
     start: a first guess; left out, the end of the range in which the form is trained. how: as for `divergence`.
     """
     import pandas as pd
@@ -414,7 +415,8 @@ def calibrate(
     told = divergence(model, tokenizer, steering, prompts, 0.0, **how).assign(side="none")
     rest = told["kl_max"][0] != 0
     tried, rows = [told], []
-    begin = start or max(map(abs, INTERVENTIONS[steering.forms[0]].factors))
+    begin = start or max(map(abs, steering.entries[0][1].factors))
+    furthest = min(made.furthest() for _, made in steering)
     for sign, side in ((1.0, "positive"), (-1.0, "negative")):
 
         def p95(size: float, sign: float = sign, side: str = side) -> float:
@@ -424,10 +426,11 @@ def calibrate(
                 return float("inf")
             return float(tried[-1]["kl_p95"].iloc[0])
 
-        found = calibrated.solve(p95, budget, begin)
+        found = calibrated.solve(p95, budget, begin, high=min(calibrated.HIGH, furthest))
         m = sign * found.size
         at = [one for one in tried if one["multiplier"].iloc[0] == m] or [told.assign(multiplier=m, kl_p95=np.inf)]  # not finite there
         row = {"side": side, "status": calibrated.NOT_ZERO if rest else found.status, **at[0].drop(columns="side").iloc[0]}
+        row["kl_floor"] = float(told["kl_p95"].iloc[0])
         if audit:
             try:
                 other = dict(divergence(model, tokenizer, steering, audit, m, **how).iloc[0])
@@ -469,7 +472,7 @@ def measure(
     _check_context(model, "measure", tokens)
     placed, pad = steering.to(model), host.pad_id(tokenizer)
     if multipliers is None:
-        multipliers = measure_verb.sweep_multipliers(INTERVENTIONS[steering.forms[0]].factors, 11)
+        multipliers = measure_verb.sweep_multipliers(steering.entries[0][1].factors, 11)
     strengths = sorted({0.0, *_strengths(multipliers)})
     prefix = chat.prefix_length
     with frozen(model):
