@@ -93,6 +93,11 @@ class Steering:
         """The part of it at one layer."""
         return Steering(((site, made) for site, made in self.entries if site.layer == layer), self.about)
 
+    @property
+    def identity(self) -> bool:
+        """Whether m = 0 is the unsteered model, as of all but some nonlinear forms. Losses at 0 are the unsteered model's in any case."""
+        return all(made.identity for _, made in self.entries)
+
     def norm(self) -> float:
         """Of the update at the lowest layer."""
         return self.entries[0][1].norm()
