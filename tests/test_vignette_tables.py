@@ -13,8 +13,8 @@ import pytest
 from spilt.analysis import surgical
 from spilt.errors import UserError
 from spilt.vignettes import figure, summary, tables
-from spilt.vignettes.evaluate import COLUMNS, FRAMES, WRONG
 from spilt.vignettes.files import CONDITIONS, FOUNDATIONS, Vignette
+from spilt.vignettes.questions import COLUMNS, FRAMES, WRONG
 from spilt.vignettes.summary import AFTER, LOADING, Plan
 
 PLAN = Plan()

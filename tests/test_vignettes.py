@@ -20,8 +20,9 @@ from spilt.steering.interventions import Vector
 from spilt.steering.nonlinear import Angular
 from spilt.steering.steering import Site, Steering
 from spilt.vignettes import files
-from spilt.vignettes.evaluate import COLUMNS, FRAMES, WRONG, evaluate, turns, verdicts
+from spilt.vignettes.evaluate import evaluate, verdicts
 from spilt.vignettes.files import CONDITIONS, FOUNDATIONS, Vignette, checked, local, read
+from spilt.vignettes.questions import COLUMNS, FRAMES, WRONG, turns
 
 WORDS = (" true", " false", "true", "False", '"1"', "0")
 SCENES = [

@@ -15,8 +15,8 @@ import pandas as pd
 
 from spilt.analysis import intervals, surgical
 from spilt.errors import UserError, unknown
-from spilt.vignettes.evaluate import ACCEPTABLE, WRONG
 from spilt.vignettes.files import CONDITIONS, FOUNDATIONS, Vignette
+from spilt.vignettes.questions import ACCEPTABLE, WRONG
 
 NONE, PLUS, MINUS = ARMS = ("none", "plus", "minus")
 HARD, LOADING = WEIGHTINGS = ("hard", "loading")

@@ -16,8 +16,8 @@ import pandas as pd
 from spilt.artifacts.atomic import atomic_write_all
 from spilt.errors import UserError
 from spilt.vignettes import figure, summary
-from spilt.vignettes.evaluate import COLUMNS
 from spilt.vignettes.files import FOUNDATIONS, Vignette
+from spilt.vignettes.questions import COLUMNS
 from spilt.vignettes.summary import LOADING, Plan
 
 EXTRA = ["method", "arm", "kl_p95"]
