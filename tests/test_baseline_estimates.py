@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import spilt
-from spilt.baselines import BASELINES
+from spilt.baselines import BASELINES, prompts
 from spilt.baselines import fit as fitting
 from spilt.baselines.clusters import chars, k_means, topk_clusters
 from spilt.baselines.directions import centred_pca, mean_centred, mean_diff
@@ -278,3 +278,16 @@ def test_a_site_of_an_entry_is_where_it_was_fitted() -> None:
     found = fit("sspace_ablate", families.model("llama"), families.tokenizer(), PAIRS, [3], r=4)
     assert [site for site, _ in found] == [Site(3, None, "self_attn.o_proj"), Site(3, None, "mlp.down_proj")]
     assert all(made.describe()["rank"] == 4 for _, made in found) and fitting.OUT.fullmatch("o_proj")
+
+
+def test_engineered_prompts_are_a_pair_for_either_side(tmp_path: Path) -> None:
+    less, more = prompts.engineered("Authority", -1)
+    assert prompts.engineered("Authority", 1) == (more, less) and less != more
+    assert not any(word in (less + more).lower() for word in ("judge", "score", "scene", "rate", "json"))
+    file = tmp_path / "p.yaml"
+    for text, message in (("Care: {less: a}", "Care: wanted the texts less and more"), ("[", "cannot be read"), ("", "wanted a name")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            prompts.read(file)
+    with pytest.raises(UserError, match="unknown foundation with prompts in engineered.yaml 'Care'"):
+        prompts.engineered("Care", 1)
