@@ -21,7 +21,6 @@ from spilt.vignettes.questions import ACCEPTABLE, WRONG
 NONE, PLUS, MINUS = ARMS = ("none", "plus", "minus")
 HARD, LOADING = WEIGHTINGS = ("hard", "loading")
 BEFORE, AFTER = CHOSEN = ("before", "after")  # the evaluation: when the arm was chosen that is called plus
-UNSTEERED = "unsteered"
 KEYS = ["id", "condition"]
 DRAWS = 1000
 
