@@ -216,6 +216,7 @@ def test_streams_of_a_linear_map_are_its_outputs(family: str) -> None:
             torch.testing.assert_close(found[2, path][row], seen[path][row][mask].mean(0), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", FITTED)
 def test_each_is_fitted_stored_attached_and_leaves_no_trace(name: str, tmp_path: Path) -> None:
     model, tokenizer = families.model("qwen2"), families.tokenizer()

@@ -138,6 +138,7 @@ def test_si_is_that_of_surgical_and_says_when_the_arm_was_chosen() -> None:
     assert found.loc[("prompt_only", "Authority")]["arms"] == 1 and math.isnan(found.loc[("prompt_only", "Authority")]["reverse"])
 
 
+@pytest.mark.long
 def test_the_arm_chosen_afterwards_is_the_one_that_moved_further() -> None:
     """Named so in the table; a method of one arm stays; where the first arm was the further one nothing changes."""
     axis = {side: -np.mean([logit(w[s.id, s.condition]) - logit(BASE[s.id, s.condition]) for s in SCENES if s.foundation == "Authority"])
@@ -178,6 +179,7 @@ def test_what_is_no_frame_of_results_is_refused() -> None:
     bad: list[tuple[Any, Any, str]] = [
         (RESULTS.drop(columns="mass"), PLAN, "columns mass are missing"),
         (pd.concat([RESULTS, RESULTS.iloc[-1:]]), PLAN, "prompt_only, arm plus: vignette v13 is there twice"),
+        (RESULTS.iloc[1:], PLAN, "27 rows of is_wrong and 28 of is_acceptable"),
         (RESULTS[RESULTS["arm"] != "none"], PLAN, "one unsteered model .arm none.; found 0"),
         (RESULTS[~((RESULTS["arm"] == "minus") & (RESULTS["id"] == "v3"))], PLAN, "caa, arm minus: other vignettes"),
         (RESULTS.assign(arm=RESULTS["arm"].replace("minus", "minsu")), PLAN, "unknown arm 'minsu'; did you mean 'minus'"),
