@@ -221,6 +221,17 @@ def test_a_stored_frame_is_read_back(tmp_path: Path) -> None:
             tables.read(tmp_path / name)
 
 
+def test_a_model_that_says_true_to_everything_is_told_of() -> None:
+    """p_true is the same in both frames: w is 0.5 whatever is asked, and nothing has an SI."""
+    alike = RESULTS.copy()
+    both = alike["frame"] != WRONG
+    alike.loc[both, "p_true"] = alike.loc[~both, "p_true"].to_numpy() + 0.01
+    text = tables.markdown(tables.make(alike, SCENES, PLAN), PLAN)
+    assert "to both frames alike (r of frames -1.00)" in text and "No SI: all valid verdicts" in text
+    usual = tables.markdown(tables.make(RESULTS, SCENES, PLAN), PLAN)
+    assert "both frames alike" not in usual and "No SI" not in usual
+
+
 def test_points_are_movement_and_side_effects() -> None:
     found = tables.points(RESULTS, SCENES, PLAN, 1.0).set_index("method")
     delta = summary.deltas(RESULTS, SCENES, PLAN)
