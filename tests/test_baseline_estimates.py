@@ -77,6 +77,20 @@ def test_angular_plane() -> None:
     assert abs(abs(axis / np.linalg.norm(axis) @ found["second"].numpy()) - 1) < 1e-5
 
 
+@pytest.mark.parametrize("name", [name for name in FITTED if BASELINES[name].where == "block" and not BASELINES[name].basis])
+def test_a_pair_of_the_same_answers_has_no_direction(name: str) -> None:
+    """Seen on a real model: both personas say the same. Every parameter stays a number; where the pair has no say nothing changes."""
+    up, down = sides()
+    same = torch.full((1, 6), 2.0)
+    found = BASELINES[name].estimate(torch.cat([up, same]), torch.cat([down, same]))  # type: ignore[misc]
+    assert all(torch.isfinite(value).all() for value in found.values())
+    if name == "angular_steering":
+        axis = angular(torch.cat([up, same]), torch.cat([down, same]))["second"]
+        assert abs(axis @ angular(up, down)["second"]) > 1 - 1e-5
+        with pytest.raises(UserError, match="2 pairs with answers that differ span no plane"):
+            angular(torch.cat([up[:2], same]), torch.cat([down[:2], same]))
+
+
 # ---------------------------------------------------------------- transport and clusters
 
 

@@ -133,7 +133,7 @@ def markdown(made: dict[str, pd.DataFrame], plan: Plan, budget: float | None = N
         )
     headline = made["si"][made["si"]["foundation"] == plan.headline]
     if len(headline) and not np.isfinite(headline["si"]).any():
-        notes.append("No SI: all valid verdicts of the unsteered model are the same (rejected or chosen is 0): none can be fixed, or none broken.")
+        notes.append("No SI: all valid verdicts of the unsteered model are the same (rejected or chosen is 0).")
     if plan.chosen == summary.AFTER:
         notes.append("The arm was chosen after the evaluation, as the one that moved further: SI and movement are too high by this choice.")
     if budget is not None:
