@@ -348,12 +348,19 @@ def new_tokens(
     model: nn.Module, steering: Steering, rows: Sequence[generation.Row], how: sampling.Decoding, engine: str, batch_size: int | None
 ) -> dict[int, list[int]]:
     """Row number -> new token ids, by the engine that runs it."""
+    return dict(token_stream(model, steering, rows, how, engine, batch_size))
+
+
+def token_stream(
+    model: nn.Module, steering: Steering, rows: Sequence[generation.Row], how: sampling.Decoding, engine: str, batch_size: int | None
+) -> Iterator[tuple[int, list[int]]]:
+    """(row number, new token ids) as texts are finished, by the engine that runs them."""
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     check_context(model, "generate, prompts", [*enumerate(map(len, prompts))], "shorten them or lower max_new_tokens", how.max_new_tokens)
     with frozen(model):
         plain = choice.why_plain(steering.places, "generate", family=_family(model), engine=engine)
         at_once = texts_at_once(model, batch_size, prompts, how.max_new_tokens).texts
-        return dict(whole.texts(model, steering, rows, how) if plain else generation.generate(model, steering, rows, how, at_once))
+        yield from whole.texts(model, steering, rows, how) if plain else generation.generate(model, steering, rows, how, at_once)
 
 
 def divergence(
@@ -407,30 +414,39 @@ def calibrate(
     identity at 0), the numbers of `divergence` there and, on other prompts, those named audit_. attrs["probes"]: all that was tried.
     start: a first guess; left out, the end of the range in which the form is trained. how: as for `divergence`.
     """
-    import pandas as pd
-
     if not 0 < budget < float("inf"):  # nan is not
         raise UserError(f"budget is {budget}; wanted nats above 0")
-    told = divergence(model, tokenizer, steering, prompts, 0.0, **how).assign(side="none")
+    begin = start or max(map(abs, INTERVENTIONS[steering.forms[0]].factors))
+
+    def at(m: float, asked: Any) -> pd.DataFrame:
+        return divergence(model, tokenizer, steering, asked, m, **how)
+
+    return both_sides(at, prompts, audit, budget, begin)
+
+
+def both_sides(at: Callable[[float, Any], pd.DataFrame], prompts: Any, audit: Any, budget: float, start: float) -> pd.DataFrame:
+    """The table of `calibrate`, of any way to measure. at(m, prompts): a row as of `divergence`, or NotFinite."""
+    import pandas as pd
+
+    told = at(0.0, prompts).assign(side="none")
     rest = told["kl_max"][0] != 0
     tried, rows = [told], []
-    begin = start or max(map(abs, INTERVENTIONS[steering.forms[0]].factors))
     for sign, side in ((1.0, "positive"), (-1.0, "negative")):
 
         def p95(size: float, sign: float = sign, side: str = side) -> float:
             try:
-                tried.append(divergence(model, tokenizer, steering, prompts, sign * size, **how).assign(side=side))
+                tried.append(at(sign * size, prompts).assign(side=side))
             except NotFinite:
                 return float("inf")
             return float(tried[-1]["kl_p95"].iloc[0])
 
-        found = calibrated.solve(p95, budget, begin)
+        found = calibrated.solve(p95, budget, start)
         m = sign * found.size
-        at = [one for one in tried if one["multiplier"].iloc[0] == m] or [told.assign(multiplier=m, kl_p95=np.inf)]  # not finite there
-        row = {"side": side, "status": calibrated.NOT_ZERO if rest else found.status, **at[0].drop(columns="side").iloc[0]}
+        here = [one for one in tried if one["multiplier"].iloc[0] == m] or [told.assign(multiplier=m, kl_p95=np.inf)]  # not finite there
+        row = {"side": side, "status": calibrated.NOT_ZERO if rest else found.status, **here[0].drop(columns="side").iloc[0]}
         if audit:
             try:
-                other = dict(divergence(model, tokenizer, steering, audit, m, **how).iloc[0])
+                other = dict(at(m, audit).iloc[0])
             except NotFinite:  # as a probe that breaks down
                 other = dict.fromkeys(told, np.inf)
             row |= {f"audit_{name}": other[name] for name in ("kl_mean", "kl_p95", "kl_max")}
