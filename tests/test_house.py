@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("methods", "model"),
     ("engine", "verbs", "weights", "judges"),
     ("doubts", "plan", "analysis"),
-    ("report", "tasks"),
+    ("report", "tasks", "vignettes"),
     ("anatomy", "api", "audit", "inspect", "prepare", "look", "recommend", "say", "verify", "run", "summary"),
     ("behaviour", "complete", "disturbance", "export", "lm_eval", "prompted", "receipt", "strength", "table"),
     ("cli",),

@@ -155,6 +155,20 @@ class Chat:
             ids, prompt_length = ids[: at + 1], at
         return Encoded(tuple(ids), prompt_length, 0, self.prefix_of(question))
 
+    def begun(self, question: Question, beginning: str) -> list[int]:
+        """prompt + the beginning of an answer, which the model is to go on with: no suffix, not cut, without a thinking block where the
+        template lets one be left out.
+
+        Raises UserError where the beginning is not among the tokens (a tokenizer that cuts texts on its own account).
+        """
+        ids = self._ids(self._render(question, ask=True, thinking=False) + beginning)
+        if not self.tokenizer.decode(ids).endswith(beginning):
+            raise UserError(
+                f"question {_short(question)}: its {len(ids)} tokens do not end in {beginning!r}; does the tokenizer cut texts (truncation "
+                "in tokenizer.json), or change them?"
+            )
+        return ids
+
     def _letter(self, ids: Sequence[int], start: int, answer: str) -> int | None:
         """Which token holds the letter of an answer such as (A); None of any other answer."""
         found = LETTER.fullmatch(answer)
@@ -169,7 +183,7 @@ class Chat:
             )
         return ids, prompt_length
 
-    def _render(self, question: Question, ask: bool) -> str:
+    def _render(self, question: Question, ask: bool, thinking: bool = True) -> str:
         """The text of a conversation; `ask` adds the generation prompt. Raw text without template. Its own system turn goes before
         the chat's system prompt."""
         turns = [("user", question)] if isinstance(question, str) else [*question]
@@ -179,7 +193,7 @@ class Chat:
         elif system is not None:
             turns.insert(0, (SYSTEM, system))
         if self.use_template:
-            return _apply(self.tokenizer, [{"role": role, "content": text} for role, text in turns], ask)
+            return _apply(self.tokenizer, [{"role": role, "content": text} for role, text in turns], ask, thinking)
         if len(turns) > 1:
             raise UserError(
                 f"question {_short(question)}: a conversation of {len(turns)} turns needs a chat template; it has none, or not in use"
@@ -199,13 +213,17 @@ class Chat:
         return ids if has_bos else [*self.bos_ids, *ids]
 
 
-def _apply(tokenizer: Any, turns: list[dict[str, str]], ask: bool) -> str:
-    """The template's text. As text, since with tokenize=True transformers 4 returns a list and 5 a BatchEncoding."""
+def _apply(tokenizer: Any, turns: list[dict[str, str]], ask: bool, thinking: bool = True) -> str:
+    """The template's text (with tokenize=True transformers 4 returns a list and 5 a BatchEncoding).
+
+    thinking False: asks for none, which a template that knows nothing of it ignores.
+    """
     from jinja2.exceptions import TemplateError
 
     roles = ", ".join(turn["role"] for turn in turns)
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
+        more = {} if thinking else {"enable_thinking": False}
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, **more)
     except TemplateError as error:
         raise UserError(
             f"the tokenizer's chat template refuses turns of {roles}: {error}; correct it or set use_chat_template: false"

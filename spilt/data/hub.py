@@ -42,9 +42,15 @@ def spec_of(said: str) -> Spec:
 def rows(said: str, download: bool = False) -> tuple[Record, ...]:
     """All rows. Raises UserError where the library or the dataset is not there, or the dataset cannot be read."""
     spec = spec_of(said)
+    return table(spec.name, spec.config or "", spec.split, download, said)
+
+
+def table(name: str, config: str, split: str, download: bool = False, said: str = "") -> tuple[Record, ...]:
+    """All rows of a split. name: of the hub, or a folder as an absolute path. said: how messages call it."""
+    said = said or f"{name}, config {config}, split {split}"
     home = str(Path(__file__).resolve().parents[2])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH")))), **({} if download else OFFLINE)}
-    command = [sys.executable, "-m", "spilt.data.hub", spec.name, spec.config or "", spec.split]
+    command = [sys.executable, "-m", "spilt.data.hub", name, config, split]
     # not in the user's folder: a name must not mean what lies there
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=sys.prefix, env=env)
     if done.returncode:
