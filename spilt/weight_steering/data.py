@@ -37,10 +37,15 @@ def make(run: Context) -> None:
     pairs = told.pairs[: words["n_personas"]]
     for split in (personas.TRAIN, personas.AUDIT):
         if not personas.of_split(every, split):
-            raise UserError(f"there is no question of the split {split}; a file of questions wants some of each: {', '.join(personas.SPLITS)}")
+            raise UserError(
+                f"there is no question of the split {split}; a file of questions wants some of each: {', '.join(personas.SPLITS)}"
+            )
     asked = {"behavior": told.name, "about": told.about, "intent": dict(told.intent), "pairs": pairs, "questions": every}
     content = json.dumps(asked, indent=1, ensure_ascii=False) + "\n"
-    settings = run.settings(STAGE) | {"personas": digest(json.dumps([told.about, pairs, dict(told.intent)]).encode()), "judge": _judge_name(run)}
+    settings = run.settings(STAGE) | {
+        "personas": digest(json.dumps([told.about, pairs, dict(told.intent)]).encode()),
+        "judge": _judge_name(run),
+    }
     settings["questions"] = digest(json.dumps(every).encode())
     parts = run.parts(STAGE, (), settings)
     if run.wanted(run.folder.personas, parts):
@@ -77,7 +82,12 @@ def _places(
 
 
 def _answers(
-    run: Context, places: Sequence[Place], questions: Sequence[personas.Question], pairs: Sequence[personas.Pair], own: str, journal: Journal
+    run: Context,
+    places: Sequence[Place],
+    questions: Sequence[personas.Question],
+    pairs: Sequence[personas.Pair],
+    own: str,
+    journal: Journal,
 ) -> dict[Place, list[int]]:
     """New tokens of each; those that an earlier run has made are taken from the journal."""
     found: dict[Place, list[int]] = {}
@@ -214,7 +224,8 @@ def sequences(run: Context, rows: Sequence[Mapping[str, Any]], side: str, longes
         prompt = run.chat.prompt_ids(question)
         ids = (*prompt, *row[f"tokens_{side}"])[:longest]
         if len(ids) <= len(prompt):
-            raise UserError(f"the question {row['prompt'][:60]!r} of {len(prompt)} tokens leaves no room for an answer: raise --max-length {longest}")
+            raise UserError(
+                f"the question {row['prompt'][:60]!r} of {len(prompt)} tokens leaves no room for an answer: raise --max-length {longest}"
+            )
         made.append(Encoded(ids, len(prompt), 0))
     return made
-

@@ -57,7 +57,14 @@ OFF = "store_true"
 
 FLAGS: tuple[Flag, ...] = (
     Flag(("--behavior", "--behaviour"), "", text, None, f"{', '.join(personas.shipped())}, or the name of your own", decides=False),
-    Flag(("--model", "--model-id", "--model_name"), "", text, None, "a checkpoint: a folder under models/, a path, or a hub id", decides=False),
+    Flag(
+        ("--model", "--model-id", "--model_name"),
+        "",
+        text,
+        None,
+        "a checkpoint: a folder under models/, a path, or a hub id",
+        decides=False,
+    ),
     Flag(("--base_dir", "--out"), "", _path, Path("."), "results go to {base_dir}/weights/{model}/{behavior}/", decides=False),
     Flag(("--device",), "", text, None, "default: cuda:0 where there is one, else cpu", decides=False),
     Flag(("--dtype",), "", choice("dtype", DTYPES, DTYPE_ALIASES), "float32", "of the model"),
@@ -126,7 +133,9 @@ FLAGS: tuple[Flag, ...] = (
 
 def add_to(parser: argparse.ArgumentParser) -> None:
     """Every flag, below the stage that it is of. What is not given is None."""
-    parser.add_argument("stage", choices=[*STAGES, RUN], help="; ".join(f"{name}: {does}" for name, does in STAGES.items()) + "; run: all of them")
+    parser.add_argument(
+        "stage", choices=[*STAGES, RUN], help="; ".join(f"{name}: {does}" for name, does in STAGES.items()) + "; run: all of them"
+    )
     groups: dict[str, argparse._ActionsContainer] = {"": parser}
     for flag in FLAGS:
         group = groups.setdefault(flag.stage, parser)
@@ -181,4 +190,6 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def deciding(found: dict[str, Any], stage: str) -> dict[str, Any]:
     """What of the flags decides a stage's result, as JSON has it."""
     kept = {flag.dest: found[flag.dest] for flag in FLAGS if flag.decides and flag.stage in ("", stage)}
-    return {name: [str(v) if isinstance(v, Path) else v for v in value] if isinstance(value, tuple) else value for name, value in kept.items()}
+    return {
+        name: [str(v) if isinstance(v, Path) else v for v in value] if isinstance(value, tuple) else value for name, value in kept.items()
+    }

@@ -87,7 +87,10 @@ def _hashes(run: Context, paths: Sequence[Path]) -> dict[str, str]:
     lacking = [path for path in paths if not path.is_file()]
     if lacking:
         raise UserError(f"{lacking[0]}: no such file")
-    return {run.relative(path) if run.relative(path) != path.name else f"{i}/{path.name}": manifest.file_hash(path) for i, path in enumerate(paths)}
+    return {
+        run.relative(path) if run.relative(path) != path.name else f"{i}/{path.name}": manifest.file_hash(path)
+        for i, path in enumerate(paths)
+    }
 
 
 def _base(run: Context) -> dict[str, Any]:
@@ -153,8 +156,10 @@ def _show(name: str, told: Mapping[str, Any]) -> None:
     largest = sorted(told["by_map"], key=lambda row: -(row["share"] or 0))[:5]
     columns = {"layer": "", "module": "", "norm": ".4g", "relative": ".2%", "share": ".1%", "top": ".1%", "effective_rank": ".1f"}
     shown(largest, columns)
-    say(f"{name}: norm {told['norm']:.4g} over {told['maps']} maps; shares {', '.join(f'{k} {v:.0%}' for k, v in told['share_of_modules'].items())}")
-    say(f"{name}: of this bfloat16 would lose {', '.join(f'{value:.2%} {how}' for how, value in lost.items() if value is not None)}; it is float32")
+    shares = ", ".join(f"{module} {value:.0%}" for module, value in told["share_of_modules"].items())
+    say(f"{name}: norm {told['norm']:.4g} over {told['maps']} maps; shares {shares}")
+    losses = ", ".join(f"{value:.2%} {how}" for how, value in lost.items() if value is not None)
+    say(f"{name}: of this bfloat16 would lose {losses}; it is float32")
 
 
 # ---------------------------------------------------------------- beside it

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 from spilt.errors import UserError, half_pair, printable, unknown
 from spilt.settings.files import load_yaml
+from spilt.vignettes.files import FOUNDATIONS
 
 SHIPPED = Path(__file__).parent / "shipped"
 POOL = "questions"  # the file of questions among the shipped ones
 TRAIN, CALIBRATION, AUDIT = SPLITS = ("train", "calibration", "audit")
 SHARES = {TRAIN: 0.5, CALIBRATION: 0.25, AUDIT: 0.25}  # of the distinct questions of each category, where no split is given
 KEYS = ("behavior", "about", "template", "pairs", "intent")
-FOUNDATIONS = ("Care", "Sanctity", "Authority", "Loyalty", "Fairness", "Liberty", "Social Norms")
 PLACE = "{persona}"
 MAX_BYTES = 20_000_000
 
@@ -105,7 +105,9 @@ def questions(file: Path | None = None, seed: int = 0) -> tuple[Question, ...]:
     if not any(one.split for one in every):
         return _drawn(every, seed)
     if lacking := [one.text for one in every if not one.split]:
-        raise UserError(f"{path}: {len(lacking)} questions have no split and others have ({lacking[0][:60]!r}); give all of them one, or none")
+        raise UserError(
+            f"{path}: {len(lacking)} questions have no split and others have ({lacking[0][:60]!r}); give all of them one, or none"
+        )
     return every
 
 

@@ -24,7 +24,14 @@ from spilt.terminal import say
 from spilt.weight_steering import flags, personas
 
 log = logging.getLogger("spilt")
-BEFORE = {"personas.json": "data", "answers.jsonl": "data", "adapters": "adapters", "arms": "dw", "kl": "calibrate", "evaluation": "evaluate"}
+BEFORE = {
+    "personas.json": "data",
+    "answers.jsonl": "data",
+    "adapters": "adapters",
+    "arms": "dw",
+    "kl": "calibrate",
+    "evaluation": "evaluate",
+}
 
 
 class Context:
@@ -35,7 +42,9 @@ class Context:
         self.base = words["base_dir"]
         self.name, self.model_folder = locate(self.base, words["model"])
         if not checkpoint.there(self.model_folder):
-            raise UserError(f"--model {words['model']}: no checkpoint {self.model_folder}; give a folder under models/, a path, or a hub id")
+            raise UserError(
+                f"--model {words['model']}: no checkpoint {self.model_folder}; give a folder under models/, a path, or a hub id"
+            )
         self.behaviour = checked_name("behavior", words["behavior"])
         self.folder = Folder.of(self.base, self.name, self.behaviour)
 
@@ -114,7 +123,9 @@ class Context:
             raise UserError(f"{path}: is damaged, or was changed by hand; {run} --force makes it anew")
         parts = record["parts"]
         if parts.get("model") != self.model_hash:
-            raise UserError(f"{path}: was made with another model than {self.model_folder}; {run} --force makes it anew, --base_dir keeps both")
+            raise UserError(
+                f"{path}: was made with another model than {self.model_folder}; {run} --force makes it anew, --base_dir keeps both"
+            )
         dtype = parts["settings"].get("dtype", self.words["dtype"])
         if dtype != self.words["dtype"]:
             raise UserError(f"{path}: was made in {dtype}, and this is {self.words['dtype']}; --dtype {dtype} goes on with it")

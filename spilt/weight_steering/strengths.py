@@ -1,7 +1,7 @@
 """Stage calibrate: for each arm the multipliers at which KL(steered || base) along its own greedy answers meets the budget, on either side.
 
-Found on the calibration questions, checked on audit questions; both without duplicates among what the model is really shown, and disjoint. A
-prompt has no strength: its KL is measured and told.
+Found on the calibration questions, checked on audit questions; both without duplicates among what the model is really shown, and
+disjoint. A prompt has no strength: its KL is measured and told.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def names_of(run: Context) -> list[str]:
     """The arms that are stored. Raises UserError where there is none."""
     found = run.folder.arms()
     if not found:
-        raise UserError(f"{run.folder.root / 'arms'}: no method is stored; spilt weights dw --behavior {run.behaviour} makes dW and the others")
+        raise UserError(
+            f"{run.folder.root / 'arms'}: no method is stored; spilt weights dw --behavior {run.behaviour} makes dW and the others"
+        )
     return found
 
 
@@ -71,7 +73,9 @@ def questions(run: Context) -> dict[str, Any]:
 
     both = [run.questions(split) for split in (personas.CALIBRATION, personas.AUDIT)]
     if not both[0]:
-        raise UserError(f"no question of the split {personas.CALIBRATION}: no strength can be found; give some in --questions of the data stage")
+        raise UserError(
+            f"no question of the split {personas.CALIBRATION}: no strength can be found; give some in --questions of the data stage"
+        )
     rendered = [dict(zip(arms.rendered(run, [one.text for one in part]), part, strict=True)) for part in both]
     audit = {ids: one for ids, one in rendered[1].items() if ids not in rendered[0]}
     dropped = sum(map(len, both)) - len(rendered[0]) - len(audit)
@@ -81,7 +85,9 @@ def questions(run: Context) -> dict[str, Any]:
     return {"calibration": used, "audit": others, "counts": {"prompts": len(used), "audit_prompts": len(others), "duplicates": dropped}}
 
 
-def _of_arm(run: Context, arm: Any, asked: Mapping[str, Any], own: str, journal: Journal) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _of_arm(
+    run: Context, arm: Any, asked: Mapping[str, Any], own: str, journal: Journal
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Both sides, and all that was tried. What an earlier run has measured is taken from the journal."""
     import pandas as pd
 
@@ -115,7 +121,9 @@ def _of_prompt(run: Context, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
     from spilt.weight_steering import arms
 
     host, pair = run.host, run.pairs[0]
-    texts = {tuple(run.chat.prompt_ids(one.text)): one.text for split in (personas.CALIBRATION, personas.AUDIT) for one in run.questions(split)}
+    texts = {
+        tuple(run.chat.prompt_ids(one.text)): one.text for split in (personas.CALIBRATION, personas.AUDIT) for one in run.questions(split)
+    }
     how = sampling.decoding({"do_sample": False, "max_new_tokens": run.words["n_tokens"]}, host.model, host.tokenizer)
     rows = []
     for side, system, m in (("positive", pair.pos, 1.0), ("negative", pair.neg, -1.0)):
@@ -159,10 +167,16 @@ def tables(run: Context) -> None:
         row: dict[str, Any] = {"method": told["method"], "target_p95": told["target_p95"]}
         for side, short in (("positive", "pos"), ("negative", "neg")):
             at = by_side[side]
-            row |= {f"alpha_{short}": abs(at["multiplier"]), f"status_{short}": at["status"], f"converged_{short}": at["status"] == "converged"}
+            row |= {
+                f"alpha_{short}": abs(at["multiplier"]),
+                f"status_{short}": at["status"],
+                f"converged_{short}": at["status"] == "converged",
+            }
             row |= {f"{key.removeprefix('kl_')}_at_{short}": at[key] for key in KL}
             row |= {f"probes_{short}": sum(probe["side"] == side for probe in told["probes"])}
-            audit.append({"method": told["method"], "side": side, "multiplier": at["multiplier"], **{key: at.get(f"audit_{key}") for key in KL}})
+            audit.append(
+                {"method": told["method"], "side": side, "multiplier": at["multiplier"], **{key: at.get(f"audit_{key}") for key in KL}}
+            )
             audit[-1] |= {"prompts": told["audit_prompts"]}
         summary.append(row)
         history += [{"method": told["method"], "probe": i, **probe} for i, probe in enumerate(told["probes"])]
@@ -171,7 +185,15 @@ def tables(run: Context) -> None:
         path = run.folder.kl(what)
         if not path.is_file() or path.read_text(encoding="utf-8") != content:
             atomic_write(path, content)
-    columns = {"method": "", "alpha_pos": ".4g", "p95_at_pos": ".3f", "status_pos": "", "alpha_neg": ".4g", "p95_at_neg": ".3f", "status_neg": ""}
+    columns = {
+        "method": "",
+        "alpha_pos": ".4g",
+        "p95_at_pos": ".3f",
+        "status_pos": "",
+        "alpha_neg": ".4g",
+        "p95_at_neg": ".3f",
+        "status_neg": "",
+    }
     shown(summary, columns)
-    say(f"{STAGE}: KL(steered || base) in nats at the 95th percentile of tokens; budget {run.words['target_kl']:g}; {run.folder.kl('summary')}")
-
+    budget = f"budget {run.words['target_kl']:g}"
+    say(f"{STAGE}: KL(steered || base) in nats at the 95th percentile of tokens; {budget}; {run.folder.kl('summary')}")

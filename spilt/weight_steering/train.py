@@ -1,7 +1,7 @@
 """Stage adapters: one PEFT adapter on the answers of either side, from the same start, on the same rows in the same order.
 
-The loop is engine/train.py's and not the library's Trainer: a killed run goes on from its last step to the same bits, the model is given back
-as it was, and one file holds the state. It is one process on one device.
+The loop is engine/train.py's and not the library's Trainer: a killed run goes on from its last step to the same bits, the model is given
+back as it was, and one file holds the state. It is one process on one device.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ def settings_of(run: Context, kind: str) -> FitSettings:
 
     w = run.words
     layers = w["layers"] or adapted_layers(len(anatomy.blocks(run.host.model)))
-    of_all = {name: w[name] for name in ("dtype", "seed", "lr", "dropout", "rank", "lora_alpha", "weight_decay", "modules", "warmup", "block_size")}
+    of_all = {
+        name: w[name]
+        for name in ("dtype", "seed", "lr", "dropout", "rank", "lora_alpha", "weight_decay", "modules", "warmup", "block_size")
+    }
     loop = {"n_epochs": w["epochs"], "batch_size": w["train_batch_size"], "gradient_accumulation_steps": w["grad_accum"]}
     form = "lora" if kind == "lora" else "local_weight"
     one_side = {"preference_pairs": ("orig_add",), "substraction_type": "normal", "output_length": w["max_length"]}
@@ -177,5 +180,7 @@ def folder_of(run: Context, kind: str, side: str) -> Path:
     path = run.use(run.folder.adapter(kind, side))
     config = path.with_name(CONFIG)
     if not config.is_file() or hashlib.sha256(config.read_bytes()).hexdigest() != run.notes(path).get("config"):
-        raise UserError(f"{config}: is not as it was stored beside {path.name}; spilt weights adapters --adapter {kind} --force makes both anew")
+        raise UserError(
+            f"{config}: is not as it was stored beside {path.name}; spilt weights adapters --adapter {kind} --force makes both anew"
+        )
     return path.parent
