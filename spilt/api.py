@@ -412,19 +412,27 @@ def calibrate(
 
     One row for each side: multiplier, status (converged, below budget, above budget, jumps over the budget, not monotone, not the
     identity at 0), the numbers of `divergence` there and, on other prompts, those named audit_. attrs["probes"]: all that was tried.
+    kl_floor: kl_p95 at m = 0, of what is not the identity there.
     start: a first guess; left out, the end of the range in which the form is trained. how: as for `divergence`.
     """
     if not 0 < budget < float("inf"):  # nan is not
         raise UserError(f"budget is {budget}; wanted nats above 0")
-    begin = start or max(map(abs, INTERVENTIONS[steering.forms[0]].factors))
 
     def at(m: float, asked: Any) -> pd.DataFrame:
         return divergence(model, tokenizer, steering, asked, m, **how)
 
-    return both_sides(at, prompts, audit, budget, begin)
+    begin, high = reach(steering)
+    return both_sides(at, prompts, audit, budget, start or begin, high)
 
 
-def both_sides(at: Callable[[float, Any], pd.DataFrame], prompts: Any, audit: Any, budget: float, start: float) -> pd.DataFrame:
+def reach(steering: Steering) -> tuple[float, float]:
+    """Where a search for a strength begins, the end of the range in which the form is trained, and the largest that it means."""
+    return max(map(abs, steering.entries[0][1].factors)), min(calibrated.HIGH, *(made.furthest() for _, made in steering))
+
+
+def both_sides(
+    at: Callable[[float, Any], pd.DataFrame], prompts: Any, audit: Any, budget: float, start: float, high: float = calibrated.HIGH
+) -> pd.DataFrame:
     """The table of `calibrate`, of any way to measure. at(m, prompts): a row as of `divergence`, or NotFinite."""
     import pandas as pd
 
@@ -440,10 +448,11 @@ def both_sides(at: Callable[[float, Any], pd.DataFrame], prompts: Any, audit: An
                 return float("inf")
             return float(tried[-1]["kl_p95"].iloc[0])
 
-        found = calibrated.solve(p95, budget, start)
+        found = calibrated.solve(p95, budget, start, high=high)
         m = sign * found.size
         here = [one for one in tried if one["multiplier"].iloc[0] == m] or [told.assign(multiplier=m, kl_p95=np.inf)]  # not finite there
         row = {"side": side, "status": calibrated.NOT_ZERO if rest else found.status, **here[0].drop(columns="side").iloc[0]}
+        row["kl_floor"] = float(told["kl_p95"].iloc[0])
         if audit:
             try:
                 other = dict(at(m, audit).iloc[0])
@@ -485,7 +494,7 @@ def measure(
     _check_context(model, "measure", tokens)
     placed, pad = steering.to(model), host.pad_id(tokenizer)
     if multipliers is None:
-        multipliers = measure_verb.sweep_multipliers(INTERVENTIONS[steering.forms[0]].factors, 11)
+        multipliers = measure_verb.sweep_multipliers(steering.entries[0][1].factors, 11)
     strengths = sorted({0.0, *_strengths(multipliers)})
     prefix = chat.prefix_length
     with frozen(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -38,6 +39,24 @@ FORMS: dict[str, Form] = {
         Form("ablation", "ablation", {"direction": "D", "scale": ""}, reads=False, in_all=False),
     )
 }
+
+# Forms that are not linear in m, of steering/nonlinear.py: found by spilt/baselines alone, so no word of the command line names them.
+# factors: the range of m in which they do something on models of usual width; a calibration begins at its end.
+NONLINEAR: dict[str, Form] = {
+    name: Form(name, name.replace("_", " "), {**tensors, "scale": ""}, reads=False, factors=(most,), in_all=False)
+    for name, most, tensors in (
+        ("directional_ablation", 10.0, {"direction": "D"}),
+        ("cosine_gated", 20.0, {"direction": "D", "gate": ""}),
+        ("angular", 1.0, {"first": "D", "second": "D"}),
+        ("spherical", 0.1, {"direction": "D"}),
+        ("linear_act", 1.0, {"slope": "D", "shift": "D"}),
+        ("chars", 1.0, {"source": "rD", "target": "rD", "plan": "rr", "bandwidth": ""}),
+        ("clusters", 10.0, {"centroids": "rD"}),
+        ("sspace", 10.0, {"basis": "Dr", "root": "r", "direction": "r", "bias": "D"}),
+        ("sspace_ablate", 10.0, {"basis": "Dr", "root": "r", "direction": "r", "bias": "D"}),
+    )
+}
+HELD = ChainMap(FORMS, NONLINEAR)  # all that a Steering can hold
 
 
 @dataclass(frozen=True)

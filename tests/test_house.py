@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("artifacts",),
     ("steering", "data"),
     ("methods", "model"),
-    ("engine", "verbs", "weights", "judges"),
+    ("baselines", "engine", "verbs", "weights", "judges"),
     ("doubts", "plan", "analysis"),
     ("report", "tasks", "vignettes"),
     ("anatomy", "api", "audit", "inspect", "prepare", "look", "recommend", "say", "verify", "run", "summary"),

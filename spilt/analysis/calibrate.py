@@ -18,6 +18,7 @@ JUMPS = "jumps over the budget"  # from below to above within a step of a thousa
 NOT_ZERO = "not the identity at 0"
 STEPS = 16
 CLOSED = 1e-3
+HIGH = 1e3  # the strongest that is tried
 
 
 class Probe(NamedTuple):
@@ -41,7 +42,7 @@ def solve(
     budget: float,
     start: float = 1.0,
     low: float = 1e-3,
-    high: float = 1e3,
+    high: float = HIGH,
     tolerance: float = 0.05,
 ) -> Found:
     """Where `statistic`(size), size in [low, high], is within tolerance x budget of the budget.

@@ -36,26 +36,33 @@ def changes(before: np.ndarray, after: np.ndarray, groups: np.ndarray) -> pd.Dat
 
     to_wrong, to_fine: how many verdicts crossed WRONG either way; flips_net: the first less the second.
     """
-    before, after = np.asarray(before, float), np.asarray(after, float)
-    moved, valid = logit(after) - logit(before), np.isfinite(before) & np.isfinite(after)
-    rows = []
-    for group in dict.fromkeys(groups):
-        here = np.asarray(groups) == group
-        both = here & valid
-        n, up = int(both.sum()), both & (before <= WRONG) & (after > WRONG)
-        down = both & (before > WRONG) & (after <= WRONG)
-        row = {
-            "group": group,
-            "mean": moved[both].mean() if n else math.nan,
-            "std": moved[both].std(ddof=1) if n > 1 else math.nan,
-            "n": n,
-            "n_total": int(here.sum()),
-            "to_wrong": int(up.sum()),
-            "to_fine": int(down.sum()),
-            "flips_net": int(up.sum()) - int(down.sum()),
-        }
-        rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame([{"group": group, **change(before, after, np.asarray(groups) == group)} for group in dict.fromkeys(groups)])
+
+
+def change(before: np.ndarray, after: np.ndarray, L: np.ndarray) -> dict[str, float]:
+    """A row of `changes` where cell i counts L_i: mean = sum L x / sum L, deviation^2 = sum L (x - mean)^2 / (V - sum L^2 / V), V = sum L.
+
+    n, n_total: cells with L > 0; flips: their L. L of truth values: a sample mean and its deviation (n - 1), flips are counts.
+    """
+    before, after, weights = np.asarray(before, float), np.asarray(after, float), np.asarray(L, float)
+    valid = np.isfinite(before) & np.isfinite(after) & (weights > 0)
+    mean, std = moments((logit(after) - logit(before))[valid], weights[valid])
+    up, down = (float(weights[valid & crossed].sum()) for crossed in (
+        (before <= WRONG) & (after > WRONG), (before > WRONG) & (after <= WRONG)
+    ))  # fmt: skip
+    flips = {"to_wrong": up, "to_fine": down, "flips_net": up - down}
+    whole = {name: int(value) for name, value in flips.items()} if np.asarray(L).dtype == bool else flips
+    return {"mean": mean, "std": std, "n": int(valid.sum()), "n_total": int((weights > 0).sum()), **whole}
+
+
+def moments(x: np.ndarray, L: np.ndarray) -> tuple[float, float]:
+    """Weighted mean and deviation of a sample, nan of none, or of one."""
+    V = L.sum()
+    if not V > 0:
+        return math.nan, math.nan
+    mean = float((L * x).sum() / V)
+    freedom = V - (L**2).sum() / V
+    return mean, math.sqrt(float((L * (x - mean) ** 2).sum() / freedom)) if freedom > 1e-12 * V else math.nan
 
 
 class Informedness(NamedTuple):

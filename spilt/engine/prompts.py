@@ -27,7 +27,7 @@ MakeSites = Callable[[Tensor], list[hooks.Applied]]  # multipliers [B, 1, 1] -> 
 
 
 class Row(NamedTuple):
-    """One text to make. multiplier 0: unsteered. seed: decides its random numbers, whatever the batch."""
+    """One text to make. multiplier 0: unsteered (Steering.identity). seed: decides its random numbers, whatever the batch."""
 
     prompt: tuple[int, ...]
     multiplier: float

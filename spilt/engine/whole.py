@@ -144,7 +144,7 @@ def texts(
 ) -> Iterator[tuple[int, list[int]]]:
     """Yields (row number, new token ids), one row after the other: the model's own forward and cache, a token at a time.
 
-    The next token is chosen as sampling.choose says, by the row's own random numbers. m = 0: no intervention runs.
+    The next token is chosen as sampling.choose says, by the row's own random numbers. m = 0: none but what is not the identity there runs.
     positions: which tokens are steered (`steer_positions`); prefixes: of each row, tokens of the template before the prompt; left out: 0.
     """
     device, takes = model.get_input_embeddings().weight.device, inspect.signature(type(model).forward).parameters  # type: ignore[operator]
@@ -156,7 +156,8 @@ def texts(
             so_far = torch.arange(len(row.prompt) + len(new), device=device)
             at = {"position_ids": so_far[None, -len(ids) :], "cache_position": so_far[-len(ids) :]}  # a hybrid's cache counts otherwise
             at = {name: value for name, value in at.items() if name in takes}
-            with steer(model, steering, row.multiplier, where) if row.multiplier else hooks.attach(model, []):
+            acting = row.multiplier or not steering.identity
+            with steer(model, steering, row.multiplier, where) if acting else hooks.attach(model, []):
                 out = model(
                     input_ids=torch.tensor([ids], device=device),
                     attention_mask=torch.ones_like(so_far)[None],

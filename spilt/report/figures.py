@@ -68,7 +68,7 @@ def adaptive(svg: str) -> str:
 
 
 @contextmanager
-def _drawing(name: str, narrow: bool, size: tuple[float, float]) -> Iterator[Figure]:
+def drawing(name: str, narrow: bool, size: tuple[float, float]) -> Iterator[Figure]:
     """An empty figure of (width, height) inches, and the style while it is drawn."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -125,7 +125,7 @@ def look(method: str, form: str) -> dict[str, Any]:
     return {"color": colours[at], "marker": markers[at], "linewidth": 1.3 if form == "lora" else 1.9}
 
 
-def _key(name: str, **style: Any) -> Any:
+def key(name: str, **style: Any) -> Any:
     """One entry of a legend."""
     from matplotlib.lines import Line2D
 
@@ -156,10 +156,10 @@ def _r2(cell: Measured, split: str, kind: str) -> str:
 
 
 def _style_keys(cells: Sequence[Measured], split: str, names: Sequence[str]) -> list[Any]:
-    keys = [_key(names[0], color=MUTED, linestyle="-", marker="o", markersize=4.2)]
-    keys.append(_key(names[1], color=MUTED, linestyle=DASHED, marker="o", markersize=4.2, markerfacecolor=GROUND))
+    keys = [key(names[0], color=MUTED, linestyle="-", marker="o", markersize=4.2)]
+    keys.append(key(names[1], color=MUTED, linestyle=DASHED, marker="o", markersize=4.2, markerfacecolor=GROUND))
     if any((cell.rows(split)["n_undefined"] > 0).any() for cell in cells):
-        keys.append(_key("some utilities undefined", markersize=4, **UNDEFINED))
+        keys.append(key("some utilities undefined", markersize=4, **UNDEFINED))
     return keys
 
 
@@ -219,7 +219,7 @@ def paper_figure(cells: Sequence[Measured], split: str, narrow: bool = False, do
     groups = [[form] for form in there] if narrow else [bare, [form for form in there if form not in bare]]
     panels = [(forms, some) for forms in groups if (some := [cell for cell in cells if cell.place.form in forms])]
     size = (NARROW, 4.3 * len(panels)) if narrow else (10.2, 4.1 * len(panels))
-    with _drawing("dose" if dose else "paper", narrow, size) as figure:
+    with drawing("dose" if dose else "paper", narrow, size) as figure:
         for axes, (forms, some) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
             units, x_label = _units(some, split)
             if dose:
@@ -231,7 +231,7 @@ def paper_figure(cells: Sequence[Measured], split: str, narrow: bool = False, do
                 name += f" (end m = {unit:.4g})" if set(units) != {1.0} and not dose else ""
                 name += "  " if narrow else "\n"
                 name += f"R² {_r2(cell, split, 'preference')} | {_r2(cell, split, 'utility')}"
-                keys.append(_key(name, markersize=5, **look(cell.place.method, cell.place.form)))
+                keys.append(key(name, markersize=5, **look(cell.place.method, cell.place.form)))
             axes.set_title(" and ".join(label("", form) for form in forms), pad=18)
             axes.axhline(0, color=MUTED, linewidth=0.6, zorder=1)
             _shade(axes, _panel_regions(some, split, units))
@@ -276,7 +276,7 @@ def trade_off_figure(cells: Sequence[Measured], split: str, narrow: bool = False
     forms = list(dict.fromkeys(cell.place.form for cell in cells))
     n = len(forms)
     size = (NARROW, 3.5 * n + 0.6) if narrow else ((5.5, 8.0, 10.5)[min(n, 3) - 1], 4.4)
-    with _drawing("trade_off", narrow, size) as figure:
+    with drawing("trade_off", narrow, size) as figure:
         all_axes = figure.subplots(*((n, 1) if narrow else (1, n)), squeeze=False, sharex=True, sharey=True).ravel()
         for axes, form in zip(all_axes, forms, strict=True):
             for cell in (cell for cell in cells if cell.place.form == form):
@@ -300,12 +300,12 @@ def trade_off_figure(cells: Sequence[Measured], split: str, narrow: bool = False
             axes.label_outer(remove_inner_ticks=False)
         for axes in all_axes if narrow else all_axes[:1]:
             axes.set_ylabel("utility log-odds (nats)")
-        keys = [_key(name, markersize=5, **look(name, "vector")) for name in dict.fromkeys(cell.place.method for cell in cells)]
+        keys = [key(name, markersize=5, **look(name, "vector")) for name in dict.fromkeys(cell.place.method for cell in cells)]
         keys += [
-            _key("m ≥ 0", color=MUTED, linestyle="-"),
-            _key("m ≤ 0", color=MUTED, linestyle=":"),
-            _key("m = 0 (no steering)", color=INK, linestyle="none", marker="*", markersize=9),
-            _key("recommended m", color=INK, linestyle="none", marker="o", markersize=8, markerfacecolor="none"),
+            key("m ≥ 0", color=MUTED, linestyle="-"),
+            key("m ≤ 0", color=MUTED, linestyle=":"),
+            key("m = 0 (no steering)", color=INK, linestyle="none", marker="*", markersize=9),
+            key("recommended m", color=INK, linestyle="none", marker="o", markersize=8, markerfacecolor="none"),
         ]
         figure.legend(handles=keys, loc="outside lower center", ncols=2 if narrow else 4)
         return figure
@@ -322,7 +322,7 @@ def control_figure(cells: Sequence[Measured], split: str, narrow: bool = False) 
     wide = 1 if narrow else min(n, 4)  # cells beside each other
     high = -(-n // wide)
     size = (NARROW, 2.1 * n + 1.0) if narrow else ((5.5, 8.0, 9.0, 11.0)[wide - 1], 4.6 * high + 0.6)
-    with _drawing("control", narrow, size) as figure:
+    with drawing("control", narrow, size) as figure:
         shape = (n, 2) if narrow else (2 * high, wide)
         grid = figure.subplots(*shape, squeeze=False, sharey="col" if narrow else "row")
         pairs = [grid[i] if narrow else grid[2 * (i // wide) : 2 * (i // wide) + 2, i % wide] for i in range(high * wide)]
@@ -346,8 +346,8 @@ def control_figure(cells: Sequence[Measured], split: str, narrow: bool = False) 
                 if narrow or column % wide == 0:
                     ax.set_ylabel(f"{kind} (nats)" if narrow else f"{kind} log-odds (nats)")
         keys = [
-            _key("the stored vector", color=INK, marker="o", markersize=4),
-            _key("random directions, mean", color=RANDOM, linestyle=DASHED),
+            key("the stored vector", color=INK, marker="o", markersize=4),
+            key("random directions, mean", color=RANDOM, linestyle=DASHED),
             Patch(color=BAND, label="middle 90% of them"),
         ]
         figure.legend(handles=keys, loc="outside lower center", ncols=1 if narrow else 3)
@@ -364,7 +364,7 @@ def layers_figure(cells: Sequence[Measured], split: str, narrow: bool = False) -
         return None
     gain, bold = (grid[columns].T if narrow else grid[columns] for grid in grids)
     size = (NARROW, 1.6 + 0.26 * len(columns)) if narrow else (max(5.5, 2.2 + 0.34 * len(columns)), 1.6 + 0.45 * len(grids[0]))
-    with _drawing("layers", narrow, size) as figure:
+    with drawing("layers", narrow, size) as figure:
         axes = figure.subplots()
         mesh = axes.pcolormesh(gain.to_numpy(), cmap="RdBu", vmin=-top, vmax=top, edgecolors=GROUND, linewidth=0.8)
         for (y, x), value in np.ndenumerate(gain.to_numpy()):
@@ -387,7 +387,7 @@ def cell_figure(cell: Measured, split: str, narrow: bool = False) -> Figure:
     """curves.png: one cell with its own regions and the recommended multiplier; below, the losses and the probability behind it."""
     parts = cell.rows(split)["loss_matching"].notna().any()
     size = ((NARROW, 8.6) if narrow else (8.2, 6.8)) if parts else ((NARROW, 4.4) if narrow else (8.2, 4.6))
-    with _drawing(f"cell {cell.name}", narrow, size) as figure:
+    with drawing(f"cell {cell.name}", narrow, size) as figure:
         shape: Any = [["odds"], ["loss"], ["mass"]] if narrow else [["odds", "odds"], ["loss", "mass"]]
         panels = figure.subplot_mosaic(shape if parts else [["odds"]], height_ratios=[5, *[3] * (len(shape) - 1)] if parts else None)
         axes = panels["odds"]
@@ -401,7 +401,7 @@ def cell_figure(cell: Measured, split: str, narrow: bool = False) -> Figure:
             line: dict[str, Any] = {"color": INK, "linewidth": 1.1, "linestyle": DOTTED}
             for panel in panels.values():
                 panel.axvline(best, zorder=1, **line)
-            keys.append(_key(f"recommended m = {best:g}", **line))
+            keys.append(key(f"recommended m = {best:g}", **line))
         axes.set_title(f"{cell.place.dataset}: {cell.label}", pad=18)
         axes.set_xlabel("multiplier m (dimensionless)")
         axes.set_ylabel("log-odds (nats)")

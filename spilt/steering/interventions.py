@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from spilt.cell import FORMS
+from spilt.cell import FORMS, HELD
 from spilt.errors import UserError
 
 Multiplier = float | Tensor
@@ -37,10 +37,11 @@ class Intervention(nn.Module):
     one_mask: bool = False  # dropout acts on the parameters: one mask for all rows of a batch
     linear: ClassVar[tuple[str, ...]]  # parameters that, scaled together, scale delta
     factors: ClassVar[tuple[float, ...]]
+    identity: ClassVar[bool] = True  # at m = 0 it leaves the stream as it is
 
     def __init_subclass__(cls) -> None:
         if "form" in cls.__dict__:
-            cls.reads, cls.factors = FORMS[cls.form].reads, FORMS[cls.form].factors
+            cls.reads, cls.factors = HELD[cls.form].reads, HELD[cls.form].factors
 
     def __init__(self, read_point: str | None, write_point: str, dropout: float) -> None:
         super().__init__()
@@ -67,12 +68,12 @@ class Intervention(nn.Module):
     @classmethod
     def shapes(cls, hidden: int, read: int, rank: int | None) -> dict[str, tuple[int, ...]]:
         """Name -> shape of each parameter: D = hidden, the width of the stream; F = read, that of the read point."""
-        return FORMS[cls.form].shapes(hidden, read, rank)
+        return HELD[cls.form].shapes(hidden, read, rank)
 
     @classmethod
     def of_parameters(cls, parameters: Mapping[str, Tensor], **kwargs: Any) -> Intervention:
         """The form with copies of these parameters. kwargs: read_point, write_point, dropout."""
-        return cls.from_state(next(iter(parameters.values())) if FORMS[cls.form].bare else dict(parameters), **kwargs)
+        return cls.from_state(next(iter(parameters.values())) if HELD[cls.form].bare else dict(parameters), **kwargs)
 
     @classmethod
     def from_state(cls, state: State, **kwargs: Any) -> Intervention:
@@ -90,6 +91,10 @@ class Intervention(nn.Module):
             for name in self.linear:
                 self.get_parameter(name).mul_(factor)
         return self
+
+    def furthest(self) -> float:
+        """The largest |m| that does something new: where an angle has gone round, for example."""
+        return math.inf
 
     def folded(self) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
         """((A [F, r], B [r, D]), db [D]) with delta = m ((x A) B + db); None for what it does not have."""

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,13 @@ from spilt.settings.fields import WRITE_POINTS
 from spilt.steering import anatomy, foreign, layer_file
 from spilt.steering.hooks import Applied
 from spilt.steering.interventions import INTERVENTIONS, Intervention, Multiplier
+from spilt.steering.nonlinear import NONLINEAR
 
 SUFFIX = ".safetensors"
 FORMAT = 1  # of the stored file
 RECOMMENDED = "recommended_multiplier"  # of `about`: a strength, so it scales the other way round
+
+KINDS: Mapping[str, type[Intervention]] = ChainMap(INTERVENTIONS, NONLINEAR)  # by form
 
 log = logging.getLogger("spilt")
 LAYER_FILE = re.compile(r"layer_(\d{1,9})\.pt")
@@ -69,7 +73,7 @@ class Steering:
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """The form of each entry, by its name in INTERVENTIONS."""
+        """The form of each entry, by its name in KINDS."""
         return tuple(intervention.form for _, intervention in self.entries)
 
     @property
@@ -88,6 +92,11 @@ class Steering:
     def on(self, layer: int) -> Steering:
         """The part of it at one layer."""
         return Steering(((site, made) for site, made in self.entries if site.layer == layer), self.about)
+
+    @property
+    def identity(self) -> bool:
+        """Whether m = 0 is the unsteered model, as of all but some nonlinear forms. Losses at 0 are the unsteered model's in any case."""
+        return all(made.identity for _, made in self.entries)
 
     def norm(self) -> float:
         """Of the update at the lowest layer."""
@@ -124,7 +133,7 @@ class Steering:
         return f"Steering({sites}{known})"
 
     def __add__(self, other: Steering) -> Steering:
-        """Both act, this one first. At one site their deltas add up; an ablation alone reads what those before it wrote there."""
+        """Both act, this one first. At one site deltas add up; an ablation and nonlinear forms read what those before them wrote there."""
         if not isinstance(other, Steering):
             return NotImplemented
         about = {key: value for key, value in self.about.items() if key != RECOMMENDED and other.about.get(key) == value}
@@ -135,7 +144,7 @@ class Steering:
         return self + -other if isinstance(other, Steering) else NotImplemented
 
     def __mul__(self, factor: float) -> Steering:
-        """delta at m of the result is delta at factor m of this one: exact, since every form is linear in its strength."""
+        """delta at m of the result is delta at factor m of this one: exact, every form holds its strength as a factor."""
         if not isinstance(factor, int | float):
             return NotImplemented
         if not math.isfinite(factor):
@@ -256,14 +265,14 @@ def _stored(path: Path) -> Steering:
 
 
 def _entry(path: Path, number: int, row: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Site, Intervention]:
-    if row["form"] not in INTERVENTIONS:
-        raise UserError(f"{path}: entry {number} has the form {row['form']!r}; have: {', '.join(INTERVENTIONS)}")
+    if row["form"] not in KINDS:
+        raise UserError(f"{path}: entry {number} has the form {row['form']!r}; have: {', '.join(KINDS)}")
     site = Site(int(row["layer"]), row["read_point"], row["write_point"])
     places = (site.read_point, *anatomy.COMPONENTS), (site.write_point, *WRITE_POINTS)
     known = all(name in (None, *names) or layer_file.LINEAR.fullmatch(str(name)) for name, *names in places)
     if site.layer < 0 or site.write_point is None or not known:
         raise UserError(f"{path}: entry {number} has no usable site: {site}")
-    kind = INTERVENTIONS[row["form"]]
+    kind = KINDS[row["form"]]
     own = {name.partition(".")[2]: value for name, value in tensors.items() if name.partition(".")[0] == str(number)}
     wanted = kind.shapes(1, 1, 1)
     if {name: value.ndim for name, value in own.items()} != {name: len(shape) for name, shape in wanted.items()}:

@@ -54,7 +54,7 @@ class Arm:
     def applied(self, m: float) -> Iterator[None]:
         """Inside, every forward of the model is steered at multiplier m."""
         model = self.run.host.model
-        if m == 0:
+        if m == 0 and self.steering.identity:
             yield
         elif self.weights:
             with in_place(model, self.steering, m):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spilt.baselines import BASELINES
 from spilt.errors import UserError
 from spilt.settings.fields import ADAPTERS, DTYPE_ALIASES, DTYPES
 from spilt.settings.values import Bad, choice, many, number, optional, text, whole
@@ -22,7 +23,10 @@ STAGES = {
 }
 RUN = "run"
 MODES = ("dw", "bisector", "tau_pos", "tau_neg")
-METHODS = ("caa", "pca", "probe", "lda", "sft", "reps", "spilt", "prompt")  # beside dW; prompt: the personas themselves
+OURS = ("caa", "pca", "probe", "lda", "sft", "reps", "spilt")  # vectors of spilt.methods
+PROMPT = "prompt"  # the personas themselves
+OTHERS = tuple(name for name, row in BASELINES.items() if row.estimate is not None and not row.neutral and name not in OURS)
+METHODS = (*OURS, *OTHERS, PROMPT)  # beside dW
 
 
 class Flag(NamedTuple):

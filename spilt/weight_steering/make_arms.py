@@ -13,7 +13,7 @@ from spilt.artifacts.weights import CONFIG, SIDES, WEIGHTS
 from spilt.errors import UserError, checked_name
 from spilt.terminal import say
 from spilt.weight_steering import data, personas, train
-from spilt.weight_steering.flags import MODES
+from spilt.weight_steering.flags import METHODS, MODES, OURS, PROMPT
 from spilt.weight_steering.stage import Context, shown
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("spilt")
 STAGE = "dw"
-OWN, PROMPT = "own", "prompt"
+OWN = "own"  # an arm of --pos and --neg
 OF_DW = ("pos", "neg", "mode", "scale", "keep_layers", "keep_modules", "bias_only", "add", "dtype", "seed")
 OF_VECTORS = ("vector_layer", "vector_epochs", "dtype", "seed", "layers")
 
@@ -33,18 +33,12 @@ def make(run: Context) -> None:
     if words["name"] and not own and len(words["adapter"]) > 1:
         raise UserError(f"--name {words['name']} is one name, and --adapter has {len(words['adapter'])}; give one adapter at a time")
     for name in names:
-        if name in [*_vector_methods(), PROMPT]:
+        if name in METHODS:
             raise UserError(f"--name {name}: is that of a method; give another")
     for name, kind in zip(names, [OWN] if own else words["adapter"], strict=True):
         _dw(run, checked_name("name", name), kind)
     for method in words["methods"] or ():
         (_prompt if method == PROMPT else _vector)(run, method)
-
-
-def _vector_methods() -> list[str]:
-    from spilt.methods import METHODS
-
-    return [name for name, row in METHODS.items() if not row.adapters]
 
 
 # ---------------------------------------------------------------- dW
@@ -182,7 +176,9 @@ def _vector(run: Context, method: str) -> None:
     if not run.wanted(path, parts):
         return
     from spilt import api
-    from spilt.methods import METHODS
+    from spilt.baselines import fit as baselines
+    from spilt.data import readers
+    from spilt.methods import METHODS as methods
     from spilt.steering import anatomy
     from spilt.verbs.base import adapted_layers
 
@@ -190,9 +186,13 @@ def _vector(run: Context, method: str) -> None:
     layer = run.words["vector_layer"] if run.words["vector_layer"] is not None else layers[len(layers) // 2]
     rows = data.read(run, personas.TRAIN)
     pairs = [(row["prompt"], row["response_pos"], row["response_neg"]) for row in rows]
-    how: dict[str, Any] = {"dtype": run.words["dtype"], "seed": run.words["seed"]}
-    if METHODS[method].loss is not None:
-        how["n_epochs"] = run.words["vector_epochs"]
-    made = api.fit(run.host.model, run.host.tokenizer, pairs, layer=layer, method=method, intervention="vector", **how)
+    if method in OURS:
+        how: dict[str, Any] = {"dtype": run.words["dtype"], "seed": run.words["seed"]}
+        if methods[method].loss is not None:
+            how["n_epochs"] = run.words["vector_epochs"]
+        made = api.fit(run.host.model, run.host.tokenizer, pairs, layer=layer, method=method, intervention="vector", **how)
+    else:
+        some = [readers.Pair(*pair, None, None, number) for number, pair in enumerate(pairs)]
+        made = baselines.fit(method, run.host.model, run.host.tokenizer, some, [layer])
     about = {"kind": "vector", "method": method, "layer": layer, "behavior": run.behaviour, "base_model": _base(run)}
     run.store(path, _with(made, about).content(), parts, {"kind": "vector", "layer": layer, "norm": made.norm()})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from spilt.artifacts.weights import SIDES, UNSTEERED
 from spilt.errors import UserError
 from spilt.weight_steering import data, personas, strengths
-from spilt.weight_steering.make_arms import PROMPT
+from spilt.weight_steering.flags import PROMPT
 from spilt.weight_steering.stage import Context
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from spilt.artifacts.manifest import identity
 from spilt.errors import NotFinite, UserError
 from spilt.terminal import say
 from spilt.weight_steering import personas
-from spilt.weight_steering.make_arms import PROMPT
+from spilt.weight_steering.flags import PROMPT
 from spilt.weight_steering.stage import Context, shown
 
 log = logging.getLogger("spilt")
@@ -107,7 +107,9 @@ def _of_arm(
             raise NotFinite(f"the model's numbers break down at {m:g}")
         return pd.DataFrame([known[m, which]])
 
-    table = api.both_sides(at, "calibration", "audit" if asked["audit"] else "", run.words["target_kl"], 1.0)
+    start, high = api.reach(arm.steering)
+    sides = ("calibration", "audit" if asked["audit"] else "")
+    table = api.both_sides(at, *sides, run.words["target_kl"], 1.0 if arm.inside else start, high)
     return [*map(_plain, table.to_dict("records"))], [*map(_plain, table.attrs["probes"].to_dict("records"))]
 
 

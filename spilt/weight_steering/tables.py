@@ -17,7 +17,7 @@ from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.weights import UNSTEERED
 from spilt.terminal import say
 from spilt.weight_steering import measured, strengths
-from spilt.weight_steering.make_arms import PROMPT
+from spilt.weight_steering.flags import PROMPT
 from spilt.weight_steering.stage import Context, shown
 
 if TYPE_CHECKING:
@@ -197,13 +197,14 @@ def _vignette_tables(run: Context) -> list[str]:
     frame = _vignette_rows(run)
     if frame is None:
         return ["No vignettes were asked about (spilt weights evaluate --vignettes)."]
-    from spilt.vignettes import tables
+    from spilt.vignettes import summary, tables
 
-    intent = dict(run.asked["intent"])
-    folder = run.folder.table("vignettes")
+    intent, folder = dict(run.asked["intent"]), run.folder.table("vignettes")
     headline = next(iter(intent), "Authority")
-    tables.write(frame, measured.scenes(run), folder, intent=intent or None, headline=headline, chosen="before")
-    return [line for path in sorted(folder.glob("*.md")) for line in path.read_text(encoding="utf-8").splitlines()]
+    plan = summary.Plan(headline=headline, intent=intent or {headline: 1}, chosen="before", seed=run.words["bootstrap_seed"])
+    targets = {strengths.found(run, name)["target_p95"] for name in strengths.names_of(run)}
+    tables.write(frame, measured.scenes(run), folder, plan, *targets)
+    return (folder / "tables.md").read_text(encoding="utf-8").splitlines()
 
 
 def _pictures(run: Context) -> list[Path]:
