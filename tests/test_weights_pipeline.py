@@ -1,4 +1,4 @@
-"""spilt weights on a tiny model: what each stage stores against plain transformers and PEFT, and what does not belong together is refused."""
+"""spilt weights on a tiny model: what each stage stores against plain transformers and PEFT; what does not belong together is refused."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def steered(base: families.Base, m: float) -> Any:
 
 
 def prompt_of(tokenizer: Any, question: str) -> list[int]:
-    turns = [{"role": "user", "content": question}]
-    return list(tokenizer(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), add_special_tokens=False)["input_ids"])
+    text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def test_answers_are_the_models_own(done: families.Base) -> None:

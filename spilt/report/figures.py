@@ -251,7 +251,7 @@ def movement_figure(table: pd.DataFrame) -> Figure:
     table: rows of method, way, movement and side_effect with _low and _high. Far from 0 in height and near to it in width is better.
     """
     names = list(dict.fromkeys(table["method"]))
-    with _drawing("movement", False, (6.6, 4.4)) as figure:
+    with drawing("movement", False, (6.6, 4.4)) as figure:
         axes = figure.subplots()
         for number, name in enumerate(names):
             (dark, _), (marker, _) = [*SERIES.values(), OTHER][number % (len(SERIES) + 1)]
@@ -259,8 +259,8 @@ def movement_figure(table: pd.DataFrame) -> Figure:
                 x, y = row["side_effect"], row["movement"]
                 spread = [[[at - row[f"{of}_low"]], [row[f"{of}_high"] - at]] for of, at in (("side_effect", x), ("movement", y))]
                 face = dark if row["way"] > 0 else GROUND
-                how: dict[str, Any] = {"fmt": marker, "color": dark, "ecolor": dark, "elinewidth": 0.9, "markersize": 7, "markerfacecolor": face}
-                axes.errorbar(x, y, spread[1], spread[0], **how)
+                how: dict[str, Any] = {"fmt": marker, "color": dark, "ecolor": dark, "markersize": 7, "markerfacecolor": face}
+                axes.errorbar(x, y, spread[1], spread[0], elinewidth=0.9, **how)
             axes.plot([], [], linestyle="none", marker=marker, color=dark, label=name)
         axes.axhline(0, color=MUTED, linewidth=0.6, zorder=1)
         axes.axvline(0, color=MUTED, linewidth=0.6, zorder=1)

@@ -52,18 +52,16 @@ def make(run: Context) -> None:
         run.store(run.folder.personas, content, parts)
     parts = run.parts(STAGE, [run.folder.personas], settings)
     if not run.wanted(run.folder.answers, parts):
+        run.finished(STAGE)
         return
     places, questions = _places(words, every, pairs)
-    journal = Journal(run.folder.journal(STAGE))
-    if words["force"]:
-        journal.remove()
+    journal = run.journal(STAGE)
     rows = _rows(run, told.name, places, questions, pairs, _answers(run, places, questions, pairs, identity(parts), journal))
     journal.close()
     kept, notes = _sound(rows, run)
     gate(kept, str(run.folder.answers))
     run.store(run.folder.answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), parts, notes)
-    journal.remove()
-    journal.path.parent.rmdir()
+    run.finished(STAGE)
 
 
 def _places(

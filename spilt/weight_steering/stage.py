@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spilt.artifacts import manifest
+from spilt.artifacts.journal import Journal
 from spilt.artifacts.weights import Folder
 from spilt.errors import UserError, checked_name
 from spilt.model import checkpoint
@@ -137,6 +138,22 @@ class Context:
 
     def notes(self, path: Path) -> dict[str, Any]:
         return (manifest.read(path) or {}).get("notes") or {}
+
+    # ---- work that is under way
+
+    def journal(self, name: str) -> Journal:
+        """Its lines are kept until `finished`; with --force they are none of this run's."""
+        found = Journal(self.folder.journal(name))
+        if self.words["force"]:
+            found.remove()
+        return found
+
+    def finished(self, name: str) -> None:
+        """The result is stored: no line is needed any more, also none that a kill left."""
+        found = Journal(self.folder.journal(name))
+        found.remove()
+        if found.path.parent.is_dir():
+            found.path.parent.rmdir()
 
     # ---- what the data stage has stored
 

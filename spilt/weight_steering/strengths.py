@@ -46,14 +46,14 @@ def _one(run: Context, name: str) -> None:
     path = run.folder.strengths(name)
     arm = run.use(run.folder.prompt() if name == PROMPT else run.folder.arm(name))
     parts = run.parts(STAGE, [run.folder.personas, arm], run.settings(STAGE))
+    under_way = f"{STAGE}_{name}"
     if not run.wanted(path, parts):
+        run.finished(under_way)
         return
     from spilt.weight_steering import arms
 
     asked = questions(run)
-    journal = Journal(run.folder.journal(STAGE))
-    if run.words["force"]:
-        journal.remove()
+    journal = run.journal(under_way)
     if name == PROMPT:
         rows, probes = _of_prompt(run, asked), list[dict[str, Any]]()
     else:
@@ -62,9 +62,7 @@ def _one(run: Context, name: str) -> None:
     kind = run.notes(arm).get("kind", "vector")
     told = {"method": arms.label(name, {"kind": kind}), "arm": name, "kind": kind, "target_p95": run.words["target_kl"], **asked["counts"]}
     run.store(path, json.dumps({**told, "sides": rows, "probes": probes}, indent=1) + "\n", parts)
-    journal.remove()
-    if journal.path.parent.is_dir():
-        journal.path.parent.rmdir()
+    run.finished(under_way)
 
 
 def questions(run: Context) -> dict[str, Any]:

@@ -28,7 +28,7 @@ WAYS = {1: "+", -1: "−"}
 MEASURES = ("movement", "side_effect")
 TOLD = {"method": "", "m": ".4g", "kl_p95": ".3f", "kl": "", "movement": "", "side effect": "", "wins": ".0%", "n": ""}
 NOTE = (
-    "movement: preference of the + persona's answers over the − persona's on held-out questions, less that of the unsteered model, nats per "
+    "movement: preference of the + persona's answers over the − persona's on held-out questions, less the unsteered model's, nats per "
     "token; side effect: change of the log-odds of both answers together; 95% intervals over {n} questions, resampled {draws} times; wins: "
     "questions that moved the way that m says. {kl}"
 )

@@ -7,7 +7,6 @@ back as it was, and one file holds the state. It is one process on one device.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import random
@@ -64,7 +63,10 @@ def _side(run: Context, kind: str, side: str) -> None:
     parts = run.parts(STAGE, [run.folder.answers], run.settings(STAGE) | {"adapter": kind, "side": side})
     run.use(run.folder.answers)
     if not run.wanted(path, parts):
+        run.folder.unfinished(kind, side).unlink(missing_ok=True)
         return
+    from spilt.tasks import fit
+
     s = settings_of(run, kind)
     rows = data.read(run, personas.TRAIN)
     longest = run.words["max_length"]
@@ -76,13 +78,13 @@ def _side(run: Context, kind: str, side: str) -> None:
     shown = [texts[i] for i in range(len(rows)) if i not in held_out]
     unfinished = run.folder.unfinished(kind, side)
     own = identity(parts)
-    resume = None if run.words["force"] else _resumed(unfinished, own)
+    resume = None if run.words["force"] else fit.unsealed(unfinished, own)
     saved = time.monotonic()
 
     def checkpoint(state: Callable[[], dict[str, Any]]) -> None:
         nonlocal saved
         if time.monotonic() - saved >= run.words["checkpoint_seconds"]:
-            atomic_write(unfinished, sealed({"identity": own, **state()}))
+            atomic_write(unfinished, fit.sealed({"identity": own, **state()}))
             saved = time.monotonic()
 
     weights, config, table = _train(run, s, kind, shown, [texts[i] for i in sorted(held_out)], resume, checkpoint)
@@ -151,28 +153,6 @@ def _peft_files(model: Any, base: str) -> tuple[bytes, str]:
     content |= {name: sorted(content[name]) for name in lists if isinstance(content.get(name), list)}
     content["base_model_name_or_path"] = base
     return weights, json.dumps(content, indent=2, sort_keys=True) + "\n"
-
-
-def sealed(state: dict[str, Any]) -> bytes:
-    """torch.save's bytes with their sha256 behind them."""
-    from spilt.tasks import fit
-
-    return fit.sealed(state)
-
-
-def _resumed(path: Path, own: str) -> dict[str, Any] | None:
-    """The state that a killed run of these very settings left; with a warning none where it is damaged."""
-    import torch
-
-    if not path.is_file():
-        return None
-    content = path.read_bytes()
-    body, seal = content[:-32], content[-32:]
-    if hashlib.sha256(body).digest() != seal:
-        log.warning("%s: is damaged, so that the adapter begins again", path)
-        return None
-    state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    return state if isinstance(state, dict) and state.get("identity") == own else None
 
 
 def folder_of(run: Context, kind: str, side: str) -> Path:
