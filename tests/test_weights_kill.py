@@ -92,7 +92,8 @@ def drive(folder: Path) -> dict[str, Any]:
     assert child(small.words(alone, "run"), log, None, False) == 0, log.read_text()
     rng, codes, stages = random.Random(SEED), Counter[str](), Counter[str]()
     for kill in range(MOST):
-        code = child(small.words(base, "run"), log, rng.randint(1, 12), kill % 2 == 0)
+        late = (small.folder(base) / "kl").is_dir()  # there are few writes left
+        code = child(small.words(base, "run"), log, rng.randint(1, 3 if late else 12), kill % 2 == 0)
         codes[str(code)] += 1
         if code != -signal.SIGKILL:
             break
@@ -114,7 +115,7 @@ def test_killed_at_every_stage_it_ends_with_the_same_bytes(tmp_path: Path) -> No
     assert seen["different"] == [] and seen["trouble"] == []
     assert set(seen["codes"]) == {"-9", "0"} and seen["codes"]["0"] == 1 and seen["codes"]["-9"] >= 10
     met = set(seen["stages"])  # where the newest file was at the kill
-    assert {"adapters", "kl"} <= met and met & {"answers.jsonl", "unfinished_data"} and met & {"arms", "evaluation", "tables"}
+    assert {"unfinished_data", "adapters", "arms", "kl", "evaluation", "tables"} <= met
 
 
 if __name__ == "__main__":

@@ -196,6 +196,7 @@ def test_again_is_done_and_other_flags_are_refused(mine: families.Base, capsys: 
     assert small.contents(mine) == before
 
 
+@pytest.mark.long
 def test_what_was_made_of_something_else_is_refused(mine: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
     """Each link of the chain: other answers, a changed adapter, another model of the name."""
     root = small.folder(mine)

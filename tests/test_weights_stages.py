@@ -1,4 +1,4 @@
-"""Parts of `spilt weights` alone: masks under odd templates, a judge, own adapters, what dw makes, early stop, arms by weights and hooks."""
+"""Parts of `spilt weights` alone: masks under odd templates, a judge, own adapters, what dw makes, early stop, arms by weights."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_judge_keeps_the_pairs_that_show_their_persona(answered: families.Base
 
 
 @pytest.mark.parametrize("kind", ["ia3", "pissa", "dora"])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_other_adapters_are_dense(answered: families.Base, kind: str, tmp_path: Path) -> None:
     """Trained, stored as PEFT folders that its own loader reads, and dW is the difference of what they merge to."""
     base = copied(answered, tmp_path)
@@ -120,6 +120,7 @@ def test_other_adapters_are_dense(answered: families.Base, kind: str, tmp_path: 
         assert torch.allclose(states[0][name] - states[1][name], made.update().T, atol=2e-6)
 
 
+@pytest.mark.long
 def test_own_adapters_and_what_is_made_of_them(answered: families.Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--pos and --neg; each option is the arithmetic of its name; one name, one result."""
     base = copied(answered, tmp_path)
@@ -176,7 +177,9 @@ def test_early_stop_gives_the_best_and_goes_on_the_same(answered: families.Base)
             rows = training.fit(own, resume=copy.deepcopy(resume), watch=watch, most=most, **keep)
             if watch is not None:
                 watch.best()
-            loss = float(np.mean([-float((one := whole.score(model, None, 0.0, [t], families.PAD)).total / one.tokens) for t in texts[8:]]))
+            with torch.no_grad():
+                scored = [whole.score(model, None, 0.0, [text], families.PAD) for text in texts[8:]]
+            loss = float(np.mean([-float(one.total / one.tokens) for one in scored]))
             return rows, {k: v.clone() for k, v in own.intervention.state_dict().items()}, states, loss
 
     rows, best, states, loss = fitted()
@@ -186,8 +189,8 @@ def test_early_stop_gives_the_best_and_goes_on_the_same(answered: families.Base)
     for state in states:
         again = fitted(resume=state)
         assert again[0] == rows and all(torch.equal(again[1][name], best[name]) for name in best)
-    short, *_ = fitted(most=2, watched=False)
-    assert len(short) == 2 and short[1]["lr"] < short[0]["lr"]
+    short, *_ = fitted(most=4, watched=False)  # lr rises over half of them at most, and falls over the rest
+    assert [row["lr"] / s.lr for row in short] == pytest.approx([0.5, 1, 1, 0.5])
 
 
 def test_an_arm_by_weights_is_the_arm_by_hooks(answered: families.Base, tmp_path: Path) -> None:

@@ -175,8 +175,8 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         of = {flag.stage, *ALSO.get(flag.dest, ())}
         if given is not None and args.stage not in (RUN, *of) and flag.stage:
             raise UserError(f"{flag.names[0]} is of the stage {' and '.join(sorted(of))}, and means nothing to {args.stage}; leave it out")
-        if given is None:
-            found[flag.dest] = flag.default
+        if given is None or given == []:  # --methods alone: none of them
+            found[flag.dest] = flag.default if given is None else ()
             continue
         try:
             found[flag.dest] = flag.read(given)

@@ -58,7 +58,7 @@ def _multipliers(run: Context, name: str) -> list[float]:
     told = strengths.found(run, name)
     for row in told["sides"]:
         if row["status"] != "converged":
-            log.warning("%s: its %s side is %s: kl p95 %s at m = %.4g", name, row["side"], row["status"], row["kl_p95"], row["multiplier"])
+            log.warning("%s, %s side: %s (kl p95 %s at m = %.4g)", name, row["side"], row["status"], row["kl_p95"], row["multiplier"])
     plus, minus = strengths.alphas(told)
     return [-minus, plus]
 
