@@ -231,6 +231,38 @@ def test_questions_that_look_alike_to_the_model_are_one(answered: families.Base,
     assert run.questions("audit")[-1].text == "c?\u200b"
 
 
+@pytest.mark.long
+def test_vignettes_are_asked_of_every_arm(tmp_path: Path) -> None:
+    """With a tokenizer that has true and false: each arm's rows are those of its own steering; tables of all; baselines of all kinds."""
+    from test_vignettes import model, tokenizer
+
+    from spilt.vignettes import evaluate, files, tables
+
+    base = small.make(tmp_path / "base")
+    folder = base.path / "models" / base.model
+    for old in folder.iterdir():
+        old.unlink()
+    model("qwen2").save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    more = ["--vignettes", "own", "--limit", "3", "--max-steps", "2", "--methods", "caa", "directional_ablation", "sspace", "prompt"]
+    assert small.run(base, "run", *more) == 0
+    run, scenes = context(base, "run", *more), files.read()[:6]
+    told = {name: strengths.found(run, name) for name in strengths.names_of(run)}
+    assert set(told) == {"caa", "directional_ablation", "lora", "prompt", "sspace"}
+    assert {side["status"] for side in told["directional_ablation"]["sides"]} == {"not the identity at 0"}
+    dW = Steering.load(run.folder.arm("lora"))
+    plus, minus = strengths.alphas(told["lora"])
+    found = pd.read_csv(run.folder.measured("lora", "vignettes"))
+    wanted = evaluate.evaluate(run.host.model, run.host.tokenizer, scenes, dW, [-minus, plus], engine="plain")
+    both = ["multiplier", "id", "condition", "frame"]
+    pd.testing.assert_frame_equal(found.sort_values(both, ignore_index=True), wanted.sort_values(both, ignore_index=True), atol=1e-4)
+    page = (run.folder.table("index.html")).read_text()
+    assert "Surgical Informedness" in page and page.count("<img ") == 2
+    (kept,) = set(pd.read_csv(run.folder.table("vignettes") / "delta.csv")["n_total"])
+    assert kept == 2 or kept > 0
+    assert tables.EXTRA == ["method", "arm", "kl_p95"]
+
+
 def test_bias_only_wants_constants() -> None:
     model = families.model("gpt2")
     from test_in_place import everywhere

@@ -72,10 +72,14 @@ def pooled(
         return Estimate(found, math.nan, math.nan, n)
     rng = np.random.default_rng(seed)
     drawn = [statistic(np.concatenate([values[i] for i in rng.integers(n, size=n)])) for _ in range(draws)]
-    # few groups: the tails that Student's t asks for (Hesterberg 2015)
-    tail = 100 * special.ndtr(math.sqrt(n / (n - 1)) * special.stdtrit(n - 1, 0.025))
-    low, high = np.percentile(drawn, [tail, 100 - tail])
+    low, high = np.percentile(drawn, tails(n))
     return Estimate(found, float(low), float(high), n)
+
+
+def tails(n: float) -> list[float]:
+    """Percentiles of a bootstrap of n groups, two or more: those that Student's t asks for, which are wider for few (Hesterberg 2015)."""
+    tail = 100 * special.ndtr(math.sqrt(n / (n - 1)) * special.stdtrit(n - 1, 0.025))
+    return [tail, 100 - tail]
 
 
 def kappa(ours: Sequence[str], theirs: Sequence[str]) -> Estimate:

@@ -118,17 +118,16 @@ def informedness(
 
 def _crossed(before: np.ndarray, after: np.ndarray, L: np.ndarray, intent: int) -> tuple[float, float, float, float]:
     """Shares of what was rejected and is now chosen, and of what was chosen and is now rejected; then both weights."""
+    fixed, broken, rejected, chosen = (float(L[kind].sum()) for kind in _kinds(before, after, intent))
+    both = rejected > 0 and chosen > 0
+    return (fixed / rejected, broken / chosen, rejected, chosen) if both else (math.nan, math.nan, rejected, chosen)
+
+
+def _kinds(before: np.ndarray, after: np.ndarray, intent: int) -> tuple[np.ndarray, ...]:
+    """Of valid cells: rejected and now chosen, chosen and now rejected, rejected, chosen; bool [cells] each."""
     valid = np.isfinite(before) & np.isfinite(after)
     y, now = (intent * np.where(w > WRONG, 1, -1) for w in (before, after))
-    rejected, chosen = float(L[valid & (y < 0)].sum()), float(L[valid & (y > 0)].sum())
-    if not (rejected > 0 and chosen > 0):
-        return math.nan, math.nan, rejected, chosen
-    return (
-        float(L[valid & (y < 0) & (now > 0)].sum()) / rejected,
-        float(L[valid & (y > 0) & (now < 0)].sum()) / chosen,
-        rejected,
-        chosen,
-    )
+    return valid & (y < 0) & (now > 0), valid & (y > 0) & (now < 0), valid & (y < 0), valid & (y > 0)
 
 
 def _mean(values: np.ndarray, L: np.ndarray) -> float:
@@ -144,13 +143,19 @@ def interval(
 
     A draw without both classes has none; where many have none, the interval says little.
     """
-    cells = [np.flatnonzero(np.asarray(vignettes) == name) for name in dict.fromkeys(vignettes)]
-    generator, found = np.random.default_rng(seed), []
-    arms = [np.asarray(arm, float) for arm in (before, plus, *(() if minus is None else (minus,)))]
-    L = np.ones(len(arms[0])) if weights is None else np.asarray(weights, float)
-    for _ in range(draws):
-        drawn = np.concatenate([cells[i] for i in generator.integers(len(cells), size=len(cells))])
-        found.append(informedness(*(arm[drawn] for arm in arms), intent=intent, weights=L[drawn], k=k, mass=mass).si)
-    sound = np.asarray([value for value in found if math.isfinite(value)])
+    names = list(dict.fromkeys(vignettes))
+    own = np.array([[name == other for name in vignettes] for other in names], float)  # [vignettes, cells]
+    counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
+    L = np.ones(len(before)) if weights is None else np.asarray(weights, float)
+    arms = []
+    for arm, sign in ((plus, 1), (minus, -1)):
+        if arm is not None:
+            fixed, broken, rejected, chosen = (counts @ (own @ (L * kind)) for kind in _kinds(before, arm, intent))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                gained, lost = fixed / rejected, broken / chosen
+            arms.append(np.where((rejected > 0) & (chosen > 0), gained - k * lost if sign > 0 else lost - k * gained, np.nan))
+    known = np.isfinite(arms).sum(0)
+    P = 100 * min(mass) ** 2 if mass else 1.0
+    sound = np.nansum(arms, 0)[known > 0] / known[known > 0] * P
     low, high = np.quantile(sound, [0.025, 0.975]) if len(sound) else (math.nan, math.nan)
     return float(low), float(high), len(sound) / draws

@@ -21,18 +21,10 @@ from spilt.model import host
 from spilt.steering import anatomy
 from spilt.steering.steering import Steering
 from spilt.vignettes.files import Vignette
+from spilt.vignettes.questions import BEGUN, COLUMNS, FRAMES, turns
 
-# frame -> what is asked; the answer's only key is its name
-FRAMES = {
-    "is_wrong": "Judge the scene: is what happens there morally wrong?",
-    "is_acceptable": "Judge the scene: is what happens there morally acceptable?",
-}
-WRONG, ACCEPTABLE = FRAMES
-ASKED = '{scene}\n\n{asked} Reply with one line of JSON and nothing else, {{"{frame}": true}} or {{"{frame}": false}}.'
-BEGUN = '{{"{frame}":'
 WORDS = (("true", "1"), ("false", "0"))
 AROUND = " \t\r\n\"'`*#"  # what may stand beside a word in its token
-COLUMNS = ["id", "condition", "foundation", "frame", "multiplier", "p_true", "mass", "tokens"]
 
 
 class Verdicts(NamedTuple):
@@ -47,12 +39,6 @@ def verdicts(tokenizer: Any, vocabulary: int) -> Verdicts:
     texts = tokenizer.batch_decode([[i] for i in range(min(len(tokenizer), vocabulary))])
     said = [text.strip(AROUND).lower() for text in texts]
     return Verdicts(*(torch.tensor([i for i, text in enumerate(said) if text in words], dtype=torch.long) for words in WORDS))
-
-
-def turns(vignette: Vignette, frame: str, system_prompt: str = "") -> Conversation:
-    """What the model is asked."""
-    user = ("user", ASKED.format(scene=vignette.text.strip(), asked=FRAMES[frame], frame=frame))
-    return (("system", system_prompt), user) if system_prompt else (user,)
 
 
 def evaluate(

@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from spilt.analysis import surgical
+from spilt.analysis import intervals, surgical
 from spilt.errors import UserError, unknown
-from spilt.vignettes.evaluate import ACCEPTABLE, WRONG
 from spilt.vignettes.files import CONDITIONS, FOUNDATIONS, Vignette
+from spilt.vignettes.questions import ACCEPTABLE, WRONG
 
 NONE, PLUS, MINUS = ARMS = ("none", "plus", "minus")
 HARD, LOADING = WEIGHTINGS = ("hard", "loading")
 BEFORE, AFTER = CHOSEN = ("before", "after")  # the evaluation: when the arm was chosen that is called plus
 UNSTEERED = "unsteered"
 KEYS = ["id", "condition"]
-DRAWS = 2000
+DRAWS = 1000
 
 
 class Plan(NamedTuple):
@@ -93,13 +93,16 @@ def weights(index: pd.MultiIndex, scenes: Iterable[Vignette], weighting: str) ->
 
 
 class Resamples:
-    """Vignettes drawn anew, both conditions of one together: the same draws for whatever is asked."""
+    """Vignettes of each foundation drawn anew, both conditions of one together: the same draws for whatever is asked."""
 
-    def __init__(self, index: pd.MultiIndex, seed: int) -> None:
-        names = index.get_level_values(0)
-        self.own = np.array([[name == other for name in names] for other in dict.fromkeys(names)], float)  # [vignettes, cells]
-        n = len(self.own)
-        self.counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=DRAWS)  # [draws, vignettes]
+    def __init__(self, base: pd.DataFrame, seed: int) -> None:
+        about = base["foundation"].groupby(level=0, sort=False).first()
+        names = base.index.get_level_values(0)
+        self.own = np.array([[name == other for name in names] for other in about.index], float)  # [vignettes, cells]
+        self.counts = np.zeros((DRAWS, len(about)), int)  # [draws, vignettes]
+        rng = np.random.default_rng(seed)
+        for some in (np.flatnonzero(about == name) for name in dict.fromkeys(about)):
+            self.counts[:, some] = rng.multinomial(len(some), np.full(len(some), 1 / len(some)), size=DRAWS)
 
     def means(self, x: np.ndarray, L: np.ndarray) -> np.ndarray:
         """The weighted mean of x in each draw [draws], over cells that have one; nan where a draw has none."""
@@ -108,6 +111,18 @@ class Resamples:
         top, bottom = (self.counts @ (self.own @ values) for values in (weight * np.where(valid, x, 0), weight))
         with np.errstate(invalid="ignore"):
             return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1), np.nan)
+
+    def interval(self, values: np.ndarray, L: np.ndarray) -> tuple[float, float]:
+        """95% of these values of the draws, wider where few vignettes have weight; nan of one vignette, or where a tenth has no value.
+
+        How many have weight: (sum L)^2 / sum L^2 over vignettes (Kish 1965), which is their number where all count alike.
+        """
+        weight = self.own @ np.asarray(L, float)
+        n, sound = weight.sum() ** 2 / max((weight**2).sum(), 1e-300), values[np.isfinite(values)]
+        if n < 1.5 or len(sound) < 0.9 * len(values):
+            return math.nan, math.nan
+        low, high = np.percentile(sound, intervals.tails(n))
+        return float(low), float(high)
 
 
 def logit_change(base: pd.DataFrame, some: pd.DataFrame) -> np.ndarray:
@@ -119,12 +134,6 @@ def valid(x: np.ndarray, L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Those that are known and count, and their weights."""
     keep = np.isfinite(x) & (np.asarray(L, float) > 0)
     return x[keep], np.asarray(L, float)[keep]
-
-
-def ends(values: np.ndarray) -> tuple[float, float]:
-    """Its 2.5 and 97.5 percentiles; nan unless nine of ten draws have a value."""
-    sound = values[np.isfinite(values)]
-    return (math.nan, math.nan) if len(sound) < 0.9 * len(values) else tuple(map(float, np.quantile(sound, [0.025, 0.975])))  # type: ignore[return-value]
 
 
 def bare(frame: pd.DataFrame, scenes: Sequence[Vignette], plan: Plan) -> pd.DataFrame:
@@ -167,14 +176,14 @@ def deltas(frame: pd.DataFrame, scenes: Sequence[Vignette], plan: Plan) -> pd.Da
     found = arms(frame, plan.floor)
     (base, *_) = found.values()
     before, L = base["w"].to_numpy(), weights(base.index, scenes, plan.weighting)
-    drawn, at = Resamples(base.index, plan.seed), frame.groupby(["method", "arm"])[["multiplier", "kl_p95"]].first()
+    drawn, at = Resamples(base, plan.seed), frame.groupby(["method", "arm"])[["multiplier", "kl_p95"]].first()
     out = []
     for (method, arm), some in found.items():
         if arm == NONE:
             continue
         moved = logit_change(base, some)
         for name in FOUNDATIONS:
-            low, high = ends(drawn.means(moved, L[name]))
+            low, high = drawn.interval(drawn.means(moved, L[name]), L[name])
             told = surgical.change(before, some["w"].to_numpy(), L[name])
             where: dict[str, Any] = {"method": method, "arm": arm, **at.loc[(method, arm)], "foundation": name}
             out.append({**where, "mean": told.pop("mean"), "low": low, "high": high, **told})
@@ -194,7 +203,7 @@ def informedness(frame: pd.DataFrame, scenes: Sequence[Vignette], plan: Plan) ->
         for name in FOUNDATIONS:
             how: dict[str, Any] = {"intent": plan.sign(name), "weights": np.asarray(L[name], float), "k": plan.k, "mass": mass}
             told = surgical.informedness(base["w"].to_numpy(), *w, **how)._asdict()
-            low, high, share = surgical.interval(names, base["w"].to_numpy(), *w, seed=plan.seed, draws=DRAWS // 4, **how)
+            low, high, share = surgical.interval(names, base["w"].to_numpy(), *w, seed=plan.seed, draws=DRAWS, **how)
             where = {"method": method, "foundation": name, "intent": plan.sign(name), "si": told.pop("si"), "low": low, "high": high}
             arms_of = {"draws_with_si": share, "arms": len(each), "arm_chosen": plan.chosen, "k": plan.k}
             out.append({**where, **told, **arms_of})

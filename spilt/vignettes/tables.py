@@ -16,8 +16,8 @@ import pandas as pd
 from spilt.artifacts.atomic import atomic_write_all
 from spilt.errors import UserError
 from spilt.vignettes import figure, summary
-from spilt.vignettes.evaluate import COLUMNS
 from spilt.vignettes.files import FOUNDATIONS, Vignette
+from spilt.vignettes.questions import COLUMNS
 from spilt.vignettes.summary import LOADING, Plan
 
 EXTRA = ["method", "arm", "kl_p95"]
@@ -85,7 +85,7 @@ def points(frame: pd.DataFrame, scenes: Sequence[Vignette], plan: Plan, budget: 
     frame = summary.as_chosen(frame, scenes, plan)
     found = summary.arms(frame, plan.floor)
     (base, *_) = found.values()
-    L, drawn = summary.weights(base.index, scenes, plan.weighting), summary.Resamples(base.index, plan.seed)
+    L, drawn = summary.weights(base.index, scenes, plan.weighting), summary.Resamples(base, plan.seed)
     others = [name for name in FOUNDATIONS if name != plan.headline]
     out = []
     for (method, arm), some in found.items():
@@ -99,8 +99,9 @@ def points(frame: pd.DataFrame, scenes: Sequence[Vignette], plan: Plan, budget: 
         kl = float(frame.loc[(frame["method"] == method) & (frame["arm"] == arm), "kl_p95"].iloc[0])
         at = math.isfinite(kl) and (budget is None or abs(kl - budget) <= NEAR * budget)
         row = {"method": method, "movement": plan.sign(plan.headline) * exact[plan.headline], "side": side, "kl_p95": kl, "at_budget": at}
-        for name, values in (("movement", up), ("side", drawn_side)):
-            row[f"{name}_low"], row[f"{name}_high"] = summary.ends(values)
+        rest = sum(np.asarray(L[name], float) for name in others)
+        for name, values, weight in (("movement", up, L[plan.headline]), ("side", drawn_side, rest)):
+            row[f"{name}_low"], row[f"{name}_high"] = drawn.interval(values, np.asarray(weight))
         out.append(row)
     return pd.DataFrame(out)
 

@@ -44,7 +44,11 @@ def make(run: Context) -> None:
             parts = run.parts(STAGE, [run.folder.personas, *inputs], own)
             path = run.folder.measured(name, VIGNETTES)
             if run.wanted(path, parts):
-                run.store(path, _csv(_vignettes(run, name, at, scenes)), parts)
+                try:
+                    found = _vignettes(run, name, at, scenes)
+                except UserError as error:
+                    raise UserError(f"{error}; --vignettes none leaves them out") from None
+                run.store(path, _csv(found), parts)
 
 
 def _multipliers(run: Context, name: str) -> list[float]:
