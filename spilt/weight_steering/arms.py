@@ -71,7 +71,9 @@ class Arm:
             return False
         try:
             by_place(model, self.steering)
-        except UserError:  # quantised, or no weights: hooks do it, slower
+            for _, made in self.steering:
+                made.folded()
+        except UserError:  # quantised, not linear, or no weights: hooks do it, slower
             return False
         return True
 
