@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spilt.artifacts.atomic import atomic_write
@@ -94,7 +94,7 @@ def _of_arm(
     known = {(line[1], line[2]): line[3] for line in journal.whole() if isinstance(line, list) and len(line) == 4 and line[0] == own}
     new = run.words["n_tokens"]
 
-    def at(m: float, which: str) -> pd.DataFrame:
+    def row(m: float, which: str) -> dict[str, Any]:
         if (m, which) not in known:
             try:
                 known[m, which] = arm.divergence(asked[which], m, new).to_dict("records")[0]
@@ -103,7 +103,10 @@ def _of_arm(
             journal.append([[own, m, which, known[m, which]]])
         if known[m, which] is None:
             raise NotFinite(f"the model's numbers break down at {m:g}")
-        return pd.DataFrame([known[m, which]])
+        return dict(known[m, which])
+
+    def at(strengths: Sequence[float], which: str) -> pd.DataFrame:
+        return pd.DataFrame([row(m, which) for m in strengths])
 
     start, high = api.reach(arm.steering)
     sides = ("calibration", "audit" if asked["audit"] else "")
