@@ -15,6 +15,7 @@ import pytest
 import torch
 import weights_base as small
 
+from spilt import verify
 from spilt.artifacts import manifest
 from spilt.errors import UserError
 from spilt.steering import anatomy
@@ -171,6 +172,19 @@ def test_validation_ends_a_training_and_gives_the_best(done: families.Base) -> N
         notes = manifest.read(small.folder(done) / "adapters" / "lora" / side / "adapter_model.safetensors")["notes"]  # type: ignore[index]
         assert notes["validation"] == min(looked.values()) and notes["validation_rows"] == 1
         assert set(looked) <= {*range(2, 10, 2), len(rows)}
+
+
+def test_verify_tells_what_is_sound(mine: families.Base) -> None:
+    """All of it; a changed byte; what was made of something that is another now."""
+    found = list(verify.check(mine.path))
+    assert {one.state for one in found} == {verify.OK} and len(found) == 2 + 2 + 3 + 3 + 4
+    answers, config = small.folder(mine) / "answers.jsonl", mine.path / "models" / mine.model / "config.json"
+    answers.write_bytes(answers.read_bytes() + b" ")
+    states = {one.path.name: one.state for one in verify.check(mine.path)}
+    assert states["answers.jsonl"] == verify.DAMAGED and states["adapter_model.safetensors"] == verify.STALE
+    assert states["personas.json"] == verify.OK
+    config.write_text(config.read_text() + " ")
+    assert {one.state for one in verify.check(mine.path)} == {verify.DAMAGED, verify.STALE}
 
 
 def test_again_is_done_and_other_flags_are_refused(mine: families.Base, capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,7 +162,7 @@ def test_early_stop_gives_the_best_and_goes_on_the_same(answered: families.Base)
     """Against a loop that looks after each step; a fit that is resumed from any state ends as the whole one."""
     import peft
 
-    run = context(answered, "run", "--lr", "0.3")
+    run = context(answered, "run", "--lr", "0.3", "--epochs", "3")
     texts = data.sequences(run, data.read(run, personas.TRAIN), "pos")
     s, model = train.settings_of(run, "lora"), run.host.model
     places = adapters.maps(model, s.layers, s.modules or (), "lora")
@@ -213,6 +213,7 @@ def test_an_arm_by_weights_is_the_arm_by_hooks(answered: families.Base, tmp_path
     assert all(torch.equal(value, before[name]) for name, value in run.host.model.state_dict().items())
 
 
+@pytest.mark.long
 def test_questions_that_look_alike_to_the_model_are_one(answered: families.Base, tmp_path: Path) -> None:
     """Distinct texts that a template renders alike; none of calibration is in the audit."""
     words = {"train": "ab", "calibration": "cde", "audit": "fg"}
