@@ -10,8 +10,9 @@ BASE_DIR=${BASE_DIR:-demo-run}
 BEHAVIOR=${BEHAVIOR:-optimism}
 MODEL=${MODEL:-smollm2-135m-it}
 ADAPTER=${ADAPTER:-lora}
-SIZES=${SIZES-"--n-topics 8 --n-personas 1 --n-samples 2 --n-audit 8 --max-new-tokens 24 --rank 16 --lora-alpha 32 --lr 1e-3 --grad-accum 1
-    --layers 15 16 17 18 19 20 --epochs 3 --warmup 2 --eval-steps 4 --vector-epochs 1 --n-calibration 4 --n-kl-audit 4 --n-tokens 12 --limit 4"}
+SIZES=${SIZES-"--n-topics 12 --n-personas 1 --n-samples 2 --n-audit 16 --n-audit-samples 4 --max-new-tokens 20 --rank 16 --lora-alpha 32
+    --lr 1e-3 --layers 15 16 17 18 19 20 --grad-accum 1 --epochs 3 --warmup 2 --eval-steps 6 --n-calibration 3 --n-kl-audit 3 --n-tokens 10
+    --vector-epochs 1 --limit 4"}
 if [ -n "${VENV:-}" ]; then PATH="$PWD/$VENV/bin:$PATH"; fi
 PYTHON=${PYTHON:-python}
 

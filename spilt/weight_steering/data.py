@@ -74,7 +74,7 @@ def _places(
         Place(topic, persona, sample, side)
         for topic in range(len(questions))
         for persona in range(len(pairs))
-        for sample in range(words["n_samples"] if topic < len(train) else 1)
+        for sample in range(words["n_samples" if topic < len(train) else "n_audit_samples"])
         for side in SIDES
     ], questions
 
