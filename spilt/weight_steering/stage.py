@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spilt.artifacts import manifest
+from spilt.artifacts.atomic import sweep
 from spilt.artifacts.journal import Journal
 from spilt.artifacts.weights import Folder
 from spilt.errors import UserError, checked_name
@@ -89,6 +90,7 @@ class Context:
         """Whether a result has to be made. Raises UserError where another one lies in its place."""
         state = manifest.standing(path, parts)
         if state == "done" and not self.words["force"]:
+            sweep(path.parent)  # a kill between the last rename and this left what an earlier one had left
             return False
         if self.words["force"] or state == "missing":
             return True

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spilt.artifacts.atomic import atomic_write
+from spilt.artifacts.atomic import atomic_write, sweep
 from spilt.artifacts.journal import Journal
 from spilt.artifacts.manifest import identity
 from spilt.errors import NotFinite, UserError
@@ -188,6 +188,7 @@ def tables(run: Context) -> None:
         path = run.folder.kl(what)
         if not path.is_file() or path.read_text(encoding="utf-8") != content:
             atomic_write(path, content)
+    sweep(run.folder.kl("summary").parent)
     columns = {
         "method": "",
         "alpha_pos": ".4g",

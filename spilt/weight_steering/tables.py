@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spilt import __version__
-from spilt.artifacts.atomic import atomic_write
+from spilt.artifacts.atomic import atomic_write, sweep
 from spilt.artifacts.weights import UNSTEERED
 from spilt.terminal import say
 from spilt.weight_steering import measured, strengths
@@ -64,6 +64,7 @@ def make(run: Context) -> None:
         path = run.folder.table(name)
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             atomic_write(path, text)
+    sweep(run.folder.table(""))
     say(f"table: {run.folder.table('index.html')}")
 
 
