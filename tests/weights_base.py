@@ -12,7 +12,8 @@ from spilt import cli
 
 BEHAVIOUR = "optimism"
 SIZES = {
-    "data": ["--n-topics", "3", "--n-personas", "2", "--n-samples", "2", "--n-audit", "3", "--n-audit-samples", "1", "--max-new-tokens", "6"],
+    "data": ["--n-topics", "3", "--n-personas", "2", "--n-samples", "2", "--n-audit", "3", "--n-audit-samples", "1"]
+    + ["--max-new-tokens", "6"],
     "adapters": ["--adapter", "lora", "--layers", "1", "3", "--modules", "q_proj", "down_proj", "--rank", "2", "--lr", "0.03"]
     + ["--grad-accum", "1", "--epochs", "2", "--eval-steps", "2", "--checkpoint_seconds", "0"],
     "dw": ["--methods", "caa", "prompt"],
