@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import spilt
-from spilt.baselines import BASELINES
+from spilt.baselines import BASELINES, prompts
 from spilt.baselines import fit as fitting
 from spilt.baselines.clusters import chars, k_means, topk_clusters
 from spilt.baselines.directions import centred_pca, mean_centred, mean_diff
@@ -75,6 +75,20 @@ def test_angular_plane() -> None:
     axis = np.linalg.eigh(np.cov(rows.T))[1][:, -1]
     axis = axis - (axis @ found["first"].numpy()) * found["first"].numpy()
     assert abs(abs(axis / np.linalg.norm(axis) @ found["second"].numpy()) - 1) < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in FITTED if BASELINES[name].where == "block" and not BASELINES[name].basis])
+def test_a_pair_of_the_same_answers_has_no_direction(name: str) -> None:
+    """Seen on a real model: both personas say the same. Every parameter stays a number; where the pair has no say nothing changes."""
+    up, down = sides()
+    same = torch.full((1, 6), 2.0)
+    found = BASELINES[name].estimate(torch.cat([up, same]), torch.cat([down, same]))  # type: ignore[misc]
+    assert all(torch.isfinite(value).all() for value in found.values())
+    if name == "angular_steering":
+        axis = angular(torch.cat([up, same]), torch.cat([down, same]))["second"]
+        assert abs(axis @ angular(up, down)["second"]) > 1 - 1e-5
+        with pytest.raises(UserError, match="2 pairs with answers that differ span no plane"):
+            angular(torch.cat([up[:2], same]), torch.cat([down[:2], same]))
 
 
 # ---------------------------------------------------------------- transport and clusters
@@ -216,6 +230,7 @@ def test_streams_of_a_linear_map_are_its_outputs(family: str) -> None:
             torch.testing.assert_close(found[2, path][row], seen[path][row][mask].mean(0), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", FITTED)
 def test_each_is_fitted_stored_attached_and_leaves_no_trace(name: str, tmp_path: Path) -> None:
     model, tokenizer = families.model("qwen2"), families.tokenizer()
@@ -278,3 +293,16 @@ def test_a_site_of_an_entry_is_where_it_was_fitted() -> None:
     found = fit("sspace_ablate", families.model("llama"), families.tokenizer(), PAIRS, [3], r=4)
     assert [site for site, _ in found] == [Site(3, None, "self_attn.o_proj"), Site(3, None, "mlp.down_proj")]
     assert all(made.describe()["rank"] == 4 for _, made in found) and fitting.OUT.fullmatch("o_proj")
+
+
+def test_engineered_prompts_are_a_pair_for_either_side(tmp_path: Path) -> None:
+    less, more = prompts.engineered("Authority", -1)
+    assert prompts.engineered("Authority", 1) == (more, less) and less != more
+    assert not any(word in (less + more).lower() for word in ("judge", "score", "scene", "rate", "json"))
+    file = tmp_path / "p.yaml"
+    for text, message in (("Care: {less: a}", "Care: wanted the texts less and more"), ("[", "cannot be read"), ("", "wanted a name")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            prompts.read(file)
+    with pytest.raises(UserError, match="unknown foundation with prompts in engineered.yaml 'Care'"):
+        prompts.engineered("Care", 1)

@@ -138,6 +138,7 @@ def test_si_is_that_of_surgical_and_says_when_the_arm_was_chosen() -> None:
     assert found.loc[("prompt_only", "Authority")]["arms"] == 1 and math.isnan(found.loc[("prompt_only", "Authority")]["reverse"])
 
 
+@pytest.mark.long
 def test_the_arm_chosen_afterwards_is_the_one_that_moved_further() -> None:
     """Named so in the table; a method of one arm stays; where the first arm was the further one nothing changes."""
     axis = {side: -np.mean([logit(w[s.id, s.condition]) - logit(BASE[s.id, s.condition]) for s in SCENES if s.foundation == "Authority"])
@@ -178,6 +179,7 @@ def test_what_is_no_frame_of_results_is_refused() -> None:
     bad: list[tuple[Any, Any, str]] = [
         (RESULTS.drop(columns="mass"), PLAN, "columns mass are missing"),
         (pd.concat([RESULTS, RESULTS.iloc[-1:]]), PLAN, "prompt_only, arm plus: vignette v13 is there twice"),
+        (RESULTS.iloc[1:], PLAN, "27 rows of is_wrong and 28 of is_acceptable"),
         (RESULTS[RESULTS["arm"] != "none"], PLAN, "one unsteered model .arm none.; found 0"),
         (RESULTS[~((RESULTS["arm"] == "minus") & (RESULTS["id"] == "v3"))], PLAN, "caa, arm minus: other vignettes"),
         (RESULTS.assign(arm=RESULTS["arm"].replace("minus", "minsu")), PLAN, "unknown arm 'minsu'; did you mean 'minus'"),
@@ -217,6 +219,17 @@ def test_a_stored_frame_is_read_back(tmp_path: Path) -> None:
     for name, message in (("bad.csv", "method, arm, kl_p95"), ("none.csv", "cannot be read")):
         with pytest.raises(UserError, match=message):
             tables.read(tmp_path / name)
+
+
+def test_a_model_that_says_true_to_everything_is_told_of() -> None:
+    """p_true is the same in both frames: w is 0.5 whatever is asked, and nothing has an SI."""
+    alike = RESULTS.copy()
+    both = alike["frame"] != WRONG
+    alike.loc[both, "p_true"] = alike.loc[~both, "p_true"].to_numpy() + 0.01
+    text = tables.markdown(tables.make(alike, SCENES, PLAN), PLAN)
+    assert "to both frames alike (r of frames -1.00)" in text and "No SI: all valid verdicts" in text
+    usual = tables.markdown(tables.make(RESULTS, SCENES, PLAN), PLAN)
+    assert "both frames alike" not in usual and "No SI" not in usual
 
 
 def test_points_are_movement_and_side_effects() -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import families
+import pandas
 import pytest
 import torch
 from torch import nn
 
+import spilt
 from spilt.data.sources import Record
 from spilt.engine import whole
 from spilt.errors import UserError
@@ -260,3 +262,17 @@ def test_a_template_that_thinks_is_asked_not_to() -> None:
     found = evaluate(model("llama"), other, SCENES[:1])
     assert found["p_true"].tolist() == pytest.approx(evaluate(model("llama"), tokenizer(), SCENES[:1])["p_true"].tolist())
     assert "<think>" in other.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
+
+
+@pytest.mark.long
+def test_the_readme_s_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tiny model, whose scores are near random: most cells are below the floor, and the tables say so."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## Moral vignettes") : text.index("## Your own model")]
+    block = section[section.index("```\n") + 4 :].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "read", lambda whole=files.read: whole()[:28])  # half of them
+    pairs = [(row["question"], row["matching"], row["not_matching"]) for row in families.pairs(4)]
+    names = {"spilt": spilt, "pandas": pandas, "Path": Path, "model": model("llama"), "tokenizer": tokenizer(), "answers": pairs}
+    exec(compile(block, "README", "exec"), {**names, "prompts": ["abc"], "layer": 2})
+    assert "| spherical |" in (tmp_path / "out" / "tables.md").read_text() and "(0/8)" in (tmp_path / "out" / "tables.md").read_text()

@@ -10,12 +10,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from spilt.baselines import BASELINES  # noqa: E402
 from spilt.behaviour.files import JUDGES  # noqa: E402
 from spilt.cell import FORMS  # noqa: E402
 from spilt.cli import first_words, parser  # noqa: E402
 from spilt.export import FORMATS  # noqa: E402
 from spilt.methods import METHODS  # noqa: E402
 from spilt.steering.anatomy import COMPONENTS, FAMILIES  # noqa: E402
+from spilt.steering.steering import KINDS  # noqa: E402
 from spilt.weight_steering.flags import rows as weights_flags  # noqa: E402
 
 EQUATIONS = {"vector": "m v", "lora": "m (x A) B", "local_weight": "m (x dW + db)", "ablation": r"-m (h . r) r, \|r\| = 1"}
@@ -76,9 +78,20 @@ def weights() -> str:
     return "\n".join(["| flag | stage | meaning |", "|---|---|---|", *rows])
 
 
+def baselines() -> str:
+    """One row per baseline of weight steering."""
+    rows = []
+    for row in BASELINES.values():
+        kind = KINDS.get(row.form)
+        at_0 = "-" if kind is None else "no" if kind.identity else "yes"
+        rows.append(f"| `{row.name}` | {row.summary} | {f'`{row.form}`' if row.form else 'system prompt'} | {at_0} |")
+    return "\n".join(["| baseline | what it is | form | acts at c = 0 |", "|---|---|---|---|", *rows])
+
+
 TABLES = {
     "arguments": arguments, "words": words, "methods": methods, "forms": forms, "families": families, "formats": formats, "judges": judges,
     "weights": weights,
+    "baselines": baselines,
 }  # fmt: skip
 
 

@@ -266,7 +266,7 @@ def _stored(path: Path) -> Steering:
 
 def _entry(path: Path, number: int, row: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Site, Intervention]:
     if row["form"] not in KINDS:
-        raise UserError(f"{path}: entry {number} has the form {row['form']!r}; have: {', '.join(KINDS)}")
+        raise UserError(f"{path}: entry {number} has the form {row['form']!r}; have: {', '.join((*INTERVENTIONS, *NONLINEAR))}")
     site = Site(int(row["layer"]), row["read_point"], row["write_point"])
     places = (site.read_point, *anatomy.COMPONENTS), (site.write_point, *WRITE_POINTS)
     known = all(name in (None, *names) or layer_file.LINEAR.fullmatch(str(name)) for name, *names in places)

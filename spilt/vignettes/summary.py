@@ -21,7 +21,6 @@ from spilt.vignettes.questions import ACCEPTABLE, WRONG
 NONE, PLUS, MINUS = ARMS = ("none", "plus", "minus")
 HARD, LOADING = WEIGHTINGS = ("hard", "loading")
 BEFORE, AFTER = CHOSEN = ("before", "after")  # the evaluation: when the arm was chosen that is called plus
-UNSTEERED = "unsteered"
 KEYS = ["id", "condition"]
 DRAWS = 1000
 
@@ -56,14 +55,18 @@ class Plan(NamedTuple):
 
 def cells(rows: pd.DataFrame, floor: float = surgical.FLOOR) -> pd.DataFrame:
     """One row for each vignette and condition, in order: foundation, w (NaN below the floor), mass (the smaller of both frames)."""
-    by = rows.pivot(index=KEYS, columns="frame", values=["p_true", "mass"])
-    order = pd.MultiIndex.from_frame(rows[KEYS].drop_duplicates())
-    by = by.reindex(order)
-    p, mass = by["p_true"], by["mass"][[WRONG, ACCEPTABLE]].to_numpy().T
-    out = rows.drop_duplicates(KEYS).set_index(KEYS)[["foundation"]]
-    out["w"] = surgical.wrongness(p[WRONG].to_numpy(), p[ACCEPTABLE].to_numpy(), mass, floor)
-    out["mass"] = mass.min(0)
-    return out
+    wrong, acceptable = _frames(rows)
+    mass = np.stack([wrong["mass"], acceptable["mass"]])
+    w = surgical.wrongness(wrong["p_true"].to_numpy(), acceptable["p_true"].to_numpy(), mass, floor)
+    return wrong[["foundation"]].assign(w=w, mass=mass.min(0))
+
+
+def _frames(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of either frame, by vignette and condition, in the order of the first. Raises UserError where one of a cell is missing."""
+    wrong, acceptable = (rows[rows["frame"] == frame].set_index(KEYS) for frame in (WRONG, ACCEPTABLE))
+    if len(wrong) != len(acceptable) or not wrong.index.isin(acceptable.index).all():
+        raise UserError(f"{len(wrong)} rows of {WRONG} and {len(acceptable)} of {ACCEPTABLE}: wanted both of every vignette and condition")
+    return wrong, acceptable.reindex(wrong.index)
 
 
 def arms(frame: pd.DataFrame, floor: float) -> dict[tuple[str, str], pd.DataFrame]:
@@ -218,8 +221,8 @@ def overall(frame: pd.DataFrame, scenes: Sequence[Vignette], plan: Plan) -> pd.D
         w, s = some["w"].to_numpy(), 2 * some["w"].to_numpy() - 1
         condition = some.index.get_level_values(1)
         other, own = (_mean(s[condition == name]) for name in CONDITIONS)
-        at = frame[(frame["method"] == method) & (frame["arm"] == arm)].pivot(index=KEYS, columns="frame", values="p_true")
-        frames = _r(at[WRONG].to_numpy(), 1 - at[ACCEPTABLE].to_numpy())
+        at = _frames(frame[(frame["method"] == method) & (frame["arm"] == arm)])
+        frames = _r(at[0]["p_true"].to_numpy(), 1 - at[1]["p_true"].to_numpy())
         counts: dict[str, Any] = {"n": int(np.isfinite(w).sum()), "n_total": len(w)}
         counts |= {"mass": float(some["mass"].mean()), "mass_min": float(some["mass"].min())}
         told = {"called_wrong": _mean((w > surgical.WRONG)[np.isfinite(w)].astype(float)), "s": _mean(s), "gap": other - own}

@@ -125,6 +125,15 @@ def markdown(made: dict[str, pd.DataFrame], plan: Plan, budget: float | None = N
         "overall": _overall(made["overall"]),
     }
     notes = [f"NaN (–): fewer than {plan.floor:g} of the probability is on a verdict in either frame; such cells are left out and counted."]
+    frames = made["overall"].loc[made["overall"]["arm"] == summary.NONE, "r_frames"].iloc[0]
+    if frames <= 0:
+        notes.append(
+            f"The unsteered model says true, or false, to both frames alike (r of frames {frames:.2f}): what it finds wrong it also finds "
+            "acceptable, so w is the small rest of two biases and no judgement, and nothing follows from how steering moves it."
+        )
+    headline = made["si"][made["si"]["foundation"] == plan.headline]
+    if len(headline) and not np.isfinite(headline["si"]).any():
+        notes.append("No SI: all valid verdicts of the unsteered model are the same (rejected or chosen is 0).")
     if plan.chosen == summary.AFTER:
         notes.append("The arm was chosen after the evaluation, as the one that moved further: SI and movement are too high by this choice.")
     if budget is not None:
@@ -162,7 +171,7 @@ def _delta(table: pd.DataFrame, plan: Plan, budget: float | None) -> list[list[s
         first, axis = some.iloc[0], plan.sign(plan.headline) * by[plan.headline]["mean"]
         kl = first["kl_p95"]
         off = budget is not None and not abs(kl - budget) <= NEAR * budget
-        cue = next((word for least, word in CUES if axis > least), "–")
+        cue = next((word for least, word in CUES if axis > least), "–") if arm == summary.PLUS else ""
         head = [cue, _number(axis, "+.2f"), str(method), str(arm), _number(first["multiplier"], ".4g")]
         head.append(_number(kl, ".3f") + ("*" if off else ""))
         out.append((abs(axis) if math.isfinite(axis) else -1.0, [*head, *(_spread(by[name]) for name in FOUNDATIONS)]))
