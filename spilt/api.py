@@ -352,12 +352,19 @@ def new_tokens(
     model: nn.Module, steering: Steering, rows: Sequence[generation.Row], how: sampling.Decoding, engine: str, batch_size: int | None
 ) -> dict[int, list[int]]:
     """Row number -> new token ids, by the engine that runs it."""
+    return dict(token_stream(model, steering, rows, how, engine, batch_size))
+
+
+def token_stream(
+    model: nn.Module, steering: Steering, rows: Sequence[generation.Row], how: sampling.Decoding, engine: str, batch_size: int | None
+) -> Iterator[tuple[int, list[int]]]:
+    """(row number, new token ids) as texts are finished, by the engine that runs them."""
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     _fits(model, prompts, how.max_new_tokens)
     with frozen(model):
         plain = choice.why_plain(steering.places, "generate", family=_family(model), engine=engine)
         at_once = texts_at_once(model, batch_size, prompts, how.max_new_tokens).texts
-        return dict(whole.texts(model, steering, rows, how) if plain else generation.generate(model, steering, rows, how, at_once))
+        yield from whole.texts(model, steering, rows, how) if plain else generation.generate(model, steering, rows, how, at_once)
 
 
 def divergence(
@@ -441,27 +448,47 @@ def calibrate(
     kl_floor: kl_p95 at m = 0, of what is not the identity there.
     start: a first guess; left out, the end of the range in which the form is trained. how: as for `divergence`.
     """
-    import pandas as pd
-
     if not 0 < budget < float("inf"):  # nan is not
         raise UserError(f"budget is {budget}; wanted nats above 0")
-    told = divergence(model, tokenizer, steering, prompts, 0.0, **how).assign(side="none")
+
+    def at(strengths: Sequence[float], asked: Any) -> pd.DataFrame:
+        return divergence(model, tokenizer, steering, asked, strengths, **how)
+
+    begin, high = reach(steering)
+    return both_sides(at, prompts, audit, budget, start or begin, high)
+
+
+def reach(steering: Steering) -> tuple[float, float]:
+    """Where a search for a strength begins, the end of the range in which the form is trained, and the largest that it means."""
+    return max(map(abs, steering.entries[0][1].factors)), min(calibrated.HIGH, *(made.furthest() for _, made in steering))
+
+
+def both_sides(
+    at: Callable[[Sequence[float], Any], pd.DataFrame],
+    prompts: Any,
+    audit: Any,
+    budget: float,
+    start: float,
+    high: float = calibrated.HIGH,
+) -> pd.DataFrame:
+    """The table of `calibrate`, of any way to measure. at(multipliers, prompts): a row for each as of `divergence`, or NotFinite."""
+    import pandas as pd
+
+    told = at([0.0], prompts).assign(side="none")
     rest = told["kl_max"][0] != 0
     tried, rows = [told], []
-    begin = start or max(map(abs, steering.entries[0][1].factors))
-    high = min(calibrated.HIGH, *(made.furthest() for _, made in steering))
     signs = {"positive": 1.0, "negative": -1.0}
 
     def p95(sizes: dict[str, float]) -> list[float]:
         """At a size of each side, together; alone where one breaks down."""
         try:
-            at = divergence(model, tokenizer, steering, prompts, [signs[side] * size for side, size in sizes.items()], **how)
+            found = at([signs[side] * size for side, size in sizes.items()], prompts)
         except NotFinite:
             return [float("inf")] if len(sizes) == 1 else [p95({side: size})[0] for side, size in sizes.items()]
-        tried.append(at.assign(side=list(sizes)))
-        return at["kl_p95"].tolist()
+        tried.append(found.assign(side=list(sizes)))
+        return found["kl_p95"].tolist()
 
-    for side, found in calibrated.solve_together(p95, list(signs), budget, begin, high=high).items():
+    for side, found in calibrated.solve_together(p95, list(signs), budget, start, high=high).items():
         m = signs[side] * found.size
         there = [one for one in pd.concat(tried).to_dict("records") if one["multiplier"] == m]
         row = {"side": side, "status": calibrated.NOT_ZERO if rest else found.status}
@@ -469,7 +496,7 @@ def calibrate(
         row["kl_floor"] = float(told["kl_p95"].iloc[0])
         if audit:
             try:
-                other = dict(divergence(model, tokenizer, steering, audit, m, **how).iloc[0])
+                other = dict(at([m], audit).iloc[0])
             except NotFinite:  # as a probe that breaks down
                 other = dict.fromkeys(told, np.inf)
             row |= {f"audit_{name}": other[name] for name in ("kl_mean", "kl_p95", "kl_max")}

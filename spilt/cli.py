@@ -63,7 +63,9 @@ PROGRAMS = {
     "settings": "make settings files like those of another dataset and model",
     "prepare": "make data/ from the public source files",
     "verify": "check everything that is stored",
+    "weights": "steer in the weights: personas, adapters, dW, equal KL, tables beside other methods",
 }
+ROOMS = {"weights": "weight_steering"}  # programs whose word is also that of a lower room
 
 
 def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, verb: str = "") -> argparse.ArgumentParser:
@@ -344,7 +346,7 @@ def main(argv: Sequence[str] | None = None, base_dir: Path = Path("."), program:
         os.environ[COMPLETING] = str(int(os.environ[COMPLETING]) + 1)  # it belongs to the command's name
     try:
         if first in PROGRAMS:
-            return int(import_module(f"spilt.{first}").main(words[1:]) or 0)
+            return int(import_module(f"spilt.{ROOMS.get(first, first)}").main(words[1:]) or 0)
         made = parser(base_dir, program, first if first in known else "")
         if asked is not None:
             made.add_argument("word", nargs="?", choices=[] if first in known else known)

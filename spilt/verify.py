@@ -1,4 +1,4 @@
-"""Is what is stored sound? Every artifact under vectors/ and generation/ against its manifest and against itself. Reads only.
+"""Is what is stored sound? Every artifact under vectors/, generation/ and weights/ against its manifest and against itself. Reads only.
 
 ok: as its manifest says (libraries of other versions are named).
 stale: sound, but the model, the data or the vectors that it was made from have changed since.
@@ -33,6 +33,7 @@ from spilt.terminal import program, say
 
 OK, STALE, DAMAGED, FOREIGN, LEFTOVER = STATES = ("ok", "stale", "damaged", "foreign", "leftover")
 MANIFEST = ".manifest.json"
+WEIGHTS = "weights"  # the folder of `spilt weights`
 LOSSES = {name: split for split, name in losses.SPLITS.items()}
 
 
@@ -65,9 +66,9 @@ def unusable(base_dir: Path, path: Path) -> str:
 
 
 def _files(base_dir: Path) -> Iterator[Path]:
-    """Files below vectors/ and generation/, through links too, each folder once."""
+    """Files below vectors/, generation/ and weights/, through links too, each folder once."""
     been: set[tuple[int, int]] = set()
-    for top in ("vectors", "generation"):
+    for top in ("vectors", "generation", WEIGHTS):
         for folder, inside, names in os.walk(base_dir / top, followlinks=True):
             here = os.stat(folder)
             if (here.st_dev, here.st_ino) in been:
@@ -82,6 +83,8 @@ def _check_file(base_dir: Path, path: Path) -> Found | None:
     name = path.name
     if TEMPORARY in name:
         return Found(LEFTOVER, path, "a write that was cut off; may be deleted")
+    if path.relative_to(base_dir).parts[0] == WEIGHTS:
+        return _of_weights(base_dir, path)
     if re.fullmatch(r"unfinished_\d+\.jsonl", name):
         what = "losses" if path.relative_to(base_dir).parts[0] == "vectors" else "scores" if path.parent.name == "scores" else "texts"
         return Found(LEFTOVER, path, f"{what} of a run that did not finish; the same command goes on from them")
@@ -94,6 +97,23 @@ def _check_file(base_dir: Path, path: Path) -> Found | None:
         return Found(LEFTOVER, path, "a manifest without its artifact; the same command makes it again")
     contents = None if path.relative_to(base_dir).parts[2:4] == ("get_sft_loss", "report") else _contents_of(path)
     return None if contents is None else _judge(Artifact(base_dir, path), contents)
+
+
+def _of_weights(base_dir: Path, path: Path) -> Found | None:
+    """What `spilt weights` has stored: its bytes, and whether model and inputs are those that it was made of."""
+    if path.name == "unfinished.pt" or path.parent.name.startswith("unfinished_"):
+        return Found(LEFTOVER, path, "work of a stage that did not finish; the same command goes on from it")
+    if path.name.endswith(MANIFEST) or not manifest.manifest_path(path).exists():
+        return None
+    record = manifest.read(path)
+    if record is None or not manifest.matches(path, record):
+        return Found(DAMAGED, path, "not the bytes of its manifest")
+    name, behaviour, parts = *path.relative_to(base_dir / WEIGHTS).parts[:2], record.get("parts") or {}
+    model, root = store.Store(base_dir).model(name), base_dir / WEIGHTS / name / behaviour
+    if checkpoint.there(model) and identity.model_hash(model) != parts.get("model"):
+        return Found(STALE, path, "the model has changed")
+    changed = [one for one, sha in parts.get("inputs", {}).items() if (root / one).is_file() and manifest.file_hash(root / one) != sha]
+    return Found(STALE, path, f"made of another {changed[0]}") if changed else Found(OK, path)
 
 
 def _contents_of(path: Path) -> Any:

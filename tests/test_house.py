@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("doubts", "plan", "analysis"),
     ("report", "tasks", "vignettes"),
     ("anatomy", "api", "audit", "inspect", "prepare", "look", "recommend", "say", "verify", "run", "summary"),
-    ("behaviour", "complete", "disturbance", "export", "lm_eval", "prompted", "receipt", "strength", "table"),
+    ("behaviour", "complete", "disturbance", "export", "lm_eval", "prompted", "receipt", "strength", "table", "weight_steering"),
     ("cli",),
     ("__main__",),
 )
@@ -56,6 +56,8 @@ def imports_of(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def room(module: str) -> str:
+    if module.endswith(".__main__"):  # only starts a program, which may be of a room above the one that has its word
+        return "__main__"
     return module.split(".")[1] if "." in module else module
 
 

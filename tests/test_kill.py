@@ -114,7 +114,7 @@ def _tell_resumed(evidence: Path) -> None:
         with open(evidence, "a") as file:
             file.write(what + "\n")
 
-    resume, read, read_losses = fit._resume, generate.Unfinished.read, measure.Unfinished.read
+    resume, read, read_losses = fit.unsealed, generate.Unfinished.read, measure.Unfinished.read
 
     def told_resume(*args: Any) -> Any:
         state = resume(*args)
@@ -134,7 +134,7 @@ def _tell_resumed(evidence: Path) -> None:
             note("loss")
         return found
 
-    fit._resume, generate.Unfinished.read, measure.Unfinished.read = told_resume, told_read, told_read_losses
+    fit.unsealed, generate.Unfinished.read, measure.Unfinished.read = told_resume, told_read, told_read_losses
 
 
 def killed_at(pid: int, moment: float) -> int | None:

@@ -108,7 +108,7 @@ def test_any_damage_of_a_checkpoint_begins_again(
     for damage in damages:
         caplog.clear()
         path.write_bytes(damage)
-        assert fit_stage._resume(path, identity) is None
+        assert fit_stage.unsealed(path, identity) is None
         assert "the fit begins again" in caplog.text and "weights_only" not in caplog.text
     for damage in rng.sample(damages, 5):
         cut_off.vector().unlink(missing_ok=True)
@@ -117,7 +117,7 @@ def test_any_damage_of_a_checkpoint_begins_again(
         assert code == 0 and "Traceback" not in said
         assert cut_off.vector().read_bytes() == checkpoint["vector"] and not path.exists()
     path.write_bytes(good)
-    assert fit_stage._resume(path, identity) is not None
+    assert fit_stage.unsealed(path, identity) is not None
 
 
 def test_a_checkpoint_that_is_no_file(cut_off: Here, checkpoint: dict[str, bytes], caplog: pytest.LogCaptureFixture) -> None:

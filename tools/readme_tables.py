@@ -18,6 +18,7 @@ from spilt.export import FORMATS  # noqa: E402
 from spilt.methods import METHODS  # noqa: E402
 from spilt.steering.anatomy import COMPONENTS, FAMILIES  # noqa: E402
 from spilt.steering.steering import KINDS  # noqa: E402
+from spilt.weight_steering.flags import rows as weights_flags  # noqa: E402
 
 EQUATIONS = {"vector": "m v", "lora": "m (x A) B", "local_weight": "m (x dW + db)", "ablation": r"-m (h . r) r, \|r\| = 1"}
 
@@ -71,6 +72,12 @@ def judges() -> str:
     return "\n".join(["| `judge` | an answer shows the behaviour where |", "|---|---|", *rows])
 
 
+def weights() -> str:
+    """One row per flag of spilt weights."""
+    rows = (f"| `{name}` | {stage} | {meaning.replace('|', chr(92) + '|')} |" for name, stage, meaning in weights_flags())
+    return "\n".join(["| flag | stage | meaning |", "|---|---|---|", *rows])
+
+
 def baselines() -> str:
     """One row per baseline of weight steering."""
     rows = []
@@ -83,6 +90,7 @@ def baselines() -> str:
 
 TABLES = {
     "arguments": arguments, "words": words, "methods": methods, "forms": forms, "families": families, "formats": formats, "judges": judges,
+    "weights": weights,
     "baselines": baselines,
 }  # fmt: skip
 

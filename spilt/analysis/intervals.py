@@ -56,7 +56,12 @@ def change(before: Sequence[bool], after: Sequence[bool]) -> Estimate:
     return Estimate(p - q, p - q - reach(p - p_low, q_high - q), p - q + reach(p_high - p, q - q_low), n)
 
 
-def pooled(groups: Sequence[npt.ArrayLike], statistic: Callable[[npt.NDArray[np.float64]], float] = np.mean, seed: int = 0) -> Estimate:
+def pooled(
+    groups: Sequence[npt.ArrayLike],
+    statistic: Callable[[npt.NDArray[np.float64]], float] = np.mean,
+    seed: int = 0,
+    draws: int = DRAWS,
+) -> Estimate:
     """A statistic of all values of all groups (the tokens of each prompt); whole groups are resampled, percentiles. Of one group: nan."""
     values = [np.asarray(group, dtype=float).ravel() for group in groups]
     values = [group for group in values if len(group)]
@@ -66,7 +71,7 @@ def pooled(groups: Sequence[npt.ArrayLike], statistic: Callable[[npt.NDArray[np.
     if n == 1 or not math.isfinite(found):
         return Estimate(found, math.nan, math.nan, n)
     rng = np.random.default_rng(seed)
-    drawn = [statistic(np.concatenate([values[i] for i in rng.integers(n, size=n)])) for _ in range(DRAWS)]
+    drawn = [statistic(np.concatenate([values[i] for i in rng.integers(n, size=n)])) for _ in range(draws)]
     low, high = np.percentile(drawn, tails(n))
     return Estimate(found, float(low), float(high), n)
 

@@ -34,7 +34,7 @@ def atomic_write_all(files: Sequence[tuple[Path, bytes | str]]) -> None:
         for temporary, path in ready:
             os.replace(temporary, path)
     for folder in {path.parent for path, _ in files}:
-        _sweep(folder)
+        sweep(folder)
 
 
 def atomic_write_together(files: Sequence[tuple[Path, bytes | str]]) -> None:
@@ -66,7 +66,7 @@ def atomic_write_together(files: Sequence[tuple[Path, bytes | str]]) -> None:
             atomic_write(note, json.dumps(others) + "\n")
         else:
             note.unlink()
-    _sweep(folder)
+    sweep(folder)
 
 
 def half_replaced(path: Path) -> list[str]:
@@ -133,7 +133,7 @@ def _flush(folder: Path) -> None:
         os.close(handle)
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Remove the temporary files of processes of this machine that are no more."""
     for name in os.listdir(folder):
         owner = _OWNER.search(name)

@@ -7,8 +7,9 @@ rebuilds; design/weight_steering.md 2.5).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,20 +49,41 @@ def told(
 
     positions: which tokens are steered (`steer_positions`); prefix: tokens of the template before the prompt.
     """
-    together = at_once(model, texts)
+
+    def steered(part: Sequence[Encoded]) -> AbstractContextManager[Any]:
+        return whole.steer(model, steering, multiplier, whole.acts(part, positions, prefix))
+
+    yield from compared(model, steered, texts, texts, pad_id)
+
+
+@torch.no_grad()
+def compared(
+    model: nn.Module,
+    steered: Callable[[Sequence[Encoded]], AbstractContextManager[Any]],
+    texts: Sequence[Encoded],
+    base_texts: Sequence[Encoded],
+    pad_id: int,
+) -> Iterator[Told]:
+    """As `told`, by any way to steer: a context in which the model is steered for these texts.
+
+    base_texts: the same answers as the unsteered model reads them, perhaps behind other prompts.
+    """
+    together = at_once(model, [*texts, *base_texts])
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+
+    def log_probs(part: list[Encoded], attached: AbstractContextManager[Any]) -> tuple[Tensor, Tensor]:
+        batch = pad(part, pad_id)
+        with attached:
+            out = model(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.long().to(device), use_cache=False)
+        kept = out.logits[scored_positions(batch.answer_mask).to(out.logits.device)].float().log_softmax(-1)
+        return kept, batch.input_ids[batch.answer_mask]
+
     for begin in range(0, len(texts), together):
         part = list(texts[begin : begin + together])
-        batch = pad(part, pad_id)
-        keep = scored_positions(batch.answer_mask).to(device)
-        both = []
-        for attached in (whole.steer(model, steering, multiplier, whole.acts(part, positions, prefix)), hooks.attach(model, [])):
-            with attached:
-                out = model(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.long().to(device), use_cache=False)
-            both.append(out.logits[keep].float().log_softmax(-1))
-        base = both[1]
-        kl = _kl(*both).cpu()
-        loss = -base.gather(-1, batch.input_ids[batch.answer_mask].to(base.device)[:, None])[:, 0].double().cpu()
+        steered_p, _ = log_probs(part, steered(part))
+        base, tokens = log_probs(list(base_texts[begin : begin + together]), hooks.attach(model, []))
+        kl = _kl(steered_p, base).cpu()
+        loss = -base.gather(-1, tokens.to(base.device)[:, None])[:, 0].double().cpu()
         lengths = [len(text.input_ids) - text.prompt_length for text in part]
         yield from map(Told, kl.split(lengths), loss.split(lengths))
 

@@ -6,7 +6,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -318,6 +318,20 @@ def chunks(items: list[Any], size: int) -> list[list[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
+class Watch(Protocol):
+    """Looks at what is trained after each step, and may end it (validation.py)."""
+
+    def after(self, step: int, steps: int) -> dict[str, float]:
+        """More columns of the step's row."""
+
+    @property
+    def ended(self) -> bool: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load(self, state: dict[str, Any]) -> None: ...
+
+
 def fit(
     job: Job,
     *,
@@ -325,6 +339,8 @@ def fit(
     resume: dict[str, Any] | None = None,
     checkpoint: Callable[[Callable[[], dict[str, Any]]], None] | None = None,
     progress: Callable[[int, int, float], None] | None = None,
+    most: int | None = None,
+    watch: Watch | None = None,
 ) -> list[dict[str, float]]:
     """Train job.intervention in place; returns one row per optimizer step: epoch, step, loss, lr, grad_norm.
 
@@ -332,11 +348,12 @@ def fit(
     `batch_size` pairs expands to |preference_pairs| entries each, cut into minibatches of `batch_size`; each
     minibatch's loss is divided by (minibatches x batches accumulated).
     `checkpoint` is given a function that returns the whole state, after each step; `resume` continues from such a state to the same result.
+    most: of the steps, over which lr decays then. watch: its state is kept with the fit's.
     """
     s, intervention = job.settings, job.intervention
     rows = len(job.sequences) // 2
     per_epoch = math.ceil(math.ceil(rows / s.batch_size) / s.gradient_accumulation_steps)
-    steps = per_epoch * s.n_epochs
+    steps = min(per_epoch * s.n_epochs, most or per_epoch * s.n_epochs)
     optimizer = torch.optim.AdamW(intervention.parameters(), lr=s.lr, weight_decay=s.weight_decay)
     rising = min(s.warmup or 0, steps // 2)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -346,7 +363,7 @@ def fit(
 
     def state() -> dict[str, Any]:
         kept = {"intervention": intervention.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-        return {"log": rows_of_log, "random": _get_random(job), **kept}
+        return {"log": rows_of_log, "random": _get_random(job), **kept, **({"watch": watch.state()} if watch else {})}
 
     devices = [job.device] if job.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # dropout draws from the global generator: give it back as it was
@@ -357,8 +374,12 @@ def fit(
             optimizer.load_state_dict(resume["optimizer"])
             schedule.load_state_dict(resume["schedule"])
             _set_random(resume["random"], job)
+            if watch is not None:
+                watch.load(resume["watch"])
         intervention.train()
         for step in range(len(rows_of_log), steps):
+            if watch is not None and watch.ended:
+                break
             epoch, place = divmod(step, per_epoch)
             groups = chunks(chunks(order(rows, s.seed, epoch), s.batch_size), s.gradient_accumulation_steps)
             total = 0.0
@@ -379,6 +400,8 @@ def fit(
             schedule.step()
             optimizer.zero_grad()
             rows_of_log.append({"epoch": epoch, "step": step, "loss": total, "lr": lr, "grad_norm": norm})
+            if watch is not None:
+                rows_of_log[-1] |= watch.after(step + 1, steps)
             if progress is not None:
                 progress(step + 1, steps, total)
             if checkpoint is not None and step + 1 < steps:

@@ -19,6 +19,7 @@ from spilt.report.cells import KINDS, Measured, label, shown
 from spilt.report.tables import layers
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -242,6 +243,32 @@ def paper_figure(cells: Sequence[Measured], split: str, narrow: bool = False, do
             keys += _style_keys(some, split, [f"{kind} log-odds" for kind in KINDS])
             axes.legend(handles=keys, title="method, R² of preference | utility", alignment="left", **where)
         return figure
+
+
+def movement_figure(table: pd.DataFrame) -> Figure:
+    """What was trained against side effects, at equal KL: a point for each method and side with 95% intervals; filled: +, empty: -.
+
+    table: rows of method, way, movement and side_effect with _low and _high. Far from 0 in height and near to it in width is better.
+    """
+    names = list(dict.fromkeys(table["method"]))
+    with drawing("movement", False, (6.6, 4.4)) as figure:
+        axes = figure.subplots()
+        for number, name in enumerate(names):
+            (dark, _), (marker, _) = [*SERIES.values(), OTHER][number % (len(SERIES) + 1)]
+            for row in table[table["method"] == name].to_dict("records"):
+                x, y = row["side_effect"], row["movement"]
+                spread = [[[at - row[f"{of}_low"]], [row[f"{of}_high"] - at]] for of, at in (("side_effect", x), ("movement", y))]
+                face = dark if row["way"] > 0 else GROUND
+                how: dict[str, Any] = {"fmt": marker, "color": dark, "ecolor": dark, "markersize": 7, "markerfacecolor": face}
+                axes.errorbar(x, y, spread[1], spread[0], elinewidth=0.9, **how)
+            axes.plot([], [], linestyle="none", marker=marker, color=dark, label=name)
+        axes.axhline(0, color=MUTED, linewidth=0.6, zorder=1)
+        axes.axvline(0, color=MUTED, linewidth=0.6, zorder=1)
+        axes.set_xlabel("side effect: change of utility, nats")
+        axes.set_ylabel("movement of preference, nats per token")
+        axes.set_title("Held-out answers at equal KL; filled +alpha, empty −alpha")
+        axes.legend(loc="best")
+    return figure
 
 
 def trade_off_figure(cells: Sequence[Measured], split: str, narrow: bool = False) -> Figure:

@@ -173,11 +173,16 @@ class Steering:
 
     def save(self, path: str | Path) -> Path:
         """One safetensors file that says everything: parameters as `{entry}.{name}`, sites and `about` as metadata. Returns its path."""
-        from safetensors.torch import save
-
         path = Path(path)
         if path.suffix != SUFFIX:
             raise UserError(f"{path}: a Steering is stored as a {SUFFIX} file; give such a name")
+        atomic_write(path, self.content())
+        return path
+
+    def content(self) -> bytes:
+        """What `save` writes: the same Steering gives the same bytes."""
+        from safetensors.torch import save
+
         tensors = {
             f"{number}.{name}": value.detach().float().cpu().contiguous()
             for number, (_, made) in enumerate(self.entries)
@@ -185,8 +190,7 @@ class Steering:
         }
         entries = [{"form": made.form, **site._asdict(), "alpha": made.describe()["alpha"]} for site, made in self.entries]
         words = {"format": FORMAT, "entries": entries, "about": self.about, "spilt": __version__}
-        atomic_write(path, save(tensors, metadata={"steering": json.dumps(words, sort_keys=True)}))
-        return path
+        return save(tensors, metadata={"steering": json.dumps(words, sort_keys=True)})
 
     @classmethod
     def load(cls, path: str | Path, layer: int | None = None) -> Steering:

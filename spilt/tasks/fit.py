@@ -123,7 +123,7 @@ def _adapters(step: Step, run: Run, fmt: readers.DatasetFormat, identity: str) -
 def _under_way(cell: Cell, layer: int, run: Run, identity: str) -> Iterator[dict[str, Any]]:
     """For a loop: resume (what a killed fit left), checkpoint (stores the state now and then) and progress (a bar)."""
     unfinished = run.store.checkpoint(cell, layer)
-    resume = None if run.request.force else _resume(unfinished, identity)
+    resume = None if run.request.force else unsealed(unfinished, identity)
     saved = time.monotonic()
 
     def checkpoint(state: Callable[[], dict[str, Any]]) -> None:
@@ -150,7 +150,7 @@ def sealed(state: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _resume(path: Path, identity: str) -> dict[str, Any] | None:
+def unsealed(path: Path, identity: str) -> dict[str, Any] | None:
     """The state that a killed fit of these very settings left, or None. One that is damaged is not used, with a warning."""
     if not os.path.lexists(path):
         return None

@@ -112,7 +112,7 @@ def train(
             if progress is not None:
                 progress(number * steps + step, 2 * steps, loss)
 
-        with _adapter(model, lambda: peft.get_peft_model(model, adapters.config(model, kind, places, sizes)), settings.seed) as held:
+        with adapter_in(model, lambda: peft.get_peft_model(model, adapters.config(model, kind, places, sizes)), settings.seed) as held:
             job = Fit(model, held, shown, one_sided, pad_id)
             if number < len(finished):
                 job.intervention.load_state_dict(finished[number]["parameters"])
@@ -127,7 +127,9 @@ def train(
     return Trained(pos, neg, made, diagnostics.geometry(pos, neg), [row for one in finished for row in one["log"]])
 
 
-def _adapter(model: nn.Module, make: Callable[[], Any], seed: int) -> Any:
+def adapter_in(model: nn.Module, make: Callable[[], Any], seed: int) -> Any:
+    """adapters.wrapped with the first values of the adapter drawn from the seed."""
+
     def seeded() -> Any:
         devices = [device for device in {p.device for p in model.parameters()} if device.type == "cuda"]
         with torch.random.fork_rng(devices):

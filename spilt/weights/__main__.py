@@ -1,0 +1,5 @@
+import sys
+
+from spilt.weight_steering import main
+
+sys.exit(main())
