@@ -58,12 +58,15 @@ PROGRAMS = {
     "say": "try a sentence on a stored vector, at any strength",
     "strength": "find the strength at which a stored vector shows a behaviour most, or disturbs the model equally",
     "receipt": "write down what a stored vector does, what it costs, and in which range",
+    "tasks": "learn tasks with right and wrong answers, by adapters after every block and by baselines",
     "table": "make the paper's tables from stored results: main, equal KL, fits, training to test",
     "export": "write a stored vector for PEFT, llama.cpp, vLLM and others, checked",
     "settings": "make settings files like those of another dataset and model",
     "prepare": "make data/ from the public source files",
     "verify": "check everything that is stored",
 }
+
+ELSEWHERE = {"tasks": "downstream"}  # programs that are not in spilt/WORD: spilt/tasks is the work of the verbs
 
 
 def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, verb: str = "") -> argparse.ArgumentParser:
@@ -344,7 +347,7 @@ def main(argv: Sequence[str] | None = None, base_dir: Path = Path("."), program:
         os.environ[COMPLETING] = str(int(os.environ[COMPLETING]) + 1)  # it belongs to the command's name
     try:
         if first in PROGRAMS:
-            return int(import_module(f"spilt.{first}").main(words[1:]) or 0)
+            return int(import_module(f"spilt.{ELSEWHERE.get(first, first)}").main(words[1:]) or 0)
         made = parser(base_dir, program, first if first in known else "")
         if asked is not None:
             made.add_argument("word", nargs="?", choices=[] if first in known else known)
