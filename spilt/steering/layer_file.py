@@ -89,7 +89,10 @@ def load(
         if read_point not in widths:
             raise UserError(f"{path}: intervention_components {read_point!r} is not one of {', '.join(widths)}")
     check_shapes(state, path, form, hidden, widths.get(read_point, hidden) if read_point else hidden, read_point)
-    made = INTERVENTIONS[form].from_state(state, read_point=read_point, write_point=site)
+    try:
+        made = INTERVENTIONS[form].from_state(state, read_point=read_point, write_point=site)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return made.eval().requires_grad_(False)
 
 
@@ -290,8 +293,8 @@ def check_shapes(state: Any, path: Path, form: str, hidden: int, width: int, rea
         if rank is None or rank < 1:
             raise UserError(f"{path}: {name} has shape {list(shape)}; wanted [{', '.join(row.tensors[name])}], where F is {width}")
         for key in ("r", "alpha"):
-            if not isinstance(state.get(key), int | float | None):
-                raise UserError(f"{path}: {key} is a {type(state[key]).__name__}; wanted a number")
+            if not isinstance(state.get(key), int | float | None) or not abs(state.get(key) or 0) < float("inf"):
+                raise UserError(f"{path}: {key} is a {type(state[key]).__name__}; wanted a finite number")
         if state.get("r") not in (None, rank):
             raise UserError(f"{path}: says r = {state['r']}, but {name} has shape {list(shape)}")
     for name, size in row.shapes(hidden, width, rank).items():
