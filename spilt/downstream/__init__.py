@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spilt import __version__
+from spilt.cell import NONLINEARITIES
 from spilt.downstream.answers import EXTRACTORS
 from spilt.downstream.rows import ALIASES, SPLITS, TASKS
 from spilt.downstream.words import KINDS, LINEAR, SCHEDULERS, SUBMODULES, TrainSettings, Variant
 from spilt.engine.choice import ENGINES, FAST
 from spilt.errors import NotFinite, UserError
-from spilt.settings.fields import DTYPES, NONLINEARITIES, WRITE_POINTS
+from spilt.settings.fields import DTYPES, WRITE_POINTS
 from spilt.settings.values import SCOPES
 from spilt.terminal import complain, program, say
 

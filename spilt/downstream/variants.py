@@ -6,62 +6,53 @@ All but full are a Steering over the chosen layers, trained jointly from an exac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from spilt.downstream.loreft import LoReFT
 from spilt.downstream.words import KINDS, Variant
 from spilt.errors import UserError
-from spilt.steering import anatomy
-from spilt.steering.interventions import INTERVENTIONS, Intervention
-from spilt.steering.steering import Site, Steering
+from spilt.steering import anatomy, post_block
+from spilt.steering.folding import DOWN
+from spilt.steering.interventions import Intervention, LoRA
+from spilt.steering.steering import SCOPE, Site, Steering
 from spilt.weights import adapters
 
-Make = Callable[[nn.Module, int, Variant], list[tuple[Site, Intervention]]]
+Make = Callable[[nn.Module, Variant, int], Steering]
 
 
-def _form(name: str) -> Make:
-    """A form at each of the sites."""
-
-    def make(model: nn.Module, layer: int, v: Variant) -> list[tuple[Site, Intervention]]:
-        made = []
-        for site in v.sites:
-            words = {"rank": v.rank, "alpha": v.alpha, "nonlinearity": v.nonlinearity}
-            one: Any = INTERVENTIONS[name](anatomy.hidden_size(model), 0, write_point=site, dropout=0.0, **words)
-            if name == "vector":
-                nn.init.zeros_(one.v)
-            made.append((Site(layer, None, site), one))
-        return made
-
-    return make
+def _placed(model: nn.Module, v: Variant, seed: int) -> Steering:
+    how = {} if v.kind == "vector" else {"rank": v.rank, "nonlinearity": v.nonlinearity, "alpha": v.alpha}
+    kind = "vector" if v.kind == "vector" else "adapter"
+    return post_block.build(model, layers_of(model, v.layers), v.sites, kind=kind, scope=v.scope, seed=seed, **how)
 
 
-def _lora(model: nn.Module, layer: int, v: Variant) -> list[tuple[Site, Intervention]]:
-    """x W + x A B at every linear map of the block: scale 1 (alpha = r), A uniform in +-1/sqrt(F) as in peft, B zero."""
-    made, parts = [], anatomy.of(model).parts[layer]
-    for number, path in adapters.maps(model, [layer]):
-        read, write = ("mlp_mid", "down_proj") if path == parts[number].mlp_mid else (path, path)  # type: ignore[index]
+def _loreft(model: nn.Module, v: Variant, seed: int) -> Steering:
+    entries = [
+        (Site(layer, None, site), LoReFT(anatomy.write_width(model, layer, site), v.rank, site).to(anatomy.device_of(model, layer)))
+        for layer in layers_of(model, v.layers)
+        for site in v.sites
+    ]
+    return Steering(entries, {} if v.scope == "all" else {SCOPE: v.scope})
+
+
+def _lora(model: nn.Module, v: Variant, seed: int) -> Steering:
+    """x W + x A B at every linear map of the blocks: scale 1 (alpha = r), A uniform in +-1/sqrt(F) as in peft, B zero."""
+    made, parts = [], anatomy.of(model).parts
+    for layer, path in adapters.maps(model, layers_of(model, v.layers)):
+        read, write = DOWN if path == parts[layer].mlp_mid else (path, path)
         width = anatomy.read_width(model, layer, read)
-        one: Any = INTERVENTIONS["lora"](
-            anatomy.write_width(model, layer, write), width, read_point=read, write_point=write, dropout=0.0, rank=v.rank, alpha=v.rank
-        )
+        one = LoRA(anatomy.write_width(model, layer, write), width, read_point=read, write_point=write, rank=v.rank, alpha=v.rank)
         nn.init.uniform_(one.lora_A, -1 / math.sqrt(width), 1 / math.sqrt(width))
-        made.append((Site(layer, read, write), one))
-    return made
+        made.append((Site(layer, read, write), one.to(anatomy.device_of(model, layer))))
+    return Steering(made)
 
 
-# the interventions of one layer, fresh; what is no Steering has none
-MAKERS: dict[str, Make | None] = {
-    "post_block": _form("post_block"),
-    "vector": _form("vector"),
-    "loreft": _form("loreft"),
-    "lora": _lora,
-    "full": None,
-    "base": None,
-}
+# fresh, to be trained; what is no Steering has none
+MAKERS: dict[str, Make | None] = {"post_block": _placed, "vector": _placed, "loreft": _loreft, "lora": _lora, "full": None, "base": None}
 assert list(MAKERS) == list(KINDS)
 
 
@@ -84,17 +75,17 @@ def make(model: nn.Module, v: Variant, seed: int) -> Steering:
         raise UserError(f"{v.kind} is no Steering: {KINDS[v.kind].says}")
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        entries = [entry for layer in layers_of(model, v.layers) for entry in maker(model, layer, v)]
-    return Steering((site, one.to(anatomy.device_of(model, site.layer))) for site, one in entries)
+        return maker(model, v, seed)
+
+
+def stored(steering: Steering, about: Mapping[str, Any]) -> Steering:
+    """What a file has of it: LoReFT as the linear adapter and the vector that it is."""
+    entries: list[tuple[Site, Intervention]] = []
+    for site, made in steering:
+        entries += [(site, one) for one in made.stored()] if isinstance(made, LoReFT) else [(site, made)]
+    return Steering(entries, about)
 
 
 def nothing(model: nn.Module) -> Steering:
     """What acts nowhere, for the base model on the same path: a vector of zeros."""
-    return make(model, replace(Variant("vector"), layers=(len(anatomy.blocks(model)) - 1,)), 0)
-
-
-def learned(v: Variant, steering: Steering | None, model: nn.Module) -> tuple[int, float]:
-    """(numbers that are learned, their share of the model's own)."""
-    own = sum(parameter.numel() for parameter in model.parameters())
-    count = own if v.kind == "full" else sum(parameter.numel() for parameter in steering.parameters()) if steering else 0
-    return count, count / own
+    return post_block.build(model, [len(anatomy.blocks(model)) - 1], kind="vector")

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from spilt.cell import NONLINEARITIES
 from spilt.errors import UserError, unknown
-from spilt.settings.fields import NONLINEARITIES, WRITE_POINTS
+from spilt.settings.fields import WRITE_POINTS
 from spilt.settings.values import SCOPES
 
 

@@ -175,16 +175,15 @@ def _store(
     here = request.place
     notes = {"rows": len(sequences), "truncated": truncated, "left_out": dropped, "steps": len(rows), "last_loss": rows[-1]["loss"]}
     if isinstance(learner, training.Steered):
-        steering = Steering(learner.steering.entries, about)
+        steering = variants.stored(learner.steering, about)
         if not any(made.norm() > 0 for _, made in steering):
             check_usable(steering.entries[0][1], f"{request.source.task.name} {request.variant.name}")
-        count, share = variants.learned(request.variant, steering, host.model)
         with tempfile.TemporaryDirectory() as folder:
             content = steering.save(Path(folder) / here.steering.name).read_bytes()
     else:
-        count, share = variants.learned(request.variant, None, host.model)
         content = save_tensors({name: p.detach().cpu().contiguous() for name, p in host.model.named_parameters()})
-    notes |= {"parameters": count, "share": share}
+    count, own = (sum(parameter.numel() for parameter in module.parameters()) for module in (learner.module, host.model))
+    notes |= {"parameters": count, "share": count / own}
     atomic_write_all([(here.log, "".join(json.dumps(row) + "\n" for row in rows))])
     manifest.write(artifact(request), content, parts, notes)
 
@@ -283,9 +282,9 @@ def evaluate(request: Request, host: Host, split: str, say: Callable[[str], None
             put(host.model, learned.weights)
         made = evaluation.answers(asked, prompted.ids, journal, manifest.identity(parts))
     scored = evaluation.score(data.examples, prompted, made, how, extractor(task.extract), host.tokenizer)
-    count, share = variants.learned(request.variant, learned.steering, host.model)
     summary = {
-        **scored.summary, "seen_in_train": seen, "rows_without_answer": data.without_answer, "parameters": count, "share": share,
+        **scored.summary, "seen_in_train": seen, "rows_without_answer": data.without_answer,
+        **{name: known["notes"][name] if known else 0 for name in ("parameters", "share")},
         "decoder": "fast" if not asked.why_plain else f"plain: {asked.why_plain}", "task": task.name, "split": split, "model": request.model,
         "variant": request.variant.plain().name, "run": here.folder.name, "multiplier": multiplier, "max_new_tokens": task.max_new_tokens,
     }  # fmt: skip
