@@ -69,7 +69,7 @@ def _shared(one: argparse.ArgumentParser) -> None:
     add("--dataset-name", required=True, metavar="NAME", help=f"{', '.join((*TASKS, *ALIASES))}; or, with --data, a task of your own")
     add("--data", default="", metavar="FILE|FOLDER", help="rows of the published columns, or of your own: prompt, completion, label")
     add("--extractor", default="", choices=("", *EXTRACTORS), help="of a task of your own: how an answer is read (default text)")
-    add("--listops", default="", metavar="KEY=VALUE,...", help="how expressions are made: operators=MIN+MAX,depth,fewest,most,train,test,seed")
+    add("--listops", default="", metavar="KEY=VALUE,...", help="operators=MIN+MAX,depth=,fewest=,most=,train=,test=,seed=")
     add("--base_dir", "--base-dir", default=".", type=Path)
     add("--variant", nargs="+", choices=KINDS, help="; ".join(f"{name}: {kind.says}" for name, kind in KINDS.items()).replace("%", "%%"))
     add("--no-adapter", action="store_true", help="--variant vector")
@@ -223,9 +223,10 @@ def _each(args: argparse.Namespace, training: bool, splits: Sequence[str]) -> in
 def line(summary: dict[str, Any]) -> str:
     """One evaluation in a line."""
     more = ", ".join(f"{summary[name]} {name.replace('_', ' ')}" for name in ("no_answer", "cut_off", "prompts_truncated") if summary[name])
+    accuracy, low, high = (f"{summary[name]:.3f}" for name in ("accuracy", "low", "high"))
     return (
-        f"{summary['task']} {summary['split']} {summary['variant']}: {summary['accuracy']:.3f} [{summary['low']:.3f}, {summary['high']:.3f}] "
-        f"of {summary['n']}{more and '; '}{more}; {summary['parameters']} learned ({summary['share']:.4%}); decoder {summary['decoder']}"
+        f"{summary['task']} {summary['split']} {summary['variant']}: {accuracy} [{low}, {high}] of {summary['n']}{more and '; '}{more}; "
+        f"{summary['parameters']} learned ({summary['share']:.4%}); decoder {summary['decoder']}"
     )
 
 
@@ -235,7 +236,8 @@ def _table(args: argparse.Namespace) -> int:
 
     made = table.collect(args.base_dir, args.dataset_name, args.model_name, args.split, args.reference)
     if args.output is None:
-        text = table.csv(made, made[0].name) if args.format == "csv" else {"markdown": table.markdown, "latex": table.latex}[args.format](made)
+        written = {"markdown": table.markdown, "latex": table.latex, "csv": lambda some: table.csv(some, some[0].name)}
+        text = written[args.format](made)
         for one in text.splitlines():
             say(one)
         return 0

@@ -14,9 +14,14 @@ from typing import Any, NamedTuple
 from spilt.errors import unknown
 
 # 'Answer:', 'the answer is', 'answer choice -'; then what follows it on its line
-ANSWER = re.compile(r"\banswer\b[ \t]*(?:choice|option)?[ \t]*(?:is\b[ \t]*:?|[=-]|:)(?:(?<=:)\s*|[ \t]*)(?P<said>[^\n]*)", re.I)
+ANSWER = re.compile(
+    r"\banswer\b[ \t]*(?:choice|option)?[ \t]*(?:is\b[ \t]*:?|[=-]|:)(?:(?<=:)\s*|[ \t]*)(?P<said>[^\n]*)",
+    re.I,
+)
 # groups of three, or all digits: never a part of either; a minus that joins two numbers is none of the second
-NUMBER = re.compile(r"(?<![\w.])[-\u2212]?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?=\.[0-9]))(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}\b)?")
+NUMBER = re.compile(
+    r"(?<![\w.])[-\u2212]?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?=\.[0-9]))(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}\b)?"
+)
 TAG = re.compile(r"<answer>(.*?)</answer>", re.I | re.S)
 LETTERS = "ABCDE"
 # 'C', '(c)', 'option C because'; not the article of 'a dog' or 'A dog', nor "E's"

@@ -1,7 +1,7 @@
 """An example as tokens: the prompt exactly as decoding feeds it, the completion, and the end of the turn, which is learned too.
 
-    | BOS, template ... | prompt | template | completion | end |
-    |<--------- not scored ----------------->|<-- scored ---->|
+| BOS, template ... | prompt | template | completion | end |
+|<--------- not scored ----------------->|<-- scored ---->|
 """
 
 from __future__ import annotations

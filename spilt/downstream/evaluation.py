@@ -1,4 +1,4 @@
-"""Greedy answers to a split, and how many are right: by the fast decoder where it applies, else by the library's `generate` or token by token.
+"""Greedy answers to a split, and how many are right: by the fast decoder where it applies, else by the library's.
 
 What was generated is the tokens after the prompt's own, never a part of a text that is searched for.
 """
@@ -92,7 +92,9 @@ class Scored(NamedTuple):
         return "".join(json.dumps(row) + "\n" for row in self.rows)
 
 
-def score(examples: Sequence[Example], prompted: Prompted, made: Sequence[Sequence[int]], how: Decoding, extract: Extractor, tokenizer: Any) -> Scored:
+def score(
+    examples: Sequence[Example], prompted: Prompted, made: Sequence[Sequence[int]], how: Decoding, extract: Extractor, tokenizer: Any
+) -> Scored:
     """Right or wrong of every example; one whose prompt was left out as too long is wrong, and counted.
 
     no_answer: texts without an answer, which are wrong too. cut_off: texts that reached max_new_tokens before their end.
@@ -121,5 +123,3 @@ def greedy(max_new_tokens: int, ends: Sequence[int], pad: int, processors: Seque
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {max_new_tokens}: wanted 1 or more")
     return Decoding(max_new_tokens, False, tuple(ends), pad, list(processors), [])
-
-

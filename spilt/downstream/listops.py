@@ -37,9 +37,7 @@ def expression(shape: Shape, draw: random.Random, depth: int | None = None) -> s
     """One expression, words apart by spaces: '[MAX 2 9 ]'."""
     room = shape.depth if depth is None else depth
     count = draw.randint(shape.fewest, shape.most)
-    parts = [
-        expression(shape, draw, room - 1) if room > 1 and draw.random() < NESTED else str(draw.randrange(10)) for _ in range(count)
-    ]
+    parts = [expression(shape, draw, room - 1) if room > 1 and draw.random() < NESTED else str(draw.randrange(10)) for _ in range(count)]
     return " ".join([f"[{draw.choice(shape.operators)}", *parts, "]"])
 
 

@@ -1,6 +1,6 @@
 """Tasks whose answers are right or wrong: a row of a data set -> {prompt, completion, label}. One row of TASKS each; the wording is ours.
 
-All prompts end with a line break and the completion follows directly. Official splits are cut as the row says, after a shuffle with one seed.
+All prompts end with a line break and the completion follows directly. Official splits are cut as the row says, shuffled by one seed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ OFFICIAL = {name: Part(name) for name in SPLITS}
 
 def boolq(row: Mapping[str, Any]) -> Example:
     answer = "True" if _flag(row["answer"]) else "False"
-    prompt = f"Read the passage and say whether the answer to the question is true or false.\nPassage: {row['passage']}\nQuestion: {row['question']}\n"
+    asked = "Read the passage and say whether the answer to the question is true or false."
+    prompt = f"{asked}\nPassage: {row['passage']}\nQuestion: {row['question']}\n"
     return Example(prompt, f"Answer: {answer}.", answer.lower())
 
 
@@ -185,4 +186,3 @@ def task(name: str) -> Task:
 def of_listops(texts: Sequence[str]) -> list[dict[str, Any]]:
     """Expressions as the rows of the published schema."""
     return [{"Source": text, "Target": listops.value(text)} for text in texts]
-

@@ -111,8 +111,8 @@ def _tables(group: Sequence[Run], reference: str, split: str) -> list[Table]:
         )  # fmt: skip
         shown.append(
             {
-                "variant": name, "accuracy": _told(found), "n": found.n, "learned": f"{s['parameters']:,}", "of the model": f"{s['share']:.4%}",
-                f"less {reference}": _told(change, "+"), "no answer": s["no_answer"], "cut off": s["cut_off"],
+                "variant": name, "accuracy": _told(found), "n": found.n, "learned": f"{s['parameters']:,}",
+                "of the model": f"{s['share']:.4%}", f"less {reference}": _told(change, "+"), "no answer": s["no_answer"], "cut off": s["cut_off"],
             }
         )  # fmt: skip
     note = "Accuracy in percent with Wilson's 95% interval; differences are paired (Newcombe). No answer: counted as wrong. "
@@ -127,20 +127,23 @@ def _pairs(title: str, names: Sequence[str], group: Sequence[Run], which: Mappin
     found = []
     for (a, one), (b, other) in combinations(zip(names, group, strict=True), 2):
         change = intervals.change(other.right, one.right)
-        found.append({"one": a, "other": b, "difference": change.value, "low": change.low, "high": change.high, "p": mcnemar(one.right, other.right)})
-    numbers = pd.DataFrame(found)
-    numbers["p_holm"] = holm(np.asarray(numbers["p"], dtype=float))
+        numbers = {"difference": change.value, "low": change.low, "high": change.high, "p": mcnemar(one.right, other.right)}
+        found.append({"one": a, "other": b, **numbers})
+    values = pd.DataFrame(found)
+    values["p_holm"] = holm(np.asarray(values["p"], dtype=float))
     shown = pd.DataFrame(
         {
-            "one": numbers["one"],
-            "other": numbers["other"],
+            "one": values["one"],
+            "other": values["other"],
             "difference": [_told(intervals.Estimate(r["difference"], r["low"], r["high"], 0), "+") for r in found],
-            "p": [f"{p:.3g}" for p in numbers["p"]],
-            "p (Holm)": [f"{p:.3g}" for p in numbers["p_holm"]],
+            "p": [f"{p:.3g}" for p in values["p"]],
+            "p (Holm)": [f"{p:.3g}" for p in values["p_holm"]],
         }
     )
-    note = f"One less other, in points, paired over the same {len(group[0].right)} rows; McNemar's exact test, Holm over {len(found)} pairs."
-    return Table("pairs", f"{title}: pairs", note, shown, numbers.assign(**which))
+    note = (
+        f"One less other, in points, paired over the same {len(group[0].right)} rows; McNemar's exact test, Holm over {len(found)} pairs."
+    )
+    return Table("pairs", f"{title}: pairs", note, shown, values.assign(**which))
 
 
 def _told(found: intervals.Estimate, sign: str = "") -> str:

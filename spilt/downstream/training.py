@@ -21,6 +21,7 @@ from spilt.engine.train import chunks, epoch_order
 from spilt.errors import NotFinite, UserError
 from spilt.steering.steering import Steering
 
+
 class Learner:
     """What is learned, and how log p of completions depends on it. `module` holds the parameters, and nothing else that is saved."""
 

@@ -1,6 +1,6 @@
-"""What is learned on a task, each a kind of words.KINDS: post-block adapters, vectors, LoRA, LoReFT, all weights; and base, which learns nothing.
+"""What is learned on a task, each a kind of words.KINDS, as a Steering to be trained; `full` and `base` are none.
 
-All but full are a Steering over the chosen layers, trained jointly from an exact no-op (LoReFT: h + R^T (W h + b - R h) begins at W = R).
+All of its layers are trained jointly, from what changes nothing (LoReFT, h + R^T (W h + b - R h), begins at W = R).
 """
 
 from __future__ import annotations

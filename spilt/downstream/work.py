@@ -1,4 +1,4 @@
-"""A run on a task: training what is learned, and its answers. What is stored says how it came to be; a killed run goes on to the same bytes."""
+"""A run on a task: training what is learned, and its answers. A killed one goes on to the same bytes."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def refuse_other(v: Variant, steering: Steering, path: str) -> None:
         raise UserError(f"{path}: holds adapters that are {', '.join(map(str, options))}, not {v.nonlinearity}: the file was changed")
 
 
-def evaluate(request: Request, host: Host, split: str, say: Callable[[str], None], *, multiplier: float = 1.0, quiet: bool = False) -> dict[str, Any]:
+def evaluate(request: Request, host: Host, split: str, say: Callable[[str], None], *, multiplier: float = 1.0) -> dict[str, Any]:
     """The summary of a split, which is stored beside its rows; nothing is done again that is there."""
     here, task = request.place, request.source.task
     data = request.source.split(split)
@@ -285,8 +285,8 @@ def evaluate(request: Request, host: Host, split: str, say: Callable[[str], None
     summary = {
         **scored.summary, "seen_in_train": seen, "rows_without_answer": data.without_answer,
         **{name: known["notes"][name] if known else 0 for name in ("parameters", "share")},
-        "decoder": "fast" if not asked.why_plain else f"plain: {asked.why_plain}", "task": task.name, "split": split, "model": request.model,
-        "variant": request.variant.plain().name, "run": here.folder.name, "multiplier": multiplier, "max_new_tokens": task.max_new_tokens,
+        "decoder": "fast" if not asked.why_plain else f"plain: {asked.why_plain}",
+        "task": task.name, "split": split, "model": request.model, "variant": request.variant.plain().name, "run": here.folder.name, "multiplier": multiplier, "max_new_tokens": task.max_new_tokens,
     }  # fmt: skip
     manifest.write(path, scored.lines(), parts, summary)
     _keep(here, name, summary)
