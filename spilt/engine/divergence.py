@@ -7,14 +7,15 @@ rebuilds; design/weight_steering.md 2.5).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from spilt.data.batches import pad
 from spilt.data.chat import Encoded
-from spilt.engine import whole
+from spilt.engine import scopes, whole
 from spilt.methods.scoring import scored_positions
 from spilt.steering import anatomy, hooks
 from spilt.steering.steering import Steering
@@ -48,12 +49,17 @@ def told(
         part = list(texts[begin : begin + together])
         batch = pad(part, pad_id)
         keep = scored_positions(batch.answer_mask).to(device)
-        both = []
-        for attached in (whole.steer(model, steering, multiplier, whole.acts(part, positions, prefix)), hooks.attach(model, [])):
+        ids, mask = batch.input_ids.to(device), batch.attention_mask.long().to(device)
+
+        def scores(attached: AbstractContextManager[Any], ids: Tensor = ids, mask: Tensor = mask, keep: Tensor = keep) -> Tensor:
             with attached:
-                out = model(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.long().to(device), use_cache=False)
-            both.append(out.logits[keep].float().log_softmax(-1))
-        steered, base = both
+                return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[keep]
+
+        if positions == scopes.LAST:
+            made = scopes.last_logits(model, steering, multiplier, ids, mask, keep)
+        else:
+            made = scores(whole.steer(model, steering, multiplier, whole.acts(part, positions, prefix)))
+        steered, base = (logits.float().log_softmax(-1) for logits in (made, scores(hooks.attach(model, []))))
         change = (steered - base).masked_fill(steered == -torch.inf, 0)  # p = 0 adds nothing
         kl = (steered.double().exp() * change).sum(-1).cpu()
         loss = -base.gather(-1, batch.input_ids[batch.answer_mask].to(base.device)[:, None])[:, 0].double().cpu()
@@ -62,8 +68,8 @@ def told(
 
 
 def along_path(model: nn.Module, steering: Steering, multiplier: float, texts: Sequence[Encoded], pad_id: int) -> Iterator[Tensor]:
-    """KL at each answer token of each text, one after the other, nats [tokens] float64; every token is steered."""
-    return (one.kl for one in told(model, steering, multiplier, texts, pad_id))
+    """KL at each answer token of each text, one after the other, nats [tokens] float64; steered in the scope of the Steering."""
+    return (one.kl for one in told(model, steering, multiplier, texts, pad_id, steering.scope))
 
 
 @torch.no_grad()

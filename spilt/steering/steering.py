@@ -312,9 +312,11 @@ def _released(path: Path, layer: int) -> Steering:
         if INTERVENTIONS[form].reads:
             read_point = str(state.get("intervention_components") or settings.get("intervention_components", "mlp_mid"))
         several = [INTERVENTIONS[form].from_state(state, read_point=read_point, write_point=write_point)]
-    about = {"method": settings["method"]} if "method" in settings else {}
+    about: dict[str, Any] = {"method": settings["method"]} if "method" in settings else {}
     if about and isinstance(parts, dict) and isinstance(parts.get("model"), str):
         about |= {"settings": settings, "base_model": {"checkpoint": parts["model"]}}
+    if settings.get("steer_positions") in SCOPES[1:]:
+        about |= {SCOPE: settings["steer_positions"]}
     return Steering(((Site(layer, made.read_point, made.write_point), made.eval().requires_grad_(False)) for made in several), about)
 
 
