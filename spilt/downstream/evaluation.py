@@ -17,7 +17,7 @@ from spilt.data.batches import by_length
 from spilt.downstream.answers import Extractor
 from spilt.downstream.encode import Prompted
 from spilt.downstream.rows import Example
-from spilt.engine import choice, decode, whole
+from spilt.engine import choice, decode, scopes, whole
 from spilt.engine.decode import Row
 from spilt.engine.sampling import Decoding
 from spilt.errors import UserError
@@ -28,14 +28,13 @@ MOST = 64  # rows that `generate` reads side by side
 
 
 class Asked(NamedTuple):
-    """What is decoded and how. multiplier 0: the model as it is. prefix: tokens of the template before the prompt."""
+    """What is decoded and how. multiplier 0: the model as it is. scope: which tokens are steered."""
 
     model: nn.Module
     steering: Steering
     multiplier: float
     how: Decoding
     scope: str = "all"
-    prefix: int = 0
     engine: str = choice.FAST
     batch_size: int | None = None
 
@@ -43,7 +42,9 @@ class Asked(NamedTuple):
     def why_plain(self) -> str:
         """Why the fast decoder does not apply; '' where it does."""
         family = str(getattr(self.model.config, "model_type", ""))
-        return choice.why_plain(self.steering.places, "generate", family=family, engine=self.engine, positions=self.scope)
+        if self.scope != "all":
+            return f"scope {self.scope}"
+        return choice.why_plain(self.steering.places, "generate", family=family, engine=self.engine)
 
 
 def tokens(asked: Asked, prompts: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, list[int]]]:
@@ -57,8 +58,10 @@ def tokens(asked: Asked, prompts: Sequence[tuple[int, ...]]) -> Iterator[tuple[i
     at_once = texts_at_once(model, asked.batch_size, prompts, how.max_new_tokens).texts
     if not asked.why_plain:
         yield from decode.generate(model, asked.steering, rows, how, at_once)
-    elif asked.scope != "all" or how.processors:
-        yield from whole.texts(model, asked.steering, rows, how, asked.scope, [asked.prefix] * len(rows))
+    elif asked.scope != "all":
+        yield from scopes.generate(model, asked.steering, rows, how, at_once, asked.scope)
+    elif how.processors:
+        yield from whole.texts(model, asked.steering, rows, how)
     else:
         greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": how.max_new_tokens}
         if how.eos:

@@ -127,9 +127,7 @@ def source(
     else:
         task = Task(checked_name("dataset name", name), OWN, rows.own, extract or "text", rows.OFFICIAL)
         extractor(task.extract)
-    for key, value in (("max_new_tokens", max_new_tokens), ("max_length", max_length)):
-        if value is not None:
-            task = task._replace(**{key: value})
+    task = task._replace(max_new_tokens=max_new_tokens or task.max_new_tokens, max_length=max_length or task.max_length)
     if made and (task.name != "ListOps" or data):
         raise UserError("--listops says how expressions are made; it goes with --dataset-name ListOps without --data")
     return Source(task, data, download, **_listops(made))
@@ -156,7 +154,7 @@ def _listops(said: str) -> dict[str, Any]:
         elif key == "seed":
             seed = int(value)
         else:
-            shape = shape._replace(**{key: int(value)})
+            shape = listops.Shape(**{**shape._asdict(), key: int(value)})
     if shape.fewest > shape.most:
         raise UserError(f"--listops: fewest {shape.fewest} is more than most {shape.most}")
     return {"shape": shape, "sizes": sizes, "seed": seed}

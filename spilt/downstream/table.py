@@ -109,12 +109,9 @@ def _tables(group: Sequence[Run], reference: str, split: str) -> list[Table]:
                 "difference_low": change.low, "difference_high": change.high,
             }
         )  # fmt: skip
-        shown.append(
-            {
-                "variant": name, "accuracy": _told(found), "n": found.n, "learned": f"{s['parameters']:,}",
-                "of the model": f"{s['share']:.4%}", f"less {reference}": _told(change, "+"), "no answer": s["no_answer"], "cut off": s["cut_off"],
-            }
-        )  # fmt: skip
+        told: dict[str, Any] = {"variant": name, "accuracy": _told(found), "n": found.n, "learned": f"{s['parameters']:,}"}
+        told |= {"of the model": f"{s['share']:.4%}", f"less {reference}": _told(change, "+")}
+        shown.append({**told, "no answer": s["no_answer"], "cut off": s["cut_off"]})
     note = "Accuracy in percent with Wilson's 95% interval; differences are paired (Newcombe). No answer: counted as wrong. "
     note += "Cut off: answers that reached max_new_tokens."
     if base is None:
@@ -124,7 +121,7 @@ def _tables(group: Sequence[Run], reference: str, split: str) -> list[Table]:
 
 
 def _pairs(title: str, names: Sequence[str], group: Sequence[Run], which: Mapping[str, Any]) -> Table:
-    found = []
+    found: list[dict[str, Any]] = []
     for (a, one), (b, other) in combinations(zip(names, group, strict=True), 2):
         change = intervals.change(other.right, one.right)
         numbers = {"difference": change.value, "low": change.low, "high": change.high, "p": mcnemar(one.right, other.right)}

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spilt.data.batches import pad
 from spilt.data.chat import Encoded
 from spilt.downstream.words import SCHEDULERS, TrainSettings
-from spilt.engine import whole
+from spilt.engine import scopes, whole
 from spilt.engine.train import chunks, epoch_order
 from spilt.errors import NotFinite, UserError
+from spilt.methods.scoring import answer_logprobs, scored_positions
 from spilt.steering.steering import Steering
 
 
@@ -44,14 +46,20 @@ class Learner:
 
 
 class Steered(Learner):
-    """A Steering on a frozen model; every token is steered."""
+    """A Steering on a frozen model, on the tokens of its scope: trained as it is decoded."""
 
     def __init__(self, model: nn.Module, steering: Steering, pad_id: int) -> None:
         self.model, self.steering, self.pad_id = model, steering, pad_id
         self.module = nn.ModuleList([made for _, made in steering])
 
     def score(self, sequences: Sequence[Encoded]) -> Tensor:
-        return whole.score(self.model, self.steering, 1.0, sequences, self.pad_id).total
+        batch, device = pad([*sequences], self.pad_id), next(self.module.parameters()).device
+        ids, mask, answer = (tensor.to(device) for tensor in (batch.input_ids, batch.attention_mask, batch.answer_mask))
+        prompt, length = (
+            torch.tensor(n, device=device) for n in zip(*((s.prompt_length, len(s.input_ids)) for s in sequences), strict=True)
+        )
+        logits = scopes.logits(self.model, self.steering, 1.0, ids, mask, prompt, scored_positions(answer))
+        return answer_logprobs(logits, ids, answer, length).total
 
 
 class Full(Learner):

@@ -25,9 +25,9 @@ Make = Callable[[nn.Module, Variant, int], Steering]
 
 
 def _placed(model: nn.Module, v: Variant, seed: int) -> Steering:
-    how = {} if v.kind == "vector" else {"rank": v.rank, "nonlinearity": v.nonlinearity, "alpha": v.alpha}
     kind = "vector" if v.kind == "vector" else "adapter"
-    return post_block.build(model, layers_of(model, v.layers), v.sites, kind=kind, scope=v.scope, seed=seed, **how)
+    how: dict[str, Any] = {"rank": v.rank, "nonlinearity": v.nonlinearity, "alpha": v.alpha, "scope": v.scope, "seed": seed}
+    return post_block.build(model, layers_of(model, v.layers), v.sites, kind=kind, **how)
 
 
 def _loreft(model: nn.Module, v: Variant, seed: int) -> Steering:

@@ -84,7 +84,12 @@ class Request(NamedTuple):
 
     def train_parts(self, host: Host, data: load.Data) -> dict[str, Any]:
         """What decides what is learned."""
-        parts = {"model": model_hash(host.path), "data": data.hash, "variant": self.variant.as_dict(), "reading": self.reading()}
+        parts: dict[str, Any] = {
+            "model": model_hash(host.path),
+            "data": data.hash,
+            "variant": self.variant.as_dict(),
+            "reading": self.reading(),
+        }
         parts |= {"task": self.source.task.name, "limit": self.limit, "dtype": self.dtype}
         return parts | {"settings": self.settings.as_dict(), "verb": "tasks train"}
 
@@ -255,7 +260,13 @@ def evaluate(request: Request, host: Host, split: str, say: Callable[[str], None
     known = None if request.variant.kind == "base" else manifest.read(artifact(request))
     name = split if multiplier == 1.0 else f"{split}_m{multiplier:g}"
     path = here.results(name)
-    parts = {"verb": "tasks evaluate", "task": task.name, "data": data.hash, "model": model_hash(host.path), "dtype": request.dtype}
+    parts: dict[str, Any] = {
+        "verb": "tasks evaluate",
+        "task": task.name,
+        "data": data.hash,
+        "model": model_hash(host.path),
+        "dtype": request.dtype,
+    }
     parts |= {"learned": known and known["identity"], "reading": request.reading(), "max_new_tokens": task.max_new_tokens}
     parts |= {"multiplier": multiplier, "extract": task.extract}
     if manifest.standing(path, parts) == "done" and not request.force:
@@ -271,9 +282,7 @@ def evaluate(request: Request, host: Host, split: str, say: Callable[[str], None
         raise UserError("--multiplier is a Steering's strength, and full fine-tuning has none")
     steering = learned.steering or variants.nothing(host.model)
     strength = multiplier if learned.steering else 0.0
-    asked = evaluation.Asked(
-        host.model, steering, strength, how, request.variant.scope, encoding.chat.prefix_length, request.engine, request.batch_size
-    )
+    asked = evaluation.Asked(host.model, steering, strength, how, request.variant.scope, request.engine, request.batch_size)
     journal = Journal(here.outputs(name))
     if request.force:
         journal.remove()
@@ -282,12 +291,11 @@ def evaluate(request: Request, host: Host, split: str, say: Callable[[str], None
             put(host.model, learned.weights)
         made = evaluation.answers(asked, prompted.ids, journal, manifest.identity(parts))
     scored = evaluation.score(data.examples, prompted, made, how, extractor(task.extract), host.tokenizer)
-    summary = {
-        **scored.summary, "seen_in_train": seen, "rows_without_answer": data.without_answer,
-        **{name: known["notes"][name] if known else 0 for name in ("parameters", "share")},
-        "decoder": "fast" if not asked.why_plain else f"plain: {asked.why_plain}",
-        "task": task.name, "split": split, "model": request.model, "variant": request.variant.plain().name, "run": here.folder.name, "multiplier": multiplier, "max_new_tokens": task.max_new_tokens,
-    }  # fmt: skip
+    summary = {**scored.summary, "seen_in_train": seen, "rows_without_answer": data.without_answer}
+    summary |= {name: known["notes"][name] if known else 0 for name in ("parameters", "share")}
+    summary |= {"task": task.name, "split": split, "model": request.model, "variant": request.variant.plain().name, "run": here.folder.name}
+    summary |= {"multiplier": multiplier, "max_new_tokens": task.max_new_tokens}
+    summary |= {"decoder": "fast" if not asked.why_plain else f"plain: {asked.why_plain}"}
     manifest.write(path, scored.lines(), parts, summary)
     _keep(here, name, summary)
     journal.close()
