@@ -112,3 +112,16 @@ def write_world(base: Path, seed: int = 0, **sizes: int) -> Path:
     for name, shift in (("old", 0), ("new", 1)):
         write_task(base / name, shift, **sizes)
     return base
+
+
+def pretrained_shape(seed: int = 0) -> Any:
+    """The model before it has learned anything."""
+    return build(seed).eval().requires_grad_(False)
+
+
+def write_untrained(base: Path, seed: int = 0) -> Path:
+    """As `write_world`, with a model that has learned nothing, and no data: made at once."""
+    folder = base / "models" / "tiny"
+    pretrained_shape(seed).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return base
