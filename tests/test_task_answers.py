@@ -152,10 +152,17 @@ ROWS: dict[str, tuple[dict[str, Any], str, Any]] = {
 
 
 SHOWN = {
-    "BoolQ": ("Passage: It is.", "Question: is it"), "Winogrande": ("The _ ran.", "Option1: dog\nOption2: cup"), "GSM8K": ("How many?",),
-    "ListOps": ("Expression:\n[MAX 1 2 ]", "<answer>...</answer>"), "ARC_Challenge": ("Which?", "(A) air\n(B) sea"), "AQuA": ("A)21\nB)22",),
-    "MAWPS": ("x?",), "SVAMP": ("A has 2. x?",), "ASDiv": ("A. x?",), "MNLI": ("Premise: A.\nHypothesis: B.",),
-}  # fmt: skip
+    "BoolQ": ("Passage: It is.", "Question: is it"),
+    "Winogrande": ("The _ ran.", "Option1: dog\nOption2: cup"),
+    "GSM8K": ("How many?",),
+    "ListOps": ("Expression:\n[MAX 1 2 ]", "<answer>...</answer>"),
+    "ARC_Challenge": ("Which?", "(A) air\n(B) sea"),
+    "AQuA": ("A)21\nB)22",),
+    "MAWPS": ("x?",),
+    "SVAMP": ("A has 2. x?",),
+    "ASDiv": ("A. x?",),
+    "MNLI": ("Premise: A.\nHypothesis: B.",),
+}
 
 
 @pytest.mark.parametrize("name", rows.TASKS)
