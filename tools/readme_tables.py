@@ -13,6 +13,8 @@ sys.path.insert(0, str(ROOT))
 from spilt.behaviour.files import JUDGES  # noqa: E402
 from spilt.cell import FORMS  # noqa: E402
 from spilt.cli import first_words, parser  # noqa: E402
+from spilt.downstream.rows import TASKS, Part  # noqa: E402
+from spilt.downstream.words import KINDS  # noqa: E402
 from spilt.export import FORMATS  # noqa: E402
 from spilt.methods import METHODS  # noqa: E402
 from spilt.steering.anatomy import COMPONENTS, FAMILIES  # noqa: E402
@@ -69,8 +71,29 @@ def judges() -> str:
     return "\n".join(["| `judge` | an answer shows the behaviour where |", "|---|---|", *rows])
 
 
+def tasks() -> str:
+    """One row per task."""
+
+    def part(one: Part) -> str:
+        return one.official if (one.start, one.end) == (0, 1) else f"{one.official} {100 * one.start:g}-{100 * one.end:g}%"
+
+    head = "| `--dataset-name` | at the hub | train | validation | test | an answer is | `--max-length` | `--max-new-tokens` | `--epochs` |"
+    rows = [head, "|---|---|---|---|---|---|---|---|---|"]
+    for row in TASKS.values():
+        source = f"`{row.source}`" if row.source else "made here"
+        cells = [f"`{row.name}`", source, *(part(one) for one in row.splits.values()), f"`{row.extract}`"]
+        rows.append("| " + " | ".join([*cells, str(row.max_length), str(row.max_new_tokens), str(row.epochs)]) + " |")
+    return "\n".join(rows)
+
+
+def variants() -> str:
+    """One row per kind of what is learned on a task."""
+    return "\n".join(["| `--variant` | what is learned |", "|---|---|", *(f"| `{name}` | {kind.says} |" for name, kind in KINDS.items())])
+
+
 TABLES = {
     "arguments": arguments, "words": words, "methods": methods, "forms": forms, "families": families, "formats": formats, "judges": judges,
+    "tasks": tasks, "variants": variants,
 }  # fmt: skip
 
 
