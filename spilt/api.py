@@ -37,7 +37,7 @@ from spilt.settings import FitSettings
 from spilt.settings.fields import DTYPE_ALIASES, DTYPES, STRONGEST, GenerationParams, intervention_name, method_name
 from spilt.settings.keys import KEY_ALIASES
 from spilt.settings.values import SCOPES
-from spilt.steering import inplace
+from spilt.steering import inplace, original
 from spilt.steering.interventions import INTERVENTIONS, Multiplier
 from spilt.steering.steering import SCOPE, Steering, base_model
 from spilt.tasks.context import check_context, texts_at_once
@@ -108,6 +108,16 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Steering:
     with frozen(model):
         found = adapters.read(model, folder)
     return Steering(found, {**found.about, "base_model": _base_model(model)})
+
+
+def read_post_block(
+    model: nn.Module, path: str | Path, *, nonlinearity: str | None = None, scope: str | None = None, alpha: float = 1.0
+) -> Steering:
+    """A checkpoint of the public post-block code (pytorch_model.bin, adapter_steerer.pt) as a Steering. It says neither its activation
+    (silu, relu, gelu, tanh, linear) nor its scope (all, last), so both are asked for: UserError.
+    """
+    with frozen(model):
+        return original.read(Path(path), model, nonlinearity=nonlinearity, scope=scope, alpha=alpha)
 
 
 def fit(

@@ -10,6 +10,7 @@ from refusal import message
 
 from spilt.data import Encoded
 from spilt.data.batches import by_length, pad, position_mask
+from spilt.settings.values import STEERED
 
 
 @st.composite

@@ -19,7 +19,10 @@ from spilt.export import FORMATS  # noqa: E402
 from spilt.methods import METHODS  # noqa: E402
 from spilt.steering.anatomy import COMPONENTS, FAMILIES  # noqa: E402
 
-EQUATIONS = {"vector": "m v", "lora": "m (x A) B", "local_weight": "m (x dW + db)", "ablation": r"-m (h . r) r, \|r\| = 1"}
+EQUATIONS = {
+    "vector": "m v", "lora": "m (x A) B", "local_weight": "m (x dW + db)", "ablation": r"-m (h . r) r, \|r\| = 1",
+    "post_block": "m alpha U act(D h)",
+}  # fmt: skip
 
 
 def arguments() -> str:

@@ -362,6 +362,8 @@ class PostBlock(Intervention):
         super().__init__(None, write_point, dropout)
         if nonlinearity not in ACTIVATIONS:
             raise unknown("nonlinearity", str(nonlinearity)[:60], ACTIVATIONS)
+        if not math.isfinite(alpha):
+            raise UserError(f"a post-block adapter with alpha {alpha}: wanted a finite number")
         self.rank, self.alpha, self.nonlinearity = rank, alpha, nonlinearity
         self.down = nn.Parameter(SMALL * nn.init.kaiming_uniform_(torch.empty(rank, hidden, dtype=torch.float32), a=math.sqrt(5)))
         self.up = nn.Parameter(torch.zeros(hidden, rank, dtype=torch.float32))
@@ -401,7 +403,7 @@ class PostBlock(Intervention):
         if missing := [name for name in cls.named if state.get(name) is None]:
             raise UserError(
                 f"a post-block adapter without its {' and '.join(missing)}: its tensors do not tell how they are used; where it is known, "
-                "`spilt.steering.original.read` takes it as an argument"
+                "`spilt.read_post_block` takes it as an argument"
             )
         site, own = kwargs.get("write_point", "block"), str(state.get("site") or "")[:60]
         if own not in ("", site):

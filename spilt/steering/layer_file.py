@@ -257,6 +257,8 @@ def described(stored: Any, path: Path) -> str:
         return "a dict with lora_A and lora_B: --intervention_method lora"
     if {"weight", "bias"} <= stored.keys() and getattr(stored["weight"], "ndim", 0) == 2:
         return "a dict with weight and bias: --intervention_method local_weight"
+    if any(re.search(r"\blayer\d{1,5}_(block|attn|mlp)\b", name) for name in names):
+        return "adapters of the public post-block code, which say neither activation nor scope: spilt.read_post_block takes both"
     if any(re.search(r"\blora_(A|B|embedding)", name) for name in names):
         return f"the adapter of another library, PEFT ({shown}), which changes many modules; fit one here: --intervention_method lora"
     if all(isinstance(value, torch.Tensor) for value in stored.values()) and names:
