@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/tasks.py
     python benchmarks/tasks.py --device cuda --dtype bfloat16 --hidden 2048 --layers 16
 
-A Llama with random weights. The sides run in turns in one process and the medians are compared; on a GPU seconds are wall seconds. Training:
+A Llama with random weights. The sides run in turns in one process, medians are compared; on a GPU seconds are wall seconds. Training:
 one forward and backward of a batch, 16 of its 128 tokens supervised. Decoding: greedy, prompts read included, no end token.
 """
 
