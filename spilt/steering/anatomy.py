@@ -292,6 +292,11 @@ def _linear(at: nn.Module, path: str) -> nn.Module:
     return found[path]
 
 
+def linears(model: nn.Module, layer: int) -> list[str]:
+    """Paths of the linear maps inside block `layer`: those that have a width in and one out."""
+    return [name for name, module in block(model, layer).named_modules() if all(_widths(module))]
+
+
 def down_proj(model: nn.Module, layer: int) -> nn.Module:
     """The MLP's output projection of block `layer`."""
     return read_point(model, layer, "mlp_mid")
