@@ -21,7 +21,7 @@ from spilt.downstream import load, training, variants, work
 from spilt.downstream.encode import Encoding
 from spilt.downstream.loreft import LoReFT
 from spilt.downstream.rows import Example
-from spilt.downstream.words import KINDS, TrainSettings, Variant
+from spilt.downstream.words import KINDS, PROJECTIONS, TrainSettings, Variant
 from spilt.engine import scopes, whole
 from spilt.errors import NotFinite, UserError
 from spilt.model.host import Host
@@ -171,6 +171,7 @@ def test_each_kind_begins_at_the_base_model_and_counts_its_parameters(kind: str)
         "vector": layers * hidden,
         "loreft": layers * (2 * hidden * rank + rank),
         "lora": sum(rank * (module.in_features + module.out_features) for module in linears),
+        "joint": 2 * layers * hidden * rank + sum(8 * (module.in_features + module.out_features) for module in linears),
     }[kind]
     assert sum(parameter.numel() for parameter in steering.parameters()) == count
     again, other = variants.make(net, Variant(kind, rank=rank), 0), variants.make(net, Variant(kind, rank=rank), 1)
@@ -215,14 +216,25 @@ def test_a_scope_is_trained_as_it_is_decoded(scope: str) -> None:
         assert int(scores.argmax()) == new[4]
 
 
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_joint_training_keeps_the_adapters_off_the_lora(projection: str) -> None:
+    """The overlap is in the log: 0 of what is projected after every step, and not of the rest."""
+    net, v = model(), Variant("joint", rank=2, lora_rank=3, projection=projection)
+    learner = training.Joint(net, moved(variants.make(net, v, 0)), 0, projection)
+    log = training.train(learner, encoded(), TrainSettings(lr=1e-2, bs=4, warmup_ratio=0.0))
+    for row in log:
+        assert {"input": row["overlap_read"], "output": row["overlap_write"]}.get(projection, 0.0) <= 1e-5
+        assert (row["overlap_read"] > 1e-2) == (projection != "input") and (row["overlap_write"] > 1e-2) == (projection != "output")
+
+
 def test_variants_that_differ_have_names_that_differ() -> None:
     every = [
         Variant(kind, rank, act, sites, layers, scope)
         for kind in LEARNED for rank in (1, 8) for act in ("silu", "linear") for sites in (("block",), ("mlp", "attn"))
-        for layers in (None, (0, 2)) for scope in (("all",) if kind == "lora" else ("all", "last"))
+        for layers in (None, (0, 2)) for scope in (("all",) if kind in ("lora", "joint") else ("all", "last"))
     ]  # fmt: skip
     plain = {variant.plain() for variant in every}
-    assert len({variant.name for variant in plain}) == len(plain) == 32 + 8 + 16 + 4
+    assert len({variant.name for variant in plain}) == len(plain) == 32 + 8 + 16 + 4 + 8
     for words, match in (
         ({"kind": "lra"}, "did you mean 'lora'"),
         ({"rank": 0}, "adapter-rank 0"),

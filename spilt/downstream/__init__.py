@@ -20,7 +20,7 @@ from spilt import __version__
 from spilt.cell import NONLINEARITIES
 from spilt.downstream.answers import EXTRACTORS
 from spilt.downstream.rows import ALIASES, SPLITS, TASKS
-from spilt.downstream.words import KINDS, LINEAR, SCHEDULERS, SUBMODULES, TrainSettings, Variant
+from spilt.downstream.words import KINDS, LINEAR, OVERLONG, PARTS, PROJECTIONS, SCHEDULERS, SUBMODULES, TrainSettings, Variant
 from spilt.engine.choice import ENGINES, FAST
 from spilt.errors import NotFinite, UserError
 from spilt.settings.fields import DTYPES, WRITE_POINTS
@@ -30,7 +30,6 @@ from spilt.terminal import complain, program, say
 if TYPE_CHECKING:
     from spilt.downstream.work import Request
 
-OVERLONG = ("truncate", "drop")
 FORMATS = ("markdown", "csv", "latex")
 
 
@@ -52,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--test-only", action="store_true", help="with --do-eval: on test alone")
     train.add_argument("--checkpoint-seconds", type=float, default=60.0, metavar="S", help="the state is kept after this long (default 60)")
     evaluate.add_argument("--split", nargs="+", choices=SPLITS, default=["test"], help="default: test")
+    evaluate.add_argument("--part", choices=PARTS, default=PARTS[0], help="of joint: which of the two acts (default all)")
     evaluate.add_argument("--multiplier", type=float, default=1.0, metavar="M", help="strength of a Steering (default 1, as trained)")
     table.add_argument("--base_dir", "--base-dir", default=".", type=Path)
     table.add_argument("--dataset-name", nargs="+", default=[], metavar="NAME", help="default: all tasks")
@@ -72,6 +72,8 @@ def _shared(one: argparse.ArgumentParser) -> None:
     add("--listops", default="", metavar="KEY=VALUE,...", help="operators=MIN+MAX,depth=,fewest=,most=,train=,test=,seed=")
     add("--base_dir", "--base-dir", default=".", type=Path)
     add("--variant", nargs="+", choices=KINDS, help="; ".join(f"{name}: {kind.says}" for name, kind in KINDS.items()).replace("%", "%%"))
+    add("--lora-rank", type=int, default=Variant.lora_rank, metavar="R", help=f"of joint (default {Variant.lora_rank})")
+    add("--projection", choices=PROJECTIONS, help=f"of joint: what of an adapter is off the LoRA's subspace (default {Variant.projection})")
     add("--no-adapter", action="store_true", help="--variant vector")
     add("--adapter-rank", nargs="+", type=int, default=[Variant.rank], metavar="R", help=f"default {Variant.rank}; several: a sweep")
     add("--linear", action="store_true", help="--nonlinearity linear")
@@ -124,6 +126,8 @@ def variants_of(args: argparse.Namespace) -> list[Variant]:
         "scope": "last" if args.intervene_last else args.scope,
         "layers": tuple(sorted(args.layers)) if args.layers else None,
         "alpha": args.alpha,
+        "lora_rank": args.lora_rank,
+        "projection": args.projection,
     }
     words = {name: value for name, value in said.items() if value is not None}
     found = []
@@ -150,12 +154,13 @@ def requests(args: argparse.Namespace) -> Iterator[Request]:
     done = set()
     for variant, seed in product(variants_of(args), args.seed):
         settings = TrainSettings(
-            args.lr, args.warmup_ratio, args.weight_decay, args.epochs or source.task.epochs if args.epochs is None else args.epochs,
+            args.lr, args.warmup_ratio, args.weight_decay, source.task.epochs if args.epochs is None else args.epochs,
             args.bs, args.grad_accum, args.scheduler, seed=seed,
         )  # fmt: skip
         made = Request(
             source, model, variant, settings, args.base_dir, args.dtype, not args.no_chat_template, args.system_prompt, args.overlong,
             args.limit, args.limit_eval, args.engine, args.batch_size, getattr(args, "checkpoint_seconds", 60.0), args.force,
+            getattr(args, "part", PARTS[0]),
         )  # fmt: skip
         if made.place not in done:
             done.add(made.place)

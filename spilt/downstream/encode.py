@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 from spilt.data.chat import Chat, Encoded
 from spilt.downstream.rows import Example
+from spilt.downstream.words import OVERLONG
 from spilt.errors import UserError, unknown
-
-OVERLONG = ("truncate", "drop")
 
 
 class Prompted(NamedTuple):

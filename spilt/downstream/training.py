@@ -21,6 +21,7 @@ from spilt.engine import scopes, whole
 from spilt.engine.train import chunks, epoch_order
 from spilt.errors import NotFinite, UserError
 from spilt.methods.scoring import answer_logprobs, scored_positions
+from spilt.steering import joint
 from spilt.steering.steering import Steering
 
 
@@ -33,11 +34,11 @@ class Learner:
         """log p of each sequence's completion, summed over its tokens [B], with its graph."""
         raise NotImplementedError(f"{type(self).__name__} does not say how completions are scored")
 
-    def after_gradient(self, step: int) -> dict[str, float]:
-        """Before the optimizer's step: a place for projections. Returns what the log is told."""
-        return {}
+    def after_gradient(self) -> None:
+        """Before the gradient's norm is clipped: a place for projections."""
 
-    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    def after_step(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """After the optimizer's step, too. Returns what the log is told."""
         return {}
 
     def ready(self) -> AbstractContextManager[None]:
@@ -60,6 +61,22 @@ class Steered(Learner):
         )
         logits = scopes.logits(self.model, self.steering, 1.0, ids, mask, prompt, scored_positions(answer))
         return answer_logprobs(logits, ids, answer, length).total
+
+
+class Joint(Steered):
+    """LoRA and adapters together, the adapters kept off what the LoRA writes; the log is told how much they overlap."""
+
+    def __init__(self, model: nn.Module, steering: Steering, pad_id: int, projection: str) -> None:
+        super().__init__(model, steering, pad_id)
+        self.apart = joint.Apart(model, steering, projection)
+
+    def after_gradient(self) -> None:
+        self.apart.gradients()
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        self.apart.parameters(optimizer)
+        found = self.apart.overlaps().values()
+        return {f"overlap_{name}": sum(getattr(one, name) for one in found) / len(found) for name in ("read", "write")} if found else {}
 
 
 class Full(Learner):
@@ -148,7 +165,7 @@ def train(
             order = epoch_order(len(sequences), s.seed, epoch)
             window = [sequences[i] for i in chunks(order, s.bs * s.grad_accum)[place]]
             loss = accumulate(learner, chunks(window, s.bs))
-            more = learner.after_gradient(step)
+            learner.after_gradient()
             norm = nn.utils.clip_grad_norm_(parameters, s.max_grad_norm).item()
             if not math.isfinite(norm):
                 raise NotFinite(f"the gradient is {norm} at step {step} (loss {loss}); lower --lr, or another --dtype (bfloat16, float32)")
@@ -156,7 +173,7 @@ def train(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            more |= learner.after_step(step, optimizer)
+            more = learner.after_step(optimizer)
             log.append({"epoch": epoch, "step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": supervised(window), **more})
             if progress is not None:
                 progress(step + 1, steps, loss)

@@ -5,7 +5,6 @@ All of its layers are trained jointly, from what changes nothing (LoReFT, h + R^
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,13 +12,11 @@ import torch
 from torch import nn
 
 from spilt.downstream.loreft import LoReFT
-from spilt.downstream.words import KINDS, Variant
+from spilt.downstream.words import KINDS, PARTS, PROJECTIONS, Variant
 from spilt.errors import UserError
-from spilt.steering import anatomy, post_block
-from spilt.steering.folding import DOWN
-from spilt.steering.interventions import Intervention, LoRA
+from spilt.steering import anatomy, joint, post_block
+from spilt.steering.interventions import Intervention
 from spilt.steering.steering import SCOPE, Site, Steering
-from spilt.weights import adapters
 
 Make = Callable[[nn.Module, Variant, int], Steering]
 
@@ -40,20 +37,24 @@ def _loreft(model: nn.Module, v: Variant, seed: int) -> Steering:
 
 
 def _lora(model: nn.Module, v: Variant, seed: int) -> Steering:
-    """x W + x A B at every linear map of the blocks: scale 1 (alpha = r), A uniform in +-1/sqrt(F) as in peft, B zero."""
-    made, parts = [], anatomy.of(model).parts
-    for layer, path in adapters.maps(model, layers_of(model, v.layers)):
-        read, write = DOWN if path == parts[layer].mlp_mid else (path, path)
-        width = anatomy.read_width(model, layer, read)
-        one = LoRA(anatomy.write_width(model, layer, write), width, read_point=read, write_point=write, rank=v.rank, alpha=v.rank)
-        nn.init.uniform_(one.lora_A, -1 / math.sqrt(width), 1 / math.sqrt(width))
-        made.append((Site(layer, read, write), one.to(anatomy.device_of(model, layer))))
-    return Steering(made)
+    return joint.lora(model, layers_of(model, v.layers), rank=v.rank, seed=seed)
+
+
+def _joint(model: nn.Module, v: Variant, seed: int) -> Steering:
+    return joint.both(joint.lora(model, layers_of(model, v.layers), rank=v.lora_rank, seed=seed), _placed(model, v, seed))
 
 
 # fresh, to be trained; what is no Steering has none
-MAKERS: dict[str, Make | None] = {"post_block": _placed, "vector": _placed, "loreft": _loreft, "lora": _lora, "full": None, "base": None}
-assert list(MAKERS) == list(KINDS)
+MAKERS: dict[str, Make | None] = {
+    "post_block": _placed,
+    "vector": _placed,
+    "loreft": _loreft,
+    "lora": _lora,
+    "joint": _joint,
+    "full": None,
+    "base": None,
+}
+assert list(MAKERS) == list(KINDS) and joint.PROJECTIONS == PROJECTIONS and tuple(joint.MODES) == PARTS
 
 
 def layers_of(model: nn.Module, layers: Sequence[int] | None) -> tuple[int, ...]:

@@ -26,9 +26,16 @@ KINDS: Mapping[str, Kind] = {
     "vector": Kind("h + v, the same for every token", _PLACED),
     "loreft": Kind("h + R^T (W h + b - R h), R orthonormal (arXiv 2404.03592)", (*_PLACED, "rank")),
     "lora": Kind("x W + x A B at every linear map (arXiv 2106.09685)", ("layers", "rank")),
+    "joint": Kind(
+        "lora and post_block together, the adapters off what the LoRA writes",
+        ("layers", "rank", "nonlinearity", "alpha", "lora_rank", "projection"),
+    ),
     "full": Kind("all weights of the model"),
     "base": Kind("nothing: the model as it is"),
 }
+PROJECTIONS = ("none", "input", "output")  # of joint: what an adapter does not read (the public code), does not write (the paper)
+PARTS = ("all", "lora_only", "adapter_only")  # of joint, when it is evaluated
+OVERLONG = ("truncate", "drop")  # a prompt that is too long loses its beginning, or its row is left out
 LINEAR = "linear"  # the nonlinearity that is none
 SUBMODULES = ("mlp", "attn")  # of --submodules: one at each
 
@@ -44,6 +51,8 @@ class Variant:
     layers: tuple[int, ...] | None = None
     scope: str = "all"
     alpha: float = 1.0
+    lora_rank: int = 8
+    projection: str = "output"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -55,12 +64,15 @@ class Variant:
                 raise unknown("site", site, WRITE_POINTS)
         if self.scope not in SCOPES:
             raise unknown("scope", self.scope, SCOPES)
-        if self.rank < 1:
-            raise UserError(f"--adapter-rank {self.rank}: wanted 1 or more")
+        if self.projection not in PROJECTIONS:
+            raise unknown("projection", self.projection, PROJECTIONS)
+        for flag, rank in (("adapter", self.rank), ("lora", self.lora_rank)):
+            if rank < 1:
+                raise UserError(f"--{flag}-rank {rank}: wanted 1 or more")
         if self.kind in ("base", "full") and (self.layers is not None or self.scope != "all"):
             raise UserError(f"--variant {self.kind} acts everywhere: --layers and scopes are of the others")
-        if self.kind == "lora" and self.scope != "all":
-            raise UserError("--variant lora changes weights, which act on every token: leave the scope out")
+        if self.kind in ("lora", "joint") and self.scope != "all":
+            raise UserError(f"--variant {self.kind} changes weights, which act on every token: leave the scope out")
 
     @property
     def name(self) -> str:
@@ -68,14 +80,12 @@ class Variant:
         words = [self.kind]
         if self.kind in ("base", "full"):
             return self.kind
-        if self.kind != "lora":
-            words.append("+".join(self.sites))
-        if self.kind == "post_block":
-            words.append(self.nonlinearity)
-        if self.kind != "vector":
-            words.append(f"r{self.rank}")
-        if self.kind == "post_block" and self.alpha != 1.0:
-            words.append(f"alpha{self.alpha:g}")
+        own = KINDS[self.kind].words
+        words += ["+".join(self.sites)] if "sites" in own else []
+        words += [self.nonlinearity] if "nonlinearity" in own else []
+        words += [f"r{self.rank}"] if "rank" in own else []
+        words += [f"lora{self.lora_rank}", self.projection] if "projection" in own else []
+        words += [f"alpha{self.alpha:g}"] if "alpha" in own and self.alpha != 1.0 else []
         if self.layers is not None:
             words.append(f"layers{'+'.join(map(str, self.layers))}")
         return "_".join([*words, *([] if self.scope == "all" else [self.scope])])

@@ -22,17 +22,18 @@ from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write, atomic_write_all
 from spilt.artifacts.journal import Journal
 from spilt.data.chat import Encoded
-from spilt.downstream import encode, evaluation, load, training, variants
+from spilt.downstream import evaluation, load, training, variants
 from spilt.downstream.answers import extractor
 from spilt.downstream.encode import Encoding
 from spilt.downstream.places import Place, place
 from spilt.downstream.rows import SPLITS
-from spilt.downstream.words import TrainSettings, Variant
+from spilt.downstream.words import KINDS, OVERLONG, PARTS, TrainSettings, Variant
 from spilt.engine import choice, sampling
 from spilt.engine.train import check_usable
 from spilt.errors import UserError, first_line
 from spilt.model.host import Host
 from spilt.model.identity import model_hash
+from spilt.steering import joint
 from spilt.steering.steering import SCOPE, Steering, base_model
 from spilt.tasks.context import check_context
 from spilt.tasks.fit import _resume, sealed
@@ -51,13 +52,14 @@ class Request(NamedTuple):
     dtype: str = "float32"
     use_chat_template: bool = True
     system_prompt: str = ""
-    overlong: str = encode.OVERLONG[0]
+    overlong: str = OVERLONG[0]
     limit: int | None = None
     limit_eval: int | None = None
     engine: str = choice.FAST
     batch_size: int | None = None
     checkpoint_seconds: float = 60.0
     force: bool = False
+    part: str = PARTS[0]  # of joint: what of it acts when it is evaluated
 
     @property
     def place(self) -> Place:
@@ -170,7 +172,10 @@ def artifact(request: Request) -> Path:
 def learner_of(request: Request, host: Host) -> training.Learner:
     if request.variant.kind == "full":
         return training.Full(host.model, host.pad_id)
-    return training.Steered(host.model, variants.make(host.model, request.variant, request.settings.seed), host.pad_id)
+    steering = variants.make(host.model, request.variant, request.settings.seed)
+    if request.variant.kind == "joint":
+        return training.Joint(host.model, steering, host.pad_id, request.variant.projection)
+    return training.Steered(host.model, steering, host.pad_id)
 
 
 def _store(
@@ -245,8 +250,8 @@ def refuse_other(v: Variant, steering: Steering, path: str) -> None:
     wanted = json.loads(json.dumps(v.as_dict()))
     if other := manifest.differences(said, wanted):
         raise UserError(f"{path}: was trained with {other}; evaluate it as what it is")
-    options = {made.options().get("nonlinearity") for _, made in steering}
-    if v.kind == "post_block" and options != {v.nonlinearity}:
+    options = {made.options().get("nonlinearity") for _, made in steering if made.form == "post_block"}
+    if "nonlinearity" in KINDS[v.kind].words and options != {v.nonlinearity}:
         raise UserError(f"{path}: holds adapters that are {', '.join(map(str, options))}, not {v.nonlinearity}: the file was changed")
 
 
@@ -258,7 +263,9 @@ def evaluate(request: Request, host: Host, split: str, say: Callable[[str], None
     seen = load.seen_in(train_data, data)
     data = cut(data, request.limit_eval)
     known = None if request.variant.kind == "base" else manifest.read(artifact(request))
-    name = split if multiplier == 1.0 else f"{split}_m{multiplier:g}"
+    if request.part != PARTS[0] and request.variant.kind != "joint":
+        raise UserError(f"--part {request.part} is of --variant joint, which has two")
+    name = split + ("" if multiplier == 1.0 else f"_m{multiplier:g}") + ("" if request.part == PARTS[0] else f"_{request.part}")
     path = here.results(name)
     parts: dict[str, Any] = {
         "verb": "tasks evaluate",
@@ -268,7 +275,7 @@ def evaluate(request: Request, host: Host, split: str, say: Callable[[str], None
         "dtype": request.dtype,
     }
     parts |= {"learned": known and known["identity"], "reading": request.reading(), "max_new_tokens": task.max_new_tokens}
-    parts |= {"multiplier": multiplier, "extract": task.extract}
+    parts |= {"multiplier": multiplier, "extract": task.extract, "part": request.part}
     if manifest.standing(path, parts) == "done" and not request.force:
         stored = dict((manifest.read(path) or {})["notes"])
         _keep(here, name, stored)
@@ -280,7 +287,8 @@ def evaluate(request: Request, host: Host, split: str, say: Callable[[str], None
     how = evaluation.greedy(task.max_new_tokens, base.eos, base.pad, base.processors)
     if learned.weights is not None and multiplier != 1.0:
         raise UserError("--multiplier is a Steering's strength, and full fine-tuning has none")
-    steering = learned.steering or variants.nothing(host.model)
+    steering = joint.part(learned.steering, request.part) if learned.steering and request.part != PARTS[0] else learned.steering
+    steering = steering or variants.nothing(host.model)
     strength = multiplier if learned.steering else 0.0
     asked = evaluation.Asked(host.model, steering, strength, how, request.variant.scope, request.engine, request.batch_size)
     journal = Journal(here.outputs(name))
