@@ -157,13 +157,17 @@ def test_the_relabelled_listops(seed: int, tmp_path: Path) -> None:
     assert cli.main(words(base, "evaluate", "--variant", "base")) == 0
     fitted = words(base, "train", *fits, "--do-eval", "--test-only")
     assert cli.main([*fitted, "--variant", "post_block", "vector", "--adapter-rank", "8", "1"]) == 0
-    assert cli.main([*fitted, "--linear"]) == 0
+    if seed == 0:
+        assert cli.main([*fitted, "--linear"]) == 0
     places = [place for place in runs(base) if place.folder.parents[2].name == "new"]
     found = {place.folder.parent.name: work.summaries(place)["test"] for place in places}
     print(seed, {name: one["accuracy"] for name, one in found.items()})
     assert [name for name, one in found.items() if not BOUNDS[name](one["accuracy"])] == []
-    assert found.keys() == BOUNDS.keys() and all(one["seen_in_train"] == 0 and one["no_answer"] == 0 for one in found.values())
+    assert found.keys() == BOUNDS.keys() - ({"post_block_block_linear_r8"} if seed else set())
+    assert all(one["seen_in_train"] == 0 and one["no_answer"] == 0 for one in found.values())
     assert found["post_block_block_silu_r8"]["accuracy"] - found["vector_block"]["accuracy"] >= 0.6
+    if seed:
+        return
     # off: the base model to the bit, and its old task
     host = hosts.load(base / "models" / "tiny", "float32", "cpu", "")
     source = load.source("old", str(base / "old"), extract="tag", max_new_tokens=6, max_length=64)
