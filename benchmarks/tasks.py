@@ -80,20 +80,29 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("hidden", 512), ("layers", 12), ("repeats", 5)):
         options.add_argument(f"--{name}", type=int, default=value)
+    options.add_argument("--what", nargs="+", choices=("training", "decoding"), default=("training", "decoding"))
+    options.add_argument("--batch", nargs="+", type=int, default=(1, 32))
     options.add_argument("--device", default="cpu")
     options.add_argument("--dtype", default="float32")
     chosen = options.parse_args()
-    found = medians(learners(chosen), chosen.repeats, chosen.device)
-    print("| training | tokens/s | beside peft's LoRA |\n|---|---|---|")
-    for name, seconds in found.items():
-        print(f"| {name} | {ROWS * LENGTH / seconds:.0f} | {found['lora, peft'] / seconds:.2f} |")
+    if "training" in chosen.what:
+        found = medians(learners(chosen), chosen.repeats, chosen.device)
+        print("| training | tokens/s | beside peft's LoRA |\n|---|---|---|")
+        for name, seconds in found.items():
+            print(f"| {name} | {ROWS * LENGTH / seconds:.0f} | {found['lora, peft'] / seconds:.2f} |")
+    if "decoding" in chosen.what:
+        decoding(chosen)
+
+
+def decoding(chosen: argparse.Namespace) -> None:
+    """A table of new tokens per second, prompts of 64 tokens."""
     model = build(chosen)
     steering = variants.make(model, Variant(), 0)
     with torch.no_grad():
         for parameter in steering.parameters():
             parameter.normal_(0, 0.01)
     print("\n| decoding, batch | unsteered tokens/s | every block steered | share |\n|---|---|---|---|")
-    for batch in (1, 32):
+    for batch in chosen.batch:
         prompts = [tuple(torch.randint(3, 8000, (64,), generator=torch.Generator().manual_seed(i)).tolist()) for i in range(batch)]
 
         def side(m: float, prompts: list[tuple[int, ...]] = prompts) -> Callable[[], object]:
