@@ -28,7 +28,7 @@ from spilt.data.sources import Record
 from spilt.engine import activations, choice, sampling, scopes, score, whole
 from spilt.engine import decode as generation
 from spilt.engine import train as training
-from spilt.engine.divergence import along_path
+from spilt.engine.divergence import along_path, rests_at_0, while_decoding
 from spilt.errors import NotFinite, UserError, unknown
 from spilt.methods import METHODS
 from spilt.model import host
@@ -357,12 +357,16 @@ def generate(
     return pd.DataFrame(out, columns=["prompt", "multiplier", "response", "text"])
 
 
+def _fits(model: nn.Module, prompts: Sequence[Sequence[int]], new: int) -> None:
+    check_context(model, "generate, prompts", [*enumerate(map(len, prompts))], "shorten them or lower max_new_tokens", new)
+
+
 def new_tokens(
     model: nn.Module, steering: Steering, rows: Sequence[generation.Row], how: sampling.Decoding, engine: str, batch_size: int | None
 ) -> dict[int, list[int]]:
     """Row number -> new token ids, by the engine that runs it."""
     prompts = list(dict.fromkeys(row.prompt for row in rows))
-    check_context(model, "generate, prompts", [*enumerate(map(len, prompts))], "shorten them or lower max_new_tokens", how.max_new_tokens)
+    _fits(model, prompts, how.max_new_tokens)
     with frozen(model):
         at_once = texts_at_once(model, batch_size, prompts, how.max_new_tokens).texts
         if steering.scope != "all":
@@ -396,13 +400,42 @@ def divergence(
         raise UserError("there are no prompts; give at least one")
     how = sampling.decoding({"do_sample": False, "max_new_tokens": _whole("max_new_tokens", max_new_tokens, 1)}, model, tokenizer)
     out = []
-    for m in _strengths(multipliers):
-        made = new_tokens(model, placed, [generation.Row(prompt, m, "") for prompt in ids], how, engine, batch_size)
-        told = [Encoded((*prompt, *made[i]), len(prompt), 0) for i, prompt in enumerate(ids)]
-        with frozen(model):
-            kl = torch.cat([*along_path(model, placed, m, told, host.pad_id(tokenizer))]).numpy()
+    strengths = _strengths(multipliers)
+    rows = [generation.Row(prompt, m, "") for m in strengths for prompt in ids]
+    nats = _nats(model, placed, rows, how, host.pad_id(tokenizer), engine, batch_size)
+    for k, m in enumerate(strengths):
+        kl = torch.cat(nats[k * len(ids) : (k + 1) * len(ids)]).numpy()
         out.append((m, len(kl), float(kl.mean()), float(np.quantile(kl, WORST)), float(kl.max())))
     return pd.DataFrame(out, columns=["multiplier", "tokens", "kl_mean", "kl_p95", "kl_max"])
+
+
+def _nats(
+    model: nn.Module,
+    steering: Steering,
+    rows: Sequence[generation.Row],
+    how: sampling.Decoding,
+    pad: int,
+    engine: str,
+    batch_size: int | None,
+) -> list[torch.Tensor]:
+    """KL at each token of each row's greedy answer: while it is decoded, or read again afterwards where that cannot be done."""
+    prompts = list(dict.fromkeys(row.prompt for row in rows))
+    _fits(model, prompts, how.max_new_tokens)
+    with frozen(model):
+        plain = choice.why_plain(steering.places, "generate", family=_family(model), engine=engine, positions=steering.scope)
+        beside = not plain and rests_at_0(model, steering, Encoded(prompts[0], len(prompts[0]), 0), pad)
+        # at 0 the answer is read twice in the same way, so that the KL is 0 to the bit
+        fast = [i for i, row in enumerate(rows) if beside and row.multiplier]
+        at_once = texts_at_once(model, batch_size, prompts, how.max_new_tokens).texts
+        found = dict(zip(fast, while_decoding(model, steering, [rows[i] for i in fast], how, at_once), strict=True))
+    rest = [i for i in range(len(rows)) if i not in found]
+    made = new_tokens(model, steering, [rows[i] for i in rest], how, engine, batch_size) if rest else {}
+    for m in dict.fromkeys(rows[i].multiplier for i in rest):
+        of_m = [(k, i) for k, i in enumerate(rest) if rows[i].multiplier == m]
+        told = [Encoded((*rows[i].prompt, *made[k]), len(rows[i].prompt), 0) for k, i in of_m]
+        with frozen(model):
+            found.update(zip((i for _, i in of_m), along_path(model, steering, m, told, pad), strict=True))
+    return [found[i] for i in range(len(rows))]
 
 
 def calibrate(
@@ -430,19 +463,22 @@ def calibrate(
     rest = told["kl_max"][0] != 0
     tried, rows = [told], []
     begin = start or max(map(abs, INTERVENTIONS[steering.forms[0]].factors))
-    for sign, side in ((1.0, "positive"), (-1.0, "negative")):
+    signs = {"positive": 1.0, "negative": -1.0}
 
-        def p95(size: float, sign: float = sign, side: str = side) -> float:
-            try:
-                tried.append(divergence(model, tokenizer, steering, prompts, sign * size, **how).assign(side=side))
-            except NotFinite:
-                return float("inf")
-            return float(tried[-1]["kl_p95"].iloc[0])
+    def p95(sizes: dict[str, float]) -> list[float]:
+        """At a size of each side, together; alone where one breaks down."""
+        try:
+            at = divergence(model, tokenizer, steering, prompts, [signs[side] * size for side, size in sizes.items()], **how)
+        except NotFinite:
+            return [float("inf")] if len(sizes) == 1 else [p95({side: size})[0] for side, size in sizes.items()]
+        tried.append(at.assign(side=list(sizes)))
+        return at["kl_p95"].tolist()
 
-        found = calibrated.solve(p95, budget, begin)
-        m = sign * found.size
-        at = [one for one in tried if one["multiplier"].iloc[0] == m] or [told.assign(multiplier=m, kl_p95=np.inf)]  # not finite there
-        row = {"side": side, "status": calibrated.NOT_ZERO if rest else found.status, **at[0].drop(columns="side").iloc[0]}
+    for side, found in calibrated.solve_together(p95, list(signs), budget, begin).items():
+        m = signs[side] * found.size
+        there = [one for one in pd.concat(tried).to_dict("records") if one["multiplier"] == m]
+        row = {"side": side, "status": calibrated.NOT_ZERO if rest else found.status}
+        row |= {**(there[0] if there else {**told.iloc[0], "multiplier": m, "kl_p95": np.inf}), "side": side}  # not finite there
         if audit:
             try:
                 other = dict(divergence(model, tokenizer, steering, audit, m, **how).iloc[0])

@@ -41,7 +41,7 @@ FORMS: dict[str, Form] = {
         Form("lora", "LoRA", {"lora_A": "Fr", "lora_B": "rD"}),
         Form("local_weight", "local weight", {"weight": "FD", "bias": "D"}),
         Form("ablation", "ablation", {"direction": "D", "scale": ""}, reads=False, in_all=False),
-        Form("post_block", "post-block", {"down": "rD", "up": "Dr"}, reads=False, lr=1e-3, in_all=False, rank=8, dropout=0.0, joint=True),
+        Form("post_block", "post-block", {"down": "rD", "up": "Dr"}, reads=False, lr=5e-3, in_all=False, rank=8, dropout=0.0, joint=True),
     )
 }
 

@@ -51,6 +51,7 @@ MODES_SAY = "fit / produce text / measure / score the texts / fit and produce te
 PROGRAMS = {
     "anatomy": "show where a model's blocks, attention and MLP are found",
     "audit": "tell which stored vectors explain the difference of two checkpoints",
+    "oracle": "tell what a fine-tuned model is made of, as steering of its base",
     "look": "show the stored texts side by side",
     "recommend": "print the strength of each measured cell by a utility budget",
     "report": "draw curves and report.html anew from stored losses",

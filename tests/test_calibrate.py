@@ -15,8 +15,8 @@ import torch
 import spilt
 from spilt import cli
 from spilt.analysis import calibrate as c
-from spilt.data.chat import Chat
-from spilt.engine import whole
+from spilt.data.chat import Chat, Encoded
+from spilt.engine import decode, divergence, sampling, whole
 from spilt.errors import UserError
 from spilt.steering.steering import Site, Steering
 
@@ -61,6 +61,24 @@ def test_no_steering_is_no_kl_and_more_is_more() -> None:
     assert table["kl_mean"][3] > table["kl_mean"][2] > 0 and table["kl_mean"][1] > 0
     with pytest.raises(UserError, match="there are no prompts"):
         spilt.divergence(families.model("qwen2"), families.tokenizer(), steering(), [])
+
+
+@pytest.mark.parametrize(("family", "form"), [("qwen2", "vector"), ("gemma2", "lora"), ("llama", "local_weight")])
+def test_while_decoding_is_the_answer_read_again(family: str, form: str) -> None:
+    """Answers that end at different times, more rows than places: the nats of decoding first and reading twice afterwards."""
+    model, tokenizer, value = families.model(family), families.tokenizer(), steering(form)
+    chat = Chat.of(tokenizer, True, "")
+    rows = [decode.Row(tuple(chat.prompt_ids(text)), m, "") for m in (1.5, -2.0) for text in [*PROMPTS, PROMPTS[0]]]
+    long = sampling.decoding({"do_sample": False, "max_new_tokens": 9}, model, tokenizer)
+    free = dict(decode.generate(model, value, rows, long._replace(eos=()), 8))
+    how = long._replace(eos=(free[0][2], free[6][5]))
+    made = dict(decode.generate(model, value, rows, how, 8))
+    assert len({len(tokens) for tokens in made.values()}) > 1
+    found = list(divergence.while_decoding(model, value, rows, how, 6))
+    told = [Encoded((*row.prompt, *made[i]), len(row.prompt), 0) for i, row in enumerate(rows)]
+    for i, row in enumerate(rows):
+        (wanted,) = divergence.along_path(model, value, row.multiplier, [told[i]], families.PAD)
+        assert torch.allclose(found[i], wanted, rtol=1e-4, atol=1e-7) and wanted.max() > 0.01
 
 
 # ---------------------------------------------------------------- the root
@@ -127,6 +145,11 @@ def test_what_does_something_at_zero_is_named_so(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(made, "delta", lambda self, h, x, m: delta(self, h, x, m) + 0.3)
     table = spilt.calibrate(families.model("qwen2"), families.tokenizer(), value, PROMPTS[:1], 2.0, max_new_tokens=3)
     assert set(table["status"]) == {c.NOT_ZERO}
+    fast, plain = (  # beside an unsteered model, not beside one that is steered at 0
+        spilt.divergence(families.model("qwen2"), families.tokenizer(), value, PROMPTS, 1.0, max_new_tokens=5, engine=engine)
+        for engine in ("fast", "plain")
+    )
+    assert fast["kl_mean"][0] == pytest.approx(plain["kl_mean"][0], rel=1e-4) and fast["tokens"].equals(plain["tokens"])
 
 
 # ---------------------------------------------------------------- the command

@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("doubts", "plan", "analysis"),
     ("report", "tasks"),
     ("anatomy", "api", "audit", "inspect", "prepare", "look", "recommend", "say", "verify", "run", "summary"),
-    ("behaviour", "complete", "disturbance", "downstream", "export", "lm_eval", "prompted", "receipt", "strength", "table"),
+    ("behaviour", "complete", "disturbance", "downstream", "export", "lm_eval", "oracle", "prompted", "receipt", "strength", "table"),
     ("cli",),
     ("__main__",),
 )

@@ -58,6 +58,7 @@ def test_post_block_runs_through_everything(tmp_path: Path, capsys: pytest.Captu
         assert not (tmp_path / kind).exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scope", ("last", "last_cached"))
 def test_a_scope_on_the_command_line(scope: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fitted, applied and measured with the last token steered, and stored so: the file says it."""
@@ -104,8 +105,7 @@ def test_a_killed_fit_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pyt
         return own(self, *args, **kwargs)
 
     monkeypatch.setattr(train.torch.optim.AdamW, "step", dies)
-    with pytest.raises(KeyboardInterrupt):
-        cli.main(argv)
+    assert cli.main(argv) not in (0, 1, 2)
     monkeypatch.undo()
     assert list(folder.glob("*unfinished*")) or list(folder.glob(".*"))
     assert cli.main(argv) == 0

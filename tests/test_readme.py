@@ -81,6 +81,8 @@ def test_its_make_targets_and_flags_exist() -> None:
         "--strongreject",
         "--kl",
         "--tasks",
+        "--texts",
+        "--picture",
         "--include_path",
     }
     used = set(re.findall(r"(?<![\w-])--[a-z_]+(?:-[a-z_]+)*", TEXT))

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -69,17 +70,22 @@ def fetch(into: Path) -> Path:
 
 def convert(source: Path, folder: Path) -> None:
     """The GGUF file as a checkpoint folder: weights, config, tokenizer with its chat template."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    # transformers reads the file three times, and asks anew for the table of names at every tensor: half a minute
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(gguf.GGUFReader), cache(gguf.get_tensor_name_map)
     place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
     config = {name: value for name, value in read.config.to_dict().items() if not name.startswith(("_", "quantization"))}
-    model = LlamaForCausalLM(LlamaConfig(**config))  # save_pretrained refuses the one that was read
-    model.load_state_dict(read.state_dict())
+    with torch.device("meta"):  # no random weights first
+        model = LlamaForCausalLM(LlamaConfig(**config))  # save_pretrained refuses the one that was read
+    model.load_state_dict(read.state_dict(), assign=True)
+    model.tie_weights()
     model.generation_config = read.generation_config
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**place).save_pretrained(folder)

@@ -7,8 +7,8 @@ with the Illinois rule (an end that stays twice counts half), so that both ends 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
 
 CONVERGED = "converged"
 BELOW = "below budget"  # at the strongest that may be tried
@@ -36,22 +36,39 @@ class Found(NamedTuple):
     probes: tuple[Probe, ...]
 
 
-def solve(
-    statistic: Callable[[float], float],
-    budget: float,
-    start: float = 1.0,
-    low: float = 1e-3,
-    high: float = 1e3,
-    tolerance: float = 0.05,
-) -> Found:
-    """Where `statistic`(size), size in [low, high], is within tolerance x budget of the budget.
+def solve(statistic: Callable[[float], float], budget: float, start: float = 1.0, **how: float) -> Found:
+    """Where `statistic`(size) is within a tolerance of the budget. how: as for `search`."""
+    (found,) = solve_together(lambda sizes: [statistic(size) for size in sizes.values()], [0], budget, start, **how).values()
+    return found
+
+
+def solve_together(
+    statistics: Callable[[dict[Any, float]], Sequence[float]], keys: Sequence[Any], budget: float, start: float = 1.0, **how: float
+) -> dict[Any, Found]:
+    """A search for each key, side by side. statistics: key -> size, of those that go on, to a value for each."""
+    searches = {key: search(budget, start, **how) for key in keys}
+    sizes, found = {key: next(one) for key, one in searches.items()}, {}
+    while sizes:
+        for key, value in zip(list(sizes), statistics(sizes), strict=True):
+            try:
+                sizes[key] = searches[key].send(float(value))
+            except StopIteration as end:
+                found[key] = end.value
+                del sizes[key]
+    return {key: found[key] for key in keys}
+
+
+def search(
+    budget: float, start: float = 1.0, low: float = 1e-3, high: float = 1e3, tolerance: float = 0.05
+) -> Generator[float, float, Found]:
+    """Where a statistic of the size, in [low, high], is within tolerance x budget of the budget: yields sizes, is sent the statistic there.
 
     A statistic that is not finite is beyond every budget.
     """
     probes: list[Probe] = []
 
-    def at(size: float) -> Probe:
-        value = float(statistic(size))
+    def at(size: float) -> Generator[float, float, Probe]:
+        value = yield size
         probes.append(Probe(size, value if math.isfinite(value) else math.inf))
         return probes[-1]
 
@@ -62,20 +79,20 @@ def solve(
         best = min(probes, key=lambda probe: abs(_height(probe, budget)))
         return Found(*best, NOT_MONOTONE if _falls(probes, tolerance * budget) else status, tuple(probes))
 
-    last = probe = at(min(max(start, low), high))
+    last = probe = yield from at(min(max(start, low), high))
     weak = probe.statistic < budget
     while not met(probe) and (probe.statistic < budget) == weak:
         size = min(max(probe.size * (2 if weak else 0.5), low), high)
         if size == probe.size:
             return ended(BELOW if weak else ABOVE)
-        last, probe = probe, at(size)
+        last, probe = probe, (yield from at(size))
     if met(probe):
         return ended(CONVERGED)
     below, above = (last, probe) if weak else (probe, last)
     heights = [_height(below, budget), _height(above, budget)]
     kept = [0, 0]  # steps in which an end stayed
     for _ in range(STEPS):
-        probe = at(_between(below.size, above.size, *heights))
+        probe = yield from at(_between(below.size, above.size, *heights))
         if met(probe):
             return ended(CONVERGED)
         side = 0 if probe.statistic < budget else 1

@@ -25,7 +25,7 @@ from spilt.steering.steering import Steering
 log = logging.getLogger("spilt")
 
 
-class _Active:
+class Active:
     """The rows that are being decoded, their cache, and the scores of their next tokens."""
 
     def __init__(self, started: Started, capacity: int, columns: int) -> None:
@@ -81,7 +81,7 @@ class _Stream:
         self.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         self.new: dict[int, list[int]] = {i: [] for i in range(len(rows))}  # of rows that are not finished
         self.draws: dict[int, random.Random] = {}
-        self.active: _Active | None = None
+        self.active: Active | None = None
         self.finished: list[tuple[int, list[int]]] = []
         self.columns = max((len(row.prompt) for row in rows), default=0) + how.max_new_tokens
         self.wait(range(len(rows)))
@@ -131,7 +131,7 @@ class _Stream:
             self.draws.update({i: random.Random(self.rows[i].seed) for i in fresh})
         started = self.prompts.start(self.rows, fresh)
         if self.active is None:
-            self.active = _Active(started, min(self.batch_size, len(self.rows)), self.columns - self.prompts.shared)
+            self.active = Active(started, min(self.batch_size, len(self.rows)), self.columns - self.prompts.shared)
         else:
             self.active.join(started)
 

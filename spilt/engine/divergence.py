@@ -6,6 +6,7 @@ rebuilds; design/weight_steering.md 2.5).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -13,13 +14,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spilt import memory
 from spilt.data.batches import pad
 from spilt.data.chat import Encoded
 from spilt.engine import scopes, whole
+from spilt.engine.decode import Active, refuse_not_finite
+from spilt.engine.prompts import Prompts, Row, forward
+from spilt.engine.sampling import Decoding, choose
 from spilt.methods.scoring import scored_positions
 from spilt.steering import anatomy, hooks
 from spilt.steering.steering import Steering
 
+log = logging.getLogger("spilt")
 LOGITS = 2**26  # held at once, for either distribution
 
 
@@ -60,8 +66,7 @@ def told(
         else:
             made = scores(whole.steer(model, steering, multiplier, whole.acts(part, positions, prefix)))
         steered, base = (logits.float().log_softmax(-1) for logits in (made, scores(hooks.attach(model, []))))
-        change = (steered - base).masked_fill(steered == -torch.inf, 0)  # p = 0 adds nothing
-        kl = (steered.double().exp() * change).sum(-1).cpu()
+        kl = _kl(steered, base).cpu()
         loss = -base.gather(-1, batch.input_ids[batch.answer_mask].to(base.device)[:, None])[:, 0].double().cpu()
         lengths = [len(text.input_ids) - text.prompt_length for text in part]
         yield from map(Told, kl.split(lengths), loss.split(lengths))
@@ -70,6 +75,75 @@ def told(
 def along_path(model: nn.Module, steering: Steering, multiplier: float, texts: Sequence[Encoded], pad_id: int) -> Iterator[Tensor]:
     """KL at each answer token of each text, one after the other, nats [tokens] float64; steered in the scope of the Steering."""
     return (one.kl for one in told(model, steering, multiplier, texts, pad_id, steering.scope))
+
+
+def _kl(steered: Tensor, base: Tensor) -> Tensor:
+    """sum_v p_s(v) (log p_s(v) - log p_b(v)): log p [..., V] to nats [...] float64."""
+    change = (steered - base).masked_fill(steered == -torch.inf, 0)  # p = 0 adds nothing
+    return (steered.double().exp() * change).sum(-1)
+
+
+@torch.no_grad()
+def rests_at_0(model: nn.Module, steering: Steering, prompt: Encoded, pad_id: int) -> bool:
+    """Is the model at multiplier 0 the unsteered one, to the bit, at every token of a prompt?"""
+    batch = pad([prompt], pad_id)
+    ids = batch.input_ids.to(model.get_input_embeddings().weight.device)  # type: ignore[operator]
+    with whole.steer(model, steering, 0.0):
+        steered = model(input_ids=ids, use_cache=False).logits
+    return torch.equal(steered, model(input_ids=ids, use_cache=False).logits)
+
+
+@torch.no_grad()
+def while_decoding(model: nn.Module, steering: Steering, rows: Sequence[Row], how: Decoding, together: int) -> Iterator[Tensor]:
+    """`along_path` of the greedy answers that `decode.generate` makes, while they are made: beside each row goes an unsteered one, given
+    its tokens. For a steering that rests at 0, where the fast engine decodes. together: rows of both kinds at once.
+    """
+    begin, half = 0, max(1, together // 2)
+    while begin < len(rows):
+        try:
+            found = _side_by_side(model, steering, rows[begin : begin + half], how)
+        except (RuntimeError, MemoryError) as error:
+            if half == 1 or not memory.ran_out(error):
+                raise
+            half //= 2
+            log.warning("out of memory: divergence of several texts at once; going on with %d", half)
+            continue
+        yield from found
+        begin += half
+
+
+def _side_by_side(model: nn.Module, steering: Steering, rows: Sequence[Row], how: Decoding) -> list[Tensor]:
+    n = len(rows)
+    both = [*rows, *(row._replace(multiplier=0.0) for row in rows)]  # row i + n follows row i
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    prompts = Prompts(model, steering.at, both, how.pad, device)
+    columns = max(len(row.prompt) for row in rows) + how.max_new_tokens - prompts.shared
+    active = Active(prompts.start(both, list(range(2 * n))), 2 * n, columns)
+    new: list[list[int]] = [[] for _ in rows]
+    kl: list[list[float]] = [[] for _ in rows]
+    while True:
+        refuse_not_finite(active.scores, [both[i] for i in active.rows])
+        going = [i for i in active.rows if i < n]
+        steered, base = ([active.rows.index(i + shift) for i in going] for shift in (0, n))
+        log_p = active.scores.log_softmax(-1)
+        ids = [[*rows[i].prompt, *new[i]] for i in going] if how.processors else []
+        chosen = dict(zip(going, choose(active.scores[steered], how, None, ids).tolist(), strict=True))
+        for i, nats in zip(going, _kl(log_p[steered], log_p[base]).tolist(), strict=True):
+            new[i].append(chosen[i])
+            kl[i].append(nats)
+        ended = {i for i in going if chosen[i] in how.eos or len(new[i]) >= how.max_new_tokens}
+        keep = [place for place, i in enumerate(active.rows) if i % n not in ended]
+        if not keep:
+            return [torch.tensor(one, dtype=torch.float64) for one in kl]
+
+        def held(i: int) -> int:
+            return len(both[i].prompt) + len(new[i % n]) - 1
+
+        if ended:
+            active.select(keep, max(held(active.rows[place]) for place in keep) - prompts.shared)
+        tokens = torch.tensor([chosen[i % n] for i in active.rows], device=active.scores.device)
+        begun = prompts.begun([both[i] for i in active.rows])
+        active.scores = forward(model, steering.at(active.multiplier), tokens, [held(i) for i in active.rows], active.cache, begun)
 
 
 @torch.no_grad()

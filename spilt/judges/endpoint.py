@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -80,11 +81,17 @@ class Endpoint(Judge):
             raise UserError(f"{URL} is no address that can be asked; wanted one such as http://127.0.0.1:8000/v1") from None
 
     def _ask(self, prompts: Mapping[str, Messages], parameters: Mapping[str, Any]) -> Iterator[tuple[str, str | Reply]]:
+        waiting = iter(prompts.items())
+        under_way: dict[Future[str | Reply], str] = {}
         with ThreadPoolExecutor(self.at_once) as pool:
-            under_way = {pool.submit(self._one, prompt, parameters): key for key, prompt in prompts.items()}
             try:
-                for done in as_completed(under_way):
-                    yield under_way[done], done.result()
+                while True:  # no more is asked than was taken: a kill loses `at_once` replies, however slow the disk is
+                    for key, prompt in islice(waiting, self.at_once - len(under_way)):
+                        under_way[pool.submit(self._one, prompt, parameters)] = key
+                    if not under_way:
+                        return
+                    for done in wait(under_way, return_when=FIRST_COMPLETED).done:
+                        yield under_way.pop(done), done.result()
             finally:  # the key is refused, or somebody has had enough
                 pool.shutdown(wait=False, cancel_futures=True)
 
