@@ -1,7 +1,7 @@
 """spilt: train, apply and measure small interventions on transformer language models.
 
-For Python users (api.py says what each does): load, fit, steer, in_place, read_adapter, generate, measure, divergence,
-calibrate, Steering, lm_eval_model.
+For Python users (api.py says what each does): load, fit, steer, in_place, read_adapter, read_post_block, generate, measure,
+divergence, calibrate, Steering, lm_eval_model.
 Importing the package is fast: what needs torch comes when it is first asked for.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_CALLS = ("calibrate", "divergence", "fit", "generate", "in_place", "load", "measure", "read_adapter", "steer")
+_CALLS = ("calibrate", "divergence", "fit", "generate", "in_place", "load", "measure", "read_adapter", "read_post_block", "steer")
 _FACE = dict.fromkeys(_CALLS, "spilt.api") | {"Steering": "spilt.steering.steering", "lm_eval_model": "spilt.lm_eval"}
 __all__ = [*_FACE, "__version__"]
 

@@ -25,7 +25,7 @@ from spilt.analysis import odds
 from spilt.data.chat import Chat, Conversation, Encoded, Question, readable
 from spilt.data.readers import ASKED, PAIR_FIELDS, PAIRS, DatasetFormat, Pair, Row, pairs_of
 from spilt.data.sources import Record
-from spilt.engine import activations, choice, sampling, score, whole
+from spilt.engine import activations, choice, sampling, scopes, score, whole
 from spilt.engine import decode as generation
 from spilt.engine import train as training
 from spilt.engine.divergence import along_path, rests_at_0, while_decoding
@@ -36,9 +36,10 @@ from spilt.model.identity import model_hash
 from spilt.settings import FitSettings
 from spilt.settings.fields import DTYPE_ALIASES, DTYPES, STRONGEST, GenerationParams, intervention_name, method_name
 from spilt.settings.keys import KEY_ALIASES
-from spilt.steering import inplace
+from spilt.settings.values import SCOPES
+from spilt.steering import inplace, original
 from spilt.steering.interventions import INTERVENTIONS, Multiplier
-from spilt.steering.steering import Steering, base_model
+from spilt.steering.steering import SCOPE, Steering, base_model
 from spilt.tasks.context import check_context, texts_at_once
 from spilt.verbs import fit as fit_verb
 from spilt.verbs import measure as measure_verb
@@ -109,6 +110,16 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Steering:
     return Steering(found, {**found.about, "base_model": _base_model(model)})
 
 
+def read_post_block(
+    model: nn.Module, path: str | Path, *, nonlinearity: str | None = None, scope: str | None = None, alpha: float = 1.0
+) -> Steering:
+    """A checkpoint of the public post-block code (pytorch_model.bin, adapter_steerer.pt) as a Steering. It says neither its activation
+    (silu, relu, gelu, tanh, linear) nor its scope (all, last), so both are asked for: UserError.
+    """
+    with frozen(model):
+        return original.read(Path(path), model, nonlinearity=nonlinearity, scope=scope, alpha=alpha)
+
+
 def fit(
     model: nn.Module,
     tokenizer: Any,
@@ -142,7 +153,8 @@ def fit(
         found = _find(model, tokenizer, rows, chat, s, joint, engine, neutral, progress)
     for site, made in found if not METHODS[s.method].adapters else ():
         training.check_usable(made, f"{s.method} {s.intervention_method} layer {site.layer}")
-    return Steering(found, {"method": s.method, "base_model": _base_model(model), "settings": s.as_dict()})
+    scope = {SCOPE: s.steer_positions} if s.steer_positions in SCOPES[1:] else {}
+    return Steering(found, {"method": s.method, "base_model": _base_model(model), "settings": s.as_dict(), **scope})
 
 
 def _base_model(model: nn.Module) -> dict[str, Any]:
@@ -178,8 +190,9 @@ def _find(
         return made
     whole_one = Steering.of({n: training.new_intervention(model, n, s) for n in layers})
     pad, method = host.pad_id(tokenizer), METHODS[s.method]
+    joint = joint or s.joint
     for steering in [whole_one] if joint else [whole_one.on(n) for n in layers]:
-        if choice.why_plain(steering.places, "fit", family=_family(model), engine=engine, joint=joint):
+        if choice.why_plain(steering.places, "fit", family=_family(model), engine=engine, joint=joint, positions=s.fitted_positions):
             training.fit(whole.Fit(model, steering, tokens, s, method, chat.prefix_length, pad), progress=progress)
             continue
         base, read = score.recorded_at(steering)
@@ -362,8 +375,10 @@ def token_stream(
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     _fits(model, prompts, how.max_new_tokens)
     with frozen(model):
-        plain = choice.why_plain(steering.places, "generate", family=_family(model), engine=engine)
         at_once = texts_at_once(model, batch_size, prompts, how.max_new_tokens).texts
+        if steering.scope != "all":
+            yield from scopes.generate(model, steering, rows, how, at_once)
+            return
         yield from whole.texts(model, steering, rows, how) if plain else generation.generate(model, steering, rows, how, at_once)
 
 
@@ -414,7 +429,7 @@ def _nats(
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     _fits(model, prompts, how.max_new_tokens)
     with frozen(model):
-        plain = choice.why_plain(steering.places, "generate", family=_family(model), engine=engine)
+        plain = choice.why_plain(steering.places, "generate", family=_family(model), engine=engine, positions=steering.scope)
         beside = not plain and rests_at_0(model, steering, Encoded(prompts[0], len(prompts[0]), 0), pad)
         # at 0 the answer is read twice in the same way, so that the KL is 0 to the bit
         fast = [i for i, row in enumerate(rows) if beside and row.multiplier]
@@ -513,7 +528,7 @@ def measure(
     pairs: Pairs,
     multipliers: float | Sequence[float] | None = None,
     *,
-    positions: str = "all",
+    positions: str | None = None,
     output_length: int = 512,
     engine: str = choice.FAST,
     seed: int = 0,
@@ -522,7 +537,8 @@ def measure(
 ) -> pd.DataFrame:
     """Preference and utility log-odds (nats) at each multiplier, means over the pairs with 95% bootstrap intervals: odds.SUMMARY.
 
-    positions: which tokens are steered; all is as `steer` and `generate` do it, skip_prefix as the released losses.
+    positions: which tokens are steered; left out, those it was fitted for (`Steering.scope`), as `generate` does; skip_prefix is as the
+    released losses.
     multipliers: left out, 11 points over the range in which the form is trained. 0, the unsteered model, is always among them.
     """
     import pandas as pd
@@ -534,12 +550,13 @@ def measure(
     tokens = [chat.encode(question, text, output_length, p.row) for p in rows for question, text in p.sides]
     _check_context(model, "measure", tokens)
     placed, pad = steering.to(model), host.pad_id(tokenizer)
+    positions = positions or placed.scope
     if multipliers is None:
         multipliers = measure_verb.sweep_multipliers(steering.entries[0][1].factors, 11)
     strengths = sorted({0.0, *_strengths(multipliers)})
     prefix = chat.prefix_length
     with frozen(model):
-        if choice.why_plain(placed.places, "measure", family=_family(model), engine=engine):
+        if choice.why_plain(placed.places, "measure", family=_family(model), engine=engine, positions=positions):
             scorer: score.Scorer = whole.Scorer(model, placed, tokens, pad, positions, prefix)
         else:
             base, read = score.recorded_at(placed)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+NONLINEARITIES = ("silu", "relu", "gelu", "tanh", "linear")  # of post_block
+
 
 class Form(NamedTuple):
     """The facts of a form that need no torch. Its class, with the equation, is that of steering/interventions.py with this name."""
@@ -22,6 +24,9 @@ class Form(NamedTuple):
     lr: float = 0.01  # released defaults
     factors: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
     in_all: bool = True  # the word `all` means it too (the released forms)
+    rank: int = 4  # of a form that has one
+    dropout: float = 0.1
+    joint: bool = False  # its layers are one thing: several are always fitted together
 
     def shapes(self, hidden: int, read: int, rank: int | None) -> dict[str, tuple[int, ...]]:
         """Name -> shape of each tensor."""
@@ -37,6 +42,7 @@ FORMS: dict[str, Form] = {
         Form("lora", "LoRA", {"lora_A": "Fr", "lora_B": "rD"}),
         Form("local_weight", "local weight", {"weight": "FD", "bias": "D"}),
         Form("ablation", "ablation", {"direction": "D", "scale": ""}, reads=False, in_all=False),
+        Form("post_block", "post-block", {"down": "rD", "up": "Dr"}, reads=False, lr=5e-3, in_all=False, rank=8, dropout=0.0, joint=True),
     )
 }
 

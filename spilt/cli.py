@@ -51,6 +51,7 @@ MODES_SAY = "fit / produce text / measure / score the texts / fit and produce te
 PROGRAMS = {
     "anatomy": "show where a model's blocks, attention and MLP are found",
     "audit": "tell which stored vectors explain the difference of two checkpoints",
+    "oracle": "tell what a fine-tuned model is made of, as steering of its base",
     "look": "show the stored texts side by side",
     "recommend": "print the strength of each measured cell by a utility budget",
     "report": "draw curves and report.html anew from stored losses",
@@ -58,6 +59,7 @@ PROGRAMS = {
     "say": "try a sentence on a stored vector, at any strength",
     "strength": "find the strength at which a stored vector shows a behaviour most, or disturbs the model equally",
     "receipt": "write down what a stored vector does, what it costs, and in which range",
+    "tasks": "learn tasks with right and wrong answers, by adapters after every block and by baselines",
     "table": "make the paper's tables from stored results: main, equal KL, fits, training to test",
     "export": "write a stored vector for PEFT, llama.cpp, vLLM and others, checked",
     "settings": "make settings files like those of another dataset and model",
@@ -65,7 +67,7 @@ PROGRAMS = {
     "verify": "check everything that is stored",
     "weights": "steer in the weights: personas, adapters, dW, equal KL, tables beside other methods",
 }
-ROOMS = {"weights": "weight_steering"}  # programs whose word is also that of a lower room
+ELSEWHERE = {"tasks": "downstream", "weights": "weight_steering"}  # programs whose word is also that of a lower room
 
 
 def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, verb: str = "") -> argparse.ArgumentParser:
@@ -346,7 +348,7 @@ def main(argv: Sequence[str] | None = None, base_dir: Path = Path("."), program:
         os.environ[COMPLETING] = str(int(os.environ[COMPLETING]) + 1)  # it belongs to the command's name
     try:
         if first in PROGRAMS:
-            return int(import_module(f"spilt.{ROOMS.get(first, first)}").main(words[1:]) or 0)
+            return int(import_module(f"spilt.{ELSEWHERE.get(first, first)}").main(words[1:]) or 0)
         made = parser(base_dir, program, first if first in known else "")
         if asked is not None:
             made.add_argument("word", nargs="?", choices=[] if first in known else known)

@@ -146,7 +146,7 @@ def test_importing_is_fast_and_lists_the_face() -> None:
     code = "import sys, spilt; print('torch' in sys.modules, sorted(set(spilt.__all__) - {'__version__'}), len(dir(spilt)) > 6)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     face = ["Steering", "calibrate", "divergence", "fit", "generate", "in_place", "lm_eval_model", "load", "measure"]
-    face += ["read_adapter", "steer"]
+    face += ["read_adapter", "read_post_block", "steer"]
     assert told.stdout.strip() == f"False {face} True"
     with pytest.raises(AttributeError, match="has no attribute 'generat'; have: calibrate, divergence, fit, generate"):
         spilt.generat  # noqa: B018

@@ -10,6 +10,7 @@ from refusal import message
 
 from spilt.data import Encoded
 from spilt.data.batches import by_length, pad, position_mask
+from spilt.settings.values import STEERED
 
 
 @st.composite
@@ -73,11 +74,11 @@ def test_position_masks_are_what_their_names_say(made, n, k):
 
 
 @pytest.mark.parametrize(
-    "positions", ["", "+", "f", "f0", "l-1", "f1+", "+l1", "f1l1", "l1+f1", "All", "f1+l1 ", "prompt", "f9999999999999999999"]
+    "positions", ["", "+", "f", "f0", "l-1", "f1+", "+l1", "f1l1", "l1+f1", "All", "f1+l1 ", "prompts", "f9999999999999999999"]
 )
 def test_unknown_positions_list_the_forms(positions):
     said = message(position_mask, [Encoded((1, 2), 1, 0)], positions, 0)
-    assert f"unknown steer_positions {positions!r}" in said and "all, skip_prefix, all_prompt, all_generation, f{n}" in said
+    assert f"unknown steer_positions {positions!r}" in said and f"wanted {', '.join(STEERED)}, f{{n}}" in said
 
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 200), st.none() | st.integers(1, 8))

@@ -58,14 +58,15 @@ def test_the_help_names_every_word_and_the_released_flags(command: tuple[str, ..
 def test_each_word_has_a_help_of_its_own(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([word, "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: spilt {word} ")
-    assert (ROOT / "spilt" / f"{word}.py").is_file() or (ROOT / "spilt" / word).is_dir() or word in verbs.VERBS
+    place = cli.ELSEWHERE.get(word, word)
+    assert (ROOT / "spilt" / f"{place}.py").is_file() or (ROOT / "spilt" / place).is_dir() or word in verbs.VERBS
     assert cli.main([word, "--no_such_flag"]) == 2
     assert capsys.readouterr().err.startswith(f"usage: spilt {word} ")
 
 
 @pytest.mark.parametrize("program", cli.PROGRAMS)
 def test_each_program_runs_as_a_module_too(program: str, tmp_path: Path) -> None:
-    said = called("-m", f"spilt.{program}", "--help", cwd=tmp_path)
+    said = called("-m", f"spilt.{cli.ELSEWHERE.get(program, program)}", "--help", cwd=tmp_path)
     assert said.returncode == 0 and said.stdout.startswith(f"usage: spilt {program} ")
 
 

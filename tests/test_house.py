@@ -34,7 +34,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("doubts", "plan", "analysis"),
     ("report", "tasks", "vignettes"),
     ("anatomy", "api", "audit", "inspect", "prepare", "look", "recommend", "say", "verify", "run", "summary"),
-    ("behaviour", "complete", "disturbance", "export", "lm_eval", "prompted", "receipt", "strength", "table", "weight_steering"),
+    (
+        *("behaviour", "complete", "disturbance", "downstream", "export", "lm_eval", "oracle", "prompted", "receipt", "strength", "table"),
+        "weight_steering",
+    ),
     ("cli",),
     ("__main__",),
 )

@@ -314,5 +314,5 @@ def test_every_form_is_a_module_that_says_what_it_is() -> None:
     for form, kind in INTERVENTIONS.items():
         made = intervention(form)
         assert isinstance(made, nn.Module) and kind.__doc__ and (made.read_point is None) == (not kind.reads)
-        assert set(made.describe()) == {"intervention_components", "rank", "alpha"}
+        assert set(made.describe()) == {"intervention_components", "rank", "alpha", *kind.named}
         assert len(kind.factors) == 10 and min(kind.factors) > 0

@@ -14,13 +14,18 @@ from spilt.baselines import BASELINES  # noqa: E402
 from spilt.behaviour.files import JUDGES  # noqa: E402
 from spilt.cell import FORMS  # noqa: E402
 from spilt.cli import first_words, parser  # noqa: E402
+from spilt.downstream.rows import TASKS, Part  # noqa: E402
+from spilt.downstream.words import KINDS  # noqa: E402
 from spilt.export import FORMATS  # noqa: E402
 from spilt.methods import METHODS  # noqa: E402
 from spilt.steering.anatomy import COMPONENTS, FAMILIES  # noqa: E402
 from spilt.steering.steering import KINDS  # noqa: E402
 from spilt.weight_steering.flags import rows as weights_flags  # noqa: E402
 
-EQUATIONS = {"vector": "m v", "lora": "m (x A) B", "local_weight": "m (x dW + db)", "ablation": r"-m (h . r) r, \|r\| = 1"}
+EQUATIONS = {
+    "vector": "m v", "lora": "m (x A) B", "local_weight": "m (x dW + db)", "ablation": r"-m (h . r) r, \|r\| = 1",
+    "post_block": "m alpha U act(D h)",
+}  # fmt: skip
 
 
 def arguments() -> str:
@@ -87,11 +92,31 @@ def baselines() -> str:
         rows.append(f"| `{row.name}` | {row.summary} | {f'`{row.form}`' if row.form else 'system prompt'} | {at_0} |")
     return "\n".join(["| baseline | what it is | form | acts at c = 0 |", "|---|---|---|---|", *rows])
 
+def tasks() -> str:
+    """One row per task."""
+
+    def part(one: Part) -> str:
+        return one.official if (one.start, one.end) == (0, 1) else f"{one.official} {100 * one.start:g}-{100 * one.end:g}%"
+
+    head = "| `--dataset-name` | at the hub | train | validation | test | an answer is | `--max-length` | `--max-new-tokens` | `--epochs` |"
+    rows = [head, "|---|---|---|---|---|---|---|---|---|"]
+    for row in TASKS.values():
+        source = f"`{row.source}`" if row.source else "made here"
+        cells = [f"`{row.name}`", source, *(part(one) for one in row.splits.values()), f"`{row.extract}`"]
+        rows.append("| " + " | ".join([*cells, str(row.max_length), str(row.max_new_tokens), str(row.epochs)]) + " |")
+    return "\n".join(rows)
+
+
+def variants() -> str:
+    """One row per kind of what is learned on a task."""
+    return "\n".join(["| `--variant` | what is learned |", "|---|---|", *(f"| `{name}` | {kind.says} |" for name, kind in KINDS.items())])
+
 
 TABLES = {
     "arguments": arguments, "words": words, "methods": methods, "forms": forms, "families": families, "formats": formats, "judges": judges,
     "weights": weights,
     "baselines": baselines,
+    "tasks": tasks, "variants": variants,
 }  # fmt: skip
 
 

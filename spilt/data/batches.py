@@ -47,10 +47,12 @@ def position_mask(sequences: list[Encoded], positions: str, prefix_length: int) 
     """[B, T] bool, right-padded: which tokens are steered (`steer_positions`). False on padding.
 
     all: every token. skip_prefix: from the template prefix's end on. all_prompt: the prompt's part of that. all_generation: from
-    the answer on.
+    the answer on, as generated. prompt: all of it, with the template's prefix. last_cached: from the last prompt token on.
     f{n}+l{n}, f{n}, l{n}: the first n / last n prompt tokens after the prefix; in a short prompt they overlap (pyreft's convention).
-    Raises UserError for any other string.
+    Raises UserError for any other string, and for `last`, which no mask of one forward can be: engine/scopes.py does it.
     """
+    if positions == "last":
+        raise UserError("steer_positions = last: the steered token is another one for each logit, so no mask says it; it is not done here")
     try:
         first, last = ends(positions, STEERED) or (0, 0)
     except Bad as error:
@@ -67,7 +69,11 @@ def position_mask(sequences: list[Encoded], positions: str, prefix_length: int) 
             rows.append(real & (index >= start))
         elif positions == "all_prompt":
             rows.append(prompt)
-        elif positions == "all_generation":
+        elif positions == "prompt":
+            rows.append(real & (index < prompt_length))
+        elif positions == "last_cached":
+            rows.append(real & (index >= prompt_length - 1))
+        elif positions in ("all_generation", "generated"):
             rows.append(real & (index >= prompt_length))
         else:
             rows.append(prompt & ((index < start + first) | (index >= prompt_length - last)))

@@ -32,6 +32,8 @@ def why_plain(
         return f"{inside[0]} is steered"
     if family and (why := anatomy.family_of(family).plain):
         return why
+    if positions == "last":
+        return "steer_positions = last: each logit has a steered token of its own"
     twice = [layer for layer, count in Counter(layer for layer, _ in places).items() if count > 1]
     if twice:
         return f"block {twice[0]} is steered twice"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spilt import memory
 from spilt.data.batches import pad
 from spilt.data.chat import Encoded
-from spilt.engine import whole
+from spilt.engine import scopes, whole
 from spilt.engine.decode import Active, refuse_not_finite
 from spilt.engine.prompts import Prompts, Row, forward
 from spilt.engine.sampling import Decoding, choose
@@ -53,7 +53,10 @@ def told(
     def steered(part: Sequence[Encoded]) -> AbstractContextManager[Any]:
         return whole.steer(model, steering, multiplier, whole.acts(part, positions, prefix))
 
-    yield from compared(model, steered, texts, texts, pad_id)
+    def last(ids: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
+        return scopes.last_logits(model, steering, multiplier, ids, mask, keep)
+
+    yield from compared(model, steered, texts, texts, pad_id, last if positions == scopes.LAST else None)
 
 
 @torch.no_grad()
@@ -63,25 +66,31 @@ def compared(
     texts: Sequence[Encoded],
     base_texts: Sequence[Encoded],
     pad_id: int,
+    read: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Iterator[Told]:
     """As `told`, by any way to steer: a context in which the model is steered for these texts.
 
-    base_texts: the same answers as the unsteered model reads them, perhaps behind other prompts.
+    base_texts: the same answers as the unsteered model reads them, perhaps behind other prompts. read: in place of the context, (ids,
+    attention mask, the tokens that are kept [B, T]) to the steered logits [n, V] there.
     """
     together = at_once(model, [*texts, *base_texts])
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
 
-    def log_probs(part: list[Encoded], attached: AbstractContextManager[Any]) -> tuple[Tensor, Tensor]:
+    def plain(ids: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return logits[keep.to(logits.device)]
+
+    def log_probs(part: list[Encoded], attached: AbstractContextManager[Any], read: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
         batch = pad(part, pad_id)
+        keep = scored_positions(batch.answer_mask)
         with attached:
-            out = model(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.long().to(device), use_cache=False)
-        kept = out.logits[scored_positions(batch.answer_mask).to(out.logits.device)].float().log_softmax(-1)
-        return kept, batch.input_ids[batch.answer_mask]
+            logits = read(batch.input_ids.to(device), batch.attention_mask.long().to(device), keep.to(device))
+        return logits.float().log_softmax(-1), batch.input_ids[batch.answer_mask]
 
     for begin in range(0, len(texts), together):
         part = list(texts[begin : begin + together])
-        steered_p, _ = log_probs(part, steered(part))
-        base, tokens = log_probs(list(base_texts[begin : begin + together]), hooks.attach(model, []))
+        steered_p, _ = log_probs(part, steered(part) if read is None else nullcontext(), read or plain)
+        base, tokens = log_probs(list(base_texts[begin : begin + together]), hooks.attach(model, []), plain)
         kl = _kl(steered_p, base).cpu()
         loss = -base.gather(-1, tokens.to(base.device)[:, None])[:, 0].double().cpu()
         lengths = [len(text.input_ids) - text.prompt_length for text in part]
@@ -89,8 +98,8 @@ def compared(
 
 
 def along_path(model: nn.Module, steering: Steering, multiplier: float, texts: Sequence[Encoded], pad_id: int) -> Iterator[Tensor]:
-    """KL at each answer token of each text, one after the other, nats [tokens] float64; every token is steered."""
-    return (one.kl for one in told(model, steering, multiplier, texts, pad_id))
+    """KL at each answer token of each text, one after the other, nats [tokens] float64; steered in the scope of the Steering."""
+    return (one.kl for one in told(model, steering, multiplier, texts, pad_id, steering.scope))
 
 
 def _kl(steered: Tensor, base: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ def new_intervention(model: nn.Module, layer: int, settings: FitSettings) -> Int
             write_point=settings.site,
             dropout=settings.dropout,
             rank=settings.rank,
-            alpha=settings.lora_alpha,
+            **{"alpha": settings.lora_alpha, **{name: getattr(settings, name) for name in kind.named}},
         )
     return made.to(anatomy.device_of(model, layer))
 

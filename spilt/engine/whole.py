@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from spilt.data.batches import pad, position_mask
 from spilt.data.chat import Encoded
-from spilt.engine import decode, sampling
+from spilt.engine import decode, sampling, scopes
 from spilt.engine import score as scoring
 from spilt.engine import train as training
 from spilt.engine.decode import Row
@@ -29,6 +29,8 @@ from spilt.settings.fields import FitSettings
 from spilt.steering import hooks
 from spilt.steering.interventions import Multiplier
 from spilt.steering.steering import Steering, per_row
+
+TOGETHER = 16  # texts side by side where only the last token is steered
 
 
 @contextmanager
@@ -56,19 +58,22 @@ def score(
     pad_id: int,
     where: Tensor | None = None,
     suffix: bool = True,
+    last: bool = False,
 ) -> AnswerLogProbs:
     """log p of each sequence's answer, summed over its tokens [B], with its graph down to the steering's parameters.
 
-    steering None: the unsteered model. multiplier: a number or [B].
+    steering None: the unsteered model. multiplier: a number or [B]. last: of each logit the own token is steered, and no other.
     """
     batch = pad(list(sequences), pad_id)
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     labels = batch.answer_mask if suffix else batch.text_mask
     ids, mask, answer = (t.to(device) for t in (batch.input_ids, batch.attention_mask, labels))
+    length, keep = torch.tensor([len(s.input_ids) for s in sequences], device=device), scored_positions(answer)
+    if last and steering is not None:
+        return answer_logprobs(scopes.last_logits(model, steering, multiplier, ids, mask, keep), ids, answer, length)
     with steer(model, steering, multiplier, where) if steering is not None else hooks.attach(model, []):
         logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
-    length = torch.tensor([len(s.input_ids) for s in sequences], device=device)
-    return answer_logprobs(logits[scored_positions(answer)], ids, answer, length)
+    return answer_logprobs(logits[keep], ids, answer, length)
 
 
 class Scorer(scoring.Scorer):
@@ -98,8 +103,9 @@ class Scorer(scoring.Scorer):
     @torch.no_grad()
     def score(self, multiplier: float, numbers: Sequence[int]) -> np.ndarray:
         part = [self.sequences[i] for i in numbers]
-        where, used = acts(part, self.positions, self.prefix), self.steering if multiplier else None
-        found = [score(self.model, used, multiplier, part, self.pad_id, where, suffix) for suffix in (True, False)]
+        last, used = self.positions == scopes.LAST, self.steering if multiplier else None
+        where = None if last else acts(part, self.positions, self.prefix)
+        found = [score(self.model, used, multiplier, part, self.pad_id, where, suffix, last) for suffix in (True, False)]
         return np.stack([-scored.total.double().cpu().numpy() for scored in found])
 
 
@@ -147,6 +153,9 @@ def texts(
     The next token is chosen as sampling.choose says, by the row's own random numbers. m = 0: none but what is not the identity there runs.
     positions: which tokens are steered (`steer_positions`); prefixes: of each row, tokens of the template before the prompt; left out: 0.
     """
+    if positions == scopes.LAST:
+        yield from scopes.generate(model, steering, rows, how, TOGETHER, positions)
+        return
     device, takes = model.get_input_embeddings().weight.device, inspect.signature(type(model).forward).parameters  # type: ignore[operator]
     for number, row in enumerate(rows):
         draw, cache, new, ids = random.Random(row.seed), None, list[int](), list(row.prompt)
@@ -198,8 +207,9 @@ class Fit(training.Job):
     def gradients(self, minibatch: list[training.Entry], share: int) -> tuple[float, list[Tensor]]:
         drawn = self.draw_rows(minibatch)
         shown = [self.sequences[i] for i in drawn.indices]
-        where = acts(shown, self.settings.fitted_positions, self.prefix)
+        last = self.settings.fitted_positions == scopes.LAST
+        where = None if last else acts(shown, self.settings.fitted_positions, self.prefix)
         mixed = Steering((site, training.Mixed(made, drawn.removed)) for site, made in self.steering)
-        scored = score(self.model, mixed, drawn.multiplier, shown, self.pad_id, where)
+        scored = score(self.model, mixed, drawn.multiplier, shown, self.pad_id, where, last=last)
         loss = self.loss(minibatch, scored) / share
         return loss.item(), list(torch.autograd.grad(loss, list(self.intervention.parameters())))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -428,3 +428,30 @@ def _parts_of_odds(loss: Axes, mass: Axes, cell: Measured, split: str) -> None:
     for axes in (loss, mass):
         axes.set_ylim(bottom=0)
         axes.set_xlabel("m")
+
+
+def oracle_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Of a fine-tuned model, by block: rank of what is added, KL with that block alone put right, share of the MLP (`spilt oracle`).
+
+    rows: ranks (of 90% and 99%; None: nothing is added), kl in nats, mlp (None: it has no share).
+    """
+    with _drawing("oracle", False, (10.0, 3.1)) as figure:
+        rank, kl, share = figure.subplots(1, 3)
+        blocks = range(len(rows))
+        for number, (part, line) in enumerate((("90%", "-"), ("99%", DASHED))):
+            rank.plot(
+                blocks,
+                [row["ranks"][number] if row["ranks"] else 0 for row in rows],
+                color=INK,
+                linestyle=line,
+                label=f"{part} of the squares",
+            )
+        rank.set(title="rank of what is added", ylabel="rank", ylim=(0, None))
+        rank.legend()
+        kl.plot(blocks, [row["kl"] for row in rows], color=INK, marker="o", markersize=3)
+        kl.set(title="this block alone put right", ylabel="KL(steered || fine-tuned), nats per token", ylim=(0, None))
+        share.plot(blocks, [float("nan") if row["mlp"] is None else row["mlp"] for row in rows], color=INK, marker="o", markersize=3)
+        share.set(title="the MLP's share of the change", ylabel="|ΔMLP| / (|ΔMLP| + |Δskip|)", ylim=(0, 1))
+        for axes in (rank, kl, share):
+            axes.set_xlabel("block")
+        return figure

@@ -13,13 +13,16 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any
 
-from spilt.cell import FORMS
+from spilt.cell import FORMS, NONLINEARITIES
 from spilt.errors import UserError
 from spilt.settings.values import Bad, Reader, choice, flag, many, number, optional, positions, steered, text, whole, whole_or_all
 
 POINTS = ("mlp_mid", "mlp", "attn", "block")  # read points of lora and local_weight
 ANATOMY = ("blocks", "attn", "mlp", "mlp_mid")  # what of a model has a place that can be told
-WRITE_POINTS = ("block", "down_proj")
+# the block's output, after both residual adds; the output of its down projection, of its MLP, of its attention; the input of its MLP
+WRITE_POINTS = ("block", "down_proj", "mlp", "attn", "mlp_input")
+# write point -> the read points that a forward has passed by then; the others: all
+PASSED = {"attn": ("attn", "block"), "mlp_input": ("attn", "block")}
 ADAPTERS = ("lora", "dora", "pissa", "delora", "oft", "boft", "ia3")  # kinds of PEFT, of weight arithmetic
 CONTRASTS = ("difference", "bisector", "matching", "not_matching")  # what it makes of two adapters
 PAIRS = ("orig_add", "orig_sub")
@@ -33,7 +36,9 @@ DTYPE_ALIASES |= {f"torch.{name}": name for name in DTYPES}
 METHOD_ALIASES = {"split": "spilt"}  # the paper's spelling
 WEIGHT_ARITHMETIC = "weight_arithmetic"
 OF_ADAPTERS = ("adapter", "modules", "block_size", "warmup", "contrast")  # keys of it alone
-LATER = ("joint", "steer_positions", "anatomy", "direction_layer", *OF_ADAPTERS)  # keys that came after results had been stored
+OF_POST_BLOCK = {"alpha": 1.0, "nonlinearity": "silu"}  # keys of that form alone, and their defaults
+# keys that came after results had been stored
+LATER = ("joint", "steer_positions", "anatomy", "direction_layer", *OF_ADAPTERS, *OF_POST_BLOCK)
 INTERVENTION_ALIASES = {"weight": "local_weight"}  # released file names and YAML
 
 
@@ -139,7 +144,8 @@ class Common(Checked):
     layers: tuple[int, ...] = setting(many(whole(0), distinct=True))  # 0-based decoder blocks; released 20 gemma-2-9b-it, 14 qwen2.5-7b-it
     # Read point of lora and local_weight: input of the MLP down projection, of the MLP, of attention, of the block.
     intervention_components: str = setting(choice("read point", POINTS), "mlp_mid")
-    # Write point: the block's output, or (ours) the output of its down projection, where Gemma-2's norm still follows.
+    # Write point: the block's output, or (ours) the output of its down projection, where Gemma-2's norm still follows, of its MLP or
+    # attention, or the input of its MLP.
     site: str = setting(choice("write point", WRITE_POINTS), "block")
     concept_id: int | None = setting(optional(whole(0)), None)  # row of a file with several concepts; None = the only or first one
     seed: int = setting(whole(0), 42)  # of initialisation, order, factors, dropout, sampling; released 42
@@ -151,10 +157,25 @@ class Common(Checked):
     steer_positions: str | None = setting(optional(steered), None)
     anatomy: str = setting(text, "")  # ours: where the model's parts are, as in `blocks=model.layers,mlp=mlp`; "" = found by structure
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        row = FORMS.get(self.intervention_method)
+        if row and row.reads:
+            refuse_not_passed(self.intervention_components, self.site)
+
     @property
     def applied_positions(self) -> str:
         """Where it acts while text is made, in the words of `steer_positions`."""
         return self.steer_positions or "all"
+
+
+def refuse_not_passed(read_point: str | None, write_point: str) -> None:
+    """Raises UserError where what is read is computed after what is written."""
+    if read_point in POINTS and read_point not in (may := PASSED.get(write_point, POINTS)):
+        raise UserError(
+            f"what is read at {read_point!r} comes after what is written at {write_point!r} in a block; intervention_components: "
+            f"{' or '.join(may)}, or another site"
+        )
 
 
 def _by_method(name: str, released: Any = None) -> Callable[[str, str], Any]:
@@ -165,6 +186,10 @@ def _by_method(name: str, released: Any = None) -> Callable[[str, str], Any]:
         return OWN_DEFAULTS.get(method, {}).get(name, of_form)  # a name that does not exist is told by others
 
     return default
+
+
+def _of_post_block(name: str) -> Callable[[str, str], Any]:
+    return lambda _, form: OF_POST_BLOCK[name] if form == "post_block" else None
 
 
 def _adapter(method: str, form: str) -> str | None:
@@ -199,10 +224,13 @@ class FitSettings(ScoringSettings):
     """How a method finds the parameters of an intervention (`--mode generate`)."""
 
     # the intervention
-    rank: int = setting(whole(1), by=_by_method("rank", 4))  # of lora; released 4 (YAML `rank` or `low_rank_dimension`)
+    rank: int = setting(whole(1), by=_by_method("rank"))  # of lora; released 4 (YAML `rank` or `low_rank_dimension`); of post_block 8
     lora_alpha: float = setting(number(), by=_by_method("lora_alpha", 32.0))  # stored with a lora, scales nothing: the effect is m (x A) B
     # probability; on v itself (vector), on the delta (lora, local_weight)
-    dropout: float = setting(number(0, below=1), by=_by_method("dropout", 0.1))
+    dropout: float = setting(number(0, below=1), by=_by_method("dropout"))
+    # ours: delta = m alpha U act(D h) of post_block; None for every other form
+    alpha: float | None = setting(optional(number()), by=_of_post_block("alpha"))
+    nonlinearity: str | None = setting(optional(choice("nonlinearity", NONLINEARITIES)), by=_of_post_block("nonlinearity"))
     joint: bool = setting(flag, False)  # ours: the layers are fitted together, by one loss; else each alone (released)
     # the loop
     # minibatch groups per optimiser step
@@ -240,7 +268,7 @@ class FitSettings(ScoringSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method == WEIGHT_ARITHMETIC:  # an adapter has all its layers
+        if self.method == WEIGHT_ARITHMETIC or (row := FORMS.get(self.intervention_method)) and row.joint:  # an adapter has all its layers
             object.__setattr__(self, "joint", len(self.layers) > 1)
         if self.joint and len(self.layers) < 2:
             raise UserError(f"joint = true needs two layers or more; layers has {len(self.layers)}: add one, or leave joint out")
@@ -248,6 +276,10 @@ class FitSettings(ScoringSettings):
         if given and self.method != WEIGHT_ARITHMETIC:
             value = getattr(self, given[0])
             raise UserError(f"{given[0]} = {value} is of {WEIGHT_ARITHMETIC}; {self.method} has no adapters: leave it out")
+        if self.intervention_method != "post_block":
+            for name in OF_POST_BLOCK:
+                if (value := getattr(self, name)) is not None:
+                    raise UserError(f"{name} = {value} is of post_block; {self.intervention_method} has none: leave it out")
         if self.adapter is not None and self.intervention_method == "lora" != self.adapter:
             raise UserError(f"adapter = {self.adapter}: its change is dense: --intervention_method local_weight, or adapter: lora")
         removes = self.substraction_type == "null_it_out" and "orig_sub" in self.preference_pairs

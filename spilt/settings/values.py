@@ -108,7 +108,10 @@ def many(read: Reader, *, distinct: bool = False) -> Reader:
 
 
 POSITIONS = ("all", "all_prompt", "all_generation")  # released words; `all` begins after the template prefix
-STEERED = ("all", "skip_prefix", *POSITIONS[1:])  # of `steer_positions`; `all` is every token
+# which tokens of a sequence are steered. last: the one whose logits are made, and that alone, so that no key or value of a text is
+# steered; last_cached: its approximation in one pass, from the last prompt token on, with steered keys and values
+SCOPES = ("all", "last", "last_cached", "prompt", "generated")
+STEERED = ("all", "skip_prefix", *POSITIONS[1:], *SCOPES[1:])  # of `steer_positions`; `all` is every token
 _ENDS = re.compile(r"f([1-9]\d{0,5})(?:\+l([1-9]\d{0,5}))?|l([1-9]\d{0,5})", re.ASCII)
 
 
@@ -119,7 +122,7 @@ def positions(value: Any) -> str:
 
 
 def steered(value: Any) -> str:
-    """The words of `steer_positions`: `all` (every token), `skip_prefix` (from the template prefix's end on), and those of `positions`."""
+    """`steer_positions`: `all` (every token), `skip_prefix` (from the template prefix's end on), SCOPES, and the words of `positions`."""
     ends(value, STEERED)
     return str(value)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 from spilt.errors import UserError, unknown
-from spilt.settings.fields import ANATOMY, POINTS
+from spilt.settings.fields import ANATOMY, POINTS, WRITE_POINTS
 
 if TYPE_CHECKING:
     import torch
@@ -263,9 +263,25 @@ def read_point(model: nn.Module, layer: int, component: str) -> nn.Module:
 
 
 def write_point(model: nn.Module, layer: int, name: str) -> nn.Module:
-    """The module whose output is written: the block, its down projection ('down_proj'), or a linear by its path."""
-    at = block(model, layer)
-    return at if name == "block" else down_proj(model, layer) if name == "down_proj" else _linear(at, name)
+    """The module whose output is written: the block, its down projection ('down_proj'), MLP, attention, or a linear by its path.
+
+    'mlp_input': the MLP, whose input is written (`writes_input`).
+    """
+    at, parts = block(model, layer), of(model).parts[layer]
+    if name not in WRITE_POINTS:
+        return _linear(at, name)
+    inside = f"{parts.mlp}."
+    last = parts.mlp_mid if parts.mlp_mid and not parts.mlp_mid.startswith(inside) else parts.mlp  # fc1, fc2 beside attention (OPT)
+    path = {"block": "", "down_proj": parts.mlp_mid, "mlp": last, "attn": parts.attn, "mlp_input": parts.mlp}[name]
+    if path is None:
+        missing = NO_DOWN.format(parts.why) if name == "down_proj" else f"has no {name} to write{WAY_OUT}"
+        raise UserError(f"block {layer} {missing}")
+    return at.get_submodule(path) if path else at
+
+
+def writes_input(name: str) -> bool:
+    """Whether a write point is what its module is given, not what it gives."""
+    return name == "mlp_input"
 
 
 def _linear(at: nn.Module, path: str) -> nn.Module:
@@ -274,6 +290,11 @@ def _linear(at: nn.Module, path: str) -> nn.Module:
     if path not in found:
         raise unknown("place in a block", path, (*COMPONENTS, *found))
     return found[path]
+
+
+def linears(model: nn.Module, layer: int) -> list[str]:
+    """Paths of the linear maps inside block `layer`: those that have a width in and one out."""
+    return [name for name, module in block(model, layer).named_modules() if all(_widths(module))]
 
 
 def down_proj(model: nn.Module, layer: int) -> nn.Module:
@@ -326,7 +347,7 @@ def write_width(model: nn.Module, layer: int, name: str) -> int:
     """D, or the width of what a linear gives."""
     at = write_point(model, layer, name)
     _refuse_split(at, 0, f"{name} of block {layer} is written")
-    return hidden_size(model) if name == "block" else _widths(at)[1]
+    return _widths(at)[1] if name == "down_proj" or name not in WRITE_POINTS else hidden_size(model)
 
 
 def _refuse_split(module: nn.Module, axis: int, what: str) -> None:

@@ -18,6 +18,7 @@ from spilt.steering.steering import Site
 
 Place = tuple[int, str]  # block, path of the linear map inside it
 DOWN = ("mlp_mid", "down_proj")  # the down projection as a site has it: what is read, what is written
+ELSEWHERE = ("attn", "mlp_input")  # write points that a map before them could write, which is not looked for
 VECTORS = "--format gguf or vllm-hook holds vectors at the block's output"
 ANYTHING = "--format safetensors holds any Steering"
 
@@ -40,6 +41,8 @@ def down(model: nn.Module, site: Site, form: str, at: str, instead: str = ANYTHI
 
     Raises UserError where a norm stands between the two, or there is no such projection (experts).
     """
+    if site.write_point in ELSEWHERE:
+        raise UserError(f"the {form} of layer {site.layer} is added at {site.write_point!r}, which no down projection writes; {instead}")
     row, parts = anatomy.family(model), anatomy.of(model).parts[site.layer]
     also = vectors if form == "vector" else ""
     if at == "down_proj" and parts.mlp_mid is None:
@@ -50,7 +53,7 @@ def down(model: nn.Module, site: Site, form: str, at: str, instead: str = ANYTHI
     way_out = f"{also}{instead}, and a fit with --set site=down_proj can be weights"
     if at == "block":
         way_out = f"{instead}, --format peft or merged what is added at the down projection"
-    words = {"block": "the block's output", "down_proj": "the down projection"}
+    words = {"block": "the block's output", "down_proj": "the down projection", "mlp": "the MLP's output"}
     raise UserError(
         f"the {form} of layer {site.layer} is added at {words[site.write_point]}, and in {row.model_type} a norm follows the down "
         f"projection: the same at {words[at]} is something else; {way_out}"

@@ -70,6 +70,15 @@ def attach(model: nn.Module, applied: Sequence[Applied]) -> Iterator[None]:
             def write(_: nn.Module, args: tuple[Any, ...], output: Any, one: Applied = one, seen: list[Tensor] = seen) -> Any:
                 return like(output, steer(one, first(output), seen.pop() if seen else None))
 
+            def before(
+                _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], one: Applied = one, seen: list[Tensor] = seen
+            ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+                steered = steer(one, input_of(args, kwargs), seen.pop() if seen else None)
+                return ((steered, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": steered})
+
             here = anatomy.write_point(model, one.layer, one.intervention.write_point)
-            handles.callback(here.register_forward_hook(write).remove)
+            if anatomy.writes_input(one.intervention.write_point):
+                handles.callback(here.register_forward_pre_hook(before, with_kwargs=True).remove)
+            else:
+                handles.callback(here.register_forward_hook(write).remove)
         yield

@@ -12,14 +12,15 @@ parameters lose small updates); the delta is cast to the stream's dtype when it 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from spilt.cell import FORMS, HELD
-from spilt.errors import UserError
+from spilt.cell import FORMS, HELD, NONLINEARITIES
+from spilt.errors import UserError, unknown
 
 Multiplier = float | Tensor
 State = Tensor | dict[str, Any]  # what layer_{id}.pt holds for one concept
@@ -29,7 +30,8 @@ class Intervention(nn.Module):
     """What the forms share: where they read (`read_point`) and write (`write_point`), and dropout while fitting.
 
     read_point: 'mlp_mid' | 'mlp' | 'attn' | 'block' (anatomy.read_point), None for a form that reads nothing.
-    write_point: 'block' (the block's output, after every norm inside it) or 'down_proj' (the MLP's down projection).
+    write_point: 'block' (the block's output, after every norm inside it), 'down_proj' (the MLP's down projection), 'mlp', 'attn'
+    (what the MLP, the attention gives, before the residual add) or 'mlp_input' (what the MLP is given).
     """
 
     form: ClassVar[str]  # its name: key of FORMS and INTERVENTIONS, word of YAML and command line
@@ -38,6 +40,7 @@ class Intervention(nn.Module):
     linear: ClassVar[tuple[str, ...]]  # parameters that, scaled together, scale delta
     factors: ClassVar[tuple[float, ...]]
     identity: ClassVar[bool] = True  # at m = 0 it leaves the stream as it is
+    named: ClassVar[tuple[str, ...]] = ()  # attributes that decide delta beside the parameters and the places
 
     def __init_subclass__(cls) -> None:
         if "form" in cls.__dict__:
@@ -72,7 +75,7 @@ class Intervention(nn.Module):
 
     @classmethod
     def of_parameters(cls, parameters: Mapping[str, Tensor], **kwargs: Any) -> Intervention:
-        """The form with copies of these parameters. kwargs: read_point, write_point, dropout."""
+        """The form with copies of these parameters. kwargs: read_point, write_point, dropout, and what `named` says."""
         return cls.from_state(next(iter(parameters.values())) if HELD[cls.form].bare else dict(parameters), **kwargs)
 
     @classmethod
@@ -106,9 +109,13 @@ class Intervention(nn.Module):
         assert pair is not None
         return pair[0] @ pair[1]
 
+    def options(self) -> dict[str, Any]:
+        """name -> value of `named`, as `of_parameters` takes them."""
+        return {name: getattr(self, name) for name in self.named}
+
     def describe(self) -> dict[str, Any]:
         """The fields of metadata_layer_{id}.jsonl that belong to the form."""
-        return {"intervention_components": self.read_point, "rank": None, "alpha": None}
+        return {"intervention_components": self.read_point, "rank": None, "alpha": None, **self.options()}
 
 
 class Vector(Intervention):
@@ -322,5 +329,92 @@ class Ablation(Intervention):
         return made
 
 
-INTERVENTIONS: dict[str, type[Intervention]] = {kind.form: kind for kind in (Vector, LoRA, LocalWeight, Ablation)}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "relu": functional.relu,
+    "gelu": functional.gelu,  # the exact one: x Phi(x)
+    "tanh": torch.tanh,
+    "linear": lambda x: x,
+}
+assert tuple(ACTIVATIONS) == NONLINEARITIES
+SMALL = 1e-3  # of D at the start: the activation begins in its linear range
+
+
+class PostBlock(Intervention):
+    """delta = m alpha U act(D h), D [r, D], U [D, r], no biases: a low-rank adapter after a block (arXiv 2603.00425).
+
+    It reads the stream that it writes to. D begins Kaiming-uniform(a = sqrt 5) times 1e-3, that is uniform in +-1e-3/sqrt(D), and U
+    zero: delta is 0 exactly, and the first step moves U alone. `nonlinearity` is a key of ACTIVATIONS. Dropout acts on the delta.
+    """
+
+    form = "post_block"
+    linear = ("up",)
+    named = ("alpha", "nonlinearity")
+
+    def __init__(
+        self,
+        hidden: int,
+        read: int | None = None,
+        *,
+        read_point: str | None = None,
+        write_point: str = "block",
+        dropout: float = 0.0,
+        rank: int = 8,
+        alpha: float = 1.0,
+        nonlinearity: str = "silu",
+        **_: Any,
+    ) -> None:
+        super().__init__(None, write_point, dropout)
+        if nonlinearity not in ACTIVATIONS:
+            raise unknown("nonlinearity", str(nonlinearity)[:60], ACTIVATIONS)
+        if not math.isfinite(alpha):
+            raise UserError(f"a post-block adapter with alpha {alpha}: wanted a finite number")
+        self.rank, self.alpha, self.nonlinearity = rank, alpha, nonlinearity
+        self.down = nn.Parameter(SMALL * nn.init.kaiming_uniform_(torch.empty(rank, hidden, dtype=torch.float32), a=math.sqrt(5)))
+        self.up = nn.Parameter(torch.zeros(hidden, rank, dtype=torch.float32))
+
+    def delta(self, h: Tensor, x: Tensor | None, multiplier: Multiplier) -> Tensor:
+        read = ACTIVATIONS[self.nonlinearity](h.to(self.down.dtype) @ self.down.T)  # [B, T, r]
+        return self.dropout(multiplier * (self.alpha * (read @ self.up.T)))
+
+    def norm(self) -> float:
+        """Of alpha U D: as large as delta / h gets where the activation passes all."""
+        down, up = self.down.detach().double(), self.up.detach().double()
+        return abs(self.alpha) * float(((down @ down.T) * (up.T @ up)).sum().clamp(min=0).sqrt())
+
+    def folded(self) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+        why = "reads the stream that it changes, as no weight of the model does"
+        if self.nonlinearity != "linear":
+            why = f"is not linear ({self.nonlinearity}), and weights are"
+        raise UserError(f"a post-block adapter {why}; --format safetensors holds any Steering")
+
+    def state(self) -> State:
+        kept = {name: p.detach().float().cpu().clone() for name, p in self.named_parameters()}
+        return {**kept, "r": self.rank, **self.options(), "site": self.write_point, "intervention_components": None}
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "rank": self.rank}
+
+    @classmethod
+    def of_parameters(cls, parameters: Mapping[str, Tensor], **kwargs: Any) -> PostBlock:
+        made = cls(parameters["down"].shape[1], rank=parameters["down"].shape[0], **kwargs)
+        made.down, made.up = (nn.Parameter(parameters[name].detach().float().clone()) for name in ("down", "up"))
+        return made
+
+    @classmethod
+    def from_state(cls, state: State, **kwargs: Any) -> PostBlock:
+        """Raises UserError where the state does not say the activation, or was made for another site."""
+        assert isinstance(state, Mapping)
+        if missing := [name for name in cls.named if state.get(name) is None]:
+            raise UserError(
+                f"a post-block adapter without its {' and '.join(missing)}: its tensors do not tell how they are used; where it is known, "
+                "`spilt.read_post_block` takes it as an argument"
+            )
+        site, own = kwargs.get("write_point", "block"), str(state.get("site") or "")[:60]
+        if own not in ("", site):
+            raise UserError(f"a post-block adapter that was fitted at {own!r} would act at {site!r}; --set site={own}")
+        return cls.of_parameters(state, **{name: state[name] for name in cls.named}, **kwargs)
+
+
+INTERVENTIONS: dict[str, type[Intervention]] = {kind.form: kind for kind in (Vector, LoRA, LocalWeight, Ablation, PostBlock)}
 assert list(INTERVENTIONS) == list(FORMS)

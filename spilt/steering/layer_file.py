@@ -89,7 +89,10 @@ def load(
         if read_point not in widths:
             raise UserError(f"{path}: intervention_components {read_point!r} is not one of {', '.join(widths)}")
     check_shapes(state, path, form, hidden, widths.get(read_point, hidden) if read_point else hidden, read_point)
-    made = INTERVENTIONS[form].from_state(state, read_point=read_point, write_point=site)
+    try:
+        made = INTERVENTIONS[form].from_state(state, read_point=read_point, write_point=site)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return made.eval().requires_grad_(False)
 
 
@@ -254,6 +257,8 @@ def described(stored: Any, path: Path) -> str:
         return "a dict with lora_A and lora_B: --intervention_method lora"
     if {"weight", "bias"} <= stored.keys() and getattr(stored["weight"], "ndim", 0) == 2:
         return "a dict with weight and bias: --intervention_method local_weight"
+    if any(re.search(r"\blayer\d{1,5}_(block|attn|mlp)\b", name) for name in names):
+        return "adapters of the public post-block code, which say neither activation nor scope: spilt.read_post_block takes both"
     if any(re.search(r"\blora_(A|B|embedding)", name) for name in names):
         return f"the adapter of another library, PEFT ({shown}), which changes many modules; fit one here: --intervention_method lora"
     if all(isinstance(value, torch.Tensor) for value in stored.values()) and names:
@@ -290,8 +295,8 @@ def check_shapes(state: Any, path: Path, form: str, hidden: int, width: int, rea
         if rank is None or rank < 1:
             raise UserError(f"{path}: {name} has shape {list(shape)}; wanted [{', '.join(row.tensors[name])}], where F is {width}")
         for key in ("r", "alpha"):
-            if not isinstance(state.get(key), int | float | None):
-                raise UserError(f"{path}: {key} is a {type(state[key]).__name__}; wanted a number")
+            if not isinstance(state.get(key), int | float | None) or not abs(state.get(key) or 0) < float("inf"):
+                raise UserError(f"{path}: {key} is a {type(state[key]).__name__}; wanted a finite number")
         if state.get("r") not in (None, rank):
             raise UserError(f"{path}: says r = {state['r']}, but {name} has shape {list(shape)}")
     for name, size in row.shapes(hidden, width, rank).items():

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from spilt import __version__
 from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write
-from spilt.errors import UserError, first_line
-from spilt.settings.fields import WRITE_POINTS
+from spilt.errors import UserError, first_line, unknown
+from spilt.settings.fields import WRITE_POINTS, refuse_not_passed
+from spilt.settings.values import SCOPES
 from spilt.steering import anatomy, foreign, layer_file
 from spilt.steering.hooks import Applied
 from spilt.steering.interventions import INTERVENTIONS, Intervention, Multiplier
@@ -27,6 +28,7 @@ from spilt.steering.nonlinear import NONLINEAR
 
 SUFFIX = ".safetensors"
 FORMAT = 1  # of the stored file
+SCOPE = "scope"  # of `about`: which tokens it was fitted to act on
 RECOMMENDED = "recommended_multiplier"  # of `about`: a strength, so it scales the other way round
 
 KINDS: Mapping[str, type[Intervention]] = ChainMap(INTERVENTIONS, NONLINEAR)  # by form
@@ -36,7 +38,7 @@ LAYER_FILE = re.compile(r"layer_(\d{1,9})\.pt")
 
 
 class Site(NamedTuple):
-    """Where an intervention acts. read_point: anatomy.COMPONENTS, None when it reads nothing; write_point: 'block' | 'down_proj'.
+    """Where an intervention acts. read_point: anatomy.COMPONENTS, None when it reads nothing; write_point: WRITE_POINTS.
 
     Both may be the path of a linear map inside the block instead, such as self_attn.q_proj: its input, its output.
     """
@@ -61,6 +63,7 @@ class Steering:
         for site, intervention in self.entries:
             if (site.read_point, site.write_point) != (intervention.read_point, intervention.write_point):
                 raise UserError(f"{site}: the intervention reads at {intervention.read_point!r} and writes at {intervention.write_point!r}")
+            refuse_not_passed(site.read_point, site.write_point)
 
     @classmethod
     def of(cls, interventions: Mapping[int, Intervention], about: Mapping[str, Any] | None = None) -> Steering:
@@ -81,12 +84,28 @@ class Steering:
         """(layer, write point) of each entry."""
         return [(site.layer, site.write_point) for site, _ in self.entries]
 
+    @property
+    def scope(self) -> str:
+        """Which tokens it was fitted to act on, where `about` says it: a word of SCOPES. engine.scopes obeys it."""
+        word = self.about.get(SCOPE, "all")
+        if word not in SCOPES:
+            raise unknown(SCOPE, str(word)[:60], SCOPES)
+        return str(word)
+
     def parameters(self) -> Iterator[nn.Parameter]:
         for _, intervention in self.entries:
             yield from intervention.parameters()
 
     def at(self, multiplier: Multiplier, positions: Tensor | None = None) -> list[Applied]:
-        """What `hooks.attach` takes: every entry at this multiplier (or one per row). positions [B, T] bool: where it acts; None: all."""
+        """What `hooks.attach` takes: every entry at this multiplier (or one per row). positions [B, T] bool: where it acts; None: all.
+
+        Raises UserError for all where it was fitted to act on some alone.
+        """
+        if positions is None and self.scope != "all":
+            raise UserError(
+                f"this Steering was fitted to act on the tokens of scope {self.scope!r} alone, and here every token would be steered; "
+                f"spilt.engine.scopes obeys it; where every token is meant: steering.about.pop({SCOPE!r})"
+            )
         return [Applied(site.layer, made, multiplier, positions) for site, made in self.entries]
 
     def on(self, layer: int) -> Steering:
@@ -162,7 +181,7 @@ class Steering:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Steering):
             return NotImplemented
-        if [site for site, _ in self] != [site for site, _ in other] or self.forms != other.forms:
+        if [(site, made.form, made.options()) for site, made in self] != [(site, made.form, made.options()) for site, made in other]:
             return False
         states = ((mine.state_dict(), theirs.state_dict()) for (_, mine), (_, theirs) in zip(self, other, strict=True))
         return all(all(torch.equal(a[name].cpu(), b[name].cpu()) for name in a) for a, b in states)
@@ -188,7 +207,9 @@ class Steering:
             for number, (_, made) in enumerate(self.entries)
             for name, value in made.state_dict().items()
         }
-        entries = [{"form": made.form, **site._asdict(), "alpha": made.describe()["alpha"]} for site, made in self.entries]
+        entries = [
+            {"form": made.form, **site._asdict(), "alpha": made.describe()["alpha"], **made.options()} for site, made in self.entries
+        ]
         words = {"format": FORMAT, "entries": entries, "about": self.about, "spilt": __version__}
         return save(tensors, metadata={"steering": json.dumps(words, sort_keys=True)})
 
@@ -281,7 +302,8 @@ def _entry(path: Path, number: int, row: dict[str, Any], tensors: dict[str, Tens
     for name, value in own.items():
         if not value.is_floating_point() or not torch.isfinite(value).all():
             raise UserError(f"{path}: tensor {number}.{name} holds values that are not finite numbers")
-    made: Any = kind.of_parameters(own, read_point=site.read_point, write_point=site.write_point)
+    options = {name: row[name] for name in kind.named}
+    made: Any = kind.of_parameters(own, read_point=site.read_point, write_point=site.write_point, **options)
     if row.get("alpha") is not None:
         made.alpha = float(row["alpha"])
     return site, made.eval().requires_grad_(False)
@@ -298,13 +320,16 @@ def _released(path: Path, layer: int) -> Steering:
         several = layer_file.linears(held, path, form)
     else:
         state = layer_file.one_concept(held, path, form, None)
-        read_point, write_point = None, str(settings.get("site", "block"))
+        own = state.get("site") if isinstance(state, dict) else None
+        read_point, write_point = None, str(own or settings.get("site", "block"))
         if INTERVENTIONS[form].reads:
             read_point = str(state.get("intervention_components") or settings.get("intervention_components", "mlp_mid"))
         several = [INTERVENTIONS[form].from_state(state, read_point=read_point, write_point=write_point)]
-    about = {"method": settings["method"]} if "method" in settings else {}
+    about: dict[str, Any] = {"method": settings["method"]} if "method" in settings else {}
     if about and isinstance(parts, dict) and isinstance(parts.get("model"), str):
         about |= {"settings": settings, "base_model": {"checkpoint": parts["model"]}}
+    if settings.get("steer_positions") in SCOPES[1:]:
+        about |= {SCOPE: settings["steer_positions"]}
     return Steering(((Site(layer, made.read_point, made.write_point), made.eval().requires_grad_(False)) for made in several), about)
 
 

@@ -39,7 +39,7 @@ def random_like(steering: Steering, seed: int) -> Steering:
     def drawn(made: Intervention) -> Intervention:
         device = next(made.parameters()).device
         parameters = {name: torch.randn(p.shape, generator=generator) for name, p in made.named_parameters()}
-        new = type(made).of_parameters(parameters, read_point=made.read_point, write_point=made.write_point)
+        new = type(made).of_parameters(parameters, read_point=made.read_point, write_point=made.write_point, **made.options())
         return new.eval().requires_grad_(False).to(device)
 
     return Steering((site, drawn(made)) for site, made in steering)

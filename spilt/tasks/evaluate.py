@@ -211,7 +211,7 @@ class _Texts:
         """By the engine that applies, with the tokens steered that are steered while text is made."""
         model, pad, where = self.run.host.model, self.run.host.pad_id, self.s.applied_positions
         family = str(model.config.model_type)  # type: ignore[union-attr]
-        if choice.why_plain(self.steering.places, "measure", family=family, engine=self.run.request.engine):
+        if choice.why_plain(self.steering.places, "measure", family=family, engine=self.run.request.engine, positions=where):
             return whole.Scorer(model, self.steering, sequences, pad, where, self.chat.prefix_length)
         base, read = score.recorded_at(self.steering)
         recorded = activations.record(model, base, sequences, [read] if read else [], pad, together)

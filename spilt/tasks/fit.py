@@ -96,7 +96,8 @@ def _train(
     settings: Any = step.settings
     steering = Steering.of({layer: training.new_intervention(host.model, layer, settings) for layer in layers})
     prefix = host.chat(settings.use_chat_template, settings.system_prompt).prefix_length
-    if choice.why_plain(steering.places, "fit", family=family(step.model), engine=run.request.engine, joint=settings.joint):
+    place = {"family": family(step.model), "joint": settings.joint, "positions": settings.fitted_positions}
+    if choice.why_plain(steering.places, "fit", engine=run.request.engine, **place):
         sequences = run.recordings.sequences(step, fmt.path, host, fmt)
         job: training.Job = whole.Fit(host.model, steering, sequences, settings, METHODS[cell.method], prefix, host.pad_id)
     else:

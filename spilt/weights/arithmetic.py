@@ -101,7 +101,9 @@ def at_maps(model: nn.Module, steering: Steering) -> Steering:
     entries = []
     for site, made in steering:
         new = _site(model, place(model, site, made, "it is no change of the weights", ""), made.reads)
-        moved = type(made).of_parameters(dict(made.named_parameters()), read_point=new.read_point, write_point=new.write_point)
+        moved = type(made).of_parameters(
+            dict(made.named_parameters()), read_point=new.read_point, write_point=new.write_point, **made.options()
+        )
         entries.append((new, moved.eval().requires_grad_(False)))
     return Steering(entries, steering.about)
 

@@ -1,0 +1,59 @@
+"""Where a run's files lie: {base_dir}/tasks/{task}/{model}/{variant}/{run}/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from spilt.errors import checked_name
+
+ROOT = "tasks"
+SUMMARY = "summary.json"
+
+
+class Place(NamedTuple):
+    """The folder of one run. A run is a task, a model, a variant, and how it was trained."""
+
+    folder: Path
+
+    @property
+    def steering(self) -> Path:
+        """What was learned, with everything that is needed to use it."""
+        return self.folder / "steering.safetensors"
+
+    @property
+    def weights(self) -> Path:
+        """All weights, of full fine-tuning."""
+        return self.folder / "model.safetensors"
+
+    @property
+    def log(self) -> Path:
+        """A JSON object for each optimizer step."""
+        return self.folder / "train_log.jsonl"
+
+    @property
+    def unfinished(self) -> Path:
+        """The state of a training under way."""
+        return self.folder / "unfinished.pt"
+
+    @property
+    def summary(self) -> Path:
+        return self.folder / SUMMARY
+
+    def results(self, split: str) -> Path:
+        """JSON lines {prompt, output, label, eval}, under the public code's name."""
+        return self.folder / f"{split}.json"
+
+    def outputs(self, split: str) -> Path:
+        """Texts of an evaluation under way."""
+        return self.folder / f"unfinished_{split}.jsonl"
+
+
+def place(base_dir: Path, task: str, model: str, variant: str, run: str) -> Place:
+    parts = [checked_name(kind, name) for kind, name in (("task", task), ("model name", model))]
+    return Place(base_dir.joinpath(ROOT, *parts, variant, run))
+
+
+def runs(base_dir: Path) -> list[Place]:
+    """Every run that has been evaluated."""
+    return [Place(path.parent) for path in sorted((base_dir / ROOT).glob(f"*/*/*/*/{SUMMARY}"))]

@@ -1,0 +1,196 @@
+"""spilt tasks: the command line, SIGKILL and again, and a task that is learned: ListOps with other labels, on a model trained here."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import listops_world as world
+import pandas as pd
+import pytest
+import torch
+
+from spilt import cli
+from spilt.downstream import load, table, work
+from spilt.downstream.places import runs
+from spilt.downstream.words import TrainSettings, Variant
+from spilt.engine import whole
+from spilt.errors import UserError
+from spilt.model import host as hosts
+from spilt.steering.steering import Steering
+
+ROOT = Path(__file__).resolve().parents[1]
+Said = pytest.CaptureFixture[str]
+
+
+def words(base: Path, verb: str, *more: str, task: str = "new") -> list[str]:
+    own = ["--dataset-name", task, "--data", str(base / task), "--extractor", "tag", "--max-new-tokens", "6", "--max-length", "64"]
+    return ["tasks", verb, "--model-name", "tiny", "--base_dir", str(base), *own, "--device", "cpu", *more]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base_dir with an untrained model and the new task, 48 and 24 rows."""
+    base = world.write_untrained(tmp_path_factory.mktemp("small"))
+    world.write_task(base / "new", 1, train=48, test=24)
+    return base
+
+
+def test_train_evaluate_table(small: Path, capsys: Said) -> None:
+    """Several variants and ranks in one command; the base beside them; the table of all, in every format."""
+    quick = ["--lr", "1e-2", "--bs", "4", "--quiet"]
+    trained = words(small, "train", "--variant", "post_block", "loreft", "--adapter-rank", "1", "2", *quick, "--do-eval", "--json")
+    assert cli.main(trained) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [run["train"] for run in told["runs"]] == ["done"] * 4 and {"validation", "test"} <= told["runs"][0].keys()
+    assert cli.main(trained) == 0
+    assert [run["train"] for run in json.loads(capsys.readouterr().out)["runs"]] == ["already done"] * 4
+    assert cli.main(words(small, "evaluate", "--variant", "base", "--split", "test", "validation")) == 0
+    assert cli.main(words(small, "train", "--variant", "vector", *quick)) == 0
+    assert cli.main(words(small, "evaluate", "--no-adapter", *quick)) == 0
+    said = capsys.readouterr().out
+    assert "new test vector_block: 0." in said and "192 learned (0.1522%)" in said
+    assert cli.main(["tasks", "table", "--base_dir", str(small)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("## new, tiny, test\n") and "| variant | accuracy | n | learned | of the model | less base |" in said
+    assert "McNemar's exact test, Holm over 15 pairs." in said and said.count("\n| post_block_block_silu_r2 |") >= 1
+    assert cli.main(["tasks", "table", "--base_dir", str(small), "--output", str(small / "out"), "--dataset-name", "NEW", "new"]) == 2
+    assert cli.main(["tasks", "table", "--base_dir", str(small), "--output", str(small / "out"), "--dataset-name", "new"]) == 0
+    found = pd.read_csv(small / "out" / "tasks_accuracy.csv")
+    assert len(found) == 6 and found["variant"][0] == "base" and found["n"].eq(24).all()
+    assert "\\begin{tabular}" in (small / "out" / "tasks.tex").read_text() and "<table" in (small / "out" / "tasks.html").read_text()
+    assert len(pd.read_csv(small / "out" / "tasks_pairs.csv")) == 15
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (["--variant", "base"], "learns nothing"),
+        (["--no-adapter", "--variant", "lora"], "--no-adapter contradicts"),
+        (["--linear", "--nonlinearity", "relu"], "--linear contradicts"),
+        (["--variant", "lora", "--linear"], "nonlinearity mean nothing to it"),
+        (["--test-only"], "give --do-eval too"),
+        (["--layers", "7"], "layer 7 does not exist"),
+        (["--lr", "0"], "--lr 0"),
+        (["--limit", "0"], "--limit 0: wanted 1 or more"),
+        (["--model-name", "none"], "none"),
+        (["--max-length", "2"], "no training row fits"),
+        (["--extractor", "letter"], "is no letter"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_message(small: Path, more: list[str], match: str, capsys: Said) -> None:
+    before = sorted(small.rglob("*"))
+    assert cli.main(words(small, "train", *more)) == 2
+    said = capsys.readouterr().err
+    assert match in said and "Traceback" not in said and sorted(small.rglob("*")) == before
+
+
+def test_nothing_evaluated_is_no_table(tmp_path: Path, capsys: Said) -> None:
+    assert cli.main(["tasks", "table", "--base_dir", str(tmp_path)]) == 2
+    assert "nothing was evaluated on test" in capsys.readouterr().err
+
+
+def test_mcnemar_is_the_binomial_test_on_what_differs() -> None:
+    one, other = [True] * 9 + [False] * 11, [False] * 8 + [True] + [True] * 2 + [False] * 9
+    assert table.mcnemar(one, other) == pytest.approx(2 * sum(pd.Series([1, 10, 45])) / 2**10)  # 8 against 2 of 10
+    assert table.mcnemar(one, one) == 1.0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("verb", ["train", "evaluate"])
+def test_killed_and_started_again_it_gives_the_same_bytes(verb: str, tmp_path: Path) -> None:
+    """SIGKILL of the really started command, in the middle of training and of answering."""
+    base = world.write_untrained(tmp_path)
+    world.write_task(base / "new", 1, train=400, test=300)
+    shape = ["--bs", "2", "--lr", "1e-2", "--quiet", "--engine", "plain", "--batch-size", "4"]
+    request = work.Request(load.source("new", str(base / "new"), extract="tag"), "tiny", Variant(), TrainSettings(lr=1e-2, bs=2), base)
+    here = request.place
+    train = words(base, "train", *shape, "--checkpoint-seconds", "0")
+    started = train if verb == "train" else words(base, "evaluate", *shape)
+    if verb == "evaluate":
+        assert cli.main(train) == 0
+    cut = here.unfinished if verb == "train" else here.outputs("test")
+    wanted = [here.steering, here.log] if verb == "train" else [here.results("test"), here.summary]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen([sys.executable, "-m", "spilt", *started], env=env, start_new_session=True, stdout=subprocess.DEVNULL)
+    while run.poll() is None and not (cut.exists() and cut.stat().st_size > 100):
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL and cut.exists() and not wanted[0].exists()
+    begun = cut.read_bytes()
+    assert cli.main(started) == 0 and not cut.exists()
+    found = [path.read_bytes() for path in wanted]
+    for path in here.folder.iterdir():
+        if verb == "train" or path.name.startswith(("test", "summary")):
+            path.unlink()
+    assert len(begun) > 100 and cli.main(started) == 0
+    assert [path.read_bytes() for path in wanted] == found
+
+
+# ---------------------------------------------------------------- a task that is learned
+
+QUICK = ["--lr", "1e-2", "--bs", "16", "--grad-accum", "1", "--epochs", "2", "--quiet"]
+BOUNDS: dict[str, Callable[[float], bool]] = {
+    "base": lambda accuracy: accuracy <= 0.02,
+    "post_block_block_silu_r8": lambda accuracy: accuracy >= 0.99,
+    "post_block_block_linear_r8": lambda accuracy: accuracy >= 0.98,
+    "post_block_block_silu_r1": lambda accuracy: 0.2 <= accuracy <= 0.9,
+    "vector_block": lambda accuracy: accuracy <= 0.2,
+}
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_relabelled_listops(seed: int, tmp_path: Path) -> None:
+    """Every answer of the base model is wrong; rank 8 after every block sets that right, a vector does not; without it the base is back."""
+    base = world.write_world(tmp_path, 0)  # one base model: its pretraining is most of the time
+    world.write_task(base / "new", 1 if seed < 2 else 7, seed=seed)
+    fits = [*QUICK, "--seed", str(seed)]
+    assert cli.main(words(base, "evaluate", "--variant", "base")) == 0
+    fitted = words(base, "train", *fits, "--do-eval", "--test-only")
+    assert cli.main([*fitted, "--variant", "post_block", "vector", "--adapter-rank", "8", "1"]) == 0
+    if seed == 0:
+        assert cli.main([*fitted, "--linear"]) == 0
+    places = [place for place in runs(base) if place.folder.parents[2].name == "new"]
+    found = {place.folder.parent.name: work.summaries(place)["test"] for place in places}
+    print(seed, {name: one["accuracy"] for name, one in found.items()})
+    assert [name for name, one in found.items() if not BOUNDS[name](one["accuracy"])] == []
+    assert found.keys() == BOUNDS.keys() - ({"post_block_block_linear_r8"} if seed else set())
+    assert all(one["seen_in_train"] == 0 and one["no_answer"] == 0 for one in found.values())
+    assert found["post_block_block_silu_r8"]["accuracy"] - found["vector_block"]["accuracy"] >= 0.6
+    if seed:
+        return
+    # off: the base model to the bit, and its old task
+    host = hosts.load(base / "models" / "tiny", "float32", "cpu", "")
+    source = load.source("old", str(base / "old"), extract="tag", max_new_tokens=6, max_length=64)
+    request = work.Request(source, "tiny", Variant("base"), TrainSettings(), base)
+    ids = torch.tensor([host.tokenizer("Expression: [MAX 1 2 ]")["input_ids"]])
+    plain = host.model(input_ids=ids).logits
+    (path,) = base.glob("tasks/new/tiny/post_block_block_silu_r8/*/steering.safetensors")
+    with whole.steer(host.model, Steering.load(path), 1.0):
+        assert (host.model(input_ids=ids).logits - plain).abs().max() > 0.1
+    assert torch.equal(host.model(input_ids=ids).logits, plain)
+    assert work.evaluate(request, host, "test", print)["accuracy"] >= 0.98
+    # loaded again by the plain engine, in rows: the same answers
+    results = path.with_name("test.json")
+    before = results.read_bytes()
+    assert cli.main(words(base, "evaluate", *fits, "--engine", "plain", "--force")) == 0
+    assert results.read_bytes() == before
+    assert cli.main(words(base, "evaluate", *fits, "--multiplier", "0")) == 0
+    assert work.summaries(work.Place(path.parent))["test_m0"]["accuracy"] <= 0.02
+
+
+def test_a_wrong_summary_is_told(small: Path, tmp_path: Path) -> None:
+    place = work.Place(tmp_path)
+    place.summary.write_text("[1]")
+    with pytest.raises(UserError, match="is no summary"):
+        work.summaries(place)
+    assert work.summaries(work.Place(tmp_path / "none")) == {}
