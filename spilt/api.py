@@ -379,6 +379,7 @@ def token_stream(
         if steering.scope != "all":
             yield from scopes.generate(model, steering, rows, how, at_once)
             return
+        plain = choice.why_plain(steering.places, "generate", family=_family(model), engine=engine)
         yield from whole.texts(model, steering, rows, how) if plain else generation.generate(model, steering, rows, how, at_once)
 
 

@@ -15,7 +15,7 @@ from spilt.behaviour.files import JUDGES  # noqa: E402
 from spilt.cell import FORMS  # noqa: E402
 from spilt.cli import first_words, parser  # noqa: E402
 from spilt.downstream.rows import TASKS, Part  # noqa: E402
-from spilt.downstream.words import KINDS  # noqa: E402
+from spilt.downstream.words import KINDS as VARIANTS  # noqa: E402
 from spilt.export import FORMATS  # noqa: E402
 from spilt.methods import METHODS  # noqa: E402
 from spilt.steering.anatomy import COMPONENTS, FAMILIES  # noqa: E402
@@ -92,6 +92,7 @@ def baselines() -> str:
         rows.append(f"| `{row.name}` | {row.summary} | {f'`{row.form}`' if row.form else 'system prompt'} | {at_0} |")
     return "\n".join(["| baseline | what it is | form | acts at c = 0 |", "|---|---|---|---|", *rows])
 
+
 def tasks() -> str:
     """One row per task."""
 
@@ -109,7 +110,9 @@ def tasks() -> str:
 
 def variants() -> str:
     """One row per kind of what is learned on a task."""
-    return "\n".join(["| `--variant` | what is learned |", "|---|---|", *(f"| `{name}` | {kind.says} |" for name, kind in KINDS.items())])
+    return "\n".join(
+        ["| `--variant` | what is learned |", "|---|---|", *(f"| `{name}` | {kind.says} |" for name, kind in VARIANTS.items())]
+    )
 
 
 TABLES = {

@@ -36,7 +36,7 @@ from spilt.model.identity import model_hash
 from spilt.steering import joint
 from spilt.steering.steering import SCOPE, Steering, base_model
 from spilt.tasks.context import check_context
-from spilt.tasks.fit import _resume, sealed
+from spilt.tasks.fit import sealed, unsealed
 
 log = logging.getLogger("spilt")
 
@@ -218,7 +218,7 @@ def _under_way(request: Request, here: Place, identity: str, quiet: bool) -> Ite
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(0)
 
-        resume = None if request.force else _resume(here.unfinished, identity)
+        resume = None if request.force else unsealed(here.unfinished, identity)
         yield {"resume": resume, "checkpoint": checkpoint, "progress": progress}
 
 

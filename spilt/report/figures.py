@@ -435,7 +435,7 @@ def oracle_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
     rows: ranks (of 90% and 99%; None: nothing is added), kl in nats, mlp (None: it has no share).
     """
-    with _drawing("oracle", False, (10.0, 3.1)) as figure:
+    with drawing("oracle", False, (10.0, 3.1)) as figure:
         rank, kl, share = figure.subplots(1, 3)
         blocks = range(len(rows))
         for number, (part, line) in enumerate((("90%", "-"), ("99%", DASHED))):

@@ -232,7 +232,6 @@ class SSpaceAblate(SSpace):
 
 
 NONLINEAR: dict[str, type[Intervention]] = {
-    kind.form: kind
-    for kind in (DirectionalAblation, CosineGated, Angular, Spherical, LinearAct, Chars, Clusters, SSpace, SSpaceAblate)
+    kind.form: kind for kind in (DirectionalAblation, CosineGated, Angular, Spherical, LinearAct, Chars, Clusters, SSpace, SSpaceAblate)
 }
 assert list(NONLINEAR) == list(ROWS)
