@@ -65,13 +65,13 @@ def test_a_long_beginning_is_read_where_it_is(family: str, monkeypatch: pytest.M
     rows = [Row(begin + tokens(draw, n), m, "") for n, m in zip((3, 31, 12, 7, 20, 5, 9), strengths, strict=True)]
     steering = Steering.of({LAYERS // 2: intervention("lora", "mlp", scale=0.5)})
     how = Decoding(8, False, (), 0, [], [])
-    own = decode._Active.__init__
+    own = decode.Active.__init__
 
     def seen(self: Any, started: Any, capacity: int, columns: int) -> None:
         held.add(columns)
         own(self, started, capacity, columns)
 
-    monkeypatch.setattr(decode._Active, "__init__", seen)
+    monkeypatch.setattr(decode.Active, "__init__", seen)
     alone = dict(whole.texts(tiny, steering, rows, how))
     implementation = tiny.config.get_text_config()._attn_implementation  # type: ignore[union-attr,operator]
     for batch_size in (len(rows), 3):
