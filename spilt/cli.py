@@ -39,8 +39,7 @@ from spilt.settings.fields import DTYPES, INTERVENTION_ALIASES, METHOD_ALIASES, 
 from spilt.team import place
 from spilt.terminal import COMPLETING, complain, say, words_so_far
 from spilt.terminal import program as speak
-from spilt.verbs.base import layer_groups
-from spilt.verbs.generate import RECOMMENDED
+from spilt.verbs.base import RECOMMENDED, layer_groups
 from spilt.verbs.measure import SWEEP
 
 log = logging.getLogger("spilt")
@@ -103,8 +102,9 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
     else:
         add("--mode", verbs.MODES, default="both", help=f"{', '.join(verbs.MODES)}: {MODES_SAY} (default both)")
     add("--device", default="cuda:0", help="a torch device, cpu, or auto (accelerate's device map); default cuda:0")
-    words = {"generate": "; also 'recommended': 0 and what `recommend` says", "measure": ", or 'sweep': over the range that was trained"}
-    more = words.get(verb, "; loss mode also takes 'sweep', apply mode 'recommended', all mode (default) 'sweep recommended'")
+    recommended = "; also 'recommended': 0 and what `recommend` says"
+    words = {"generate": recommended, "evaluate": recommended, "measure": ", or 'sweep': over the range that was trained"}
+    more = words.get(verb, "; loss mode also takes 'sweep', apply and evaluate 'recommended', all mode (default) 'sweep recommended'")
     add("--multipliers", nargs="+", metavar="M", help=f"strengths m, signed{more}; default: the YAML's, else 1.0")
     add("--base_dir", default=base_dir, type=Path, help="every relative path is below it; default: this folder")
     add("--dry_run", action="store_true", help="print the plan; write nothing, load no model")

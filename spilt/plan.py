@@ -25,8 +25,7 @@ from spilt.settings.fields import intervention_name, method_name
 from spilt.settings.files import is_own
 from spilt.steering import anatomy
 from spilt.verbs import MODES, VERBS, Request, Step, Verb
-from spilt.verbs.base import with_own
-from spilt.verbs.generate import RECOMMENDED
+from spilt.verbs.base import RECOMMENDED, with_own
 from spilt.verbs.measure import SWEEP
 
 log = logging.getLogger("spilt")

@@ -15,7 +15,7 @@ from spilt.model.identity import Seen
 from spilt.run import ALREADY, DONE, FAILED, SKIPPED, Outcome, keeps_what_is_unusable
 from spilt.terminal import say
 from spilt.verbs import measure as measure_verb
-from spilt.verbs.generate import RECOMMENDED
+from spilt.verbs.base import RECOMMENDED
 
 SCHEMA = 1  # raised when a key of the document is renamed, removed or changes its meaning
 

@@ -123,6 +123,21 @@ def test_a_step_of_the_plan_alone(demo: Path, capsys: pytest.CaptureFixture[str]
     assert ["caa lora", "spilt vector"] == [item["name"] for item in found["left_out"]][:2]
 
 
+def test_texts_at_the_recommended_strength_are_scored(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The unsteered texts and those at what the losses recommend, as `--mode apply --multipliers recommended` made them."""
+    base = tmp_path / "demo"
+    shutil.copytree(demo, base)
+    words = ("--method", "spilt", "--intervention_method", "lora", "--multipliers", "recommended", "--json")
+    found = []
+    for mode in ("apply", "evaluate"):
+        assert called(base, *words, "--mode", mode) == 0
+        (step,) = (step for step in json.loads(capsys.readouterr().out)["steps"] if step["verb"] in ("generate", "evaluate"))
+        found.append((step["multipliers"], step["status"], len(step["outputs"])))
+    (made, _, _), (scored, status, files) = found
+    assert scored == made and made[0] == 0 and len(made) == 2 and (status, files) == ("done", 2)
+    assert len([*base.rglob("scores_*.csv")]) == 2
+
+
 def test_what_is_not_recommended_is_not_applied(
     base: families.Base, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,9 +238,9 @@ def test_several_names() -> None:
     ("mode", "words", "said"),
     [
         ("loss", ["sweep", "1"], "sweep goes with --mode loss or all, alone"),
-        ("loss", ["recommended"], "recommended goes with --mode apply or all"),
+        ("loss", ["recommended"], "recommended goes with --mode apply or evaluate or all"),
         ("apply", ["sweep"], "sweep goes with --mode loss or all"),
-        ("both", ["1", "recommended"], "recommended goes with --mode apply or all"),
+        ("both", ["1", "recommended"], "recommended goes with --mode apply or evaluate or all"),
         ("all", ["sweep", "swept"], "'swept' is not a number"),
     ],
 )

@@ -21,6 +21,8 @@ from spilt.settings.fields import OF_ADAPTERS, method_name
 from spilt.settings.resolve import Resolved, Unused, resolve
 from spilt.verbs.estimate import Cost, Shape, shape_of
 
+RECOMMENDED = "recommended"  # a word for --multipliers
+
 
 @dataclass(frozen=True)
 class Request:
@@ -172,9 +174,16 @@ class Verb:
         return self.sections
 
     def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:
-        """Those of the command line, else of the settings, else 1."""
+        """Those of the command line, else of the settings, else 1.
+
+        With `recommended` also 0; those of the settings then only where `sweep` is said too.
+        """
         given = getattr(settings, "multipliers", None) if request.multipliers is None else request.multipliers
-        return tuple(dict.fromkeys(float(m) for m in (given or (1.0,))))
+        found = tuple(dict.fromkeys(float(m) for m in (given or (1.0,))))
+        if RECOMMENDED not in self.words or RECOMMENDED not in request.words:
+            return found
+        alone = request.words == (RECOMMENDED,) and request.multipliers is None
+        return tuple(dict.fromkeys((*(() if alone else found), 0.0)))
 
     def filled(self, step: Step, request: Request, store: Store) -> Step:
         """The step with what this verb alone knows of it. Raises UserError."""

@@ -13,7 +13,7 @@ from spilt.artifacts.losses import NEUTRAL
 from spilt.artifacts.store import Store
 from spilt.data.chat import readable
 from spilt.data.readers import Pair
-from spilt.verbs.base import Request, Step, Verb
+from spilt.verbs.base import RECOMMENDED, Request, Step, Verb
 from spilt.verbs.estimate import TEMPLATE, Cost, Shape, tokens
 
 TEST = "test"  # purpose of the held-out pairs
@@ -29,6 +29,7 @@ class Evaluate(Verb):
     settings_of = "generate"
     work = "spilt.tasks.evaluate:evaluate"
     together = True
+    words = (RECOMMENDED,)
     # of how the texts were made: they are there
     not_deciding = (
         "multipliers",
@@ -41,8 +42,8 @@ class Evaluate(Verb):
     )
 
     def filled(self, step: Step, request: Request, store: Store) -> Step:
-        """The multipliers that have texts, unless some are asked for; the judge and its rubrics."""
-        if request.multipliers is None and (there := store.generated(step.cells[0])):
+        """The multipliers that have texts, unless some are asked for; the judge and its rubrics. Those of a recommendation have some."""
+        if request.multipliers is None and not request.words and (there := store.generated(step.cells[0])):
             step = step._replace(multipliers=tuple(multiplier for multiplier, _ in there))
         rubrics = judges.rubrics_of(request.rubrics) if request.rubrics else judges.of_dataset(request.dataset)
         scoring: Mapping[str, Any] = {}

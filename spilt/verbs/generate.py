@@ -11,10 +11,8 @@ from spilt.artifacts import manifest
 from spilt.artifacts.store import Store
 from spilt.data.chat import readable
 from spilt.model import identity
-from spilt.verbs.base import Request, Step, Verb, output_parts
+from spilt.verbs.base import RECOMMENDED, Request, Step, Verb, output_parts
 from spilt.verbs.estimate import TEMPLATE, Cost, Shape, side_by_side, tokens
-
-RECOMMENDED = "recommended"  # a word for --multipliers
 
 
 class Generate(Verb):
@@ -26,12 +24,6 @@ class Generate(Verb):
     together = True
     words = (RECOMMENDED,)
     not_deciding = ("multipliers", "batch_size")
-
-    def multipliers(self, request: Request, settings: Any) -> tuple[float, ...]:
-        """With `recommended` also 0; those of the settings then only where `sweep` is said too."""
-        alone = request.words == (RECOMMENDED,) and request.multipliers is None
-        given = () if alone else super().multipliers(request, settings)
-        return tuple(dict.fromkeys((*given, 0.0))) if RECOMMENDED in request.words else given
 
     def outputs(self, store: Store, step: Step) -> list[Path]:
         return [store.results(step.cells[0], m) for m in step.multipliers]
