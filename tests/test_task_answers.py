@@ -224,3 +224,13 @@ def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(source.split(name).examples) for name in rows.SPLITS] == [50, 10, 40]
     assert asked == [("hf:openai/gsm8k:main:train", True), *[("hf:openai/gsm8k:main:test", True)] * 2]
     assert all(hub.spec_of(f"hf:{task.source}:train") for task in rows.TASKS.values() if task.source)
+
+
+def test_a_file_too_small_for_a_split_says_so(tmp_path: Path) -> None:
+    """Four rows leave none for a tenth: that is no fault of their answers."""
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"p{n}", "completion": " yes", "label": "yes"}) + "\n" for n in range(4)))
+    found = load.source("few", str(path), extract="text")
+    assert len(found.split("train").examples) == 3
+    with pytest.raises(UserError, match="few.jsonl: its 4 rows leave none for test, which is 90% to 100% of them; .* a folder with"):
+        found.split("test")

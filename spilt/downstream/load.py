@@ -52,7 +52,13 @@ class Source(NamedTuple):
         if self.said and not path.exists():
             raise UserError(f"--data {self.said}: no such file or folder")
         if self.said and path.is_file():
-            return _examples(self.task, _cut(read_rows(path), OF_ONE[name]), path.name)
+            all_of, share = read_rows(path), OF_ONE[name]
+            if all_of and not _cut(all_of, share):
+                raise UserError(
+                    f"{path.name}: its {len(all_of)} rows leave none for {name}, which is {share.start:.0%} to {share.end:.0%} of them; "
+                    f"give more, or a folder with {', '.join(f'{split}.jsonl' for split in SPLITS)}"
+                )
+            return _examples(self.task, _cut(all_of, share), path.name)
         if not self.said:
             source, _, config = self.task.source.partition(":")
             found = list(hub.rows(":".join(filter(None, ("hf", source, config, part.official))), self.download))
