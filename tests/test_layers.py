@@ -101,6 +101,17 @@ def test_all_layers_are_found_and_compared(base: families.Base, capsys: pytest.C
     assert "sft vector, layer 4" in capsys.readouterr().out
 
 
+def test_files_of_given_multipliers_say_their_layer(base: families.Base) -> None:
+    """A sweep writes tables, given multipliers the released files: the layer of the settings is known by both."""
+    given = ("--layers", "all", "--split", "train")
+    assert run(base, *given, "--mode", "generate", method="caa") == 0
+    assert run(base, *given, "--mode", "loss", "--multipliers", "1", "2", method="caa") == 0
+    assert not list(base.path.glob("vectors/**/losses_*.csv"))
+    assert [place.layers for place in cells.find(base.path, base.model, base.one)] == [(layer,) for layer in range(families.LAYERS)]
+    table = pd.read_csv(base.path / f"vectors/{base.model}/get_sft_loss/report/{base.one}/layers.csv")
+    assert [*table["layer"]] == [*range(families.LAYERS)]
+
+
 def test_layers_and_seeds_and_concepts_go_together(base: families.Base) -> None:
     assert run(base, "--layers", "1", "--seeds", "1", "2", "--mode", "both", "--multipliers", "1") == 0
     assert vector(base, "sft_vector@layer1@seed2", 1).is_file()

@@ -27,10 +27,9 @@ RELEASED = "released: the template prefix is not steered"
 
 def facts(cell: Measured) -> dict[str, str]:
     """How a cell was measured, from the manifests of its losses; what they do not say is left out."""
-    folder, base = cell.place.folders[0], cell.place.base
-    tables = [folder / losses.TABLES[split] for split in losses.SPLITS if (folder / losses.TABLES[split]).is_file()]
-    files = tables or [path for name in losses.SPLITS.values() for path in sorted(folder.glob(f"*/{name}"))[:1]]
-    made = [artifact for path in files if (artifact := Artifact(base, path)).record is not None]
+    files = [path for split in losses.SPLITS for path in cell.place.losses_of(split)[:1]]
+    tables = [path for path in files if path.name in losses.TABLES.values()]
+    made = [artifact for path in files if (artifact := Artifact(cell.place.base, path)).record is not None]
     settings = made[0].settings if made else {}
     where = settings.get("intervention_positions")
     as_released = files and not tables and cell.place.form in FORMS and FORMS[cell.place.form].positional

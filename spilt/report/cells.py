@@ -100,9 +100,13 @@ class Place:
         """The steered ones, by the folder's name or the manifests of its losses; () where neither says."""
         if found := variant_of(self.intervention).layers:
             return found
-        there = (folder / name for folder in self.folders for name in losses.TABLES.values() if (folder / name).is_file())
-        said = next((Artifact(self.base, path).settings.get("layers") for path in there), None)
+        said = next((Artifact(self.base, path).settings.get("layers") for split in losses.SPLITS for path in self.losses_of(split)), None)
         return tuple(said) if isinstance(said, list) and all(isinstance(layer, int) for layer in said) else ()
+
+    def losses_of(self, split: str) -> list[Path]:
+        """Of each folder one file that holds losses of a split: its table, where there is none the first of the released ones."""
+        there = ([folder / losses.TABLES[split], *sorted(folder.glob(f"*/{losses.SPLITS[split]}"))] for folder in self.folders)
+        return [found for files in there if (found := next(filter(Path.is_file, files), None))]
 
     @property
     def folders(self) -> list[Path]:

@@ -18,7 +18,6 @@ from spilt.analysis import claims, equal, odds, paper
 from spilt.analysis.claims import Case
 from spilt.analysis.provenance import Artifact, of_one_vector
 from spilt.analysis.questions import Questions
-from spilt.artifacts.losses import TABLES
 from spilt.artifacts.scores import HEADLINES
 from spilt.artifacts.store import Store
 from spilt.errors import UserError, unknown
@@ -179,7 +178,8 @@ def told_on(one: Set) -> str:
 def behind(one: Set) -> tuple[list[Behind], list[str]]:
     """The prompts measured on the questions of the cells, and the names of those that were measured on others or by another model."""
     cell, split = one.groups[0].cells[0], told_on(one)
-    here, found, others = Artifact(one.base, cell.place.folder / TABLES[split]).parts, [], []
+    here = next((Artifact(one.base, path).parts for path in cell.place.losses_of(split)), {})
+    found, others = [], []
     plain = cell.frame[(cell.frame["split"] == split) & (cell.frame["multiplier"] == 0)]
     for path in Store(one.base).prompt_tables(one.model, one.dataset, split):
         parts = Artifact(one.base, path).parts

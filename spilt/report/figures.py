@@ -376,7 +376,7 @@ def layers_figure(cells: Sequence[Measured], split: str, narrow: bool = False) -
         axes.invert_yaxis()
         axes.grid(visible=False)
         (axes.set_ylabel if narrow else axes.set_xlabel)("steered layer")
-        figure.colorbar(mesh, ax=axes, label="gain at the budget (nats)", location="bottom" if narrow else "right")
+        figure.colorbar(mesh, ax=axes, label="gain at the\nbudget (nats)", location="bottom" if narrow else "right")
         return figure
 
 
