@@ -56,7 +56,7 @@ def calibrate(
         nothing = Progress({}, 0, tell, quiet=True)
         run = Run(request, loaded, Store(base), Recordings([], None), nothing, team.Team(device), seen)
         (cell,) = step.cells
-        fmt = readers.dataset_format(base, dataset, verbs.VERBS["generate"].sections["prompts"])
+        fmt = verbs.entry_of("generate", "prompts", base, dataset)
         prompts = [row.input for row in readers.read_prompts(fmt, None, how.prompts)]
         chat = {"use_chat_template": s.use_chat_template, "system_prompt": s.system_prompt, "batch_size": s.batch_size}
         steering = stored(cell, s, run)

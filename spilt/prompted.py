@@ -22,7 +22,7 @@ from spilt.errors import UserError, checked_name
 from spilt.model import host
 from spilt.progress import Progress
 from spilt.run import quiet_libraries
-from spilt.tasks.context import check_context
+from spilt.tasks.context import check_context, lengths_of
 from spilt.tasks.measure import table_rows
 from spilt.tasks.recordings import Recordings, Run
 from spilt.team import Team
@@ -119,13 +119,12 @@ def measure(
     quiet_libraries()
     loaded = host.load(request.model_folder, s.dtype, device, s.anatomy)
     run = Run(request, loaded, store, Recordings([], None), Progress({}, 0, tell, quiet=True), Team(device), seen)
-    fmt = readers.dataset_format(base, dataset, verbs.VERBS["measure"].sections[split])
-    pairs = readers.read_pairs(fmt, None, s.max_num_of_examples)
+    pairs = readers.read_pairs(verbs.entry_of("measure", split, base, dataset), None, s.max_num_of_examples)
     chat = loaded.chat(s.use_chat_template, s.system_prompt)
     for number, (prompt, path, parts) in enumerate(todo, 1):
         sequences = encoded(chat, prompt.turns, pairs, s.output_length)
-        lengths = [(pairs[i // 2].row, len(sequence.input_ids)) for i, sequence in enumerate(sequences)]
-        check_context(loaded.model, f"prompt {prompt.name}, answers with their questions", lengths, "shorten the prompt")
+        what = f"prompt {prompt.name}, answers with their questions"
+        check_context(loaded.model, what, lengths_of(pairs, sequences), "shorten the prompt")
         found = score.losses(whole.Scorer(loaded.model, None, sequences, loaded.pad_id), [0.0])
         table: Any = table_rows(found, 0, 0.0, 0.0, "all", split)
         if not table["loss_sum"].map(abs).lt(float("inf")).all():

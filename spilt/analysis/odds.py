@@ -5,7 +5,6 @@ L_p, L_n: loss in nats of the matching and the not-matching answer of one questi
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -293,9 +292,7 @@ def _summarise_split(split: object, frame: pd.DataFrame, seed: int, draws: int) 
 
 def write_summary(path: str | Path, summary: pd.DataFrame) -> None:
     """preference_utility.csv, atomically. Empty fields are undefined values."""
-    buffer = io.StringIO()
-    summary.to_csv(buffer, index=False, float_format="%.10g", lineterminator="\n")
-    atomic_write(Path(path), buffer.getvalue())
+    atomic_write(Path(path), summary.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
 
 
 def _no_number(column: pd.Series) -> str:

@@ -437,6 +437,11 @@ def _released_row(row: Row) -> dict[str, Any]:
     return found | {"concept_id": row.concept_id, "concept": found["concept" if own else "output_concept"]}
 
 
+def fewest(*rows: int | None) -> int | None:
+    """How many rows are read where several limits may be given: the smallest of them; None without any."""
+    return min((count for count in rows if count is not None), default=None)
+
+
 def concepts(fmt: DatasetFormat) -> dict[int, str]:
     """concept_id -> concept text in id order; ids below 0 (negative examples) left out; {} without multi_concept.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -140,9 +139,7 @@ def _table(
             values, again = [*values, *rated], again + lost
         rows += [(m, concept, *value) for value in values]
     table = pd.DataFrame(rows, columns=[*TABLE])
-    buffer = io.StringIO()
-    table.to_csv(buffer, index=False, lineterminator="\n")
-    run.store_result(step, output[0], buffer.getvalue(), output[1], {AGAIN: again, "rows": len(table)})
+    run.store_result(step, output[0], table.to_csv(index=False, lineterminator="\n"), output[1], {AGAIN: again, "rows": len(table)})
 
 
 def _refuse_others(step: Step, path: Path, run: Run) -> None:
@@ -177,7 +174,7 @@ class _Texts:
         """The rows of a data file, [] where the dataset has none."""
         if purpose not in self.step.data:
             return []
-        fmt = readers.dataset_format(self.run.request.base_dir, self.cell.dataset, verbs.VERBS["evaluate"].sections[purpose])
+        fmt = self.run.entry(self.step, purpose)
         concept = self.cell.concept if fmt.multi_concept else None
         return list(readers.read_entry(fmt, concept, self.run.request.limit))
 

@@ -100,9 +100,8 @@ def generate(step: Step, run: Run) -> str:
 def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinished: Unfinished) -> dict[float, dict[str, Any]]:
     """multiplier -> {concept_id, concept_name, generated_results, eval_data, multiplier} of one cell."""
     s: Any = step.settings
-    fmt = readers.dataset_format(run.request.base_dir, cell.dataset, verbs.VERBS["generate"].sections["prompts"])
-    given = [n for n in (run.request.limit, s.generation_data_size) if n is not None]
-    prompts = readers.read_prompts(fmt, cell.concept, min(given) if given else None)
+    limit = readers.fewest(run.request.limit, s.generation_data_size)
+    prompts = readers.read_prompts(run.entry(step, "prompts"), cell.concept, limit)
     steering = run.team.each(lambda: stored(cell, s, run))
     chat = run.host.chat(s.use_chat_template, s.system_prompt)
     ids = [tuple(chat.prompt_ids(prompt.input)) for prompt in prompts]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -21,7 +20,6 @@ from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.journal import Journal
 from spilt.artifacts.losses import APPLIED, COLUMNS, LOSS, NEUTRAL, NEUTRAL_TARGET, PREFERENCE_TYPES, SPLITS, TABLE, TABLES, TARGETS
 from spilt.cell import FORMS
-from spilt.data import readers
 from spilt.engine import activations, dose, score, whole
 from spilt.errors import NotFinite
 from spilt.methods import METHODS, Method
@@ -209,8 +207,8 @@ def unit_dose(step: Step, steering: Steering, run: Run) -> float:
 
 def _seen(step: Step, steering: Steering, run: Run) -> list[dose.Seen]:
     split, path = next(iter(step.data.items()))
-    fmt = readers.dataset_format(run.request.base_dir, step.cells[0].dataset, verbs.VERBS["measure"].sections[split])
-    return dose.streams(run.host.model, steering, run.recordings.sequences(step, path, run.host, fmt), run.host.pad_id)
+    sequences = run.recordings.sequences(step, path, run.host, run.entry(step, split))
+    return dose.streams(run.host.model, steering, sequences, run.host.pad_id)
 
 
 def _sweep(step: Step, steering: Steering, run: Run) -> tuple[float, ...]:
@@ -241,7 +239,7 @@ def _at_blocks(row: Method) -> bool:
 
 def _streams(step: Step, steering: Steering, run: Run) -> activations.Activations:
     """The streams of the first split's pairs after the lowest steered block."""
-    fmt = readers.dataset_format(run.request.base_dir, step.cells[0].dataset, verbs.VERBS["measure"].sections[next(iter(step.data))])
+    fmt = run.entry(step, next(iter(step.data)))
     if keys := run.recordings.keys(step):
         return run.recordings.get(keys[0], run.host, fmt, None)
     sequences = run.recordings.sequences(step, fmt.path, run.host, fmt)
@@ -256,7 +254,7 @@ def _norm(steering: Steering) -> float:
 def _scorer(step: Step, split: str, steering: Steering, run: Run, positions: str, pairs: int | None = None) -> score.Scorer:
     """The losses of a split's pairs (the first `pairs` of them) where these positions are steered, by the engine that applies."""
     s: Any = step.settings
-    fmt = readers.dataset_format(run.request.base_dir, step.cells[0].dataset, verbs.VERBS["measure"].sections[split])
+    fmt = run.entry(step, split)
     prefix, most = run.host.chat(s.use_chat_template, s.system_prompt).prefix_length, None if pairs is None else 2 * pairs
     if run.recordings.why_plain(step):
         sequences = run.recordings.sequences(step, step.data[split], run.host, fmt)[:most]
@@ -366,9 +364,7 @@ def _store(run: Run, unfinished: Unfinished, write: Callable[[], Any]) -> None:
 
 
 def _csv(table: pd.DataFrame) -> str:
-    buffer = io.StringIO()
-    table.to_csv(buffer, index=False, lineterminator="\n")
-    return buffer.getvalue()
+    return str(table.to_csv(index=False, lineterminator="\n"))
 
 
 def loss_table(found: score.Losses, place: dict[float, int], m: float, kind: str, pairs: tuple[str, ...]) -> pd.DataFrame:

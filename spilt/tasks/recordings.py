@@ -26,7 +26,7 @@ from spilt.progress import Progress
 from spilt.steering import anatomy, layer_file
 from spilt.steering.interventions import Intervention
 from spilt.steering.steering import Site, Steering
-from spilt.tasks.context import check_context
+from spilt.tasks.context import check_context, lengths_of
 from spilt.team import Team
 from spilt.verbs import Request, Step
 
@@ -53,20 +53,18 @@ def encoded(key: Key, host: Host, fmt: readers.DatasetFormat) -> list[Encoded]:
         return _neutral(key, host, fmt)
     pairs = readers.read_pairs(fmt, key.concept, key.limit)
     sequences = [chat.encode(question, text, key.output_length, pair.row) for pair in pairs for question, text in pair.sides]
-    lengths = [(pairs[i // 2].row, len(sequence.input_ids)) for i, sequence in enumerate(sequences)]
-    check_context(host.model, f"{fmt.path}, answers with their questions", lengths, "lower output_length")
+    check_context(host.model, f"{fmt.path}, answers with their questions", lengths_of(pairs, sequences), "lower output_length")
     return sequences
 
 
 def _neutral(key: Key, host: Host, fmt: readers.DatasetFormat) -> list[Encoded]:
     chat = host.chat(key.use_chat_template, key.system_prompt)
-    prompts = readers.read_prompts(fmt, key.concept if fmt.multi_concept else None, key.limit)
+    prompts = readers.read_prompts(fmt, key.concept, key.limit)
     for prompt in prompts:
         if not (prompt.reference_response or "").strip():
             raise UserError(f"{fmt.path}: row {prompt.row} (0-based) has no {fmt.column('reference_response')!r}: neutral text to score")
     sequences = [chat.encode(prompt.input, str(prompt.reference_response), key.output_length, prompt.row) for prompt in prompts]
-    lengths = [(prompt.row, len(sequence.input_ids)) for prompt, sequence in zip(prompts, sequences, strict=True)]
-    check_context(host.model, f"{fmt.path}, texts with their prompts", lengths, "lower output_length")
+    check_context(host.model, f"{fmt.path}, texts with their prompts", lengths_of(prompts, sequences), "lower output_length")
     return sequences
 
 
@@ -112,8 +110,7 @@ class Recordings:
 
     def rows(self, settings: Any) -> int | None:
         """How many rows are read: the smaller of --limit and max_num_of_examples."""
-        given = [n for n in (self.limit, settings.max_num_of_examples) if n is not None]
-        return min(given) if given else None
+        return readers.fewest(self.limit, settings.max_num_of_examples)
 
     def sequences(self, step: Step, path: Path, host: Host, fmt: readers.DatasetFormat) -> list[Encoded]:
         """Both answers of a step's pairs, for the plain engine."""
@@ -187,6 +184,10 @@ class Run(NamedTuple):
     progress: Progress
     team: Team
     seen: identity.Seen
+
+    def entry(self, step: Step, purpose: str) -> readers.DatasetFormat:
+        """Of dataset_format.yaml, what a step reads for a purpose."""
+        return verbs.entry_of(step.verb, purpose, self.request.base_dir, step.cells[0].dataset)
 
     def store_result(self, step: Step, path: Path, data: bytes | str, parts: dict[str, Any], notes: dict[str, Any] | None = None) -> None:
         """Store a result of a step, unless an input was exchanged since it was read (Changed)."""
