@@ -46,7 +46,7 @@ def _recommend(args: argparse.Namespace) -> int:
 
 def lines(table: pd.DataFrame) -> list[str]:
     """At most 8 columns on 100 characters; what a row's note stands for follows below."""
-    from spilt.report.cells import label, shown
+    from spilt.report.places import label, shown
 
     reasons: dict[str, int] = {}
     rows = [("cell", "m", "usable", "gain, nats", "drop, nats", "p", "best in", "note")]
