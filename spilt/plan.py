@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from spilt.artifacts.losses import NEUTRAL, SPLITS
 from spilt.artifacts.store import Store
 from spilt.cell import FORMS, Cell
-from spilt.data import own, readers, sense
+from spilt.data import entries, own, readers, sense
 from spilt.data.chat import LETTER
 from spilt.engine import choice
 from spilt.errors import Mistakes, UserError, nearest, printable, unknown
@@ -139,7 +139,7 @@ def make(request: Request, *, dry: bool = False) -> Plan:
         sections["measure"] = {split: sections["measure"][split] for split in splits_of(request)}
     wanted = {section for names in sections.values() for section in names.values()}
     formats, mistakes = dict[str, readers.DatasetFormat](), Mistakes()
-    for section in readers.SECTIONS:
+    for section in entries.SECTIONS:
         if section in wanted:
             with mistakes.each():
                 formats[section] = _format(request, section)
@@ -172,7 +172,7 @@ def make(request: Request, *, dry: bool = False) -> Plan:
 def _first(fmt: readers.DatasetFormat) -> readers.Pair | None:
     """The first of a file's pairs, which are all of one kind; None of prompts, and of a file that can't be read (told elsewhere)."""
     try:
-        return readers.read_pairs(fmt, limit=1)[0] if fmt.path.is_file() and not readers.has_prompts(fmt.section) else None
+        return readers.read_pairs(fmt, limit=1)[0] if fmt.path.is_file() and not entries.has_prompts(fmt.section) else None
     except UserError:
         return None
 
@@ -262,10 +262,10 @@ def apart(request: Request, method: str, form: str, layers: tuple[int, ...] | No
 def _format(request: Request, section: str) -> readers.DatasetFormat:
     """The dataset's entry; of files of the user's own as it will be once they are brought."""
     if request.own is None:
-        return readers.dataset_format(request.base_dir, request.dataset, section)
+        return entries.dataset_format(request.base_dir, request.dataset, section)
     made = own.formats(request.base_dir, request.dataset, request.own)
     if section == "generation":
-        return readers.as_prompts(made.get("valid", made["train"]))
+        return entries.as_prompts(made.get("valid", made["train"]))
     if section not in made:
         if section == NEUTRAL:
             raise UserError(f"dataset {request.dataset!r} has no neutral text; section `neutral` of dataset_format.yaml names a file")
@@ -282,13 +282,13 @@ def _read_by(verb: Verb, request: Request, methods: Collection[str]) -> dict[str
 
 def _sections(request: Request) -> Collection[str]:
     if request.own is None:
-        return readers.sections_of(request.base_dir, request.dataset)
+        return entries.sections_of(request.base_dir, request.dataset)
     return own.formats(request.base_dir, request.dataset, request.own)
 
 
 def columns(fmt: readers.DatasetFormat) -> dict[str, Any]:
     """What of a dataset_format.yaml entry decides the rows: the columns of the same file can be read as other data."""
-    fields = (*readers.SECTIONS[fmt.section], *(("concept_id", "output_concept") if fmt.multi_concept else ()))
+    fields = (*entries.SECTIONS[fmt.section], *(("concept_id", "output_concept") if fmt.multi_concept else ()))
     fields += tuple(field for field in readers.ASKED if field in fmt.field_names)
     first = _first(fmt)
     letters = {"answers": "letters"} if first is not None and LETTER.fullmatch(first.matching) else {}
@@ -357,7 +357,7 @@ def check_data(base_dir: Path, formats: Mapping[str, readers.DatasetFormat], con
     found = {section: {concept: _rows(fmt, concept, limit) for concept in concepts} for section, fmt in formats.items()}
     flat = {section: [row for rows in by_concept.values() for row in rows] for section, by_concept in found.items()}
     for section, fmt in formats.items():
-        if not readers.has_prompts(section):
+        if not entries.has_prompts(section):
             for concept, rows in found[section].items():
                 sense.refuse_useless(fmt, rows, concept)
             said += sense.remarks(fmt, flat[section])
@@ -372,7 +372,7 @@ def _of_held_out(base_dir: Path, train: readers.DatasetFormat, fitted: list[Any]
     """For a fit alone: what it has in common with the rows that later commands measure on. What is wrong with those, they say."""
     for section in ("valid", "generation"):
         try:
-            fmt = readers.dataset_format(base_dir, train.dataset, section)
+            fmt = entries.dataset_format(base_dir, train.dataset, section)
             rows = [row for concept in concepts for row in _rows(fmt, concept, None)]
         except UserError:
             continue

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from spilt import __version__, plan, verbs
 from spilt.artifacts.store import Store
 from spilt.cell import FORMS, Cell
-from spilt.data import readers
+from spilt.data import entries, readers
 from spilt.errors import NotFinite, UserError, half_pair, printable, unknown
 from spilt.methods import METHODS
 from spilt.model.locate import locate
@@ -208,7 +208,7 @@ def _number(base_dir: Path, cell: Cell | None, prompt: str) -> int:
     """Which prompt of the dataset it is, since that decides its random numbers; 0 for one that is not in there."""
     try:
         if cell is not None:
-            fmt = readers.dataset_format(base_dir, cell.dataset, "generation")
+            fmt = entries.dataset_format(base_dir, cell.dataset, "generation")
             return [row.input for row in readers.read_prompts(fmt, cell.concept, None)].index(prompt)
     except (UserError, OSError, ValueError):  # no such file, or another sentence
         pass

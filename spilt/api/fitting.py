@@ -16,6 +16,7 @@ from spilt.data.chat import Chat, Encoded
 from spilt.data.readers import Pair
 from spilt.engine import activations, choice, score, whole
 from spilt.engine import train as training
+from spilt.engine.closed_form import closed_form
 from spilt.errors import UserError, unknown
 from spilt.methods import METHODS
 from spilt.model import host
@@ -125,4 +126,4 @@ def _closed_form(model: nn.Module, tokenizer: Any, chat: Chat, pairs: Sequence[P
     texts = [Encoded(tuple(tokenizer(text)["input_ids"][: s.output_length]), 1, 0) for text in neutral]  # all but the first token
     if METHODS[s.method].against_neutral and not (texts and all(len(text.input_ids) > 1 for text in texts)):
         raise UserError(f"{s.method} subtracts the mean of ordinary text: give neutral=[...], each of two tokens or more")
-    return training.closed_form(model, s.layers, tokens, s, METHODS[s.method], host.pad_id(tokenizer), texts)
+    return closed_form(model, s.layers, tokens, s, METHODS[s.method], host.pad_id(tokenizer), texts)

@@ -15,20 +15,8 @@ from typing import Any, NamedTuple
 from spilt.artifacts.atomic import atomic_write_together, half_replaced
 from spilt.data import hub, sense
 from spilt.data.chat import SYSTEM, Question
-from spilt.data.readers import (
-    ASKED,
-    CONTRAST,
-    PAIR_FIELDS,
-    DatasetFormat,
-    Pair,
-    Prompt,
-    Row,
-    as_prompts,
-    formats_file,
-    pairs_of,
-    prompts_of,
-    sections_of,
-)
+from spilt.data.entries import ASKED, CONTRAST, PAIR_FIELDS, DatasetFormat, as_prompts, formats_file, sections_of
+from spilt.data.readers import Pair, Prompt, Row, pairs_of, prompts_of
 from spilt.data.sources import Record, columns_of, ending_of, file_hash, read
 from spilt.errors import Mistakes, UserError, checked_name, unknown
 from spilt.settings.files import DATA, SOURCE

@@ -27,6 +27,7 @@ from spilt.data import readers
 from spilt.data.chat import Encoded
 from spilt.engine import choice, score, whole
 from spilt.engine import train as training
+from spilt.engine.closed_form import closed_form
 from spilt.methods import METHODS
 from spilt.model.checkpoint import family
 from spilt.steering.layer_file import dump, dump_linears, metadata_line
@@ -183,7 +184,7 @@ def _closed_form(step: Step, layers: Sequence[int], run: Run, fmt: readers.Datas
         neutral = run.recordings.sequences(step, step.data[NEUTRAL], run.host, run.entry(step, NEUTRAL))
     means = partial(run.recordings.means, step)  # all closed forms of a request have them from one pass
     how = (sequences, settings, METHODS[cell.method], run.host.pad_id, neutral, means)
-    return training.closed_form(run.host.model, layers, *how)
+    return closed_form(run.host.model, layers, *how)
 
 
 def _train_log(cell: Cell, layer: int, rows: list[dict[str, Any]], store: Store) -> str:

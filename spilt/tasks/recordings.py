@@ -14,7 +14,7 @@ from spilt import plan, verbs
 from spilt.artifacts import manifest
 from spilt.artifacts.store import Store
 from spilt.cell import FORMS, Cell
-from spilt.data import readers
+from spilt.data import entries, readers
 from spilt.data.chat import Encoded
 from spilt.doubts import doubts_of
 from spilt.engine import activations
@@ -49,7 +49,7 @@ class Key(NamedTuple):
 def encoded(key: Key, host: Host, fmt: readers.DatasetFormat) -> list[Encoded]:
     """Sequence 2 i is row i's matching answer, 2 i + 1 its not-matching one; of neutral text, sequence i is row i's."""
     chat = host.chat(key.use_chat_template, key.system_prompt)
-    if readers.has_prompts(fmt.section):
+    if entries.has_prompts(fmt.section):
         return _neutral(key, host, fmt)
     pairs = readers.read_pairs(fmt, key.concept, key.limit)
     sequences = [chat.encode(question, text, key.output_length, pair.row) for pair in pairs for question, text in pair.sides]
@@ -125,7 +125,7 @@ class Recordings:
             if read_point is not None:
                 known.add(read_point)
             sequences = encoded(key, host, fmt)
-            together = 1 if readers.has_prompts(fmt.section) else 2
+            together = 1 if entries.has_prompts(fmt.section) else 2
             there = [name for name in sorted(known) if name in anatomy.read_widths(host.model, key.layer)]  # what a step's settings name
             self.kept[key] = activations.record(host.model, key.layer, sequences, there, host.pad_id, together)
         return self.kept[key]

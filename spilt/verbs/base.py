@@ -12,7 +12,7 @@ from spilt.artifacts import manifest
 from spilt.artifacts.losses import NEUTRAL
 from spilt.artifacts.store import Store
 from spilt.cell import Cell
-from spilt.data import readers
+from spilt.data import entries, readers
 from spilt.data.own import Own
 from spilt.errors import UserError
 from spilt.methods import METHODS, stand_ins
@@ -233,7 +233,7 @@ def layers_of(step: Step, cell: Cell) -> list[list[int]]:
 
 def entry_of(verb: str, purpose: str, base_dir: Path, dataset: str) -> readers.DatasetFormat:
     """The entry of dataset_format.yaml that a verb reads for a purpose. Raises UserError."""
-    return readers.dataset_format(base_dir, dataset, VERBS[verb].sections[purpose])
+    return entries.dataset_format(base_dir, dataset, VERBS[verb].sections[purpose])
 
 
 # ---------------------------------------------------------------- identity: the same from a plan and from a stored artifact
