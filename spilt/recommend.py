@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spilt.terminal import complain, program, say
+from spilt.terminal import aligned, complain, program, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,9 +70,7 @@ def lines(table: pd.DataFrame) -> list[str]:
                 note,
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    out = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    out += ["", *(f"{number}: {reason}" for reason, number in reasons.items())]
+    out = [*aligned(rows), "", *(f"{number}: {reason}" for reason, number in reasons.items())]
     on = "test questions" if (table["reported_on"] == "test").any() else f"{table['chosen_on'].iloc[0]} questions"
     return [*out, *(["=: cannot be told from the best"] if table["tied"].any() else []), f"gain and drop from m = 0 on {on}; 95% intervals"]
 
