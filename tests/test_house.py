@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("baselines", "engine", "verbs", "weights", "judges"),
     ("doubts", "plan", "analysis"),
     ("report", "tasks", "vignettes"),
-    ("anatomy", "api", "audit", "contents", "inspect", "prepare", "look", "recommend", "say", "verify", "run", "summary"),
+    ("anatomy", "api", "audit", "contents", "flags", "inspect", "prepare", "look", "recommend", "say", "verify", "run", "summary"),
     (
         *("behaviour", "complete", "disturbance", "downstream", "export", "lm_eval", "oracle", "prompted", "receipt", "strength", "table"),
         "weight_steering",
