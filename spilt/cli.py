@@ -42,6 +42,11 @@ from spilt.verbs.base import RECOMMENDED, layer_groups
 from spilt.verbs.measure import SWEEP
 
 log = logging.getLogger("spilt")
+# flags that are fields of a Request by the same name
+AS_GIVEN = (
+    *("mode", "device", "base_dir", "limit", "split", "batch_size", "force", "checkpoint_seconds", "released_files", "control_pairs"),
+    *("judge", "judge_limit", "deterministic", "engine"),
+)
 
 
 def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -> verbs.Request:
@@ -86,31 +91,18 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
         model=name,
         **({} if name == args.model_name else {"model_said": args.model_name, "folder": folder}),
         intervention=tuple(args.intervention_method),
-        mode=args.mode,
-        device=args.device,
         multipliers=strengths,
         words=words,
-        base_dir=args.base_dir,
         overrides=overrides,
         concepts=tuple(args.concepts) if args.concepts else None,
         seeds=tuple(dict.fromkeys(args.seeds)) if args.seeds else (None,),
         layers=layers,
         own=files,
-        limit=args.limit,
-        split=args.split,
-        batch_size=args.batch_size,
-        force=args.force,
         report=not args.no_report,
-        checkpoint_seconds=args.checkpoint_seconds,
-        released_files=args.released_files,
-        control_pairs=args.control_pairs,
-        judge=args.judge,
         rubrics=tuple(dict.fromkeys(args.rubric or ())),
-        judge_limit=args.judge_limit,
-        deterministic=args.deterministic,
-        engine=args.engine,
         flags=tuple(flags),
         program=program,
+        **{name: getattr(args, name) for name in AS_GIVEN},
     )
 
 

@@ -326,7 +326,8 @@ def check_model(store: Store, name: str) -> None:
 
 def concept_ids(request: Request, formats: Mapping[str, readers.DatasetFormat], dry: bool) -> list[int | None]:
     """The concepts of the request: [None] for a dataset without; the first ten ids unless --concepts says which."""
-    every = [*formats.values(), *_trained_on(request)]
+    # the training pairs say whether a dataset has concepts, also when only prompts are read
+    every = [*formats.values(), *([_format(request, "train")] if "train" in _sections(request) else [])]
     first = next((fmt for fmt in every if fmt.multi_concept), every[0])
     if not first.multi_concept:
         if request.concepts is not None:
@@ -341,11 +342,6 @@ def concept_ids(request: Request, formats: Mapping[str, readers.DatasetFormat], 
         if concept not in have:
             raise unknown("concept", str(concept), map(str, have))
     return list(request.concepts)
-
-
-def _trained_on(request: Request) -> list[readers.DatasetFormat]:
-    """The entry of the training pairs: it says whether a dataset has concepts, also when only prompts are read."""
-    return [_format(request, "train")] if "train" in _sections(request) else []
 
 
 def check_data(base_dir: Path, formats: Mapping[str, readers.DatasetFormat], concepts: list[int | None], limit: int | None) -> list[str]:

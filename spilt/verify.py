@@ -85,7 +85,9 @@ def _check_file(base_dir: Path, path: Path) -> Found | None:
         if any((path.with_name(stem + ending)).exists() for ending in (".pt", ".json", ".csv", ".html")):
             return None
         return Found(LEFTOVER, path, "a manifest without its artifact; the same command makes it again")
-    contents = None if path.relative_to(base_dir).parts[2:4] == ("get_sft_loss", "report") else _contents_of(path)
+    if path.relative_to(base_dir).parts[2:4] == ("get_sft_loss", "report"):
+        return None
+    contents = next((check for pattern, check in KINDS.items() if re.fullmatch(pattern, name)), None)
     return None if contents is None else _judge(Artifact(base_dir, path), contents)
 
 
@@ -104,11 +106,6 @@ def _of_weights(base_dir: Path, path: Path) -> Found | None:
         return Found(STALE, path, "the model has changed")
     changed = [one for one, sha in parts.get("inputs", {}).items() if (root / one).is_file() and manifest.file_hash(root / one) != sha]
     return Found(STALE, path, f"made of another {changed[0]}") if changed else Found(OK, path)
-
-
-def _contents_of(path: Path) -> Any:
-    """The function that checks what is in such a file."""
-    return next((check for pattern, check in KINDS.items() if re.fullmatch(pattern, path.name)), None)
 
 
 def _judge(artifact: Artifact, contents: Any) -> Found:

@@ -64,8 +64,7 @@ def best(m: Array, preference: Array, utility: Array, budget: float, usable: npt
         near, far = np.where(on_the_way, met, before), np.where(on_the_way, met, after)
         bends = ~on_the_way & (at > 0) & (at + 1 < end)
         vertex = _vertex(x, gain, np.clip(at, 1, max(len(x) - 2, 1))) if len(x) > 2 else star
-        near, far = (np.where(bends, vertex, edge) for edge in (near, far))
-        near, far = (np.where(star == 0, 0.0, edge) for edge in (near, far))
+        near, far = (np.where(star == 0, 0.0, np.where(bends, vertex, edge)) for edge in (near, far))
         side = Best(star, np.where(on_the_way, there, peak), np.minimum(near, far), np.maximum(near, far))
         better = side.gain > found.gain
         found = Best(*(np.where(better, new, old) for new, old in zip(side, found, strict=True)))

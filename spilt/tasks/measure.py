@@ -18,7 +18,7 @@ from spilt.artifacts import manifest
 from spilt.artifacts.losses import NEUTRAL, NEUTRAL_TARGET, SPLITS, TABLE, TABLES, TARGETS
 from spilt.cell import FORMS
 from spilt.engine import activations, dose, score
-from spilt.methods import METHODS, Method
+from spilt.methods import METHODS
 from spilt.steering.steering import Steering
 from spilt.tasks import control, released
 from spilt.tasks.recordings import Run, stored, tell_replaced
@@ -97,7 +97,7 @@ class Tables:
         for split in step.data:
             path = run.store.loss_table(step.cells[0], split)
             self.rows[split] = run.team.on_main(partial(self._stored, path))
-        self.unit = unit_dose(step, steering, run)
+        self.unit = dose.of(steering, _seen(step, steering, run))  # at multiplier 1
 
     def _stored(self, path: Path) -> pd.DataFrame:
         """The rows that a run before this one left, of the same request."""
@@ -161,12 +161,8 @@ def table_rows(found: score.Losses, k: int, multiplier: float, amount: float, po
     return pd.DataFrame(columns)[[*TABLE]]
 
 
-def unit_dose(step: Step, steering: Steering, run: Run) -> float:
-    """The dose of a steering at multiplier 1, on the first pairs of the step's first split."""
-    return dose.of(steering, _seen(step, steering, run))
-
-
 def _seen(step: Step, steering: Steering, run: Run) -> list[dose.Seen]:
+    """The streams that doses are measured on: of the first pairs of the step's first split."""
     split, path = next(iter(step.data.items()))
     sequences = run.recordings.sequences(step, path, run.host, run.entry(step, split))
     return dose.streams(run.host.model, steering, sequences, run.host.pad_id)
@@ -181,7 +177,9 @@ def _sweep(step: Step, steering: Steering, run: Run) -> tuple[float, ...]:
     if own == 0:
         return step.multipliers
     others = [
-        replace(cell, method=name) for name, row in METHODS.items() if row.in_all and _at_blocks(row) and cell.intervention in row.forms
+        replace(cell, method=name)
+        for name, row in METHODS.items()
+        if row.in_all and row.estimate is None and not row.adapters and cell.intervention in row.forms
     ]
     there = [other for other in others if all(run.store.vector(other, n).is_file() for n in cell.layers)]
     norms = [_norm(stored(other, step.settings, run)) for other in there]
@@ -191,11 +189,6 @@ def _sweep(step: Step, steering: Steering, run: Run) -> tuple[float, ...]:
         recorded = _streams(step, steering, run)
         top = 2 * recorded.h[:-1].float().norm(dim=-1).mean().item()
     return measure_verb.sweep_multipliers((float(f"{top / own:.2g}"),), len(step.multipliers))
-
-
-def _at_blocks(row: Method) -> bool:
-    """Trained, at the places of a closed form."""
-    return row.estimate is None and not row.adapters
 
 
 def _streams(step: Step, steering: Steering, run: Run) -> activations.Activations:

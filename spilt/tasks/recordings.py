@@ -203,6 +203,17 @@ def tell_replaced(what: str, outputs: Mapping[Path, Mapping[str, Any]], run: Run
         log.warning("%s: replaces %s%s, %s", what, run.store.relative(paths[0]), more, why)
 
 
+def to_make(step: Step, run: Run, outputs: Mapping[float, tuple[Path, dict[str, Any]]]) -> list[float]:
+    """The multipliers whose results are not there yet, by process 0. outputs: multiplier -> its file, and what decides it."""
+
+    def decide() -> list[float]:
+        return [m for m, (path, parts) in outputs.items() if run.request.force or verbs.state(step, path, parts) != "done"]
+
+    wanted = run.team.on_main(decide)
+    tell_replaced(str(step), dict(outputs[m] for m in wanted), run)
+    return wanted
+
+
 def refuse_changed(path: Path) -> None:
     """Raises UserError for a stored vector that is not as its manifest says."""
     if not manifest.is_as_recorded(path):
