@@ -23,7 +23,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from spilt import __version__, complete, plan, summary, verbs
+from spilt import __version__, complete, plan, reading, summary, verbs
 from spilt.artifacts.losses import SPLITS
 from spilt.artifacts.manifest import versions
 from spilt.data import own
@@ -217,7 +217,7 @@ def _plan_and_run(args: argparse.Namespace, program: str, shown: dict[str, Any])
         if args.complete_losing:
             files = files._replace(writer=complete.writer(request, step))
             request = replace(request, own=files)
-        plan.refuse_rows(made.steps, own.kinds(own.as_completed(files, own.parts(files, request.dataset))))
+        reading.refuse_rows(made.steps, own.kinds(own.as_completed(files, own.parts(files, request.dataset))))
         write = partial(complete.write, request, step, files)
         for line in own.bring(request.base_dir, request.dataset, files, dry=dry, write=write):
             say(line)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from spilt import __version__, judges, plan, verbs
+from spilt import __version__, judges, plan, reading, verbs
 from spilt.artifacts.losses import SPLITS
 from spilt.cell import FORMS
 from spilt.engine.choice import ENGINES, VLLM
@@ -103,7 +103,7 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
     add("--anatomy", metavar="PART=PATH,...", help="where the model's blocks, attn, mlp, mlp_mid are; default: found by structure")
     add("--seed", type=int, help="over the YAML's")
     add("--seeds", nargs="+", type=_count, metavar="N", help="a fit with each of these seeds, in folders of their own")
-    add("--concepts", nargs="+", type=int, metavar="ID", help=f"ids of a dataset with concepts; default: first {plan.FIRST_CONCEPTS}")
+    add("--concepts", nargs="+", type=int, metavar="ID", help=f"ids of a dataset with concepts; default: first {reading.FIRST_CONCEPTS}")
     splits = ", ".join(SPLITS)
     add("--split", help=f"{'' if verb else 'loss mode: '}{splits} or both; default: what dataset_format.yaml has")
     add(

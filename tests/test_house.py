@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("steering", "data"),
     ("methods", "model"),
     ("baselines", "engine", "verbs", "weights", "judges"),
-    ("doubts", "plan", "analysis"),
+    ("doubts", "plan", "reading", "analysis"),
     ("report", "tasks", "vignettes"),
     ("anatomy", "api", "audit", "contents", "flags", "inspect", "prepare", "look", "recommend", "say", "verify", "run", "summary"),
     (
