@@ -165,8 +165,7 @@ def as_completed(own: Own, rows: dict[str, list[dict[str, Any]]]) -> dict[str, l
 
 def kinds(made: Mapping[str, list[dict[str, Any]]]) -> dict[str, str]:
     """section -> what kind its pairs are of: that of the first. made: train and test -> rows."""
-    formats = {part: DatasetFormat("", SECTION[part], Path(part), {}, False) for part in made}
-    return {SECTION[part]: pairs_of(_as_read(formats[part], rows[:1]))[0].kind for part, rows in made.items()}
+    return {SECTION[part]: _pairs(rows[:1])[0].kind for part, rows in made.items()}
 
 
 def _as_read(fmt: DatasetFormat, rows: list[dict[str, Any]]) -> list[Row]:
