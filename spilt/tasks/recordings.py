@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from spilt.artifacts import manifest
 from spilt.artifacts.store import Store
 from spilt.cell import FORMS, Cell
 from spilt.data import entries, readers
-from spilt.data.chat import Encoded
+from spilt.data.chat import Encoded, Question
 from spilt.doubts import doubts_of
 from spilt.engine import activations
 from spilt.errors import UserError
@@ -49,23 +49,20 @@ class Key(NamedTuple):
 def encoded(key: Key, host: Host, fmt: readers.DatasetFormat) -> list[Encoded]:
     """Sequence 2 i is row i's matching answer, 2 i + 1 its not-matching one; of neutral text, sequence i is row i's."""
     chat = host.chat(key.use_chat_template, key.system_prompt)
-    if entries.has_prompts(fmt.section):
-        return _neutral(key, host, fmt)
-    pairs = readers.read_pairs(fmt, key.concept, key.limit)
-    sequences = [chat.encode(question, text, key.output_length, pair.row) for pair in pairs for question, text in pair.sides]
-    check_context(host.model, f"{fmt.path}, answers with their questions", lengths_of(pairs, sequences), "lower output_length")
+    rows = readers.read_entry(fmt, key.concept, key.limit)
+    sequences = [chat.encode(question, text, key.output_length, row.row) for row in rows for question, text in _scored(row, fmt)]
+    what = "texts with their prompts" if entries.has_prompts(fmt.section) else "answers with their questions"
+    check_context(host.model, f"{fmt.path}, {what}", lengths_of(rows, sequences), "lower output_length")
     return sequences
 
 
-def _neutral(key: Key, host: Host, fmt: readers.DatasetFormat) -> list[Encoded]:
-    chat = host.chat(key.use_chat_template, key.system_prompt)
-    prompts = readers.read_prompts(fmt, key.concept, key.limit)
-    for prompt in prompts:
-        if not (prompt.reference_response or "").strip():
-            raise UserError(f"{fmt.path}: row {prompt.row} (0-based) has no {fmt.column('reference_response')!r}: neutral text to score")
-    sequences = [chat.encode(prompt.input, str(prompt.reference_response), key.output_length, prompt.row) for prompt in prompts]
-    check_context(host.model, f"{fmt.path}, texts with their prompts", lengths_of(prompts, sequences), "lower output_length")
-    return sequences
+def _scored(row: readers.Pair | readers.Prompt, fmt: readers.DatasetFormat) -> Sequence[tuple[Question, str]]:
+    """What is asked and scored of a row: both answers, or neutral text. Raises UserError where there is none."""
+    if isinstance(row, readers.Pair):
+        return row.sides
+    if not (row.reference_response or "").strip():
+        raise UserError(f"{fmt.path}: row {row.row} (0-based) has no {fmt.column('reference_response')!r}: neutral text to score")
+    return [(row.input, str(row.reference_response))]
 
 
 class Recordings:
