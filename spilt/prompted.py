@@ -20,12 +20,10 @@ from spilt.disturbance import steps
 from spilt.engine import score, whole
 from spilt.errors import UserError, checked_name
 from spilt.model import host
-from spilt.progress import Progress
 from spilt.run import quiet_libraries
 from spilt.tasks.context import check_context, lengths_of
 from spilt.tasks.measure import table_rows
-from spilt.tasks.recordings import Recordings, Run
-from spilt.team import Team
+from spilt.tasks.recordings import Run
 from spilt.verbs.base import parts_of
 
 DECIDING = ("dtype", "use_chat_template", "system_prompt", "output_length", "max_num_of_examples", "anatomy")
@@ -118,7 +116,7 @@ def measure(
         return 0
     quiet_libraries()
     loaded = host.load(request.model_folder, s.dtype, device, s.anatomy)
-    run = Run(request, loaded, store, Recordings([], None), Progress({}, 0, tell, quiet=True), Team(device), seen)
+    run = Run.alone(request, loaded, device, seen, tell)
     pairs = readers.read_pairs(verbs.entry_of("measure", split, base, dataset), None, s.max_num_of_examples)
     chat = loaded.chat(s.use_chat_template, s.system_prompt)
     for number, (prompt, path, parts) in enumerate(todo, 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,6 +181,12 @@ class Run(NamedTuple):
     progress: Progress
     team: Team
     seen: identity.Seen
+
+    @classmethod
+    def alone(cls, request: Request, host: Host, device: str, seen: identity.Seen, tell: Callable[[str], None]) -> Run:
+        """For work that is no step of a plan: nothing is recorded for others, no bars are drawn."""
+        progress = Progress({}, 0, tell, quiet=True)
+        return cls(request, host, Store(request.base_dir), Recordings([], None), progress, Team(device), seen)
 
     def entry(self, step: Step, purpose: str) -> readers.DatasetFormat:
         """Of dataset_format.yaml, what a step reads for a purpose."""
