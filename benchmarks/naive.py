@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from spilt import methods
 from spilt import settings as hparams  # noqa: E402
-from spilt.data import readers  # noqa: E402
+from spilt.data import dataset_format, readers  # noqa: E402
 from spilt.data.batches import Batch, pad, position_mask  # noqa: E402
 from spilt.data.chat import Chat, Encoded  # noqa: E402
 from spilt.engine.train import chunks, entries, epoch_order  # noqa: E402
@@ -127,7 +127,7 @@ class Job:
 
     def sequences(self) -> list[Encoded]:
         """matching and not_matching of row 0, of row 1, ..."""
-        pairs = readers.read_pairs(readers.dataset_format(self.args.base_dir, "psychopathy", "train"), None, self.args.limit)
+        pairs = readers.read_pairs(dataset_format(self.args.base_dir, "psychopathy", "train"), None, self.args.limit)
         length = self.settings.output_length
         return [self.chat.encode(p.question, text, length) for p in pairs for text in (p.matching, p.not_matching)]
 
@@ -184,7 +184,7 @@ def fit(job: Job) -> None:
 def apply(job: Job) -> None:
     """One prompt at a time through the library's own generate."""
     params = {k: v for k, v in job.settings.generation_params.as_kwargs().items() if v is not None}
-    prompts = readers.read_prompts(readers.dataset_format(job.args.base_dir, "psychopathy", "generation"), None, job.args.limit)
+    prompts = readers.read_prompts(dataset_format(job.args.base_dir, "psychopathy", "generation"), None, job.args.limit)
     job.wrapped.steer = (torch.tensor([job.args.multiplier]), None)
     rows = []
     for prompt in prompts:

@@ -1,6 +1,6 @@
 """spilt: train, apply and measure small interventions on transformer language models.
 
-For Python users (api.py says what each does): load, fit, steer, in_place, read_adapter, read_post_block, generate, measure,
+For Python users (api/ says what each does): load, fit, steer, in_place, read_adapter, read_post_block, generate, measure,
 divergence, calibrate, Steering, lm_eval_model.
 Importing the package is fast: what needs torch comes when it is first asked for.
 """

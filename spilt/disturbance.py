@@ -9,16 +9,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spilt import api, plan, team, verbs
+from spilt import api, plan, verbs
 from spilt.artifacts import manifest
 from spilt.artifacts.store import Store
 from spilt.cell import variant_of
 from spilt.data import readers
 from spilt.errors import UserError
 from spilt.model import host, identity
-from spilt.progress import Progress
 from spilt.run import quiet_libraries
-from spilt.tasks.recordings import Recordings, Run, stored
+from spilt.tasks.recordings import Run, stored
 from spilt.verbs import Step
 from spilt.verbs.base import parts_of
 
@@ -53,10 +52,9 @@ def calibrate(
         if loaded is None:
             quiet_libraries()
             loaded = host.load(request.model_folder, s.dtype, device, s.anatomy)
-        nothing = Progress({}, 0, tell, quiet=True)
-        run = Run(request, loaded, Store(base), Recordings([], None), nothing, team.Team(device), seen)
+        run = Run.alone(request, loaded, device, seen, tell)
         (cell,) = step.cells
-        fmt = readers.dataset_format(base, dataset, verbs.VERBS["generate"].sections["prompts"])
+        fmt = verbs.entry_of("generate", "prompts", base, dataset)
         prompts = [row.input for row in readers.read_prompts(fmt, None, how.prompts)]
         chat = {"use_chat_template": s.use_chat_template, "system_prompt": s.system_prompt, "batch_size": s.batch_size}
         steering = stored(cell, s, run)

@@ -7,12 +7,11 @@ from typing import Any
 from spilt.artifacts import manifest
 from spilt.artifacts.store import Store
 from spilt.cell import Cell
-from spilt.data import readers
 from spilt.errors import UserError
 from spilt.methods import METHODS, stand_ins
 from spilt.model import identity
 from spilt.settings import resolve_fit
-from spilt.verbs import VERBS, Request
+from spilt.verbs import Request, entry_of
 from spilt.verbs.base import with_own
 
 
@@ -48,7 +47,7 @@ def doubts_of(cell: Cell, layer: int, settings: Any, request: Request, seen: ide
         names = (cell.model, cell.dataset, cell.method, cell.intervention)
         adapters = METHODS[cell.method].adapters
         found_now = resolve_fit(request.base_dir, *names, given, cell.layers, adapters, like=stand_ins(*names[2:]))
-        data = readers.dataset_format(request.base_dir, cell.dataset, VERBS["fit"].sections["train"]).path
+        data = entry_of("fit", "train", request.base_dir, cell.dataset).path
     except UserError:  # a vector needs no settings of its fit to be used
         return said
     fitted = found_now.settings.as_dict()

@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from spilt.artifacts.losses import NEUTRAL
-from spilt.data import own, readers
+from spilt.data import entries, own, readers
 from spilt.data.batches import position_mask
 from spilt.data.chat import Chat, Encoded
 from spilt.methods import METHODS
@@ -40,7 +40,7 @@ def inspected(made: Plan, request: Request) -> list[dict[str, Any]]:
                 if request.own is not None:
                     rows = own.section(request.own, request.dataset, section)
                 else:
-                    fmt = readers.dataset_format(request.base_dir, request.dataset, section)
+                    fmt = entries.dataset_format(request.base_dir, request.dataset, section)
                     rows = readers.read_entry(fmt, step.cells[0].concept if fmt.multi_concept else None, request.limit)
                 found[key] = _entry(step, purpose, chat, rows[: request.limit], closed, where)
     return list(found.values())

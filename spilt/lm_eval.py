@@ -17,7 +17,7 @@ from spilt import __version__
 from spilt.errors import UserError
 from spilt.say import ready, which_flags
 from spilt.settings.fields import STRONGEST
-from spilt.terminal import program, say
+from spilt.terminal import aligned, program, say
 
 if TYPE_CHECKING:
     from torch import nn
@@ -111,8 +111,7 @@ def rows(found: dict[float, dict[str, dict[str, Any]]]) -> list[str]:
             numbers = [(at[task][name], at[task].get(error)) for at in found.values()]
             shown = [f"{value:.4g}" + (f" ± {se:.2g}" if isinstance(se, float) and se == se else "") for value, se in numbers]
             table.append([task, measure if how == "none" else f"{measure} ({how})", *shown])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    return aligned(table)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from spilt.analysis.provenance import stored_texts
 from spilt.artifacts import texts
 from spilt.artifacts.store import Store
 from spilt.cell import FORMS, Cell, variant_of
-from spilt.data import readers
+from spilt.data import entries
 from spilt.errors import UserError
 from spilt.methods import METHODS
 from spilt.terminal import program, say
@@ -45,7 +45,7 @@ def agreement(rows: Sequence[texts.Row], words: Sequence[str] = ()) -> float | N
 def keywords(base_dir: Path, dataset: str) -> tuple[str, ...]:
     """Those of the dataset's entry; none where it has no entry any more."""
     try:
-        return readers.dataset_format(base_dir, dataset, "generation").keywords
+        return entries.dataset_format(base_dir, dataset, "generation").keywords
     except UserError:
         return ()
 

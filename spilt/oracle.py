@@ -61,7 +61,8 @@ def _oracle(args: argparse.Namespace) -> int:
     ids = [base.tokenizer(text, return_tensors="pt")["input_ids"][:, :SHOWN].to(args.device) for text in texts]
     found = blocks(base.model, tuned.model, ids)
     if args.picture is not None:
-        from spilt.report.figures import oracle_figure, png_of
+        from spilt.report.drawing import png_of
+        from spilt.report.figures import oracle_figure
 
         atomic_write(args.picture, png_of(oracle_figure([one._asdict() for one in found])))
     if args.json:

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spilt.artifacts.losses import NEUTRAL, SPLITS
 from spilt.artifacts.store import Store
 from spilt.cell import FORMS, Cell
-from spilt.data import own, readers, sense
-from spilt.data.chat import LETTER
+from spilt.data import entries, readers
 from spilt.engine import choice
 from spilt.errors import Mistakes, UserError, nearest, printable, unknown
 from spilt.methods import METHODS
 from spilt.model import checkpoint
+from spilt.reading import check_data, columns, concept_ids, entry, first_pair, read_by, refuse_rows, splits_of
 from spilt.settings.fields import intervention_name, method_name
 from spilt.settings.files import is_own
 from spilt.steering import anatomy
@@ -30,7 +29,6 @@ from spilt.verbs.measure import SWEEP
 
 log = logging.getLogger("spilt")
 ALL = "all"
-FIRST_CONCEPTS = 10
 AGAIN = "to be made again"  # of a stored result: asked for with --force, or what it is made from is made again
 
 
@@ -134,15 +132,15 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     if not dry and request.folder is None:
         check_model(store, request.model)
     asked = {method for method, _ in combinations}
-    sections = {verb: _read_by(VERBS[verb], request, asked) for verb in MODES[request.mode]}
+    sections = {verb: read_by(VERBS[verb], request, asked) for verb in MODES[request.mode]}
     if "measure" in sections:
         sections["measure"] = {split: sections["measure"][split] for split in splits_of(request)}
     wanted = {section for names in sections.values() for section in names.values()}
     formats, mistakes = dict[str, readers.DatasetFormat](), Mistakes()
-    for section in readers.SECTIONS:
+    for section in entries.SECTIONS:
         if section in wanted:
             with mistakes.each():
-                formats[section] = _format(request, section)
+                formats[section] = entry(request, section)
     mistakes.tell()
     concepts = concept_ids(request, formats, dry)
     if not dry:
@@ -164,29 +162,9 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     for said in {step.settings.anatomy for step in steps}:
         anatomy.parse(said)
     if request.own is None or not dry:  # before they are brought, own.py knows them
-        refuse_rows(steps, {section: row.kind for section, fmt in formats.items() if (row := _first(fmt)) is not None})
+        refuse_rows(steps, {section: row.kind for section, fmt in formats.items() if (row := first_pair(fmt)) is not None})
     checkpoint.check(model, *({layer for step in steps if wants(step) for layer in _layers_of(step)} for wants in (bool, _wants_down)))
     return Plan(steps, left_out)
-
-
-def _first(fmt: readers.DatasetFormat) -> readers.Pair | None:
-    """The first of a file's pairs, which are all of one kind; None of prompts, and of a file that can't be read (told elsewhere)."""
-    try:
-        return readers.read_pairs(fmt, limit=1)[0] if fmt.path.is_file() and not readers.has_prompts(fmt.section) else None
-    except UserError:
-        return None
-
-
-def refuse_rows(steps: Sequence[Step], kinds: Mapping[str, str]) -> None:
-    """Raises UserError for steps that make no sense of their rows. kinds: section -> Pair.kind."""
-    mistakes = Mistakes()
-    for step in steps:
-        for purpose, path in step.data.items():
-            kind = kinds.get(VERBS[step.verb].sections[purpose], readers.PAIRS)
-            with mistakes.each():
-                if why := VERBS[step.verb].refuses(step, kind):
-                    raise UserError(f"{step}: {path} has {kind}: {why}")
-    mistakes.tell()
 
 
 def _layers_of(step: Step) -> set[int]:
@@ -259,42 +237,6 @@ def apart(request: Request, method: str, form: str, layers: tuple[int, ...] | No
     return True
 
 
-def _format(request: Request, section: str) -> readers.DatasetFormat:
-    """The dataset's entry; of files of the user's own as it will be once they are brought."""
-    if request.own is None:
-        return readers.dataset_format(request.base_dir, request.dataset, section)
-    made = own.formats(request.base_dir, request.dataset, request.own)
-    if section == "generation":
-        return readers.as_prompts(made.get("valid", made["train"]))
-    if section not in made:
-        if section == NEUTRAL:
-            raise UserError(f"dataset {request.dataset!r} has no neutral text; section `neutral` of dataset_format.yaml names a file")
-        raise UserError(f"dataset {request.dataset!r} has no held-out rows: --test 0.2 holds some out, --test FILE names them")
-    return made[section]
-
-
-def _read_by(verb: Verb, request: Request, methods: Collection[str]) -> dict[str, str]:
-    """What a verb reads of this dataset for any of these methods: purpose -> section."""
-    there = _sections(request) if verb.optional else ()
-    read = {purpose for method in methods for purpose in verb.purposes(method)}
-    return {name: section for name, section in verb.sections.items() if name in read and (name not in verb.optional or section in there)}
-
-
-def _sections(request: Request) -> Collection[str]:
-    if request.own is None:
-        return readers.sections_of(request.base_dir, request.dataset)
-    return own.formats(request.base_dir, request.dataset, request.own)
-
-
-def columns(fmt: readers.DatasetFormat) -> dict[str, Any]:
-    """What of a dataset_format.yaml entry decides the rows: the columns of the same file can be read as other data."""
-    fields = (*readers.SECTIONS[fmt.section], *(("concept_id", "output_concept") if fmt.multi_concept else ()))
-    fields += tuple(field for field in readers.ASKED if field in fmt.field_names)
-    first = _first(fmt)
-    letters = {"answers": "letters"} if first is not None and LETTER.fullmatch(first.matching) else {}
-    return {"columns": {field: fmt.column(field) for field in fields}, "multi_concept": fmt.multi_concept, **letters}
-
-
 def why_plain(step: Step, engine: str) -> str:
     """Why the plain engine does a step; '' where the fast one does, or where nothing is to be chosen (closed forms, vLLM)."""
     s: Any = step.settings
@@ -322,66 +264,6 @@ def check_model(store: Store, name: str) -> None:
     raise UserError(
         f"unknown model {name!r}: no {folder / 'config.json'}; {hint}have: {', '.join(have) or 'none'}; put a checkpoint folder there"
     )
-
-
-def concept_ids(request: Request, formats: Mapping[str, readers.DatasetFormat], dry: bool) -> list[int | None]:
-    """The concepts of the request: [None] for a dataset without; the first ten ids unless --concepts says which."""
-    every = [*formats.values(), *_trained_on(request)]
-    first = next((fmt for fmt in every if fmt.multi_concept), every[0])
-    if not first.multi_concept:
-        if request.concepts is not None:
-            raise UserError(f"--concepts: dataset {request.dataset!r} has no concepts (multi_concept in dataset_format.yaml)")
-        return [None]
-    if (dry or first not in formats.values()) and not first.path.exists():
-        return list(request.concepts or range(FIRST_CONCEPTS))
-    have = list(readers.concepts(first))
-    if request.concepts is None:
-        return list(have[:FIRST_CONCEPTS])
-    for concept in request.concepts:
-        if concept not in have:
-            raise unknown("concept", str(concept), map(str, have))
-    return list(request.concepts)
-
-
-def _trained_on(request: Request) -> list[readers.DatasetFormat]:
-    """The entry of the training pairs: it says whether a dataset has concepts, also when only prompts are read."""
-    return [_format(request, "train")] if "train" in _sections(request) else []
-
-
-def check_data(base_dir: Path, formats: Mapping[str, readers.DatasetFormat], concepts: list[int | None], limit: int | None) -> list[str]:
-    """Read everything once: a broken line, or pairs that nothing can be learnt from, are found before anything is written.
-
-    Returns what is odd, a sentence each.
-    """
-    said = []
-    found = {section: {concept: _rows(fmt, concept, limit) for concept in concepts} for section, fmt in formats.items()}
-    flat = {section: [row for rows in by_concept.values() for row in rows] for section, by_concept in found.items()}
-    for section, fmt in formats.items():
-        if not readers.has_prompts(section):
-            for concept, rows in found[section].items():
-                sense.refuse_useless(fmt, rows, concept)
-            said += sense.remarks(fmt, flat[section])
-        if section != "train" and "train" in formats:
-            said += sense.overlap(formats["train"], flat["train"], fmt, flat[section])
-    if set(formats) == {"train"}:
-        said += _of_held_out(base_dir, formats["train"], flat["train"], concepts)
-    return said
-
-
-def _of_held_out(base_dir: Path, train: readers.DatasetFormat, fitted: list[Any], concepts: list[int | None]) -> list[str]:
-    """For a fit alone: what it has in common with the rows that later commands measure on. What is wrong with those, they say."""
-    for section in ("valid", "generation"):
-        try:
-            fmt = readers.dataset_format(base_dir, train.dataset, section)
-            rows = [row for concept in concepts for row in _rows(fmt, concept, None)]
-        except UserError:
-            continue
-        return sense.overlap(train, fitted, fmt, rows)
-    return []
-
-
-def _rows(fmt: readers.DatasetFormat, concept: int | None, limit: int | None) -> list[Any]:
-    return list(readers.read_entry(fmt, concept, limit))
 
 
 def _steps(
@@ -444,16 +326,6 @@ def _quoted(word: str) -> str:
     if printable(word) == word:
         return shlex.quote(word)
     return "$'" + printable(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
-
-
-def splits_of(request: Request) -> tuple[str, ...]:
-    """The item sets that loss mode measures."""
-    if request.split not in (None, "both"):
-        return (str(request.split),)
-    there = _sections(request)
-    splits = tuple(split for split in SPLITS if request.split == "both" or VERBS["measure"].sections[split] in there) or ("train",)
-    tables = bool(request.words) or request.released_files is False
-    return (*splits, NEUTRAL) if tables and NEUTRAL in there else splits
 
 
 def summary(standing: Mapping[Path, str]) -> str:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from spilt.artifacts.atomic import atomic_write_together, half_replaced
 from spilt.data import own
-from spilt.data.readers import FORMATS_FILE
+from spilt.data.entries import FORMATS_FILE
 from spilt.data.sources import Record, file_hash, read_rows
 from spilt.errors import UserError, checked_name, half_pair
 from spilt.terminal import program, say
@@ -175,7 +175,6 @@ SOURCES = {
         multi_concept=True,
     ),
 }  # fmt: skip
-PARTS = ("train", "test", "valid", "data", "train_data", "test_data")  # file names that don't say what the data is: their folder may
 
 
 # ---- the dataset's name ----
@@ -188,13 +187,13 @@ def dataset_name(source: str, inputs: Sequence[Path], asked: str | None = None) 
     row = SOURCES[source]
     first = inputs[0]
     folder = first.absolute().parent.name
-    own = folder if first.stem.lower() in PARTS else first.stem
-    if own.lower() in row.names or all(path.is_file() and file_hash(path) in row.hashes for path in inputs):
+    said = folder if first.stem.lower() in own.PARTS else first.stem
+    if said.lower() in row.names or all(path.is_file() and file_hash(path) in row.hashes for path in inputs):
         return source
-    if own is folder:
+    if said is folder:
         raise UserError(f"{first} doesn't say what data it is, and neither does its folder that it is {source}; give --name NAME")
     try:
-        return checked_name("dataset", own)
+        return checked_name("dataset", said)
     except UserError as error:
         raise UserError(f"{error}; give --name NAME") from None
 

@@ -20,12 +20,10 @@ from spilt.disturbance import steps
 from spilt.engine import score, whole
 from spilt.errors import UserError, checked_name
 from spilt.model import host
-from spilt.progress import Progress
 from spilt.run import quiet_libraries
-from spilt.tasks.context import check_context
+from spilt.tasks.context import check_context, lengths_of
 from spilt.tasks.measure import table_rows
-from spilt.tasks.recordings import Recordings, Run
-from spilt.team import Team
+from spilt.tasks.recordings import Run
 from spilt.verbs.base import parts_of
 
 DECIDING = ("dtype", "use_chat_template", "system_prompt", "output_length", "max_num_of_examples", "anatomy")
@@ -118,14 +116,13 @@ def measure(
         return 0
     quiet_libraries()
     loaded = host.load(request.model_folder, s.dtype, device, s.anatomy)
-    run = Run(request, loaded, store, Recordings([], None), Progress({}, 0, tell, quiet=True), Team(device), seen)
-    fmt = readers.dataset_format(base, dataset, verbs.VERBS["measure"].sections[split])
-    pairs = readers.read_pairs(fmt, None, s.max_num_of_examples)
+    run = Run.alone(request, loaded, device, seen, tell)
+    pairs = readers.read_pairs(verbs.entry_of("measure", split, base, dataset), None, s.max_num_of_examples)
     chat = loaded.chat(s.use_chat_template, s.system_prompt)
     for number, (prompt, path, parts) in enumerate(todo, 1):
         sequences = encoded(chat, prompt.turns, pairs, s.output_length)
-        lengths = [(pairs[i // 2].row, len(sequence.input_ids)) for i, sequence in enumerate(sequences)]
-        check_context(loaded.model, f"prompt {prompt.name}, answers with their questions", lengths, "shorten the prompt")
+        what = f"prompt {prompt.name}, answers with their questions"
+        check_context(loaded.model, what, lengths_of(pairs, sequences), "shorten the prompt")
         found = score.losses(whole.Scorer(loaded.model, None, sequences, loaded.pad_id), [0.0])
         table: Any = table_rows(found, 0, 0.0, 0.0, "all", split)
         if not table["loss_sum"].map(abs).lt(float("inf")).all():

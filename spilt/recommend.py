@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spilt.terminal import complain, program, say
+from spilt.terminal import aligned, complain, program, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,7 +46,7 @@ def _recommend(args: argparse.Namespace) -> int:
 
 def lines(table: pd.DataFrame) -> list[str]:
     """At most 8 columns on 100 characters; what a row's note stands for follows below."""
-    from spilt.report.cells import label, shown
+    from spilt.report.places import label, shown
 
     reasons: dict[str, int] = {}
     rows = [("cell", "m", "usable", "gain, nats", "drop, nats", "p", "best in", "note")]
@@ -70,9 +70,7 @@ def lines(table: pd.DataFrame) -> list[str]:
                 note,
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    out = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    out += ["", *(f"{number}: {reason}" for reason, number in reasons.items())]
+    out = [*aligned(rows), "", *(f"{number}: {reason}" for reason, number in reasons.items())]
     on = "test questions" if (table["reported_on"] == "test").any() else f"{table['chosen_on'].iloc[0]} questions"
     return [*out, *(["=: cannot be told from the best"] if table["tied"].any() else []), f"gain and drop from m = 0 on {on}; 95% intervals"]
 

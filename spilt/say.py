@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from spilt import __version__, plan, verbs
 from spilt.artifacts.store import Store
 from spilt.cell import FORMS, Cell
-from spilt.data import readers
+from spilt.data import entries, readers
 from spilt.errors import NotFinite, UserError, half_pair, printable, unknown
 from spilt.methods import METHODS
 from spilt.model.locate import locate
@@ -152,12 +152,10 @@ def loaded(what: Named, dtype: str = "", known: Any = None) -> tuple[Any, Any, A
     args, cell, settings, steering = what.args, what.cell, what.settings, None
     import torch
 
-    from spilt import tasks, team
     from spilt.model import host, identity
-    from spilt.progress import Progress
     from spilt.run import quiet_libraries
     from spilt.steering.steering import Steering
-    from spilt.tasks.recordings import stored
+    from spilt.tasks.recordings import Run, stored
 
     if args.steering is not None:
         steering = Steering.load(args.steering, *(what.layers or ()))
@@ -166,8 +164,7 @@ def loaded(what: Named, dtype: str = "", known: Any = None) -> tuple[Any, Any, A
     device = args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     made = known or host.load(what.folder, dtype or settings.dtype, device, settings.anatomy)
     if steering is None and cell is not None:
-        nothing = Progress({}, 0, complain, quiet=True)
-        run = tasks.Run(what.request, made, Store(args.base_dir), tasks.Recordings([], None), nothing, team.Team(device), identity.Seen())
+        run = Run.alone(what.request, made, device, identity.Seen(), complain)
         steering = stored(cell, settings, run)
     return made, steering, settings, cell
 
@@ -208,7 +205,7 @@ def _number(base_dir: Path, cell: Cell | None, prompt: str) -> int:
     """Which prompt of the dataset it is, since that decides its random numbers; 0 for one that is not in there."""
     try:
         if cell is not None:
-            fmt = readers.dataset_format(base_dir, cell.dataset, "generation")
+            fmt = entries.dataset_format(base_dir, cell.dataset, "generation")
             return [row.input for row in readers.read_prompts(fmt, cell.concept, None)].index(prompt)
     except (UserError, OSError, ValueError):  # no such file, or another sentence
         pass

@@ -20,7 +20,7 @@ from spilt.analysis.chosen import CHOSEN
 from spilt.artifacts.store import Store
 from spilt.behaviour import files
 from spilt.cell import Cell, variant_of
-from spilt.data import readers
+from spilt.data import entries, readers
 from spilt.data.chat import Question
 from spilt.errors import NotFinite, UserError
 from spilt.model.locate import locate
@@ -199,7 +199,7 @@ def _prompts(args: argparse.Namespace) -> Sequence[Question]:
         return [asked.text for asked in files.asked_of(args.prompts_file)]
     if not args.dataset:
         raise UserError("which prompts? give --dataset, or --prompts_file FILE with one a line")
-    fmt = readers.dataset_format(args.base_dir, args.dataset, "generation")
+    fmt = entries.dataset_format(args.base_dir, args.dataset, "generation")
     return [row.input for row in readers.read_prompts(fmt, args.concept, 2 * args.prompts)]
 
 

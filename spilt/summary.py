@@ -13,7 +13,7 @@ from spilt.doubts import doubts_of
 from spilt.errors import UserError, printable
 from spilt.model.identity import Seen
 from spilt.run import ALREADY, DONE, FAILED, SKIPPED, Outcome, keeps_what_is_unusable
-from spilt.terminal import say
+from spilt.terminal import aligned, say
 from spilt.verbs import measure as measure_verb
 from spilt.verbs.base import RECOMMENDED
 
@@ -166,10 +166,9 @@ def print_scores(steps: Iterable[Mapping[str, Any]]) -> None:
         head = (step["step"], "n", *(f"m = {m:g}" for m in strengths))
         several = {name: f"{found[0]}-{found[-1]}" if len(found) > 1 else str(found[0]) for name, found in counts.items()}
         lines = [head, *((name, several[name], *(cells.get((name, m), "-") for m in strengths)) for name in names)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         say()
-        for line in lines:
-            say("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+        for line in aligned(lines):
+            say(line)
         for row in (row for row in rows if row["missing"]):
             of = row["n"] + row["missing"]
             say(f"missing: {row['measure']} at m = {row['multiplier']:g}: {row['missing']} of {of} ({row['reasons']})")
@@ -185,10 +184,10 @@ def print_table(outcomes: Sequence[Outcome]) -> None:
     """cell, outcome, reason, seconds, output path."""
     header = ("cell", "outcome", "seconds", "output / reason")
     rows = [tuple(map(printable, (o.step, o.outcome, f"{o.seconds:.1f}", o.output or o.reason))) for o in outcomes]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(3)]
+    widths = [*(max(len(row[i]) for row in [header, *rows]) for i in range(3)), len(header[3])]
     say()
-    for row in [header, tuple("-" * width for width in [*widths, len(header[3])]), *rows]:
-        say("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip())
+    for line in aligned([header, tuple("-" * width for width in widths), *rows]):
+        say(line)
     counts = {name: sum(o.outcome == name for o in outcomes) for name in (DONE, ALREADY, SKIPPED, FAILED)}
     say()
     say(", ".join(f"{count} {name}" for name, count in counts.items() if count) + f" in {sum(o.seconds for o in outcomes):.1f} s")

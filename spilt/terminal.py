@@ -37,6 +37,12 @@ def say(text: str = "", *, lines: bool = False) -> None:
     print(printable(text, lines))
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def complain(text: str) -> None:
     """A message on stderr; its line breaks stay, indented (printable)."""
     said.log(logging.ERROR if text.startswith(("error", "Traceback")) else logging.INFO, "%s", printable(text, lines=True))

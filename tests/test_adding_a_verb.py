@@ -13,7 +13,7 @@ import pytest
 from spilt import cli, verbs, verify
 from spilt.artifacts import manifest
 from spilt.artifacts.store import Store
-from spilt.data import readers
+from spilt.data import entries, readers
 from spilt.settings import resolve_generate
 from spilt.settings.resolve import Resolved
 from spilt.tasks.recordings import Run, stored
@@ -46,7 +46,7 @@ def weigh(step: verbs.Step, run: Run) -> str:
     todo = {path: parts for path, parts in outputs.items() if run.request.force or manifest.standing(path, parts) != "done"}
     steering = stored(cell, step.settings, run)
     prompts = readers.read_prompts(
-        readers.dataset_format(run.request.base_dir, cell.dataset, "generation"), cell.concept, run.request.limit
+        entries.dataset_format(run.request.base_dir, cell.dataset, "generation"), cell.concept, run.request.limit
     )
     for path, parts in todo.items():
         weight = {"norm": parts["multiplier"] * steering.entries[0][1].norm(), "prompts": len(prompts)}

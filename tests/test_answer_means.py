@@ -11,9 +11,11 @@ import pytest
 import torch
 from test_families import PAD, answer_pairs, model
 
+import spilt
 from spilt import cli
 from spilt.engine import activations
 from spilt.methods import METHODS
+from spilt.steering import anatomy
 
 
 @pytest.mark.parametrize("family", ["qwen2", "bamba"])  # by batches, and each sequence by itself
@@ -57,3 +59,19 @@ def test_one_pass_for_all_methods_and_layers_and_the_same_files(tmp_path: Path, 
     assert len(made) == 2 * len(methods)
     for path in made:
         assert (base.path / path).read_bytes() == (apart.path / path).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["caa", "mean_centred"])
+def test_one_pass_for_all_layers_in_python(method: str) -> None:
+    tiny, tokenizer = model("qwen2"), families.tokenizer()
+    pairs = [(f"say {word}", word, f"not {word}") for word in ("one", "two", "three")]
+    how: dict[str, Any] = {"method": method, "neutral": ["one two three"] if METHODS[method].against_neutral else ()}
+    calls: list[int] = []
+    counting = anatomy.block(tiny, 0).register_forward_hook(lambda *_: calls.append(1))
+    alone = [spilt.fit(tiny, tokenizer, pairs, layer=layer, **how) for layer in (0, 2)]
+    once = len(calls) // 2
+    both = spilt.fit(tiny, tokenizer, pairs, layer=[0, 2], **how)
+    counting.remove()
+    assert once and len(calls) == 3 * once
+    for single in alone:
+        assert single == both.on(single.layers[0])

@@ -14,7 +14,7 @@ from command_line import results_path
 
 import spilt
 from spilt import cli, memory
-from spilt.data import readers
+from spilt.data import entries, readers
 from spilt.engine import decode
 from spilt.settings import resolve_generate
 from spilt.tasks import context
@@ -110,7 +110,7 @@ def test_texts_are_the_same(base: families.Base, sizes: list[int], monkeypatch: 
     words = base.argv("sft", "vector", "--quiet", "--multipliers", *many)
     assert cli.main([*words, "--mode", "both"]) == 0
     made = {m: results_path(base, "sft", "vector", f"m{float(m)}").read_bytes() for m in many}
-    assert sizes == [64] and len(many) * len(readers.read_prompts(readers.dataset_format(base.path, base.one, "generation"), None)) > 64
+    assert sizes == [64] and len(many) * len(readers.read_prompts(entries.dataset_format(base.path, base.one, "generation"), None)) > 64
     assert cli.main([*words, "--mode", "apply", "--batch_size", "2"]) == 0 and sizes == [64], "nothing to do"
     each = context.texts_at_once(families.build("qwen2"), None, [(1,) * 20], 5)
     assert each.texts == 64

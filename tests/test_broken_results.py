@@ -18,7 +18,7 @@ from mutations import mutated
 
 from spilt import cli
 from spilt.artifacts.losses import CONTROL
-from spilt.report import figures
+from spilt.report import drawing
 from spilt.report import main as report_main
 
 RAW = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # steers a terminal; XML and HTML forbid most
@@ -43,8 +43,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> families.Base:
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of a report's time and reads no file; test_report.py draws."""
-    monkeypatch.setattr(figures, "png_of", lambda figure: b"")
-    monkeypatch.setattr(figures, "svg_of", lambda figure: '<svg viewBox="0 0 10 10"></svg>')
+    monkeypatch.setattr(drawing, "png_of", lambda figure: b"")
+    monkeypatch.setattr(drawing, "svg_of", lambda figure: '<svg viewBox="0 0 10 10"></svg>')
 
 
 @pytest.fixture

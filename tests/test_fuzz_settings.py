@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from mutations import COUNT, Findings, mutated
 
-from spilt.data import readers
+from spilt.data import entries, readers
 from spilt.settings import resolve_fit, resolve_generate, resolve_measure
 
 FIT = """alg_name: spilt
@@ -91,7 +91,7 @@ def test_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     jobs: dict[Path, Callable[[], Any]] = {
         fit: lambda: [resolve_fit(*place).settings.as_dict(), resolve_measure(*place)],
         apply: lambda: resolve_generate(*place).settings.as_dict(),
-        formats: lambda: [readers.load_formats(tmp_path), *(readers.dataset_format(tmp_path, "mine", s) for s in readers.SECTIONS)],
+        formats: lambda: [entries.load_formats(tmp_path), *(entries.dataset_format(tmp_path, "mine", s) for s in entries.SECTIONS)],
         loss: lambda: resolve_measure(*place).settings.as_dict(),
     }
     for work in jobs.values():

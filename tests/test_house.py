@@ -31,9 +31,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("steering", "data"),
     ("methods", "model"),
     ("baselines", "engine", "verbs", "weights", "judges"),
-    ("doubts", "plan", "analysis"),
+    ("doubts", "plan", "reading", "analysis"),
     ("report", "tasks", "vignettes"),
-    ("anatomy", "api", "audit", "inspect", "prepare", "look", "recommend", "say", "verify", "run", "summary"),
+    ("anatomy", "api", "audit", "contents", "flags", "inspect", "prepare", "look", "recommend", "say", "verify", "run", "summary"),
     (
         *("behaviour", "complete", "disturbance", "downstream", "export", "lm_eval", "oracle", "prompted", "receipt", "strength", "table"),
         "weight_steering",

@@ -14,6 +14,7 @@ from spilt import cli, verify
 from spilt.artifacts.store import Store
 from spilt.cell import Cell, Variant, variant_of
 from spilt.report import cells, figures, tables
+from spilt.report.places import find
 
 SWEEP = ("--mode", "loss", "--multipliers", "sweep", "--set", "sweep_points=5", "--control_pairs", "0", "--split", "train")
 
@@ -72,7 +73,7 @@ def test_layers_that_act_together_are_one_fit(base: families.Base, tmp_path: Pat
     assert run(base, "--layers", "1+3", "--mode", "both", "--multipliers", "1", method="caa") == 0, "of means each layer has its own"
     assert vector(base, "caa_vector@layer1+3", 3, "caa").is_file()
     assert run(base, "--layers", "1+3", *SWEEP, "--no_report", method="all") == 0, "reps and spilt are not fitted: skipped"
-    assert len(cells.find(base.path, base.model, base.one)) == 2
+    assert len(find(base.path, base.model, base.one)) == 2
 
 
 @pytest.mark.long
@@ -81,7 +82,7 @@ def test_all_layers_are_found_and_compared(base: families.Base, capsys: pytest.C
     for method in ("sft", "caa"):
         assert run(base, "--layers", "all", "--mode", "generate", method=method) == 0
         assert run(base, "--layers", "all", *SWEEP, "--no_report", method=method) == 0
-    places = cells.find(base.path, base.model, base.one)
+    places = find(base.path, base.model, base.one)
     assert [place.layers for place in places] == 2 * [(layer,) for layer in range(families.LAYERS)]
     assert [place.intervention for place in places[:3]] == ["vector@layer0", "vector@layer1", "vector"]
     assert cli.main(["report", "--base_dir", str(base.path)]) == 0

@@ -15,7 +15,7 @@ from spilt import recommend
 from spilt.analysis import odds
 from spilt.artifacts import manifest
 from spilt.artifacts.losses import SPLITS, SUMMARY_FILE
-from spilt.report import cells
+from spilt.report import cells, places
 
 SWEEP = ("-3", "-2", "-1", "0", "1", "2", "3")
 
@@ -109,7 +109,7 @@ def test_released_losses_without_manifest_still_make_a_curve(base: Base) -> None
 def test_the_control_of_another_vector_is_left_out(base: Base) -> None:
     assert run(base, "--mode", "generate", "--quiet") == 0
     assert run(base, "--mode", "loss", "--multipliers", "sweep", "--quiet", "--limit", "2") == 0
-    (place,) = cells.find(base.path, base.model, base.one)
+    (place,) = places.find(base.path, base.model, base.one)
     table, notes = cells.read_control(place)
     assert table is not None and notes == []
     refit(base)
@@ -128,6 +128,6 @@ def test_texts_of_another_vector_are_not_shown(base: Base, capsys: pytest.Captur
     assert look.main(["--base_dir", str(base.path), "--model_name", base.model, "--dataset", base.one]) == 0
     assert "m=2" in (out := capsys.readouterr().out) and "m=1 " not in out
     assert "m=1 left out: of another vector" in caplog.text
-    place = cells.Place(base.path, base.model, base.one, "sft", "vector", folder(base))
+    place = places.Place(base.path, base.model, base.one, "sft", "vector", folder(base))
     assert all(set(sample.texts) == {2.0} for sample in cells.samples(place))
     assert "texts at m = 1 left out" in cells.left_out_texts(place)

@@ -19,7 +19,7 @@ from spilt.artifacts.atomic import HALF_REPLACED
 from spilt.cell import FORMS
 from spilt.data import own
 from spilt.data.sources import read_rows
-from spilt.report import cells
+from spilt.report.places import find, label
 from spilt.settings import FitSettings, resolve_fit
 
 COLUMNS = "question=ask,matching=good,not_matching=bad"
@@ -76,8 +76,8 @@ def test_a_csv_is_enough_for_every_stage(base: families.Base, mine: Path, capsys
     assert (base.path / "vectors/tiny/sft/Mine/sft_vector@layer1/layer_1.pt").is_file()
     assert (base.path / "vectors/tiny/get_sft_loss/report/Mine/report.html").is_file()
     assert states(base).keys() == {verify.OK}
-    (place,) = cells.find(base.path, base.model, "Mine")
-    assert place.layers == (1,) and place.form == "vector" and cells.label(place.method, place.intervention) == "sft vector, layer 1"
+    (place,) = find(base.path, base.model, "Mine")
+    assert place.layers == (1,) and place.form == "vector" and label(place.method, place.intervention) == "sft vector, layer 1"
     capsys.readouterr()
     assert run(base, mine, "--layers", "1", "--multipliers", "0", "1", *TEXTS) == 0
     said = capsys.readouterr().out

@@ -16,7 +16,7 @@ import spilt
 from spilt import cli, prompted, verify
 from spilt.analysis import odds
 from spilt.artifacts.store import Store
-from spilt.data import readers
+from spilt.data import entries, readers
 from spilt.data.chat import SYSTEM, Chat
 
 EXAMPLES = [{"question": "where to", "answer": "home"}, {"question": "and then", "answer": "away"}]
@@ -69,7 +69,7 @@ def test_numbers_are_those_of_measure_and_without_a_prompt_those_of_m_0(base: fa
                                    plain.set_index(["example", "target"])[name].sort_index(), rtol=1e-5)  # fmt: skip
     model, tokenizer = spilt.load(store.model(base.model))
     steering = spilt.Steering.load(next((base.path / "vectors").rglob("sft_vector/layer_*.pt")))
-    rows = readers.read_pairs(readers.dataset_format(base.path, base.one, "valid"))
+    rows = readers.read_pairs(entries.dataset_format(base.path, base.one, "valid"))
     for prompt in prompts:
         pairs = [row._replace(question=prompted.behind(prompt.turns, row.question)) for row in rows]  # type: ignore[arg-type]
         told = spilt.measure(model, tokenizer, steering, pairs, [0.0], use_chat_template=True).iloc[0]

@@ -256,6 +256,7 @@ def test_a_fit_says_whether_the_pairs_agree(base: families.Base, tmp_path: Path,
 def test_a_strength_at_which_the_model_breaks_down_is_told_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other prompts may break down where those that were calibrated on did not."""
     from spilt import api
+    from spilt.api import measuring
     from spilt.errors import NotFinite
 
     measured = api.divergence
@@ -265,6 +266,6 @@ def test_a_strength_at_which_the_model_breaks_down_is_told_and_no_traceback(monk
             raise NotFinite("scores are not finite")
         return measured(model, tokenizer, value, prompts, m, **how)
 
-    monkeypatch.setattr(api, "divergence", breaks)
+    monkeypatch.setattr(measuring, "divergence", breaks)
     table = api.calibrate(families.model("qwen2"), families.tokenizer(), steering(), ["abc"], 0.3, audit=["other"], max_new_tokens=2)
     assert np.isinf(table["audit_kl_p95"]).all() and np.isfinite(table["kl_p95"]).all()

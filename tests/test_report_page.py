@@ -17,7 +17,7 @@ from test_report import DATASET, HOSTILE, Browser, browser, contrast, curves, si
 from spilt import report
 from spilt.artifacts import losses, manifest
 from spilt.artifacts.store import Store
-from spilt.report.cells import anchor
+from spilt.report.places import anchor
 
 __all__ = ["browser"]  # the fixture
 MODEL = "toy"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import spilt
 from spilt.data.batches import position_mask
-from spilt.data.chat import Encoded
+from spilt.data.chat import Chat, Encoded
 from spilt.engine import choice, sampling, scopes, whole
 from spilt.engine.prompts import Row
 from spilt.engine.sampling import Decoding
@@ -209,7 +209,7 @@ def test_fitted_measured_and_decoded_in_its_scope(scope: str) -> None:
     steering = spilt.fit(model, tokenizer, PAIRS, **how, steer_positions=scope)
     assert steering.scope == scope
     table = spilt.measure(model, tokenizer, steering, PAIRS[:2], [4.0]).set_index("multiplier")
-    chat = spilt.api.Chat.of(tokenizer, True, "")
+    chat = Chat.of(tokenizer, True, "")
     losses = []
     for question, answer, _ in PAIRS[:2]:
         made = chat.encode(question, answer, 512, 0)

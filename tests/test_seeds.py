@@ -12,7 +12,7 @@ import torch
 from spilt import cli, report, verify
 from spilt.artifacts.store import Store
 from spilt.cell import Cell
-from spilt.report import cells
+from spilt.report.places import find, label
 
 
 @pytest.fixture
@@ -43,10 +43,10 @@ def test_fits_of_several_seeds(base: families.Base) -> None:
     for seed in (1, 2):
         assert store.results(cell(base, seed), 1.0).is_file() and store.loss_table(cell(base, seed), "train").is_file()
     assert {found.state for found in verify.check(base.path)} == {verify.OK}
-    places = cells.find(base.path, base.model, base.one)
+    places = find(base.path, base.model, base.one)
     assert [place.intervention for place in places] == ["vector@seed1", "vector@seed2"]
     assert [place.form for place in places] == ["vector", "vector"]
-    assert cells.label("sft", "vector@seed2") == "sft vector, seed 2"
+    assert label("sft", "vector@seed2") == "sft vector, seed 2"
     assert run(base, "both", "--seeds", "1", "2", "--multipliers", "1") == 0
 
 

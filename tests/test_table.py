@@ -157,7 +157,7 @@ def test_fits_beside_the_papers_and_their_averages(base: families.Base, monkeypa
         for curve in ("preference", "utility")
     ]
     fitted = pd.DataFrame(rows).assign(r2_paper=[0.93, 0.99] + [None] * 6, bound_hits="", warnings="")
-    monkeypatch.setattr(comparison.tables, "fits", lambda *_: fitted)
+    monkeypatch.setattr("spilt.report.tables.fits", lambda *_: fitted)
     (one,) = comparison.collect(base.path, [], [], ["main"], 0.5, 0)
     table = comparison.fits(one).shown.set_index("method")
     assert list(table.loc["sft vector", ["preference R²", "preference held out", "preference on test", "preference paper"]]) == [

@@ -20,7 +20,7 @@ from scipy import special
 
 from spilt.analysis.chance import LEVEL, Curves
 from spilt.analysis.curves.fitting import GOOD_R2
-from spilt.analysis.questions import Array, Questions
+from spilt.analysis.questions import Array, Questions, on_shared
 
 SMALL, NEAR_ZERO, OUTER = 0.25, 0.1, 0.75  # shares of the sweep's end: around 0; where a peak counts as at 0; the outer part
 PLATEAU = 0.25  # of the slope around 0: an outer slope under it is a plateau
@@ -256,15 +256,3 @@ def _of_fits(parts: Parts, fits: Sequence[Questions], m: Array) -> list[Array]:
     """[[fit, part]] of several fits at these multipliers; of one alone nothing is known."""
     each = [_of_fit(questions) for questions in fits]
     return [np.stack([parts(m, *(y[:, np.isin(own, m)] for y in curves))[0] for own, *curves in each])] if len(fits) > 1 else []
-
-
-def on_shared(fits: Sequence[Questions]) -> tuple[Questions, ...]:
-    """On the questions that all of them were asked."""
-    keys = reduce(lambda some, other: some.intersection(other), [questions.keys for questions in fits]).sort_values()
-    return tuple(_of(questions, keys) for questions in fits)
-
-
-def _of(questions: Questions, keys: pd.MultiIndex) -> Questions:
-    at = questions.keys.get_indexer(keys)
-    values = {name: value[at] for name, value in questions.values.items()}
-    return Questions(questions.multipliers, values, questions.here[at], questions.concept[at], keys)

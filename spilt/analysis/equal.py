@@ -16,7 +16,7 @@ import pandas as pd
 
 from spilt.analysis import claims
 from spilt.analysis.claims import Case
-from spilt.analysis.questions import Array, Questions, interpolate
+from spilt.analysis.questions import Array, Questions, interpolate, on_shared
 from spilt.analysis.recommend import best
 
 KL, PREFERENCE, UTILITY = "KL", "preference", "utility"
@@ -47,7 +47,7 @@ def compared(
     one: Sequence[tuple[Questions, Statistic]], other: Sequence[tuple[Questions, Statistic]], seed: int = 0
 ) -> dict[str, Any] | None:
     """Mean over the fits of one, less that of the other: difference, interval and p; None where the questions do not allow it."""
-    shared = claims.on_shared([questions for questions, _ in (*one, *other)])
+    shared = on_shared([questions for questions, _ in (*one, *other)])
     if shared[0].freedom < 1 or any(questions.zero < 0 for questions in shared):
         return None
     weights = shared[0].resamples(seed)

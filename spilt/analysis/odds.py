@@ -5,7 +5,6 @@ L_p, L_n: loss in nats of the matching and the not-matching answer of one questi
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -293,22 +292,16 @@ def _summarise_split(split: object, frame: pd.DataFrame, seed: int, draws: int) 
 
 def write_summary(path: str | Path, summary: pd.DataFrame) -> None:
     """preference_utility.csv, atomically. Empty fields are undefined values."""
-    buffer = io.StringIO()
-    summary.to_csv(buffer, index=False, float_format="%.10g", lineterminator="\n")
-    atomic_write(Path(path), buffer.getvalue())
-
-
-def _no_number(column: pd.Series) -> str:
-    """The first field that is no number."""
-    return str(column[pd.to_numeric(column, errors="coerce").isna() & column.notna()].iloc[0])[:40]
+    atomic_write(Path(path), summary.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
 
 
 def read_summary(path: str | Path) -> pd.DataFrame:
     """A stored preference_utility.csv, ours or another tool's with at least split, multiplier, preference and utility."""
     table = read_table(Path(path), [*SUMMARY[1:3], "utility"], "run --mode loss again")
     for name in SUMMARY[1:]:  # an empty field is an undefined value
-        if name in table and not pd.api.types.is_numeric_dtype(table[name]):
-            raise UserError(f"{path}: column {name!r} has {_no_number(table[name])!r} where a number was wanted; run --mode loss again")
+        if name in table and not pd.api.types.is_numeric_dtype(column := table[name]):
+            first = str(column[pd.to_numeric(column, errors="coerce").isna() & column.notna()].iloc[0])[:40]
+            raise UserError(f"{path}: column {name!r} has {first!r} where a number was wanted; run --mode loss again")
     if table["multiplier"].isna().any() or not np.isfinite(table["multiplier"]).all():
         raise UserError(f"{path}: a multiplier is missing or not finite; run --mode loss again")
     if "split" in table:

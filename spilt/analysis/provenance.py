@@ -11,7 +11,7 @@ from typing import Any
 from spilt import verbs
 from spilt.artifacts import manifest, store, texts
 from spilt.cell import FORMS, Cell, variant_of
-from spilt.data import readers
+from spilt.data import entries, readers
 from spilt.errors import UserError
 
 
@@ -54,7 +54,7 @@ class Artifact:
         """The data file that the manifest's verb reads. Raises UserError when dataset_format.yaml has none."""
         sections = verbs.VERBS[self.parts["verb"]].sections
         split = self.parts.get("split") or next(iter(sections))
-        return readers.dataset_format(self.base_dir, self.dataset, sections[split])
+        return entries.dataset_format(self.base_dir, self.dataset, sections[split])
 
     def vectors(self) -> list[Path]:
         """The stored interventions that it was made from, in the manifest's order."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,18 +34,17 @@ class Questions:
     keys: pd.MultiIndex
 
     @staticmethod
-    def of(frame: pd.DataFrame, keys: pd.MultiIndex | None = None) -> Questions:
-        """A frame of odds.collect (one split), or rows of a summary; of these questions alone where `keys` are given."""
+    def of(frame: pd.DataFrame) -> Questions:
+        """A frame of odds.collect (one split), or rows of a summary."""
         index = [frame[name].to_numpy() if name in frame else np.zeros(len(frame), dtype=int) for name in ("concept", "example")]
         every = pd.MultiIndex.from_arrays(index, names=["concept", "example"])
-        keys = every.unique().sort_values() if keys is None else keys
+        keys = every.unique().sort_values()
         row = keys.get_indexer(every)
         m, column = np.unique(frame["multiplier"].to_numpy(float), return_inverse=True)
-        kept = row >= 0
 
         def table(value: npt.ArrayLike) -> Array:
             out = np.full((len(keys), len(m)), np.nan)
-            out[row[kept], column[kept]] = np.asarray(value, dtype=float)[kept]
+            out[row, column] = np.asarray(value, dtype=float)
             return out
 
         numeric = [name for name in frame if name not in NO_VALUES and frame[name].dtype.kind in "fiub"]
@@ -83,10 +85,15 @@ class Questions:
 
     def first(self, n: int) -> Questions:
         """The first n questions of each concept."""
-        number = pd.Series(self.concept).groupby(self.concept).cumcount().to_numpy()
-        keep = number < n
-        values = {name: value[keep] for name, value in self.values.items()}
-        return Questions(self.multipliers, values, self.here[keep], self.concept[keep], self.keys[keep])
+        return self._at(pd.Series(self.concept).groupby(self.concept).cumcount().to_numpy() < n)
+
+    def only(self, keys: pd.MultiIndex) -> Questions:
+        """These questions, in this order; all of them are here."""
+        return self._at(self.keys.get_indexer(keys))
+
+    def _at(self, rows: npt.NDArray[Any]) -> Questions:
+        values = {name: value[rows] for name, value in self.values.items()}
+        return Questions(self.multipliers, values, self.here[rows], self.concept[rows], self.keys[rows])
 
     def resamples(self, seed: int = 0, draws: int = DRAWS) -> Array:
         """How often each question is drawn [draws, question]: within its concept, with replacement."""
@@ -129,6 +136,12 @@ class Questions:
             tail = 100 * special.ndtr(np.sqrt(len(self.concept) / self.freedom) * special.stdtrit(self.freedom, 0.025))
             out[:, enough] = np.nanpercentile(drawn[:, enough], [tail, 100 - tail], axis=0) + 0.0  # -0.0 is 0.0
         return out
+
+
+def on_shared(several: Sequence[Questions]) -> tuple[Questions, ...]:
+    """Each on the questions that all of them were asked, in one order."""
+    keys = reduce(lambda some, other: some.intersection(other), [questions.keys for questions in several]).sort_values()
+    return tuple(questions.only(keys) for questions in several)
 
 
 def interpolate(grid: Array, curves: Array, at: npt.ArrayLike) -> Array:

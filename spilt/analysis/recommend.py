@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import special
 
-from spilt.analysis.questions import Array, Questions, interpolate
+from spilt.analysis.questions import Array, Questions, interpolate, on_shared
 
 BUDGET = 0.5  # nats of utility that a recommendation may cost
 NEAR = 0.02  # nats: a measured point whose drop is this near to the budget is the point where it is met
@@ -64,8 +64,7 @@ def best(m: Array, preference: Array, utility: Array, budget: float, usable: npt
         near, far = np.where(on_the_way, met, before), np.where(on_the_way, met, after)
         bends = ~on_the_way & (at > 0) & (at + 1 < end)
         vertex = _vertex(x, gain, np.clip(at, 1, max(len(x) - 2, 1))) if len(x) > 2 else star
-        near, far = (np.where(bends, vertex, edge) for edge in (near, far))
-        near, far = (np.where(star == 0, 0.0, edge) for edge in (near, far))
+        near, far = (np.where(star == 0, 0.0, np.where(bends, vertex, edge)) for edge in (near, far))
         side = Best(star, np.where(on_the_way, there, peak), np.minimum(near, far), np.maximum(near, far))
         better = side.gain > found.gain
         found = Best(*(np.where(better, new, old) for new, old in zip(side, found, strict=True)))
@@ -227,15 +226,11 @@ def choice(frames: Mapping[str, pd.DataFrame], budget: float = BUDGET, seed: int
     share: of resamples in which the cell has the largest gain within the budget, solved again in each. tied: it cannot be told
     from the best: no other cell is ahead of it by more than the 95% simultaneous limit of all paired differences (Tukey).
     """
-    parts = {name: frame[frame["split"] == split_of(frame)] for name, frame in frames.items()}
-    keys = [Questions.of(part).keys for part in parts.values()]
-    shared = keys[0] if keys else pd.MultiIndex.from_arrays([[], []])
-    for other in keys[1:]:
-        shared = shared.intersection(other)
     table = pd.DataFrame({"gain": np.nan, "share": np.nan, "tied": False}, index=list(frames))
-    if len(shared) < 2:
+    each = [Questions.of(frame[frame["split"] == split_of(frame)]) for frame in frames.values()]
+    cells = on_shared(each) if each else ()
+    if not cells or len(cells[0].keys) < 2:
         return table
-    cells = [Questions.of(part, shared.sort_values()) for part in parts.values()]
     weights = cells[0].resamples(seed)
 
     def gains(w: Array | None) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ class Batch(NamedTuple):
     attention_mask: Tensor  # [B, T] bool, True = real token
     answer_mask: Tensor  # [B, T] bool, True = scored token: answer and template suffix
     text_mask: Tensor  # [B, T] bool, True = answer token without the template suffix
+
+    def inputs(self, device: torch.device) -> dict[str, Any]:
+        """The arguments of one whole forward of a library model."""
+        return {"input_ids": self.input_ids.to(device), "attention_mask": self.attention_mask.long().to(device), "use_cache": False}
 
 
 def pad(sequences: list[Encoded], pad_id: int, side: str = "right") -> Batch:

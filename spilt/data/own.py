@@ -15,20 +15,8 @@ from typing import Any, NamedTuple
 from spilt.artifacts.atomic import atomic_write_together, half_replaced
 from spilt.data import hub, sense
 from spilt.data.chat import SYSTEM, Question
-from spilt.data.readers import (
-    ASKED,
-    CONTRAST,
-    PAIR_FIELDS,
-    DatasetFormat,
-    Pair,
-    Prompt,
-    Row,
-    as_prompts,
-    formats_file,
-    pairs_of,
-    prompts_of,
-    sections_of,
-)
+from spilt.data.entries import ASKED, CONTRAST, PAIR_FIELDS, DatasetFormat, as_prompts, formats_file, sections_of
+from spilt.data.readers import Pair, Prompt, Row, pairs_of, prompts_of
 from spilt.data.sources import Record, columns_of, ending_of, file_hash, read
 from spilt.errors import Mistakes, UserError, checked_name, unknown
 from spilt.settings.files import DATA, SOURCE
@@ -177,8 +165,7 @@ def as_completed(own: Own, rows: dict[str, list[dict[str, Any]]]) -> dict[str, l
 
 def kinds(made: Mapping[str, list[dict[str, Any]]]) -> dict[str, str]:
     """section -> what kind its pairs are of: that of the first. made: train and test -> rows."""
-    formats = {part: DatasetFormat("", SECTION[part], Path(part), {}, False) for part in made}
-    return {SECTION[part]: pairs_of(_as_read(formats[part], rows[:1]))[0].kind for part, rows in made.items()}
+    return {SECTION[part]: _pairs(rows[:1])[0].kind for part, rows in made.items()}
 
 
 def _as_read(fmt: DatasetFormat, rows: list[dict[str, Any]]) -> list[Row]:

@@ -127,7 +127,7 @@ def record(
 
     together: so many consecutive sequences are the answers of one question.
     """
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = anatomy.input_device(model)
     prefix = packing.prefix_length(sequences)
     packs = [packing.pack(sequences, range(i, i + together), prefix) for i in range(0, len(sequences), together)]
     names = tuple(read_points)
@@ -190,7 +190,7 @@ def answer_means(
         means[layer].append(h[-2] if multiple_choice else h[sequence.prompt_length :].mean(0))
 
     if anatomy.family(model).plain:  # nothing is shared between sequences
-        device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+        device = anatomy.input_device(model)
         for sequence in sequences:
             seen = suffix.record(model, top, torch.tensor([sequence.input_ids], device=device), (*below,))
             for layer in means:

@@ -20,6 +20,7 @@ from spilt.engine.kv import PreallocatedKV
 from spilt.engine.prompts import MakeSites, Prompts, Row, Started, forward
 from spilt.engine.sampling import Decoding, choose
 from spilt.errors import NotFinite
+from spilt.steering import anatomy
 from spilt.steering.steering import Steering
 
 log = logging.getLogger("spilt")
@@ -78,7 +79,7 @@ class _Stream:
 
     def __init__(self, model: nn.Module, make_sites: MakeSites, rows: Sequence[Row], how: Decoding, batch_size: int) -> None:
         self.model, self.make_sites, self.rows, self.how, self.batch_size = model, make_sites, rows, how, batch_size
-        self.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+        self.device = anatomy.input_device(model)
         self.new: dict[int, list[int]] = {i: [] for i in range(len(rows))}  # of rows that are not finished
         self.draws: dict[int, random.Random] = {}
         self.active: Active | None = None

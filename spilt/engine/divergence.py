@@ -74,7 +74,7 @@ def compared(
     attention mask, the tokens that are kept [B, T]) to the steered logits [n, V] there.
     """
     together = at_once(model, [*texts, *base_texts])
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = anatomy.input_device(model)
 
     def plain(ids: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -112,7 +112,7 @@ def _kl(steered: Tensor, base: Tensor) -> Tensor:
 def rests_at_0(model: nn.Module, steering: Steering, prompt: Encoded, pad_id: int) -> bool:
     """Is the model at multiplier 0 the unsteered one, to the bit, at every token of a prompt?"""
     batch = pad([prompt], pad_id)
-    ids = batch.input_ids.to(model.get_input_embeddings().weight.device)  # type: ignore[operator]
+    ids = batch.input_ids.to(anatomy.input_device(model))
     with whole.steer(model, steering, 0.0):
         steered = model(input_ids=ids, use_cache=False).logits
     return torch.equal(steered, model(input_ids=ids, use_cache=False).logits)
@@ -140,7 +140,7 @@ def while_decoding(model: nn.Module, steering: Steering, rows: Sequence[Row], ho
 def _side_by_side(model: nn.Module, steering: Steering, rows: Sequence[Row], how: Decoding) -> list[Tensor]:
     n = len(rows)
     both = [*rows, *(row._replace(multiplier=0.0) for row in rows)]  # row i + n follows row i
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = anatomy.input_device(model)
     prompts = Prompts(model, steering.at, both, how.pad, device)
     columns = max(len(row.prompt) for row in rows) + how.max_new_tokens - prompts.shared
     active = Active(prompts.start(both, list(range(2 * n))), 2 * n, columns)
@@ -175,10 +175,10 @@ def _side_by_side(model: nn.Module, steering: Steering, rows: Sequence[Row], how
 def next_token(model: nn.Module, steering: Steering, multiplier: float, prompts: Sequence[Encoded], pad_id: int) -> Iterator[Tensor]:
     """log p of the token after each prompt, steered, [V] float32. prompts: without an answer."""
     together = at_once(model, prompts)
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = anatomy.input_device(model)
     for begin in range(0, len(prompts), together):
         part = list(prompts[begin : begin + together])
         batch = pad(part, pad_id)
         with whole.steer(model, steering, multiplier):
-            out = model(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.long().to(device), use_cache=False)
+            out = model(**batch.inputs(device))
         yield from out.logits[range(len(part)), [len(one.input_ids) - 1 for one in part]].float().log_softmax(-1).cpu()

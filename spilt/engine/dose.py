@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spilt.data.batches import pad
 from spilt.data.chat import Encoded
-from spilt.steering import hooks
+from spilt.steering import anatomy, hooks
 from spilt.steering.interventions import Intervention, Multiplier
 from spilt.steering.steering import Steering
 
@@ -43,10 +43,9 @@ class _Watch(Intervention):
 def streams(model: nn.Module, steering: Steering, sequences: Sequence[Encoded], pad_id: int) -> list[Seen]:
     """The streams at every site of a steering, unsteered, over the tokens of the first sequences."""
     batch = pad(list(sequences[:SEQUENCES]), pad_id)
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     watches = [(site, _Watch(made)) for site, made in steering]
     with hooks.attach(model, [hooks.Applied(site.layer, watch, 1.0) for site, watch in watches]):
-        model(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device).long(), use_cache=False)
+        model(**batch.inputs(anatomy.input_device(model)))
     real = batch.attention_mask
     found = []
     for _, watch in watches:

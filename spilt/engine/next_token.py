@@ -17,7 +17,7 @@ from spilt.data.chat import Encoded
 from spilt.engine import choice, whole
 from spilt.engine.decode import refuse_not_finite
 from spilt.engine.prompts import Prompts, Row
-from spilt.steering import hooks
+from spilt.steering import anatomy, hooks
 from spilt.steering.steering import Steering
 
 
@@ -29,7 +29,7 @@ def logprobs(
 
     A steering acts at multiplier 0 too: some are not the identity there. Raises NotFinite where scores break down.
     """
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = anatomy.input_device(model)
     family = str(model.config.model_type)  # type: ignore[union-attr]
     fast = steering is not None and not choice.why_plain(steering.places, "generate", family=family, engine=engine)
     prompts = Prompts(model, steering.at, rows, pad_id, device) if steering is not None and fast else None
@@ -55,5 +55,5 @@ def _plain(model: nn.Module, steering: Steering | None, rows: Sequence[Row], pad
     batch = pad([Encoded(row.prompt, len(row.prompt), 0) for row in rows], pad_id)
     strength = torch.tensor([row.multiplier for row in rows], dtype=torch.float32, device=device)
     with hooks.attach(model, []) if steering is None else whole.steer(model, steering, strength):
-        out = model(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.long().to(device), use_cache=False)
+        out = model(**batch.inputs(device))
     return out.logits[range(len(rows)), [len(row.prompt) - 1 for row in rows]]

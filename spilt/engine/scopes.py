@@ -226,7 +226,7 @@ class _Texts:
 
 def _cached(model: nn.Module, steering: Steering, rows: Sequence[Row], how: Decoding, scope: str) -> list[list[int]]:
     """Prompts padded on the left, one cache. `last`: what is steered leaves the cache again, and is run once more unsteered."""
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = anatomy.input_device(model)
     width, texts, cache = max(len(row.prompt) for row in rows), _Texts(rows, how), DynamicCache()
     start = torch.tensor([width - len(row.prompt) for row in rows], device=device)[:, None]
     strength = torch.tensor([row.multiplier for row in rows], dtype=torch.float32, device=device)
@@ -265,7 +265,7 @@ def _cached(model: nn.Module, steering: Steering, rows: Sequence[Row], how: Deco
 
 def _uncached(model: nn.Module, steering: Steering, rows: Sequence[Row], how: Decoding, scope: str) -> list[list[int]]:
     """Every token from the whole text so far, padded on the right: the definition."""
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = anatomy.input_device(model)
     texts = _Texts(rows, how)
     while texts.active:
         so_far = [[*rows[i].prompt, *texts.new[i]] for i in texts.active]

@@ -72,7 +72,7 @@ def returns_tuple(model: nn.Module) -> bool:
     """Whether this model's blocks return a tuple (by family and transformers version): asked of block 0 with one token."""
     kind = type(anatomy.block(model, 0))
     if kind not in _returns_tuple:
-        record(model, 0, torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device))  # type: ignore[operator]
+        record(model, 0, torch.zeros(1, 1, dtype=torch.long, device=anatomy.input_device(model)))
     return _returns_tuple[kind]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spilt import memory
 from spilt.data.batches import position_mask
 from spilt.data.chat import Encoded
-from spilt.engine import activations, score
+from spilt.engine import score
 from spilt.engine.activations import Activations, max_tokens, prefix_pairs
 from spilt.engine.passes import Cut, ForwardInput, forward_backward
 from spilt.errors import NotFinite, UserError
@@ -70,45 +70,6 @@ class Mixed(Intervention):
             return self.intervention(h, x, multiplier)
         assert isinstance(self.intervention, Vector)
         return self.intervention.steered_or_removed(h, multiplier, self.removed)
-
-
-Means = Callable[[nn.Module, Collection[int], list[Encoded], bool, int], Mapping[int, Tensor]]
-
-
-def estimate(
-    model: nn.Module,
-    layer: int,
-    sequences: list[Encoded],
-    settings: FitSettings,
-    method: Method,
-    pad_id: int,
-    neutral: Sequence[Encoded] = (),
-    means: Means = activations.answer_means,
-) -> Tensor:
-    """A closed form's direction [D], from the streams [n, D] after block `layer`, each averaged over an answer's tokens.
-
-    sequences: both answers of each pair, matching first; neutral: texts, for the methods that want them. means: as `answer_means`, which
-    runs only the blocks up to `layer`.
-    """
-    assert method.estimate is not None
-    if settings.multiple_choice and all(
-        a.input_ids[:-1] == b.input_ids[:-1] for a, b in zip(sequences[0::2], sequences[1::2], strict=True)
-    ):
-        raise UserError(
-            "multiple_choice reads the token before the last, and up to it both answers of each pair are the same; leave it out"
-        )
-    found = means(model, [layer], sequences, settings.multiple_choice, pad_id)[layer]
-    if method.against_neutral:
-        return method.estimate(found[0::2], activations.answer_means(model, [layer], [*neutral], False, pad_id, together=1)[layer])
-    return method.estimate(found[0::2], found[1::2])
-
-
-def closed_form(model: nn.Module, layers: Sequence[int], sequences: list[Encoded], settings: FitSettings, *how: Any) -> Steering:
-    """The form of the settings along the direction of each layer, or of `direction_layer` at all of them. how: as for `estimate`."""
-    form, one = INTERVENTIONS[settings.intervention_method], settings.direction_layer
-    found = {layer: estimate(model, layer, sequences, settings, *how) for layer in (layers if one is None else [one])}
-    made = {n: form.from_direction(found[n if one is None else one], write_point=settings.site) for n in layers}
-    return Steering.of({n: made[n].eval().requires_grad_(False).to(anatomy.device_of(model, n)) for n in layers})
 
 
 NO_EFFECT = 1e-6  # norm of an update: the stream's is 1 and more, so this is below what its own rounding changes

@@ -26,7 +26,7 @@ from spilt.engine.sampling import Decoding
 from spilt.methods import Method
 from spilt.methods.scoring import AnswerLogProbs, answer_logprobs, scored_positions
 from spilt.settings.fields import FitSettings
-from spilt.steering import hooks
+from spilt.steering import anatomy, hooks
 from spilt.steering.interventions import Multiplier
 from spilt.steering.steering import Steering, per_row
 
@@ -65,7 +65,7 @@ def score(
     steering None: the unsteered model. multiplier: a number or [B]. last: of each logit the own token is steered, and no other.
     """
     batch = pad(list(sequences), pad_id)
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = anatomy.input_device(model)
     labels = batch.answer_mask if suffix else batch.text_mask
     ids, mask, answer = (t.to(device) for t in (batch.input_ids, batch.attention_mask, labels))
     length, keep = torch.tensor([len(s.input_ids) for s in sequences], device=device), scored_positions(answer)
@@ -128,7 +128,7 @@ def generate(
     width = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = anatomy.input_device(model)
     strength = torch.tensor(multipliers, dtype=torch.float32, device=device)
     with steer(model, steering, strength):
         made = model.generate(  # type: ignore[operator]
@@ -156,7 +156,7 @@ def texts(
     if positions == scopes.LAST:
         yield from scopes.generate(model, steering, rows, how, TOGETHER, positions)
         return
-    device, takes = model.get_input_embeddings().weight.device, inspect.signature(type(model).forward).parameters  # type: ignore[operator]
+    device, takes = anatomy.input_device(model), inspect.signature(type(model).forward).parameters
     for number, row in enumerate(rows):
         draw, cache, new, ids = random.Random(row.seed), None, list[int](), list(row.prompt)
         while len(new) < how.max_new_tokens and not (new and new[-1] in how.eos):

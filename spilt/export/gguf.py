@@ -8,8 +8,7 @@ LoRA, as convert_lora_to_gguf.py writes it: `general.type` adapter, `adapter.typ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +81,7 @@ def _save(writer: Any, tensors: dict[str, Any]) -> None:
     writer.close()
 
 
-@contextmanager
-def reload(job: Job, folder: Path) -> Iterator[nn.Module]:
+def reload(job: Job, folder: Path) -> AbstractContextManager[nn.Module]:
     """The model in memory, with what the gguf package reads from the files, at strength 1."""
     parts = [Steering.load(path) for path in (folder / VECTOR, folder / LORA) if path.exists()]
-    with whole.steer(job.model, Steering(entry for part in parts for entry in part).to(job.model), 1.0) as model:
-        yield model
+    return whole.steer(job.model, Steering(entry for part in parts for entry in part).to(job.model), 1.0)

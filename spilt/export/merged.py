@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,6 @@ def _make_biases(model: nn.Module, places: Iterable[Place]) -> None:
                 module.bias = nn.Parameter(module.weight.new_zeros(module.out_features), requires_grad=False)
 
 
-@contextmanager
-def reload(job: Job, folder: Path) -> Iterator[nn.Module]:
+def reload(job: Job, folder: Path) -> AbstractContextManager[nn.Module]:
     """The checkpoint, as any other is loaded."""
-    yield host.load(folder, "float32", str(anatomy.device_of(job.model, 0))).model
+    return nullcontext(host.load(folder, "float32", str(anatomy.device_of(job.model, 0))).model)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from torch import nn
@@ -29,7 +28,5 @@ def write(job: Job, folder: Path) -> str:
     return ABOUT.format(form=job.steering.forms[0], multiplier=job.multiplier)
 
 
-@contextmanager
-def reload(job: Job, folder: Path) -> Iterator[nn.Module]:
-    with whole.steer(job.model, Steering.load(folder).to(job.model), job.multiplier) as model:
-        yield model
+def reload(job: Job, folder: Path) -> AbstractContextManager[nn.Module]:
+    return whole.steer(job.model, Steering.load(folder).to(job.model), job.multiplier)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from torch import nn
@@ -30,8 +29,6 @@ def write(job: Job, folder: Path) -> str:
     return ABOUT.format(file=FILE, multiplier=job.multiplier)
 
 
-@contextmanager
-def reload(job: Job, folder: Path) -> Iterator[nn.Module]:
+def reload(job: Job, folder: Path) -> AbstractContextManager[nn.Module]:
     steering = Steering.load(folder / FILE)
-    with whole.steer(job.model, steering.to(job.model), steering.about[RECOMMENDED]) as model:
-        yield model
+    return whole.steer(job.model, steering.to(job.model), steering.about[RECOMMENDED])

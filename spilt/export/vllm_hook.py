@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -46,11 +45,9 @@ def write(job: Job, folder: Path) -> str:
     return ABOUT.format(base=shlex.quote(job.base), config=CONFIG, direction=DIRECTION)
 
 
-@contextmanager
-def reload(job: Job, folder: Path) -> Iterator[nn.Module]:
+def reload(job: Job, folder: Path) -> AbstractContextManager[nn.Module]:
     """The same sum as vLLM-Hook's, from the two files, on the model in memory."""
     known = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["steering"]
     vector = torch.tensor(torch.load(folder / DIRECTION, weights_only=True)["dir"])
     steering = Steering.of({known["optimal_layer"]: Vector.from_state(vector)})
-    with whole.steer(job.model, steering.to(job.model), known["coefficient"]) as model:
-        yield model
+    return whole.steer(job.model, steering.to(job.model), known["coefficient"])

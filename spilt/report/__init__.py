@@ -23,14 +23,12 @@ from spilt.analysis.recommend import BUDGET
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.store import Store
 from spilt.errors import UserError, unknown
-from spilt.report import about, figures, page, tables, words
+from spilt.report import about, drawing, figures, page, places, tables, words
 from spilt.report import cells as stored
 from spilt.terminal import complain, program, say
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["main", "recommend", "update"]
 
 log = logging.getLogger("spilt")
 SAMPLES = 3  # prompts per cell in the report
@@ -56,7 +54,7 @@ def update(
     own = {name: value for name, value in settings.items() if value != (update.__kwdefaults__ or {})[name]}
     parts = freshness.made_from(Path(base_dir), model, dataset, own)  # before it is read: what changes meanwhile is drawn next time
     measured, problems = [], []
-    for place in stored.find(base_dir, model, dataset):
+    for place in places.find(base_dir, model, dataset):
         try:
             for concept, folder in place.concepts.items():
                 progress(f"{place.name} concept {concept}")
@@ -75,11 +73,11 @@ def update(
     return _report(Path(base_dir), model, dataset, measured, problems, split, seed, parts)
 
 
-def _concept(place: stored.Place, norm: Norm, budget: float, split: str, seed: int) -> None:
+def _concept(place: places.Place, norm: Norm, budget: float, split: str, seed: int) -> None:
     """One concept's own files; drawn again only when its losses or a setting changed: that takes the old picture away."""
     cell, path = stored.analyse(place, norm, budget, seed), place.folder / stored.CURVES_FILE
     if not path.is_file():
-        atomic_write(path, figures.png_of(figures.cell_figure(cell, split)))
+        atomic_write(path, drawing.png_of(figures.cell_figure(cell, split)))
 
 
 def recommend(
@@ -90,7 +88,7 @@ def recommend(
     `attrs["notes"]`: sentences on what could not be used, and on cells that could not be read.
     """
     measured, said = [], []
-    for place in stored.find(base_dir, model, dataset):
+    for place in places.find(base_dir, model, dataset):
         try:
             measured.append(stored.judged(place, norm, budget, seed))
         except (UserError, OSError) as error:
@@ -113,7 +111,7 @@ def _report(
     seed: int,
     parts: dict[str, Any],
 ) -> Path:
-    folder = freshness.page(base, model, dataset).parent
+    here = freshness.page(base, model, dataset)
     scored = {cell.name: stored.scored(cell.place) for cell in measured}
     claimed, fits = tables.claimed(measured, split, seed), tables.fits(measured, model, dataset)
     frames = {
@@ -130,7 +128,7 @@ def _report(
         "claims": claimed,
     }
     for name, frame in frames.items():
-        atomic_write(folder / f"{name}.csv", frame.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
+        atomic_write(here.with_name(f"{name}.csv"), frame.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
 
     pictures = {}
     drawn = tables.foremost(measured)
@@ -141,11 +139,11 @@ def _report(
         wide, narrow = draw(of, split), draw(of, split, narrow=True)
         if wide is not None and narrow is not None:
             pictures[name] = _picture(wide, narrow)
-            atomic_write(folder / f"{name}.svg", pictures[name].drawn)
+            atomic_write(here.with_name(f"{name}.svg"), pictures[name].drawn)
     for cell in measured:
         wide, narrow = figures.cell_figure(cell, split), figures.cell_figure(cell, split, narrow=True)
         pictures[cell.name] = _picture(wide, narrow)
-        atomic_write(cell.place.folder / stored.CURVES_FILE, figures.png_of(wide))
+        atomic_write(cell.place.folder / stored.CURVES_FILE, drawing.png_of(wide))
 
     for unread in filter(None, [*(stored.left_out_texts(cell.place) for cell in measured), *(said for _, said in scored.values())]):
         problems = [*problems, unread]
@@ -160,20 +158,34 @@ def _report(
     remarks = [f"{cell.name}: {note}" for cell in measured for note in cell.fit["notes"]]
     html = page.render(
         "report.html",
-        **{"model": model, "dataset": dataset, "split": split, "norm": measured[0].fit["norm"], "good_r2": f"{GOOD_R2:g}"},
-        **{"header": {"model": model, **common, "page": f"by spilt {__version__}"}, "synthetic": about.synthetic(base, model)},
-        **{"up": about.address(Store(base).index(model), freshness.page(base, model, dataset))},
-        **{"own": {name: {k: v for k, v in facts.items() if k not in common} for name, facts in told.items()}},
-        **{"first": first[0] if first else None, "headline": headline, "numbers": numbers},
-        **{"asked": about.side_by_side(texts, first[0] if first else None)},
-        **{"files": {cell.name: about.files(cell, freshness.page(base, model, dataset)) for cell in measured}},
-        **{"sheets": {name: page.score_sheet(table) for name, (table, _) in scored.items() if len(table)}},
-        **{"cells": measured, "pictures": pictures, "texts": texts, "coverage": words.coverage(measured)},
-        **{"rows": rows, "claims": tables.judged(claimed)},
-        **{"main_results": tables.records(pd.DataFrame(paper.main_results(model, dataset)))},
-        **{"findings": words.findings(measured, split, frames), "shortfalls": tables.shortfalls(measured, split)},
-        **{"drawn": len(drawn), "budget": measured[0].best["budget"]},
-        **{"problems": problems, "remarks": [remark for remark in remarks if remark not in problems]},
+        model=model,
+        dataset=dataset,
+        split=split,
+        norm=measured[0].fit["norm"],
+        budget=measured[0].best["budget"],
+        good_r2=f"{GOOD_R2:g}",
+        header={"model": model, **common, "page": f"by spilt {__version__}"},
+        synthetic=about.synthetic(base, model),
+        up=about.address(Store(base).index(model), here),
+        coverage=words.coverage(measured),
+        first=first[0] if first else None,
+        headline=headline,
+        numbers=numbers,
+        findings=words.findings(measured, split, frames),
+        claims=tables.judged(claimed),
+        rows=rows,
+        main_results=tables.records(pd.DataFrame(paper.main_results(model, dataset))),
+        pictures=pictures,
+        drawn=len(drawn),
+        cells=measured,
+        own={name: {k: v for k, v in facts.items() if k not in common} for name, facts in told.items()},
+        files={cell.name: about.files(cell, here) for cell in measured},
+        sheets={name: page.score_sheet(table) for name, (table, _) in scored.items() if len(table)},
+        texts=texts,
+        asked=about.side_by_side(texts, first[0] if first else None),
+        shortfalls=tables.shortfalls(measured, split),
+        problems=problems,
+        remarks=[remark for remark in remarks if remark not in problems],
     )
     best = {"cell": headline.figure, "gain": next((f"{n.value} ({n.beside})" for n in numbers if n.name == words.GAIN), "")}
     out = freshness.write(base, model, dataset, html, parts, problems, best)
@@ -182,8 +194,8 @@ def _report(
 
 
 def _picture(wide: Figure, narrow: Figure) -> page.Picture:
-    drawn = figures.svg_of(wide)
-    return page.Picture(page.image(drawn), page.image(figures.svg_of(narrow)), drawn)
+    drawn = drawing.svg_of(wide)
+    return page.Picture(page.image(drawn), page.image(drawing.svg_of(narrow)), drawn)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -206,12 +218,12 @@ def _rebuild(options: argparse.Namespace) -> int:
     base = Path(options.base_dir)
     if not options.budget >= 0:
         raise UserError(f"--budget {options.budget:g}: nats of utility to spend, 0 or more")
-    if options.model_name and options.model_name not in stored.models(base):
-        raise unknown("model", options.model_name, stored.models(base))
-    names = [options.model_name] if options.model_name else stored.models(base)
-    jobs = [(m, d) for m in names for d in ([options.dataset] if options.dataset else stored.datasets(base, m))]
+    if options.model_name and options.model_name not in places.models(base):
+        raise unknown("model", options.model_name, places.models(base))
+    names = [options.model_name] if options.model_name else places.models(base)
+    jobs = [(m, d) for m in names for d in ([options.dataset] if options.dataset else places.datasets(base, m))]
     if not options.model_name and options.dataset:
-        jobs = [(m, d) for m, d in jobs if d in stored.datasets(base, m)]
+        jobs = [(m, d) for m, d in jobs if d in places.datasets(base, m)]
     if not jobs:
         raise UserError(f"no stored losses below {base}; run --mode loss first, or check --base_dir")
     for model, dataset in jobs:

@@ -1,4 +1,4 @@
-"""Measured cells under base_dir: find them, rebuild preference_utility.csv and fit.json, read control and generations. No model."""
+"""Measured cells: rebuild preference_utility.csv and fit.json of one, read its control and its texts. No model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import dataclasses
 import json
 import logging
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,98 +18,22 @@ from spilt.analysis.chance import Curves, beyond_chance
 from spilt.analysis.chance import curves as random_curves
 from spilt.analysis.curves import CurveFit, checked, fit_curve, r_squared, regions, utility_drops, utility_peak
 from spilt.analysis.curves.fitting import Kind
-from spilt.analysis.provenance import Artifact, of_one_vector, stored_texts
+from spilt.analysis.provenance import of_one_vector, stored_texts
 from spilt.analysis.recommend import BUDGET, recommendation, split_of
 from spilt.artifacts import losses
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.manifest import digest, identity
 from spilt.artifacts.store import Store
-from spilt.artifacts.texts import Row
-from spilt.cell import FORMS, SEED, Cell, variant_of
-from spilt.errors import UserError, printable, unknown
+from spilt.cell import FORMS
+from spilt.errors import UserError
+from spilt.report.places import Place, label
 
 log = logging.getLogger("spilt")
 VERSION = 4  # of fit.json; a change makes `update` fit again
 FIT_FILE, CURVES_FILE, CONTROL_FILE, CONTROL_TEXTS = "fit.json", "curves.png", "control.csv", "control_texts.csv"
 STEPS = 10  # of a sweep, from 0 to the end of the trained range (verbs.measure.sweep_multipliers)
 RANGES = ("trained", "sweep")
-METHODS = ("caa", "sft", "reps", "spilt")  # order of tables and legends; other names follow
 KINDS: tuple[Kind, ...] = ("preference", "utility")
-CONCEPT = re.compile(r"_concept_(\d+)$")
-
-
-def label(method: str, form: str) -> str:
-    """A method and form as they are shown; a folder that somebody made may be called anything."""
-    own = variant_of(form)
-    return printable(f"{method} {FORMS[own.form].label if own.form in FORMS else own.form}{own}").strip()
-
-
-def anchor(cell: str) -> str:
-    """Where a cell's details are on the page: as an id and in an address, another one for each name."""
-    return "cell-" + re.sub(r"[^A-Za-z0-9]", lambda hit: f"-{ord(hit[0]):x}-", cell)
-
-
-def name_of(cell: str) -> str:
-    """'spilt local_weight' -> 'spilt local weight', as printed."""
-    method, _, form = cell.partition(" ")
-    return label(method, form)
-
-
-def absent(value: object) -> bool:
-    return value is None or value != value  # only nan differs from itself
-
-
-def shown(value: Any, spec: str = ".2f") -> str:
-    """A number as printed: -1 -> '−1.00' (a real minus, never of zero), nothing -> '–'."""
-    if absent(value) or math.isinf(value):
-        return "–"
-    text = format(float(value), spec)
-    return text.removeprefix("-") if not text.strip("-0.%") else text.replace("-", "−")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the losses of one method and form lie: one folder, or one per concept that are averaged into `folder`."""
-
-    base: Path
-    model: str
-    dataset: str
-    method: str
-    intervention: str
-    folder: Path
-    concepts: dict[int, Path] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return printable(f"{self.method} {self.intervention}")
-
-    @property
-    def form(self) -> str:
-        """`intervention` without layers and the seed of one of several fits."""
-        return variant_of(self.intervention).form
-
-    @property
-    def fitted_as(self) -> str:
-        """`intervention` without the seed: fits that differ in that alone."""
-        return self.intervention.partition(SEED)[0]
-
-    @cached_property
-    def layers(self) -> tuple[int, ...]:
-        """The steered ones, by the folder's name or the manifests of its losses; () where neither says."""
-        if found := variant_of(self.intervention).layers:
-            return found
-        said = next((Artifact(self.base, path).settings.get("layers") for split in losses.SPLITS for path in self.losses_of(split)), None)
-        return tuple(said) if isinstance(said, list) and all(isinstance(layer, int) for layer in said) else ()
-
-    def losses_of(self, split: str) -> list[Path]:
-        """Of each folder one file that holds losses of a split: its table, where there is none the first of the released ones."""
-        there = ([folder / losses.TABLES[split], *sorted(folder.glob(f"*/{losses.SPLITS[split]}"))] for folder in self.folders)
-        return [found for files in there if (found := next(filter(Path.is_file, files), None))]
-
-    @property
-    def folders(self) -> list[Path]:
-        """Those with losses."""
-        return [*self.concepts.values()] or [self.folder]
 
 
 @dataclass(frozen=True)
@@ -173,51 +95,6 @@ class Measured:
             return None
         table = self.control[self.control["split"] == split]
         return table if len(table) else self.control
-
-
-def models(base: Path) -> list[str]:
-    """Those with stored losses."""
-    return [path.parent.name for path in Store(base).loss_roots()]
-
-
-def datasets(base: Path, model: str) -> list[str]:
-    """Those with stored losses of a model."""
-    folders = (path for path in Store(base).loss_root(model).glob("*/*") if path.is_dir() and path.parent.name != "report")
-    return sorted({CONCEPT.sub("", path.name) for path in folders})
-
-
-def find(base_dir: str | Path, model: str, dataset: str) -> list[Place]:
-    """Every method and form with stored losses (or a stored preference_utility.csv), in the order of METHODS and FORMS."""
-    base = Path(base_dir)
-    if not models(base):
-        raise UserError(f"no stored losses below {base}; run --mode loss first, or check --base_dir")
-    if model not in models(base):
-        raise unknown("model with stored losses", model, models(base))
-    if dataset not in datasets(base, model):
-        raise unknown("dataset", dataset, datasets(base, model))
-    root, found = Store(base).loss_root(model), dict[tuple[str, str], dict[int, Path]]()
-    for leaf in sorted(root.glob("*/*/*")):
-        method, folder = leaf.parts[-3:-1]
-        concept = CONCEPT.search(folder)
-        ours = method != "report" and CONCEPT.sub("", folder) == dataset and leaf.name.startswith(f"{method}_")
-        if ours and leaf.is_dir() and _measured(leaf):
-            concepts = found.setdefault((method, leaf.name[len(method) + 1 :]), {})
-            if concept:
-                concepts[int(concept[1])] = leaf
-    places = [
-        Place(base, model, dataset, method, form, root / method / dataset / f"{method}_{form}", dict(sorted(concepts.items())))
-        for (method, form), concepts in found.items()
-    ]
-    return sorted(places, key=lambda p: (_rank(p.form, list(FORMS)), _rank(p.method, list(METHODS)), p.layers, p.intervention))
-
-
-def _rank(name: str, order: Sequence[str]) -> tuple[int, str]:
-    return (order.index(name) if name in order else len(order), name)
-
-
-def _measured(leaf: Path) -> bool:
-    tables = (losses.SUMMARY_FILE, *losses.TABLES.values())
-    return any((leaf / name).is_file() for name in tables) or any(odds.FOLDER.match(sub.name) for sub in leaf.iterdir())
 
 
 def frame_of(place: Place, norm: odds.Norm = "mean", seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
@@ -350,8 +227,11 @@ def plain(value: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(value), parse_constant=lambda name: None))
 
 
-def _tables(place: Place, name: str, keys: Sequence[str], columns: Sequence[str]) -> tuple[list[pd.DataFrame], list[str]]:
-    """A control's file of each concept (or the one there is), and a sentence for each that is broken or of another vector: left out."""
+def _table(place: Place, name: str, keys: Sequence[str], columns: Sequence[str]) -> tuple[pd.DataFrame | None, list[str]]:
+    """A control's file, of several concepts their mean, and a sentence for each that is broken or of another vector: left out.
+
+    keys: what a row is of, `multiplier` last.
+    """
     parts, notes, way_out = [], [], "--mode loss --multipliers sweep makes it again"
     for path in (folder / name for folder in place.folders):
         if not path.is_file():
@@ -367,24 +247,19 @@ def _tables(place: Place, name: str, keys: Sequence[str], columns: Sequence[str]
             parts.append(part.assign(at=part.groupby([*keys][:-1])["multiplier"].rank()))
         except UserError as error:
             notes.append(f"control left out: {error}")
-    return parts, notes
+    if not parts:
+        return None, notes
+    return pd.concat(parts, ignore_index=True).groupby([*keys[:-1], "at"]).mean().reset_index().drop(columns="at"), notes
 
 
 def read_control(place: Place) -> tuple[pd.DataFrame | None, list[str]]:
-    """Random interventions of the same form and size: split, draw, multiplier, means (over concepts too); notes on what is left out."""
-    keys = ["split", "draw", "multiplier"]
-    parts, notes = _tables(place, CONTROL_FILE, keys, KINDS)
-    if not parts:
-        return None, notes
-    return pd.concat(parts, ignore_index=True).groupby(["split", "draw", "at"]).mean().reset_index().drop(columns="at"), notes
+    """Random interventions of the same form and size: split, draw, multiplier, means; notes on what is left out."""
+    return _table(place, CONTROL_FILE, ["split", "draw", "multiplier"], KINDS)
 
 
 def _control_texts(place: Place) -> tuple[pd.DataFrame | None, list[str]]:
     """Share of generated answers that show the behaviour: draw (-1: the stored intervention), multiplier, score."""
-    parts, notes = _tables(place, CONTROL_TEXTS, ["draw", "multiplier"], ["score"])
-    if not parts:
-        return None, notes
-    return pd.concat(parts, ignore_index=True).groupby(["draw", "at"]).mean().reset_index().drop(columns="at"), notes
+    return _table(place, CONTROL_TEXTS, ["draw", "multiplier"], ["score"])
 
 
 @dataclass(frozen=True)
@@ -396,14 +271,10 @@ class Sample:
     reference: str | None = None
 
 
-def _texts(place: Place) -> tuple[list[tuple[float, list[Row]]], list[float], list[UserError]]:
-    return stored_texts(Store(place.base), Cell(place.model, place.dataset, place.method, place.intervention, ()))
-
-
 def samples(place: Place, limit: int = 3) -> list[Sample]:
     """The first prompts of a place (of the first concepts for axbench) with every stored multiplier's text; [] when none was generated."""
     found: dict[tuple[int, int, str], Sample] = {}
-    for multiplier, rows in _texts(place)[0]:
+    for multiplier, rows in stored_texts(Store(place.base), place.texts_of)[0]:
         for row in rows:
             sample = found.setdefault(row.key, Sample(row.prompt, {}, row.reference))
             if row.texts:
@@ -417,9 +288,8 @@ def samples(place: Place, limit: int = 3) -> list[Sample]:
 
 def scored(place: Place) -> tuple[pd.DataFrame, str]:
     """analysis.scores.summarise of a place's stored scores (empty where there are none), and a sentence on what is left out."""
-    store, cell = Store(place.base), Cell(place.model, place.dataset, place.method, place.intervention, ())
     try:
-        table, others = scores.collect(store, cell)
+        table, others = scores.collect(Store(place.base), place.texts_of)
     except UserError as error:
         return pd.DataFrame(columns=[*scores.COLUMNS]), f"{place.name}: scores left out: {error}"
     gone = f"{place.name}: {len(others)} files of scores left out: of another vector than the one that lies there now" if others else ""
@@ -428,7 +298,7 @@ def scored(place: Place) -> tuple[pd.DataFrame, str]:
 
 def left_out_texts(place: Place) -> str:
     """A sentence when texts lie there that are of another vector or cannot be read, else ''."""
-    _, others, broken = _texts(place)
+    _, others, broken = stored_texts(Store(place.base), place.texts_of)
     at = ", ".join(f"{m:g}" for m in others)
     said = [f"texts at m = {at} left out: of another vector than the one that lies there now; --mode apply makes them again"] if at else []
     return "; ".join(f"{place.name}: {why}" for why in [*said, *(f"texts left out: {error}" for error in broken)])

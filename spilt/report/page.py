@@ -15,8 +15,8 @@ from markupsafe import Markup
 
 from spilt.artifacts.scores import MEASURES
 from spilt.errors import printable
-from spilt.report.cells import absent, anchor, shown
-from spilt.report.figures import adaptive
+from spilt.report.drawing import adaptive
+from spilt.report.places import absent, anchor, shown
 
 
 class Image(NamedTuple):

@@ -14,7 +14,8 @@ from spilt.analysis.questions import Questions
 from spilt.analysis.recommend import choice
 from spilt.analysis.scores import COLUMNS
 from spilt.errors import printable
-from spilt.report.cells import KINDS, RANGES, Measured, anchor, label, name_of
+from spilt.report.cells import KINDS, RANGES, Measured
+from spilt.report.places import anchor, label, name_of
 
 Row = dict[str, Any]
 OF_SPLITS = (

@@ -9,7 +9,8 @@ import pandas as pd
 
 from spilt.analysis.claims import FITS, HOLDS, OPEN
 from spilt.analysis.curves.fitting import GOOD_R2
-from spilt.report.cells import RANGES, Measured, label, name_of, shown
+from spilt.report.cells import RANGES, Measured
+from spilt.report.places import label, name_of, shown
 
 GAIN = "Preference gain"
 

@@ -311,6 +311,12 @@ def device_of(model: nn.Module, layer: int) -> torch.device:
     return next(at.parameters()).device if placed is None else torch.device(placed)
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids are looked up: the device of a forward's input."""
+    table: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator, assignment]
+    return table.weight.device
+
+
 def hidden_size(model: nn.Module) -> int:
     """D, the width of the residual stream."""
     config: Any = model.config

@@ -29,6 +29,3 @@ def run_step(step: Step, run: Run) -> str:
 def not_there(step: Step) -> list[Path]:
     """Stored vectors that the step would read and that do not exist."""
     return [path for path in step.vectors if not path.exists()]
-
-
-__all__ = ["Recordings", "Run", "not_there", "run_step"]

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from spilt import memory
+from spilt.data.chat import Encoded
+from spilt.data.readers import Pair, Prompt
 from spilt.errors import UserError
 from spilt.steering import anatomy
 from spilt.team import place
@@ -38,6 +40,12 @@ def check_context(model: nn.Module, what: str, texts: Sequence[tuple[int, int]],
         "%s: %d of %d are longer than the model's context of %d tokens, beyond which it was not trained (the longest: %s); %s",
         what, len(beyond), len(texts), context, longest, way_out,
     )  # fmt: skip
+
+
+def lengths_of(rows: Sequence[Pair | Prompt], sequences: Sequence[Encoded]) -> list[tuple[int, int]]:
+    """For check_context: as many sequences of each row, one after the other."""
+    each = len(sequences) // max(1, len(rows))
+    return [(rows[i // each].row, len(sequence.input_ids)) for i, sequence in enumerate(sequences)]
 
 
 def texts_at_once(model: nn.Module, given: int | None, prompts: Sequence[Sequence[int]], new: int) -> Batch:

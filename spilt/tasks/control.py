@@ -88,7 +88,7 @@ def texts(step: Step, steering: Steering, seen: Sequence[dose.Seen], multiplier:
     """
     (cell,), request = step.cells, run.request
     try:
-        fmt = readers.dataset_format(request.base_dir, cell.dataset, verbs.VERBS["generate"].sections["prompts"])
+        fmt = verbs.entry_of("generate", "prompts", request.base_dir, cell.dataset)
     except UserError:  # the dataset has no prompts
         return None
     count, length = KEYWORDS if fmt.keywords else FIRST_WORD

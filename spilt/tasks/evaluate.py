@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,7 @@ from spilt.engine import activations, choice, divergence, score, whole
 from spilt.errors import UserError
 from spilt.judges.rubric import Rubric, harmonic_mean
 from spilt.steering.steering import Steering
-from spilt.tasks.recordings import Run, stored, tell_replaced
+from spilt.tasks.recordings import Run, stored, to_make
 from spilt.verbs import Step
 from spilt.verbs.evaluate import AGAIN, TEST
 
@@ -68,14 +67,9 @@ class Unfinished(Journal):
 def evaluate(step: Step, run: Run) -> str:
     """The tables that are not there yet; several processes deal the multipliers out."""
     outputs = dict(zip(step.multipliers, verbs.output_parts(step, run.request.limit, run.seen).items(), strict=True))
-
-    def decide() -> list[float]:
-        return [m for m, (path, parts) in outputs.items() if run.request.force or verbs.state(step, path, parts) != "done"]
-
-    wanted = run.team.on_main(decide)
+    wanted = to_make(step, run, outputs)
     if not wanted:
         return "already done"
-    tell_replaced(str(step), dict(outputs[m] for m in wanted), run)
     unfinished = Unfinished(run.store.unfinished_scores(step.cells[0], run.team.rank))
     if run.request.force:
         run.team.on_main(unfinished.remove)
@@ -140,9 +134,7 @@ def _table(
             values, again = [*values, *rated], again + lost
         rows += [(m, concept, *value) for value in values]
     table = pd.DataFrame(rows, columns=[*TABLE])
-    buffer = io.StringIO()
-    table.to_csv(buffer, index=False, lineterminator="\n")
-    run.store_result(step, output[0], buffer.getvalue(), output[1], {AGAIN: again, "rows": len(table)})
+    run.store_result(step, output[0], table.to_csv(index=False, lineterminator="\n"), output[1], {AGAIN: again, "rows": len(table)})
 
 
 def _refuse_others(step: Step, path: Path, run: Run) -> None:
@@ -177,7 +169,7 @@ class _Texts:
         """The rows of a data file, [] where the dataset has none."""
         if purpose not in self.step.data:
             return []
-        fmt = readers.dataset_format(self.run.request.base_dir, self.cell.dataset, verbs.VERBS["evaluate"].sections[purpose])
+        fmt = self.run.entry(self.step, purpose)
         concept = self.cell.concept if fmt.multi_concept else None
         return list(readers.read_entry(fmt, concept, self.run.request.limit))
 
@@ -302,22 +294,20 @@ def _judged(step: Step, judge: judges.Judge, of: _Texts, said: Sequence[texts.Ro
     rubrics = judges.rubrics_of(run.request.rubrics) if run.request.rubrics else judges.of_dataset(of.cell.dataset)
     limit = step.scoring.get("limit")
     asked = [(row, k, text) for row in said if limit is None or row.number < limit for k, text in enumerate(row.texts)]
-    out, again, rated = list[Value](), 0, dict[str, list[Value]]()
+    again, rated = 0, dict[str, list[Value]]()
     for rubric in rubrics:
-        prompts = [_messages(rubric, of, row, text) for row, _, text in asked]
+        prompts = [
+            rubric.messages(question=row.prompt, answer=text, concept=of.prompts[row.number].concept, reference=row.reference)
+            for row, _, text in asked
+        ]
         with run.progress.bar(total=len(prompts), desc=f"judge {rubric.name} {of.cell}", unit="text") as bar:
             replies = judge.replies(prompts, rubric.parameters, bar.update)
         rated[rubric.name] = [_rated(rubric, row, k, reply) for (row, k, _), reply in zip(asked, replies, strict=True)]
         again += sum(reply.again for reply in replies)
-    for values in rated.values():
-        out += values
+    out = [value for values in rated.values() for value in values]
     if rated.keys() >= set(PARTS):
         out += [_overall(parts) for parts in zip(*(rated[name] for name in PARTS), strict=True)]
     return out, again
-
-
-def _messages(rubric: Rubric, of: _Texts, row: texts.Row, text: str) -> list[dict[str, str]]:
-    return rubric.messages(question=row.prompt, answer=text, concept=of.prompts[row.number].concept, reference=row.reference)
 
 
 def _rated(rubric: Rubric, row: texts.Row, response: int, reply: judges.Reply) -> Value:

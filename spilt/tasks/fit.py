@@ -27,12 +27,13 @@ from spilt.data import readers
 from spilt.data.chat import Encoded
 from spilt.engine import choice, score, whole
 from spilt.engine import train as training
+from spilt.engine.closed_form import closed_form
 from spilt.methods import METHODS
 from spilt.model.checkpoint import family
 from spilt.steering.layer_file import dump, dump_linears, metadata_line
 from spilt.steering.steering import Steering
 from spilt.tasks import screen
-from spilt.tasks.context import check_context
+from spilt.tasks.context import check_context, lengths_of
 from spilt.tasks.recordings import Run, tell_replaced
 from spilt.verbs import Step
 from spilt.weights import training as weights
@@ -63,7 +64,7 @@ def _fit(step: Step, outputs: dict[int, tuple[Path, dict[str, Any]]], run: Run) 
     rows: list[dict[str, Any]] = []
     more: dict[str, Any] = {}
     adapters = METHODS[cell.method].adapters
-    fmt = readers.dataset_format(run.request.base_dir, cell.dataset, verbs.VERBS["fit"].sections["train"])
+    fmt = run.entry(step, "train")
     if METHODS[cell.method].estimate is not None:
         steering = _closed_form(step, tuple(outputs), run, fmt)
     elif adapters:
@@ -176,15 +177,14 @@ def _closed_form(step: Step, layers: Sequence[int], run: Run, fmt: readers.Datas
     chat = run.host.chat(settings.use_chat_template, settings.system_prompt)
     pairs = readers.read_pairs(fmt, cell.concept, run.recordings.rows(settings))
     sequences = [chat.encode_caa(question, text, p.row, not settings.multiple_choice) for p in pairs for question, text in p.sides]
-    lengths = [(pairs[i // 2].row, len(sequence.input_ids)) for i, sequence in enumerate(sequences)]
+    lengths = lengths_of(pairs, sequences)
     check_context(run.host.model, f"fit {cell}, answers with their questions", lengths, "shorten the question or its answer")
     neutral: Sequence[Encoded] = ()
     if NEUTRAL in step.data:
-        texts = readers.dataset_format(run.request.base_dir, cell.dataset, verbs.VERBS["fit"].sections[NEUTRAL])
-        neutral = run.recordings.sequences(step, step.data[NEUTRAL], run.host, texts)
+        neutral = run.recordings.sequences(step, step.data[NEUTRAL], run.host, run.entry(step, NEUTRAL))
     means = partial(run.recordings.means, step)  # all closed forms of a request have them from one pass
     how = (sequences, settings, METHODS[cell.method], run.host.pad_id, neutral, means)
-    return training.closed_form(run.host.model, layers, *how)
+    return closed_form(run.host.model, layers, *how)
 
 
 def _train_log(cell: Cell, layer: int, rows: list[dict[str, Any]], store: Store) -> str:

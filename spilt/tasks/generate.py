@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spilt import plan, verbs
-from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.journal import Journal
 from spilt.artifacts.texts import CONCEPT_KEYS, ROW_KEYS
@@ -19,7 +18,7 @@ from spilt.data.chat import readable
 from spilt.engine import decode as generation
 from spilt.engine import sampling, whole
 from spilt.tasks.context import check_context, texts_at_once
-from spilt.tasks.recordings import Run, stored, tell_replaced
+from spilt.tasks.recordings import Run, stored, to_make
 from spilt.verbs import Step
 from spilt.verbs.generate import text_identities
 
@@ -65,14 +64,9 @@ class Unfinished(Journal):
 def generate(step: Step, run: Run) -> str:
     """Text for every prompt, multiplier and response of a step, in one stream; one file per multiplier."""
     outputs = dict(zip(step.multipliers, verbs.output_parts(step, run.request.limit, run.seen).items(), strict=True))
-
-    def decide() -> list[float]:
-        return [m for m, (path, parts) in outputs.items() if run.request.force or manifest.standing(path, parts) != "done"]
-
-    wanted = run.team.on_main(decide)
+    wanted = to_make(step, run, outputs)
     if not wanted:
         return "already done"
-    tell_replaced(str(step), dict(outputs[m] for m in wanted), run)
     identities = text_identities({m: outputs[m][1] for m in wanted})
     unfinished = Unfinished(run.store.unfinished(step.cells[0], run.team.rank), identities)
     if run.request.force:
@@ -100,9 +94,8 @@ def generate(step: Step, run: Run) -> str:
 def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinished: Unfinished) -> dict[float, dict[str, Any]]:
     """multiplier -> {concept_id, concept_name, generated_results, eval_data, multiplier} of one cell."""
     s: Any = step.settings
-    fmt = readers.dataset_format(run.request.base_dir, cell.dataset, verbs.VERBS["generate"].sections["prompts"])
-    given = [n for n in (run.request.limit, s.generation_data_size) if n is not None]
-    prompts = readers.read_prompts(fmt, cell.concept, min(given) if given else None)
+    limit = readers.fewest(run.request.limit, s.generation_data_size)
+    prompts = readers.read_prompts(run.entry(step, "prompts"), cell.concept, limit)
     steering = run.team.each(lambda: stored(cell, s, run))
     chat = run.host.chat(s.use_chat_template, s.system_prompt)
     ids = [tuple(chat.prompt_ids(prompt.input)) for prompt in prompts]

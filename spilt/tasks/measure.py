@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -17,57 +15,18 @@ import pandas as pd
 from spilt import verbs
 from spilt.analysis import odds, recommend
 from spilt.artifacts import manifest
-from spilt.artifacts.atomic import atomic_write
-from spilt.artifacts.journal import Journal
-from spilt.artifacts.losses import APPLIED, COLUMNS, LOSS, NEUTRAL, NEUTRAL_TARGET, PREFERENCE_TYPES, SPLITS, TABLE, TABLES, TARGETS
+from spilt.artifacts.losses import NEUTRAL, NEUTRAL_TARGET, SPLITS, TABLE, TABLES, TARGETS
 from spilt.cell import FORMS
-from spilt.data import readers
-from spilt.engine import activations, dose, score, whole
-from spilt.errors import NotFinite
-from spilt.methods import METHODS, Method
+from spilt.engine import activations, dose, score
+from spilt.methods import METHODS
 from spilt.steering.steering import Steering
-from spilt.tasks import control
+from spilt.tasks import control, released
 from spilt.tasks.recordings import Run, stored, tell_replaced
+from spilt.tasks.scoring import Unfinished, complete, csv_of, finite, not_finite, scorer_of, shared_losses
 from spilt.verbs import Step
 from spilt.verbs import measure as measure_verb
 
 SOLVED, REACH = 8, 4.0  # times that a multiplier for the budget is looked for and measured; how far beyond the sweep's end, times it
-
-
-class Unfinished(Journal):
-    """Losses that are scored but not yet in a table: a line for each batch, written after every so many seconds.
-
-    A line counts only with the identity of what was asked: [identity, sequences, their losses, the answers' part of them].
-    """
-
-    def __init__(self, path: Path, seconds: float) -> None:
-        super().__init__(path)
-        self.seconds, self.saved = seconds, time.monotonic()
-        self.waiting: list[Any] = []
-
-    def read(self, identities: Sequence[str], sequences: int) -> np.ndarray:
-        """[2, K, S], for each identity the losses of all sequences; NaN where there is none."""
-        found = np.full((2, len(identities), sequences), np.nan)
-        place = {identity: k for k, identity in enumerate(identities)}
-        for line in self.whole():
-            try:
-                identity, numbers, total, answer = line
-                found[:, place[identity], numbers] = total, answer
-            except (ValueError, TypeError, LookupError):  # not ours
-                continue
-        return found
-
-    def add(self, identity: str, numbers: Sequence[int], scored: np.ndarray) -> None:
-        """scored: [2, S] of this identity and these sequences."""
-        self.waiting.append([identity, numbers, *scored.tolist()])
-        if time.monotonic() - self.saved >= self.seconds:
-            self.append(self.waiting)
-            self.waiting, self.saved = [], time.monotonic()
-
-    def close(self) -> None:
-        """What waits to be written is no longer needed."""
-        self.waiting = []
-        super().close()
 
 
 def measure(step: Step, run: Run) -> str:
@@ -83,7 +42,7 @@ def measure(step: Step, run: Run) -> str:
 def _measure_step(step: Step, run: Run, unfinished: Unfinished) -> str:
     (cell,) = step.cells
     steering = run.team.each(lambda: stored(cell, step.settings, run))
-    new = _released_files(step, steering, run, unfinished) if step.released else False
+    new = released.write(step, steering, run, unfinished) if step.released else False
     if step.sweep or not step.released:
         new = _tables(step, steering, run, unfinished) or new
     return "done" if new else "already done"
@@ -138,7 +97,7 @@ class Tables:
         for split in step.data:
             path = run.store.loss_table(step.cells[0], split)
             self.rows[split] = run.team.on_main(partial(self._stored, path))
-        self.unit = unit_dose(step, steering, run)
+        self.unit = dose.of(steering, _seen(step, steering, run))  # at multiplier 1
 
     def _stored(self, path: Path) -> pd.DataFrame:
         """The rows that a run before this one left, of the same request."""
@@ -157,27 +116,27 @@ class Tables:
             if wanted:
                 bad |= self._measure(split, wanted)
         if bad:
-            raise _not_finite(sorted(bad))
+            raise not_finite(sorted(bad))
 
     def _measure(self, split: str, wanted: Sequence[float]) -> set[float]:
         step, run, where = self.step, self.run, self.step.settings.applied_positions
-        scorer = _scorer(step, split, self.steering, run, where)
+        scorer = scorer_of(step, split, self.steering, run, where)
         with run.progress.bar(total=len(scorer.sequences) * len(wanted), desc=f"loss {step.cells[0]} {split}", unit="row") as bar:
             identities = measure_verb.loss_identities(step, wanted, split, where, run.request.limit, run.seen)
-            found = _shared_losses(run, scorer, wanted, self.unfinished, identities, bar.update)
-        sound = _finite(found)
+            found = shared_losses(run, scorer, wanted, self.unfinished, identities, bar.update)
+        sound = finite(found)
         new = [table_rows(found, k, m, abs(m) * self.unit, where, split) for k, m in enumerate(wanted) if sound[k]]
         grown = pd.concat([part for part in (self.rows[split], *new) if len(part)]) if new else self.rows[split]
         self.rows[split] = grown.sort_values(["multiplier", "example", "target"], ignore_index=True)
         self._store(split, swept=False)
-        return {m for m, finite in zip(wanted, sound, strict=True) if not finite}
+        return {m for m, good in zip(wanted, sound, strict=True) if not good}
 
     def _store(self, split: str, swept: bool) -> None:
         if not len(table := self.rows[split]):
             return
         path = self.run.store.loss_table(self.step.cells[0], split)
         notes = {"multipliers": sorted(set(table["multiplier"])), "swept": swept}
-        _store(self.run, self.unfinished, lambda: self.run.store_result(self.step, path, _csv(table), self.outputs[path], notes))
+        complete(self.run, self.unfinished, lambda: self.run.store_result(self.step, path, csv_of(table), self.outputs[path], notes))
 
     def finish(self) -> None:
         """The sweep is whole: nothing that it led to is missing."""
@@ -202,15 +161,11 @@ def table_rows(found: score.Losses, k: int, multiplier: float, amount: float, po
     return pd.DataFrame(columns)[[*TABLE]]
 
 
-def unit_dose(step: Step, steering: Steering, run: Run) -> float:
-    """The dose of a steering at multiplier 1, on the first pairs of the step's first split."""
-    return dose.of(steering, _seen(step, steering, run))
-
-
 def _seen(step: Step, steering: Steering, run: Run) -> list[dose.Seen]:
+    """The streams that doses are measured on: of the first pairs of the step's first split."""
     split, path = next(iter(step.data.items()))
-    fmt = readers.dataset_format(run.request.base_dir, step.cells[0].dataset, verbs.VERBS["measure"].sections[split])
-    return dose.streams(run.host.model, steering, run.recordings.sequences(step, path, run.host, fmt), run.host.pad_id)
+    sequences = run.recordings.sequences(step, path, run.host, run.entry(step, split))
+    return dose.streams(run.host.model, steering, sequences, run.host.pad_id)
 
 
 def _sweep(step: Step, steering: Steering, run: Run) -> tuple[float, ...]:
@@ -222,7 +177,9 @@ def _sweep(step: Step, steering: Steering, run: Run) -> tuple[float, ...]:
     if own == 0:
         return step.multipliers
     others = [
-        replace(cell, method=name) for name, row in METHODS.items() if row.in_all and _at_blocks(row) and cell.intervention in row.forms
+        replace(cell, method=name)
+        for name, row in METHODS.items()
+        if row.in_all and row.estimate is None and not row.adapters and cell.intervention in row.forms
     ]
     there = [other for other in others if all(run.store.vector(other, n).is_file() for n in cell.layers)]
     norms = [_norm(stored(other, step.settings, run)) for other in there]
@@ -234,14 +191,9 @@ def _sweep(step: Step, steering: Steering, run: Run) -> tuple[float, ...]:
     return measure_verb.sweep_multipliers((float(f"{top / own:.2g}"),), len(step.multipliers))
 
 
-def _at_blocks(row: Method) -> bool:
-    """Trained, at the places of a closed form."""
-    return row.estimate is None and not row.adapters
-
-
 def _streams(step: Step, steering: Steering, run: Run) -> activations.Activations:
     """The streams of the first split's pairs after the lowest steered block."""
-    fmt = readers.dataset_format(run.request.base_dir, step.cells[0].dataset, verbs.VERBS["measure"].sections[next(iter(step.data))])
+    fmt = run.entry(step, next(iter(step.data)))
     if keys := run.recordings.keys(step):
         return run.recordings.get(keys[0], run.host, fmt, None)
     sequences = run.recordings.sequences(step, fmt.path, run.host, fmt)
@@ -251,154 +203,6 @@ def _streams(step: Step, steering: Steering, run: Run) -> activations.Activation
 def _norm(steering: Steering) -> float:
     """Of the update at the lowest layer."""
     return steering.entries[0][1].norm()
-
-
-def _scorer(step: Step, split: str, steering: Steering, run: Run, positions: str, pairs: int | None = None) -> score.Scorer:
-    """The losses of a split's pairs (the first `pairs` of them) where these positions are steered, by the engine that applies."""
-    s: Any = step.settings
-    fmt = readers.dataset_format(run.request.base_dir, step.cells[0].dataset, verbs.VERBS["measure"].sections[split])
-    prefix, most = run.host.chat(s.use_chat_template, s.system_prompt).prefix_length, None if pairs is None else 2 * pairs
-    if run.recordings.why_plain(step):
-        sequences = run.recordings.sequences(step, step.data[split], run.host, fmt)[:most]
-        return whole.Scorer(run.host.model, steering, sequences, run.host.pad_id, positions, prefix)
-    key = next(key for key in run.recordings.keys(step) if key.data == step.data[split])
-    cache = run.recordings.get(key, run.host, fmt, score.recorded_at(steering)[1])
-    return score.Recorded(run.host.model, steering, cache if most is None else cache.first(most), positions, prefix)
-
-
-def _released_files(step: Step, steering: Steering, run: Run, unfinished: Unfinished) -> bool:
-    """Write the released files that are not there yet; multipliers that are done are not scored again. Returns whether anything was."""
-    (cell,) = step.cells
-    where = step.settings.fitted_positions
-    every = verbs.output_parts(step, run.request.limit, run.seen)
-    outputs = {path: parts for path, parts in every.items() if path.name not in TABLES.values()}
-
-    def decide() -> set[Path]:
-        return {path for path, parts in outputs.items() if run.request.force or manifest.standing(path, parts) != "done"}
-
-    todo = run.team.on_main(decide)
-    tell_replaced(str(step), {path: parts for path, parts in outputs.items() if path in todo}, run)
-    bad: set[float] = set()
-    for split in (split for split in step.data if split in SPLITS):
-        wanted = [m for m in step.multipliers if any(run.store.losses(cell, m, kind, split) in todo for kind in PREFERENCE_TYPES)]
-        if not wanted:
-            continue
-        scorer = _scorer(step, split, steering, run, where)
-        signed = sorted({m for m in wanted} | {-m + 0.0 for m in wanted})
-        with run.progress.bar(total=len(scorer.sequences) * len(signed), desc=f"loss {cell} {split}", unit="row") as bar:
-            identities = measure_verb.loss_identities(step, signed, split, where, run.request.limit, run.seen)
-            found = _shared_losses(run, scorer, signed, unfinished, identities, bar.update)
-        place = {m: k for k, m in enumerate(signed)}
-        bad |= {m for m, finite in zip(signed, _finite(found), strict=True) if not finite}
-        sound = [m for m in wanted if bad.isdisjoint((m, -m + 0.0))]
-        _store(run, unfinished, partial(_write, step, run, outputs, found, place, split, sound))
-    if bad:
-        raise _not_finite(sorted(bad))
-    return bool(todo)
-
-
-def _finite(found: score.Losses) -> list[bool]:
-    """Per multiplier: is every loss a finite number?"""
-    return [bool(np.isfinite(total).all() and np.isfinite(answer).all()) for total, answer in zip(found.total, found.answer, strict=True)]
-
-
-def _not_finite(multipliers: Sequence[float]) -> NotFinite:
-    at = ", ".join(f"{m:g}" for m in multipliers)
-    smaller = "another --dtype (bfloat16, float32)" if 0 in multipliers else "smaller multipliers or another --dtype (bfloat16, float32)"
-    return NotFinite(f"losses are NaN or infinite at m = {at}, so these were not stored; use {smaller}")
-
-
-def _write(
-    step: Step,
-    run: Run,
-    outputs: dict[Path, dict[str, Any]],
-    found: score.Losses,
-    place: dict[float, int],
-    split: str,
-    multipliers: Sequence[float],
-) -> None:
-    (cell,) = step.cells
-    s: Any = step.settings
-    for m in multipliers:
-        for kind in PREFERENCE_TYPES:
-            path = run.store.losses(cell, m, kind, split)
-            table = loss_table(found, place, m, kind, s.preference_pairs)
-            mean = table[LOSS].mean()
-            run.seen.again(step.inputs)
-            atomic_write(path.with_name("train.log"), f"{cell} m={m} {kind}: {len(table)} rows, mean {mean:.6f}\n")
-            run.store_result(step, path, _csv(table), outputs[path])
-
-
-def _shared_losses(
-    run: Run,
-    scorer: score.Scorer,
-    multipliers: Sequence[float],
-    unfinished: Unfinished,
-    identities: Sequence[str],
-    progress: Callable[[int], Any] | None = None,
-) -> score.Losses:
-    """The losses, the batches dealt out over the processes: each batch is the same as with one process, so the bytes are too.
-
-    identities: whose the losses of each multiplier are. Those that a killed run left are not scored again.
-    """
-    share = slice(run.team.rank, None, run.team.size)
-
-    def keep(k: int, numbers: Sequence[int], scored: np.ndarray) -> None:
-        unfinished.add(identities[k], numbers, scored)
-
-    def work() -> score.Losses:
-        known = unfinished.read(identities, len(scorer.sequences))
-        return score.losses(scorer, multipliers, progress=progress, share=share, known=known, keep=keep)
-
-    found = run.team.gather(work)
-    return found[0]._replace(total=np.sum([part.total for part in found], 0), answer=np.sum([part.answer for part in found], 0))
-
-
-def _store(run: Run, unfinished: Unfinished, write: Callable[[], Any]) -> None:
-    """Results that are complete are written, and what was kept for them goes."""
-    unfinished.close()
-
-    def write_and_remove() -> None:
-        write()
-        unfinished.remove()
-
-    run.team.on_main(write_and_remove)
-
-
-def _csv(table: pd.DataFrame) -> str:
-    buffer = io.StringIO()
-    table.to_csv(buffer, index=False, lineterminator="\n")
-    return buffer.getvalue()
-
-
-def loss_table(found: score.Losses, place: dict[float, int], m: float, kind: str, pairs: tuple[str, ...]) -> pd.DataFrame:
-    """Rows of train_losses.csv: (example, pair) in dataset order.
-
-    winning_only scores matching at +m (orig_add) and not_matching at -m (orig_sub); losing_only the other two.
-    """
-    examples = found.total.shape[1] // 2
-    columns = []
-    for pair in pairs:
-        applied = (m if pair == "orig_add" else -m) + 0.0
-        matching = (pair == "orig_add") == (kind == "winning_only")
-        sequence, k = 2 * np.arange(examples) + (0 if matching else 1), place[applied]
-        columns.append(
-            {
-                LOSS: found.total[k, sequence] / found.tokens[sequence],
-                APPLIED: np.full(examples, applied),
-                "neg_steering_factors": np.full(examples, applied),
-                "example": np.arange(examples),
-                "pair": np.full(examples, pair),
-                "target": np.full(examples, "matching" if matching else "not_matching"),
-                "n_tokens": found.tokens[sequence],
-                "loss_sum": found.total[k, sequence],
-                "answer_tokens": found.answer_tokens[sequence],
-                "answer_loss_sum": found.answer[k, sequence],
-            }
-        )
-    # one row of each pair after the other, example by example
-    rows = {name: np.stack([part[name] for part in columns], 1).reshape(-1) for name in columns[0]}
-    return pd.DataFrame({"epoch": 0, "step": np.repeat(np.arange(examples), len(pairs)), **rows})[[*COLUMNS]]
 
 
 def _control(step: Step, steering: Steering, run: Run, unfinished: Unfinished) -> bool:
@@ -415,11 +219,11 @@ def _control(step: Step, steering: Steering, run: Run, unfinished: Unfinished) -
     bar = run.progress.bar(total=control.DRAWS, desc=f"control {cell}", unit="draw")
 
     def scored(draw: int, drawn: Steering, multipliers: Sequence[float]) -> score.Losses:
-        scorer = _scorer(step, split, drawn, run, where, run.request.control_pairs)
+        scorer = scorer_of(step, split, drawn, run, where, run.request.control_pairs)
         identities = [manifest.identity({**parts, "draw": draw, "multiplier": m}) for m in multipliers]
-        found = _shared_losses(run, scorer, multipliers, unfinished, identities)
-        if not all(_finite(found)):
-            raise _not_finite([m for m, finite in zip(multipliers, _finite(found), strict=True) if not finite])
+        found = shared_losses(run, scorer, multipliers, unfinished, identities)
+        if not all(finite(found)):
+            raise not_finite([m for m, good in zip(multipliers, finite(found), strict=True) if not good])
         bar.update(draw + 1 - bar.n)
         return found
 
@@ -436,8 +240,8 @@ def _control(step: Step, steering: Steering, run: Run, unfinished: Unfinished) -
     star = run.team.on_main(lambda: _recommended(step, run))
     texts = control.texts(step, steering, seen, star, run) if star else None
     if texts is not None:
-        run.team.on_main(lambda: run.store_result(step, run.store.control_texts(cell), _csv(texts), {**parts, "texts": star}))
-    _store(run, unfinished, lambda: run.store_result(step, path, _csv(table), parts))
+        run.team.on_main(lambda: run.store_result(step, run.store.control_texts(cell), csv_of(texts), {**parts, "texts": star}))
+    complete(run, unfinished, lambda: run.store_result(step, path, csv_of(table), parts))
     return True
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ from spilt import plan, verbs
 from spilt.artifacts import manifest
 from spilt.artifacts.store import Store
 from spilt.cell import FORMS, Cell
-from spilt.data import readers
-from spilt.data.chat import Encoded
+from spilt.data import entries, readers
+from spilt.data.chat import Encoded, Question
 from spilt.doubts import doubts_of
 from spilt.engine import activations
 from spilt.errors import UserError
@@ -26,7 +26,7 @@ from spilt.progress import Progress
 from spilt.steering import anatomy, layer_file
 from spilt.steering.interventions import Intervention
 from spilt.steering.steering import Site, Steering
-from spilt.tasks.context import check_context
+from spilt.tasks.context import check_context, lengths_of
 from spilt.team import Team
 from spilt.verbs import Request, Step
 
@@ -49,25 +49,20 @@ class Key(NamedTuple):
 def encoded(key: Key, host: Host, fmt: readers.DatasetFormat) -> list[Encoded]:
     """Sequence 2 i is row i's matching answer, 2 i + 1 its not-matching one; of neutral text, sequence i is row i's."""
     chat = host.chat(key.use_chat_template, key.system_prompt)
-    if readers.has_prompts(fmt.section):
-        return _neutral(key, host, fmt)
-    pairs = readers.read_pairs(fmt, key.concept, key.limit)
-    sequences = [chat.encode(question, text, key.output_length, pair.row) for pair in pairs for question, text in pair.sides]
-    lengths = [(pairs[i // 2].row, len(sequence.input_ids)) for i, sequence in enumerate(sequences)]
-    check_context(host.model, f"{fmt.path}, answers with their questions", lengths, "lower output_length")
+    rows = readers.read_entry(fmt, key.concept, key.limit)
+    sequences = [chat.encode(question, text, key.output_length, row.row) for row in rows for question, text in _scored(row, fmt)]
+    what = "texts with their prompts" if entries.has_prompts(fmt.section) else "answers with their questions"
+    check_context(host.model, f"{fmt.path}, {what}", lengths_of(rows, sequences), "lower output_length")
     return sequences
 
 
-def _neutral(key: Key, host: Host, fmt: readers.DatasetFormat) -> list[Encoded]:
-    chat = host.chat(key.use_chat_template, key.system_prompt)
-    prompts = readers.read_prompts(fmt, key.concept if fmt.multi_concept else None, key.limit)
-    for prompt in prompts:
-        if not (prompt.reference_response or "").strip():
-            raise UserError(f"{fmt.path}: row {prompt.row} (0-based) has no {fmt.column('reference_response')!r}: neutral text to score")
-    sequences = [chat.encode(prompt.input, str(prompt.reference_response), key.output_length, prompt.row) for prompt in prompts]
-    lengths = [(prompt.row, len(sequence.input_ids)) for prompt, sequence in zip(prompts, sequences, strict=True)]
-    check_context(host.model, f"{fmt.path}, texts with their prompts", lengths, "lower output_length")
-    return sequences
+def _scored(row: readers.Pair | readers.Prompt, fmt: readers.DatasetFormat) -> Sequence[tuple[Question, str]]:
+    """What is asked and scored of a row: both answers, or neutral text. Raises UserError where there is none."""
+    if isinstance(row, readers.Pair):
+        return row.sides
+    if not (row.reference_response or "").strip():
+        raise UserError(f"{fmt.path}: row {row.row} (0-based) has no {fmt.column('reference_response')!r}: neutral text to score")
+    return [(row.input, str(row.reference_response))]
 
 
 class Recordings:
@@ -112,8 +107,7 @@ class Recordings:
 
     def rows(self, settings: Any) -> int | None:
         """How many rows are read: the smaller of --limit and max_num_of_examples."""
-        given = [n for n in (self.limit, settings.max_num_of_examples) if n is not None]
-        return min(given) if given else None
+        return readers.fewest(self.limit, settings.max_num_of_examples)
 
     def sequences(self, step: Step, path: Path, host: Host, fmt: readers.DatasetFormat) -> list[Encoded]:
         """Both answers of a step's pairs, for the plain engine."""
@@ -128,7 +122,7 @@ class Recordings:
             if read_point is not None:
                 known.add(read_point)
             sequences = encoded(key, host, fmt)
-            together = 1 if readers.has_prompts(fmt.section) else 2
+            together = 1 if entries.has_prompts(fmt.section) else 2
             there = [name for name in sorted(known) if name in anatomy.read_widths(host.model, key.layer)]  # what a step's settings name
             self.kept[key] = activations.record(host.model, key.layer, sequences, there, host.pad_id, together)
         return self.kept[key]
@@ -188,6 +182,16 @@ class Run(NamedTuple):
     team: Team
     seen: identity.Seen
 
+    @classmethod
+    def alone(cls, request: Request, host: Host, device: str, seen: identity.Seen, tell: Callable[[str], None]) -> Run:
+        """For work that is no step of a plan: nothing is recorded for others, no bars are drawn."""
+        progress = Progress({}, 0, tell, quiet=True)
+        return cls(request, host, Store(request.base_dir), Recordings([], None), progress, Team(device), seen)
+
+    def entry(self, step: Step, purpose: str) -> readers.DatasetFormat:
+        """Of dataset_format.yaml, what a step reads for a purpose."""
+        return verbs.entry_of(step.verb, purpose, self.request.base_dir, step.cells[0].dataset)
+
     def store_result(self, step: Step, path: Path, data: bytes | str, parts: dict[str, Any], notes: dict[str, Any] | None = None) -> None:
         """Store a result of a step, unless an input was exchanged since it was read (Changed)."""
         self.seen.again(step.inputs)
@@ -200,6 +204,17 @@ def tell_replaced(what: str, outputs: Mapping[Path, Mapping[str, Any]], run: Run
     for why, paths in verbs.replaced(outputs).items():
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         log.warning("%s: replaces %s%s, %s", what, run.store.relative(paths[0]), more, why)
+
+
+def to_make(step: Step, run: Run, outputs: Mapping[float, tuple[Path, dict[str, Any]]]) -> list[float]:
+    """The multipliers whose results are not there yet, by process 0. outputs: multiplier -> its file, and what decides it."""
+
+    def decide() -> list[float]:
+        return [m for m, (path, parts) in outputs.items() if run.request.force or verbs.state(step, path, parts) != "done"]
+
+    wanted = run.team.on_main(decide)
+    tell_replaced(str(step), dict(outputs[m] for m in wanted), run)
+    return wanted
 
 
 def refuse_changed(path: Path) -> None:

@@ -7,6 +7,7 @@ from spilt.verbs.base import (
     Step,
     Verb,
     cost,
+    entry_of,
     missing_inputs,
     output_parts,
     parts_of,
@@ -25,8 +26,3 @@ for _verb in (Fit(), Generate(), Measure(), Evaluate()):
     register(_verb)
 MODES["both"] = ("fit", "generate")
 MODES["all"] = ("fit", "measure", "generate")  # what the losses recommend is applied
-
-__all__ = [
-    "MODES", "VERBS", "Request", "Step", "Verb", "cost", "missing_inputs", "output_parts", "parts_of", "register", "replaced", "standing",
-    "state", "without_effect",
-]  # fmt: skip

@@ -12,7 +12,7 @@ from spilt.artifacts import manifest
 from spilt.artifacts.losses import NEUTRAL
 from spilt.artifacts.store import Store
 from spilt.cell import Cell
-from spilt.data import readers
+from spilt.data import entries, readers
 from spilt.data.own import Own
 from spilt.errors import UserError
 from spilt.methods import METHODS, stand_ins
@@ -231,6 +231,11 @@ def layers_of(step: Step, cell: Cell) -> list[list[int]]:
     return [list(cell.layers) if joint else [layer] for layer in cell.layers]
 
 
+def entry_of(verb: str, purpose: str, base_dir: Path, dataset: str) -> readers.DatasetFormat:
+    """The entry of dataset_format.yaml that a verb reads for a purpose. Raises UserError."""
+    return entries.dataset_format(base_dir, dataset, VERBS[verb].sections[purpose])
+
+
 # ---------------------------------------------------------------- identity: the same from a plan and from a stored artifact
 
 
@@ -313,12 +318,11 @@ def cost(step: Step, request: Request, read: dict[Any, Sequence[Any]] | None = N
     if shape is None or not all(path.is_file() for path in step.data.values()):
         return None
     s = step.settings
-    given = [rows for rows in (request.limit, getattr(s, "generation_data_size", None), getattr(s, "max_num_of_examples", None)) if rows]
-    limit = min(given) if given else None
+    limit = readers.fewest(request.limit, getattr(s, "generation_data_size", None), getattr(s, "max_num_of_examples", None))
     parts = []
     for cell in step.cells:
         for purpose in (purpose for purpose in step.data if purpose != NEUTRAL):  # a few texts
-            fmt = readers.dataset_format(request.base_dir, cell.dataset, verb.sections[purpose])
+            fmt = entry_of(step.verb, purpose, request.base_dir, cell.dataset)
             key = (fmt.path, fmt.section, cell.concept, limit)
             if key not in kept:
                 kept[key] = readers.read_entry(fmt, cell.concept, limit)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spilt.report import figures
-from spilt.report.figures import GROUND, INK, MUTED
+from spilt.report import drawing as figures
+from spilt.report.drawing import GROUND, INK, MUTED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -161,7 +161,8 @@ def _markdown(told: Sequence[Mapping[str, Any]], note: str, said: str, more: Seq
 
 def _svg(table: pd.DataFrame) -> str:
     """Side effect against movement, a point for each method and side: filled at +alpha, empty at -alpha; 95% intervals."""
-    from spilt.report.figures import movement_figure, svg_of
+    from spilt.report.drawing import svg_of
+    from spilt.report.figures import movement_figure
 
     return svg_of(movement_figure(table))
 

@@ -1,0 +1,272 @@
+"""The paper's tables from what is stored, of any models and data sets: main, prompts, fits, averages, train_test, equal.
+
+The paper's own numbers stand beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import pandas as pd
+
+from spilt.analysis import claims, equal, paper
+from spilt.analysis.claims import Case
+from spilt.artifacts.scores import HEADLINES
+from spilt.report import cells as stored
+from spilt.report import tables
+from spilt.report.cells import Measured
+from spilt.report.comparison.sets import PROMPT, Number, Set, at_kl, behind, kl_of, questions_of, told_on
+from spilt.report.comparison.text import Table
+from spilt.report.places import label, shown
+
+NO_STEERING = ("no steering", "")
+ON = {"train": "training", "test": "held-out"}
+VALUES = ["method", "intervention", "measure", "low", "high", "value", "recommended"]
+KEPT = {"preference": "preference gain", "utility": "utility kept"}
+Scores = dict[float, Number]  # multiplier -> mean of the stored texts
+
+
+def _told(cell: Measured) -> dict[str, Any]:
+    """The numbers at the multiplier that the budget gives, on held-out questions where they were measured."""
+    return dict(cell.best["reported"] or cell.best["chosen"] or {})
+
+
+def _of(cell: Measured, name: str, low: str = "", high: str = "") -> Number:
+    told = _told(cell)
+    return Number.of(told.get(name), told.get(low), told.get(high))
+
+
+# column of the main table -> its format, and where a cell's number is
+MAIN: dict[str, tuple[str, Callable[[Measured], Number]]] = {
+    "m": (".3g", lambda cell: Number.of(cell.best["solved"], cell.best["low"], cell.best["high"])),
+    "preferred": (".1%", lambda cell: _of(cell, "accuracy")),
+    "preference gain, nats": (".2f", lambda cell: _of(cell, "preference_gain", "gain_low", "gain_high")),
+    "utility drop, nats": (".2f", lambda cell: _of(cell, "utility_drop", "drop_low", "drop_high")),
+}
+
+
+def _scores(cells: Sequence[Measured]) -> dict[str, Scores]:
+    """Headline measure -> what `spilt evaluate` has stored of these fits' texts."""
+    out: dict[str, Scores] = {}
+    for cell in cells:
+        for row in stored.scored(cell.place)[0].to_dict("records"):
+            if row["measure"] in HEADLINES:
+                number = Number.of(row["mean"], row["low"], row["high"])
+                out.setdefault(str(row["measure"]), {}).setdefault(float(row["multiplier"]), number)
+    return out
+
+
+def _at(scores: Scores, m: float | None) -> Number:
+    """At a strength to nine digits, which is as it stands in a folder's name."""
+    near = (found for there, found in scores.items() if m is not None and abs(there - m) <= 1e-9 * max(1.0, abs(m)))
+    return next(near, Number.of(None))
+
+
+def main(one: Set, seed: int) -> Table:
+    """The paper's main table: every cell at the multiplier that its training items give, on held-out items; before them prompts."""
+    theirs = {(row["method"], row["intervention"]): row for row in paper.main_results(one.model, one.dataset)}
+    measures = list(paper.MEASURES.get(one.dataset, {})) if theirs else []
+    prompts, others = behind(one)
+    cells = [cell for group in one.groups for cell in group.cells]
+    of_cell, every = {cell.name: _scores([cell]) for cell in cells}, _scores(cells)
+    judged = {name: f"score: {name}" for name in HEADLINES if name in every}
+
+    # what each row is known by, how it is called, its numbers, and whether its strength is recommended
+    unsteered = {"preferred": Number.of(_told(cells[0]).get("accuracy_at_0"))}
+    unsteered |= {called: _at(every[name], 0.0) for name, called in judged.items()}
+    lines = [(NO_STEERING, NO_STEERING[0], unsteered, True)]
+    lines += [((PROMPT, prompt.name), prompt.label, prompt.numbers(seed), True) for prompt in prompts]
+    for group in one.groups:
+        numbers = {name: group.number(read) for name, (_, read) in MAIN.items()}
+        for name, called in judged.items():
+            numbers[called] = group.number(lambda cell, name=name: _at(of_cell[cell.name].get(name, {}), cell.best["solved"]))  # type: ignore[misc]
+        lines.append(((group.method, group.variant), group.label, numbers, all(cell.best["multiplier"] for cell in group.cells)))
+
+    formats = {name: spec for name, (spec, _) in MAIN.items()} | dict.fromkeys(judged.values(), ".2f")
+    rows, values = [], []
+    for (method, form), called, found, recommended in lines:
+        row: dict[str, Any] = {"method": called}
+        for name, spec in formats.items():
+            row[name] = "–"
+            if name in found:
+                row[name] = found[name].text(spec) + ("" if recommended or name != "m" else " °")
+                numbers = found[name]._asdict()
+                values.append({"method": method, "intervention": form, "measure": name, **numbers, "recommended": recommended})
+        for name in measures:
+            value = theirs.get((method, form), {}).get(name)
+            row[f"paper: {name}"] = shown(value, ".4g")
+            values.append({"method": method, "intervention": form, "measure": f"paper: {name}", "value": value})
+        rows.append(row)
+
+    on = next((cell.best["reported_on"] or cell.best["chosen_on"] for cell in cells), "train")
+    note = (
+        f"m: of largest gain in preference within a utility drop of {cells[0].best['budget']:g} nat, chosen on training questions. "
+        f"Preferred: {ON[on]} questions whose matching answer has the smaller loss. Gain and drop: from m = 0, 95% bootstrap intervals "
+        "over questions; of several fits their range. °: not recommended (no gain, or random interventions reach it too)."
+    )
+    if judged:
+        note += " Score: of stored texts at that m, by spilt evaluate; – where they were not scored there."
+        note += " The paper's power scores are on another scale (0 to 4)." if "power" in judged and measures else ""
+    if others:
+        note += f" Not shown, since of other questions, settings or model: prompt {', '.join(others)}; --prompt_baseline measures it again."
+    return Table("main", f"{one.heading}: main results", note, pd.DataFrame(rows), one.named(pd.DataFrame(values, columns=VALUES)))
+
+
+def _difference(line: Mapping[str, Any], own: str, other: str) -> dict[str, str]:
+    """The last columns of a comparison. own, other: how the two are called."""
+    better = "–" if not line["p"] < 0.05 else own if line["difference"] > 0 else other
+    number = Number(line["difference"], line["low"], line["high"])
+    return {"nats": number.text(), "p": shown(line["p"], ".3f"), "better": better}
+
+
+def against_prompts(one: Set, seed: int) -> Table | None:
+    """Every cell at its strength of the main table against each prompt, paired over questions; None where there are no prompts."""
+    prompts, rows, values = behind(one)[0], list[dict[str, Any]](), list[dict[str, Any]]()
+    if not prompts:
+        return None
+    for prompt in prompts:
+        for group in one.groups:
+            strengths = [cell.best["solved"] for cell in group.cells]
+            if None in strengths:
+                continue
+            for of, words in KEPT.items():
+                fits = zip(group.cells, strengths, strict=True)
+                own: list[Any] = [(questions_of(cell), partial(equal.change, of, m)) for cell, m in fits]
+                if told := equal.compared(own, [(prompt.questions, partial(equal.change, of, 1.0))], seed):
+                    values.append({"method": group.method, "intervention": group.variant, "than": prompt.name, "of": of, **told})
+                    rows.append({"method": group.label, "against": prompt.label, "difference in": words})
+    table = pd.DataFrame(values, columns=["method", "intervention", "than", *equal.COLUMNS[equal.COLUMNS.index("of") :]])
+    for _, part in table.groupby("of"):
+        table.loc[part.index, "p"] = claims.holm(part["p"].to_numpy(float))
+    for row, line in zip(rows, table.to_dict("records"), strict=True):
+        row |= _difference(line, row["method"], row["against"])
+    note = (
+        f"On {ON[told_on(one)]} questions, paired, from the model without either; methods at m of the main table. "
+        "95% intervals, p by Holm over the comparisons of a kind."
+    )
+    frame = pd.DataFrame(rows, columns=["method", "against", "difference in", "nats", "p", "better"])
+    return Table("prompts", f"{one.heading}: steering against prompts", note, frame, one.named(table))
+
+
+def fits(one: Set) -> Table:
+    """Paper table 2: R^2 of both curves of every cell, the paper's beside."""
+    every = tables.fits([cell for group in one.groups for cell in group.cells], one.model, one.dataset)
+    every = every[every["range"] == "trained"]
+    rows = []
+    for group in one.groups:
+        own = every[(every["method"] == group.method) & every["intervention"].isin([cell.place.intervention for cell in group.cells])]
+        row = {"method": group.label}
+        for curve, part in own.groupby("curve", sort=False):
+            for name, words in {"r2": "R²", "r2_held_out": "held out", "r2_test": "on test", "r2_paper": "paper"}.items():
+                row[f"{curve} {words}"] = shown(part[name].astype(float).mean(), ".3f" if name != "r2_paper" else ".2f")
+        rows.append(row)
+    note = (
+        "Over the trained range, as in the paper. Held out: fitted on every second multiplier, scored on the others. "
+        "On test: the fit of the training questions, scored on the held-out ones."
+    )
+    return Table("fits", f"{one.heading}: fits of the curves", note, pd.DataFrame(rows), one.named(every))
+
+
+def averages(sets: Sequence[Set]) -> list[Table]:
+    """Paper tables 6 and 7: R^2 averaged over data sets and methods, by form; how many reach 0.95; on the test questions."""
+    out = []
+    for model in dict.fromkeys(one.model for one in sets):
+        every = pd.concat([fits(one).values for one in sets if one.model == model], ignore_index=True)
+        every["form"] = [label("", name.partition("@")[0]) for name in every["intervention"]]
+        parts = [*every.groupby("form", sort=False), ("all", every)]
+        means = [tables.fit_averages(part).assign(form=form) for form, part in parts]
+        table = pd.concat(means, ignore_index=True)
+        rows = []
+        for form, part in table.groupby("form", sort=False):
+            row = {"form": str(form)}
+            for line in part.to_dict("records"):
+                curve = line["curve"]
+                row |= {f"{curve} R²": shown(line["r2"], ".3f"), f"{curve} on test": shown(line["r2_test"], ".3f")}
+                row |= {f"{curve} paper": shown(line["r2_paper"], ".3f"), f"{curve} R² from 0.95": f"{line['good']} of {line['fitted']}"}
+            rows.append(row)
+        names = ", ".join(one.dataset for one in sets if one.model == model)
+        out.append(
+            Table(
+                "averages",
+                f"{model}: averages of the fits",
+                f"Over methods and data sets: {names}.",
+                pd.DataFrame(rows),
+                table.assign(model=model),
+            )
+        )
+    return out
+
+
+def train_test(one: Set) -> Table:
+    """What was chosen on the training questions, there and on the held-out ones."""
+    rows, values = [], []
+    for group in one.groups:
+        row: dict[str, Any] = {"method": group.label}
+        for part, on in (("chosen", "train"), ("reported", "test")):
+            for name, low, high in (("preference_gain", "gain_low", "gain_high"), ("utility_drop", "drop_low", "drop_high")):
+
+                def read(cell: Measured, part: str = part, names: tuple[str, str, str] = (name, low, high)) -> Number:
+                    return Number.of(*((cell.best[part] or {}).get(key) for key in names))
+
+                found = group.number(read)
+                row[f"{name.replace('_', ' ')}, {on}"] = found.text()
+                values.append({"method": group.method, "intervention": group.variant, "measure": name, "on": on, **found._asdict()})
+        rows.append(row)
+    note = "At the multiplier chosen on the training questions; nats, from m = 0, 95% intervals."
+    return Table("train_test", f"{one.heading}: training to held-out questions", note, pd.DataFrame(rows), one.named(pd.DataFrame(values)))
+
+
+def strengths(one: Set) -> Table | None:
+    """Every cell's multipliers of equal KL, both signs, with what was reached; None where none are stored."""
+    every = [(group, cell, table) for group in one.groups for cell in group.cells if (table := kl_of(cell)) is not None]
+    if not every:
+        return None
+    rows, values = [], []
+    for _, cell, table in every:
+        row = {"method": cell.label}
+        for line in table.to_dict("records"):
+            row |= {f"m, {line['side']}": shown(line["multiplier"], ".3g"), f"KL p95, {line['side']}": shown(line["kl_p95"], ".3f")}
+            row |= {f"status, {line['side']}": str(line["status"])}
+        rows.append(row)
+        values.append(table.assign(**cell.names))
+    budget = every[0][2]["budget"].iloc[0]
+    note = f"KL(steered || unsteered) along the steered model's own greedy answers, 95th percentile over tokens; budget {budget:g} nat."
+    return Table("strengths", f"{one.heading}: strengths of equal KL", note, pd.DataFrame(rows), one.named(pd.concat(values)))
+
+
+def at_equal(one: Set, budget: float, seed: int) -> Table:
+    """spilt against each other method of its form at equal KL, equal preference, equal utility, whatever comes out."""
+    compared = {}
+    for group in one.groups:
+        case = Case(group.method, group.variant, tuple(map(questions_of, group.cells)))
+        compared[group.name] = equal.Cell(case, tuple(map(at_kl, group.cells)))
+    table = equal.pairs(compared, budget, seed=seed)
+    labels = {group.name: group.label for group in one.groups}
+    rows = []
+    for line in table.to_dict("records"):
+        own, other = labels[line["cell"]], labels[line["than"]]
+        row = {"at equal": line["at equal"], "method": own, "against": other, "difference in": KEPT[line["of"]]}
+        rows.append(row | _difference(line, own, other))
+    words = ["at equal", "method", "against", "difference in", "nats", "p", "better"]
+    note = (
+        f"On {ON[told_on(one)]} questions, paired; 95% intervals, p by Holm over the comparisons of a kind. At equal utility: within a "
+        f"drop of {budget:g} nat. At equal preference: mean over the gains that both reach. At equal KL: both where the KL budget is met."
+    )
+    frame = pd.DataFrame(rows, columns=words)
+    return Table("equal", f"{one.heading}: SPLIT at equal KL, preference and utility", note, frame, one.named(table))
+
+
+def make(sets: Sequence[Set], names: Sequence[str], budget: float, seed: int) -> list[Table]:
+    """The tables that are asked for, by model and data set; averages over data sets last."""
+    of_set: dict[str, Callable[[Set], Table | None]] = {
+        "main": partial(main, seed=seed),
+        "equal": partial(at_equal, budget=budget, seed=seed),
+        "prompts": partial(against_prompts, seed=seed),
+        "strengths": strengths,
+        "train_test": train_test,
+        "fits": fits,
+    }
+    made = [table for one in sets for name in paper.TABLES if name in names and name in of_set and (table := of_set[name](one)) is not None]
+    return [*made, *(averages(sets) if "averages" in names else [])]
