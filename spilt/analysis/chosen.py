@@ -59,70 +59,80 @@ class Chosen(NamedTuple):
         return next(point for point in self.points if point.multiplier == self.multiplier)
 
 
-def choose(measure: Callable[[float], Point], unit: float, limits: Limits = LIMITS, doses: Sequence[float] = DOSES) -> Chosen:
-    """unit: the dose of multiplier 1. Of equal ones the weakest is chosen."""
-    points: dict[float, Point] = {}
+class _Tried:
+    """What was measured so far, and what it says within the limits."""
 
-    def at(m: float) -> Point:
-        if m not in points:
-            points[m] = measure(m)
-        return points[m]
+    def __init__(self, measure: Callable[[float], Point], limits: Limits) -> None:
+        self.measure, self.limits, self.points = measure, limits, dict[float, Point]()
+        self.base = self.at(0.0)
 
-    base = at(0.0)
+    def at(self, m: float) -> Point:
+        if m not in self.points:
+            self.points[m] = self.measure(m)
+        return self.points[m]
 
-    def crossed(point: Point) -> str:
+    def crossed(self, point: Point) -> str:
         """Which limit; '' where it keeps both."""
-        if not point.incoherent - base.incoherent <= limits.incoherent:
+        if not point.incoherent - self.base.incoherent <= self.limits.incoherent:
             return "incoherent"
-        return "" if point.damage <= limits.damage else "damage"  # nan is not
+        return "" if point.damage <= self.limits.damage else "damage"  # nan is not
 
-    def best() -> Point:
-        allowed = [point for point in points.values() if not crossed(point)]
+    def best(self) -> Point:
+        """Of equal ones the weakest."""
+        allowed = [point for point in self.points.values() if not self.crossed(point)]
         return max(allowed, key=lambda point: (point.success, -abs(point.multiplier)))
 
-    kept = list[float]()
+    def side(self, m: float) -> list[float]:
+        """The multipliers of this sign, weakest first."""
+        return sorted((other for other in self.points if other * m > 0), key=abs)
+
+    def fails(self, m: float, half: float) -> str:
+        """Why a strength does not work; '' where it does: within the limits, and so large a share at least."""
+        return self.crossed(self.at(m)) or ("" if self.at(m).success >= half else "shows it less")
+
+    def edge(self, top: float, half: float, outwards: bool) -> Edge:
+        """From `top` on: between the last strength that works and the first that does not, halved in log m until it is known."""
+        side = self.side(top)[:: 1 if outwards else -1]
+        works, beyond = top, None
+        for m in side[side.index(top) + 1 :]:
+            if self.fails(m, half):
+                beyond = m
+                break
+            works = m
+        while beyond is not None and max(works / beyond, beyond / works) > CLOSED:
+            middle = _middle(works, beyond)
+            works, beyond = (works, middle) if self.fails(middle, half) else (middle, beyond)
+        return Edge(works, beyond, "" if beyond is None else self.fails(beyond, half))
+
+    def ended(self, status: str, m: float = 0.0, edges: tuple[Edge, ...] = ()) -> Chosen:
+        return Chosen(m, status, edges, tuple(self.points[m] for m in sorted(self.points)))
+
+
+def choose(measure: Callable[[float], Point], unit: float, limits: Limits = LIMITS, doses: Sequence[float] = DOSES) -> Chosen:
+    """unit: the dose of multiplier 1. Of equal ones the weakest is chosen."""
+    tried = _Tried(measure, limits)
+    base, kept = tried.base.success, False
     for sign in (1.0, -1.0):
-        if kept and best().success >= (1 + base.success) / 2:
+        if kept and tried.best().success >= (1 + base) / 2:
             break
         for dose in doses:
-            if crossed(at(sign * dose / unit)):
+            if tried.crossed(tried.at(sign * dose / unit)):
                 break
-            kept.append(sign * dose / unit)
-
-    def ended(status: str, m: float = 0.0, edges: tuple[Edge, ...] = ()) -> Chosen:
-        return Chosen(m, status, edges, tuple(points[m] for m in sorted(points)))
-
+            kept = True
     if not kept:
-        return ended(TOO_MUCH)
-    if best().success > base.success:
-        here = best().multiplier
-        side = sorted((m for m in points if m * here > 0), key=abs)
+        return tried.ended(TOO_MUCH)
+    if tried.best().success > base:  # between the best one and its neighbours
+        here = tried.best().multiplier
+        side = tried.side(here)
         for neighbour in side[max(0, side.index(here) - 1) : side.index(here) + 2]:
             if neighbour != here:
-                at(_middle(here, neighbour))
-    while (top := best()).success > base.success:
-        half = base.success + (top.success - base.success) / 2
-
-        def fails(m: float, half: float = half) -> str:
-            """Why a strength does not work; '' where it does: within the limits, and at least half of the largest gain."""
-            return crossed(at(m)) or ("" if at(m).success >= half else "shows it less")
-
-        edges = []
-        for outwards in (False, True):
-            side = sorted((m for m in points if m * top.multiplier > 0), key=abs, reverse=not outwards)
-            works, beyond = top.multiplier, None
-            for m in side[side.index(top.multiplier) + 1 :]:
-                if fails(m):
-                    beyond = m
-                    break
-                works = m
-            while beyond is not None and max(works / beyond, beyond / works) > CLOSED:
-                middle = _middle(works, beyond)
-                works, beyond = (works, middle) if fails(middle) else (middle, beyond)
-            edges.append(Edge(works, beyond, "" if beyond is None else fails(beyond)))
-        if best() == top:  # the edges have shown no better one
-            return ended(CHOSEN, top.multiplier, tuple(edges))
-    return ended(NO_EFFECT)
+                tried.at(_middle(here, neighbour))
+    while (top := tried.best()).success > base:
+        half = base + (top.success - base) / 2  # at least half of the largest gain
+        edges = tuple(tried.edge(top.multiplier, half, outwards) for outwards in (False, True))
+        if tried.best() == top:  # the edges have shown no better one
+            return tried.ended(CHOSEN, top.multiplier, edges)
+    return tried.ended(NO_EFFECT)
 
 
 def _middle(a: float, b: float) -> float:
