@@ -27,7 +27,6 @@ from spilt.report import comparison
 from spilt.report.comparison import Table
 from spilt.terminal import complain
 
-
 ASKED = ("reading", "max_new_tokens", "extract", "multiplier", "dtype")  # how a run was asked, and its answers were read
 
 
