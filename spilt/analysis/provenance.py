@@ -124,6 +124,17 @@ def stored_texts(where: store.Store, cell: Cell) -> tuple[list[tuple[float, list
     return found, [multiplier for multiplier, path in there if path not in kept], broken
 
 
+def made_otherwise(where: store.Store, cell: Cell) -> list[str]:
+    """Sentences on the texts that were not made as those made last (how long, how drawn, of how many prompts): they are not comparable."""
+    kept, _ = of_one_vector(where.base_dir, [path for _, path in where.generated(cell)])
+    known = [path for path in kept if Artifact(where.base_dir, path).parts]
+    at = {path: f"{m:g}" for m, path in where.generated(cell)}
+    return [
+        f"texts at m = {', '.join(at[path] for path in paths)} were made otherwise than the last: {why}; --mode apply makes them alike"
+        for why, paths in of_one_request(where.base_dir, known)[1].items()
+    ]
+
+
 OF_A_FILE = ("multiplier", "preference_type")  # what the loss tables of one request differ in
 
 

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from spilt.analysis import claims, equal, odds, paper
+from spilt.analysis import claims, equal, odds, paper, scores
 from spilt.analysis.claims import Case
 from spilt.analysis.provenance import Artifact, of_one_vector
 from spilt.analysis.questions import Questions
 from spilt.artifacts.losses import TABLES
 from spilt.artifacts.scores import HEADLINES
 from spilt.artifacts.store import Store
+from spilt.cell import Cell
 from spilt.errors import UserError, unknown
 from spilt.report import cells as stored
 from spilt.report import tables
@@ -255,6 +256,10 @@ def main(one: Set, seed: int) -> Table:
     )
     if judged:
         note += " Score: of stored texts at that m, by spilt evaluate; – where they were not scored there."
+        cells = [cell.place for group in one.groups for cell in group.cells]
+        note += scores.several_judges(
+            Store(one.base), [Cell(one.model, one.dataset, place.method, place.intervention, ()) for place in cells], judged
+        )
         note += " The paper's power scores are on another scale (0 to 4)." if "power" in judged and measures else ""
     if others:
         note += f" Not shown, since of other questions, settings or model: prompt {', '.join(others)}; --prompt_baseline measures it again."
