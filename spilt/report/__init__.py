@@ -55,8 +55,9 @@ def update(
     settings = {"norm": norm, "budget": budget, "split": split, "seed": seed}
     own = {name: value for name, value in settings.items() if value != (update.__kwdefaults__ or {})[name]}
     parts = freshness.made_from(Path(base_dir), model, dataset, own)  # before it is read: what changes meanwhile is drawn next time
-    measured, problems = [], []
-    for place in stored.find(base_dir, model, dataset):
+    places, problems = stored.comparable(stored.find(base_dir, model, dataset))
+    measured = []
+    for place in places:
         try:
             for concept, folder in place.concepts.items():
                 progress(f"{place.name} concept {concept}")
@@ -90,12 +91,13 @@ def recommend(
     `attrs["notes"]`: sentences on what could not be used, and on cells that could not be read.
     """
     measured, said = [], []
-    for place in stored.find(base_dir, model, dataset):
+    for place in (places := stored.find(base_dir, model, dataset)):
         try:
             measured.append(stored.judged(place, norm, budget, seed))
         except (UserError, OSError) as error:
             said.append(f"{place.name}: {error}")
     said += [f"{cell.name}: {note}" for cell in measured for note in cell.fit["notes"]]
+    said += [sentence.replace("left out", "not comparable") for sentence in stored.comparable(places)[1]]
     if not measured:
         raise UserError("; ".join(said))
     table = tables.recommendations(measured, seed)

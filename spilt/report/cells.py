@@ -20,7 +20,7 @@ from spilt.analysis.chance import Curves, beyond_chance
 from spilt.analysis.chance import curves as random_curves
 from spilt.analysis.curves import CurveFit, checked, fit_curve, r_squared, regions, utility_drops, utility_peak
 from spilt.analysis.curves.fitting import Kind
-from spilt.analysis.provenance import Artifact, made_otherwise, of_one_vector, stored_texts
+from spilt.analysis.provenance import Artifact, made_otherwise, of_one_vector, of_other_inputs, stored_texts
 from spilt.analysis.recommend import BUDGET, recommendation, split_of
 from spilt.artifacts import losses
 from spilt.artifacts.atomic import atomic_write
@@ -205,6 +205,30 @@ def find(base_dir: str | Path, model: str, dataset: str) -> list[Place]:
         for (method, form), concepts in found.items()
     ]
     return sorted(places, key=lambda p: (_rank(p.form, list(FORMS)), _rank(p.method, list(METHODS)), p.layers, p.intervention))
+
+
+def comparable(places: Sequence[Place]) -> tuple[list[Place], list[str]]:
+    """Those measured with the model and on the rows of what was measured last, and a sentence for each of the others.
+
+    Curves, claims and differences are paired over questions by their numbers: an older cell beside newer ones would be compared on rows
+    that it never saw.
+    """
+    tables = {
+        (number, folder): {
+            split: [path for path in (folder / losses.TABLES[split], *folder.glob(f"*/{name}")) if path.is_file()]
+            for split, name in losses.SPLITS.items()
+        }
+        for number, place in enumerate(places)
+        for folder in place.folders
+    }
+    others: dict[int, str] = {}
+    for (number, _), why in of_other_inputs(places[0].base, tables).items() if places else ():
+        others.setdefault(number, why)
+    said = [
+        f"{places[number].name} left out: {why} than the cells measured last; --mode loss measures it again"
+        for number, why in sorted(others.items())
+    ]
+    return [place for number, place in enumerate(places) if number not in others], said
 
 
 def _rank(name: str, order: Sequence[str]) -> tuple[int, str]:
