@@ -243,9 +243,9 @@ def test_strengths_of_equal_kl_are_found_once(tmp_path: Path, capsys: pytest.Cap
     newest = manifest.manifest_path(path)
     newest.write_text(json.dumps(json.loads(newest.read_text()) | {"created": "2999-01-01T00:00:00+00:00"}))
     assert cli.main([*how[:3], "--tables", "strengths", "equal"]) == 0
-    said_now = capsys.readouterr().out
-    assert "Not found alike, and left out: sft vector (budget 0.3 (now 0.2)); --kl finds them again." in said_now
-    assert "| sft vector |" not in said_now.split("equal KL, pref")[0] and "| KL |" not in said_now
+    told_now = capsys.readouterr()
+    assert "sft vector: strengths of equal KL left out: found with budget 0.3 (now 0.2); --kl finds them again" in told_now.err
+    assert "| sft vector |" not in told_now.out.split("equal KL, pref")[0] and "| KL |" not in told_now.out
     assert cli.main([*words, "--mode", "generate", "--set", "lr=0.02"]) == 0
     assert cli.main(["table", "--base_dir", str(base.path), "--tables", "strengths"]) == 1
     assert set(TABLES) >= {"strengths"}

@@ -98,6 +98,30 @@ def test_a_judge_keeps_the_pairs_that_show_their_persona(answered: families.Base
     assert notes["unrated"] == 1 and notes["off_behaviour"] == len(rows) - 1 - len(wanted) and notes["judge"] == "stand-in"
 
 
+def test_ratings_that_could_not_be_had_are_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A judge that is away for a moment: nothing is stored of fewer pairs; the same command asks for what is missing alone."""
+    base, asked, away = small.make(tmp_path / "base"), list[int](), [True]
+
+    class Away(judges.Judge):
+        def _ask(self, prompts: Mapping[str, Any], parameters: Mapping[str, Any]) -> Any:
+            asked.append(len(prompts))
+            for number, key in enumerate(prompts):
+                lost = away[0] and number % 4 == 0
+                yield key, judges.Reply(None, "timed out", again=True) if lost else json.dumps(
+                    {"choices": [{"message": {"content": f"Rating: {1 + (number > 1)}"}, "finish_reason": "stop"}]}
+                )
+
+    monkeypatch.setattr(judges, "name_of", lambda *_: "stand-in")
+    monkeypatch.setattr(judges, "judge_of", lambda word, base_dir, kept, *_: Away("stand-in", kept))
+    assert small.run(base, "data", "--judge", "stand-in") == 2
+    said = capsys.readouterr().err
+    assert "ratings could not be had; the same command asks for these again" in said and "timed out" in said
+    assert not (small.folder(base) / "answers.jsonl").exists()
+    away[0] = False
+    assert small.run(base, "data", "--judge", "stand-in") == 0
+    assert asked[1] == -(-asked[0] // 4) and (small.folder(base) / "answers.jsonl").is_file()
+
+
 @pytest.mark.parametrize("kind", ["ia3", "pissa", "dora"])
 @pytest.mark.few(1)
 def test_other_adapters_are_dense(answered: families.Base, kind: str, tmp_path: Path) -> None:

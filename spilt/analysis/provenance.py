@@ -179,5 +179,18 @@ def of_other_inputs(base_dir: Path, tables: Mapping[K, Mapping[str, Sequence[Pat
     return out
 
 
+def found_unlike(base_dir: Path, path: Path) -> str:
+    """How a cell's strengths of equal KL were found otherwise than those found last of its model and data set: another budget (a search of
+    all that was killed on its way), other prompts; '' where alike."""
+    beside = [other for other in path.parents[3].glob(f"*/*/*/{path.name}") if other.parts[-3] == path.parts[-3]]
+    known = [artifact for other in of_one_vector(base_dir, beside)[0] if (artifact := Artifact(base_dir, other)).parts.get("kl")]
+    own = next((artifact for artifact in known if artifact.path == path), None)
+    if own is None:
+        return ""
+    last = max(known, key=lambda artifact: artifact.created)
+    then, now = ({name: made.parts.get(name) for name in ("kl", "model", "data")} for made in (own, last))
+    return manifest.differences(then, now)
+
+
 def _request(artifact: Artifact) -> dict[str, Any]:
     return {name: value for name, value in artifact.parts.items() if name not in OF_A_FILE}

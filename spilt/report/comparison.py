@@ -16,7 +16,7 @@ import pandas as pd
 
 from spilt.analysis import claims, equal, odds, paper, scores
 from spilt.analysis.claims import Case
-from spilt.analysis.provenance import Artifact
+from spilt.analysis.provenance import Artifact, found_unlike, of_one_vector
 from spilt.analysis.questions import Questions
 from spilt.artifacts.losses import TABLES
 from spilt.artifacts.scores import HEADLINES
@@ -24,9 +24,10 @@ from spilt.artifacts.store import Store
 from spilt.cell import Cell
 from spilt.errors import UserError, unknown
 from spilt.report import cells as stored
-from spilt.report import equal_kl, tables
+from spilt.report import tables
 from spilt.report.cells import Measured, label, shown
 
+KL_COLUMNS = ("side", "multiplier", "status", "tokens", "kl_mean", "kl_p95", "kl_max", "budget")
 NO_STEERING = ("no steering", "")
 PROMPT = "prompt"
 ON = {"train": "training", "test": "held-out"}
@@ -120,6 +121,8 @@ def _set(base: Path, model: str, dataset: str, read: Callable[[stored.Place], Me
     places, others = stored.comparable(stored.find(base, model, dataset))
     problems = [f"{model} {dataset} {other}" for other in others]
     for place in places:
+        if why := found_unlike(base, place.folder / Store.KL):
+            problems.append(f"{model} {dataset} {place.name}: strengths of equal KL left out: found with {why}; --kl finds them again")
         try:
             groups.setdefault((place.method, place.fitted_as), []).append(read(place))
         except (UserError, OSError) as error:
@@ -371,23 +374,47 @@ def train_test(one: Set) -> Table:
     return Table("train_test", f"{one.heading}: training to held-out questions", note, pd.DataFrame(rows), one.named(pd.DataFrame(values)))
 
 
+def kl_of(cell: Measured) -> pd.DataFrame | None:
+    """The stored multipliers of equal KL, of the vector that lies there now, and found as those of the other cells were."""
+    path = cell.place.folder / Store.KL
+    if not path.is_file() or path not in of_one_vector(cell.place.base, [path])[0] or found_unlike(cell.place.base, path):
+        return None
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a table ({error}); spilt table --kl makes it again") from None
+    if tuple(table.columns) != KL_COLUMNS:
+        raise UserError(f"{path}: has columns {', '.join(table.columns)}; spilt table --kl makes it again")
+    return table
+
+
+def _at_kl(cell: Measured) -> float | None:
+    """The multiplier on the side of the recommended one, where the budget was met within what was measured."""
+    table = kl_of(cell)
+    side = "negative" if (cell.best["solved"] or 0) < 0 else "positive"
+    for row in () if table is None else table[table["side"] == side].to_dict("records"):
+        m = np.sort(cell.frame["multiplier"].unique())
+        if row["status"] == "converged" and m[0] <= row["multiplier"] <= m[-1]:
+            return float(row["multiplier"])
+    return None
+
+
 def strengths(one: Set) -> Table | None:
     """Every cell's multipliers of equal KL, both signs, with what was reached; None where none are stored."""
-    found, others = equal_kl.read(cell for group in one.groups for cell in group.cells)
-    if not found:
+    every = [(group, cell, table) for group in one.groups for cell in group.cells if (table := kl_of(cell)) is not None]
+    if not every:
         return None
     rows, values = [], []
-    for cell in (cell for group in one.groups for cell in group.cells if cell.name in found):
-        table = found[cell.name]
+    for _, cell, table in every:
         row = {"method": cell.label}
         for line in table.to_dict("records"):
             row |= {f"m, {line['side']}": shown(line["multiplier"], ".3g"), f"KL p95, {line['side']}": shown(line["kl_p95"], ".3f")}
             row |= {f"status, {line['side']}": str(line["status"])}
         rows.append(row)
         values.append(table.assign(**cell.names))
-    budget = next(iter(found.values()))["budget"].iloc[0]
+    budget = every[0][2]["budget"].iloc[0]
     note = f"KL(steered || unsteered) along the steered model's own greedy answers, 95th percentile over tokens; budget {budget:g} nat."
-    return Table("strengths", f"{one.heading}: strengths of equal KL", note + others, pd.DataFrame(rows), one.named(pd.concat(values)))
+    return Table("strengths", f"{one.heading}: strengths of equal KL", note, pd.DataFrame(rows), one.named(pd.concat(values)))
 
 
 def _told_on(cell: Measured) -> str:
@@ -398,12 +425,10 @@ def _told_on(cell: Measured) -> str:
 def at_equal(one: Set, budget: float, seed: int) -> Table:
     """spilt against each other method of its form at equal KL, equal preference, equal utility, whatever comes out."""
     compared = {}
-    known, others = equal_kl.read(cell for group in one.groups for cell in group.cells)
     for group in one.groups:
         split = _told_on(group.cells[0])
         questions = tuple(Questions.of(cell.frame[cell.frame["split"] == _told_on(cell)]) for cell in group.cells)
-        met = tuple(equal_kl.at(cell, known.get(cell.name)) for cell in group.cells)
-        compared[group.name] = equal.Cell(Case(group.method, group.variant, questions), met)
+        compared[group.name] = equal.Cell(Case(group.method, group.variant, questions), tuple(_at_kl(cell) for cell in group.cells))
     table = equal.pairs(compared, budget, seed=seed)
     labels = {group.name: group.label for group in one.groups}
     rows = []
@@ -417,7 +442,6 @@ def at_equal(one: Set, budget: float, seed: int) -> Table:
     note = (
         f"On {ON[split]} questions, paired; 95% intervals, p by Holm over the comparisons of a kind. At equal utility: within a "
         f"drop of {budget:g} nat. At equal preference: mean over the gains that both reach. At equal KL: both where the KL budget is met."
-        f"{others}"
     )
     frame = pd.DataFrame(rows, columns=words)
     return Table("equal", f"{one.heading}: SPLIT at equal KL, preference and utility", note, frame, one.named(table))
