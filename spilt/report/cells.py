@@ -222,7 +222,8 @@ def comparable(places: Sequence[Place]) -> tuple[list[Place], list[str]]:
         for folder in place.folders
     }
     others: dict[int, str] = {}
-    for (number, _), why in of_other_inputs(places[0].base, tables).items() if places else ():
+    found = of_other_inputs(places[0].base, tables) if places else {}
+    for (number, _), why in found.items():
         others.setdefault(number, why)
     said = [
         f"{places[number].name} left out: {why} than the cells measured last; --mode loss measures it again"
