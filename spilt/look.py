@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spilt.analysis.behaviour import share
-from spilt.analysis.provenance import stored_texts
+from spilt.analysis.provenance import made_otherwise, stored_texts
 from spilt.artifacts import texts
 from spilt.artifacts.store import Store
 from spilt.cell import FORMS, Cell, variant_of
@@ -32,6 +32,8 @@ def results(store: Store, cell: Cell) -> dict[float, list[texts.Row]]:
     if others:
         at = ", ".join(f"m={m:g}" for m in others)
         log.warning("%s: %s left out: of another vector than the one that lies there now; --mode apply makes them again", cell, at)
+    for said in made_otherwise(store, cell):
+        log.warning("%s: %s", cell, said)
     for error in broken:
         log.warning("%s: left out: %s", cell, error)
     return dict(found)

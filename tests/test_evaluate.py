@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ from command_line import REPO, vector_path
 from judge_server import KEY, Said, Server, answer_in, completion, serving
 
 import spilt
-from spilt import cli, verify
+from spilt import cli, look, verify
 from spilt.analysis import scores as analysis
+from spilt.analysis.provenance import made_otherwise
 from spilt.artifacts.scores import MEASURES
 from spilt.artifacts.store import Store
 from spilt.cell import Cell
@@ -328,6 +331,40 @@ def test_the_plan_says_what_it_reads_writes_and_costs(
     monkeypatch.delenv("SPILT_JUDGE_MODEL")
     run(base, *words, dataset=base.many, code=2)
     assert "SPILT_JUDGE_MODEL is not set" in capsys.readouterr().err
+
+
+def test_scores_of_other_texts_or_judges_stand_in_no_table(base: families.Base, judge: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """The page and the tables read what `collect` gives: of the texts that lie there now, and each rating by who rated last."""
+    store, cell = Store(base.path), Cell(base.model, base.one, "sft", "vector", ())
+    rubric = base.path / "mine.yaml"
+    rubric.write_text("name: power\nscale: [0, 2]\nprompt: 'Rate it. {{answer}}'\n")
+    words = ["--judge", "endpoint", "--rubric", str(rubric)]
+    evaluated(base, *words)
+    found, left = analysis.collect(store, cell)
+    assert set(found[found["measure"] == "power"]["multiplier"]) == {0.0, 4.0} and not left
+    one_by_one = dataclasses.replace(cell, intervention="lora")
+    assert analysis.several_judges(store, [cell, one_by_one], ["power"]) == ""
+    time.sleep(1.1)  # manifests tell seconds
+    rubric.write_text(rubric.read_text().replace("Rate it.", "How much power?"))
+    evaluated(base, *words, "--multipliers", "4")
+    found, left = analysis.collect(store, cell)
+    assert set(found[found["measure"] == "power"]["multiplier"]) == {4.0} and set(found["multiplier"]) == {0.0, 4.0}
+    assert left == {"(their ratings) by another judge or rubric than the last": [store.scores(cell, 0.0)]}
+    shutil.copytree(store.generation_folder(cell), store.generation_folder(one_by_one))
+    store.scores(one_by_one, 4.0).unlink()
+    said = analysis.several_judges(store, [cell, one_by_one], ["power"])
+    assert "sft vector by stand-in" in said and "sft lora by stand-in" in said and "not to be compared" in said
+    shutil.rmtree(store.generation_folder(one_by_one))
+    run(base, "--mode", "apply", "--multipliers", "4", "--set", "generation_params.max_new_tokens=3")
+    found, left = analysis.collect(store, cell)
+    assert set(found["multiplier"]) == {0.0} and left == {"of other texts than those that lie there now": [store.scores(cell, 4.0)]}
+    assert set(found[found["measure"] == "power"]["multiplier"]) == {0.0}
+    told = made_otherwise(store, cell)
+    assert len(told) == 1 and "texts at m = 0 were made otherwise than the last" in told[0]
+    assert "max_new_tokens 5 (now 3)" in told[0] and look.results(store, cell).keys() == {0.0, 4.0}
+    caplog.clear()
+    evaluated(base, "--multipliers", "0")
+    assert "texts at m = 0 were made otherwise" in caplog.text
 
 
 def test_verify_checks_its_files(base: families.Base) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import numpy as np
 import pytest
 import torch
 
@@ -60,6 +61,9 @@ def test_weights_are_as_hooks_and_are_given_back(family: str) -> None:
     with spilt.in_place(model, steering, M) as steered:
         found = logits(steered)
         assert not same(model, before)
+    for number in (np.float32(M), torch.tensor(M), np.array(M)):  # as tables and tensors give them
+        with spilt.in_place(model, steering, number) as steered:  # type: ignore[arg-type]
+            assert torch.equal(logits(steered), found)
     assert (wanted - plain).abs().max() > 0.1  # it does something
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     assert same(model, before) and torch.equal(logits(model), plain)

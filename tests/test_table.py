@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from spilt import cli, verify
+from spilt import cli, report, verify
 from spilt.analysis import equal
 from spilt.analysis.claims import Case
 from spilt.analysis.paper import MAIN, TABLES
 from spilt.analysis.questions import Questions
+from spilt.artifacts import manifest
 from spilt.artifacts.scores import TABLE
 from spilt.artifacts.store import Store
 from spilt.cell import Cell
@@ -133,6 +135,42 @@ def test_the_main_table_has_every_cell_and_the_papers_numbers(base: families.Bas
     assert found.loc[("spilt", "vector", "utility drop, nats"), "value"] == pytest.approx(0.5, abs=0.1)
 
 
+def test_cells_of_other_rows_or_another_model_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A data file that was edited, or a model exchanged under its name, and one cell measured again: questions are paired by number."""
+    base = families.Base(tmp_path, model="gemma-2-9b-it", one="psychopathy")
+    for method, slope in (("spilt", 3.0), ("sft", 2.0), ("pca", 1.0)):
+        write_losses(base, method, "vector", slope)
+    root = base.path / "vectors" / base.model / "get_sft_loss"
+
+    def measured(method: str, created: int, **parts: str) -> None:
+        for split in ("train", "test"):
+            path = root / method / base.one / f"{method}_vector" / f"losses_{split}.csv"
+            known = {"verb": "measure", "model": "m", "data": f"{split} rows", "columns": {}, "settings": {}, "split": split}
+            manifest.write(path, path.read_bytes(), known | (parts if split == "test" or "model" in parts else {}))
+            about = manifest.manifest_path(path)
+            record = json.loads(about.read_text())
+            about.write_text(json.dumps(record | {"created": f"2026-01-0{created}T00:00:00+00:00"}))
+
+    def cells() -> set[str]:
+        (one,) = comparison.collect(base.path, [], [], ["main"], 0.5, 0)
+        return {cell.name for group in one.groups for cell in group.cells}
+
+    measured("spilt", 3), measured("sft", 1)  # pca: nobody can say
+    assert cells() == {"spilt vector", "sft vector", "pca vector"}
+    measured("spilt", 4, data="other rows")
+    assert cells() == {"spilt vector", "pca vector"}
+    assert cli.main(["table", "--base_dir", str(base.path), "--tables", "main"]) == 0
+    said = capsys.readouterr()
+    assert "sft vector left out: test: another data than the cells measured last; --mode loss measures it again" in said.err
+    assert "sft vector" not in said.out
+    table = report.recommend(base.path, base.model, base.one)
+    assert set(table["method"]) == {"spilt", "sft", "pca"} and any("sft vector not comparable" in note for note in table.attrs["notes"])
+    measured("sft", 5, model="exchanged")
+    assert cells() == {"sft vector", "pca vector"}
+    measured("spilt", 6, model="exchanged")
+    assert cells() == {"spilt vector", "sft vector", "pca vector"}
+
+
 def test_all_tables_in_all_formats(base: families.Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is not there is said; nothing of a folder's name is markup."""
     write_losses(base, "a|<b>_&", "vector", 1.5)
@@ -200,6 +238,14 @@ def test_strengths_of_equal_kl_are_found_once(tmp_path: Path, capsys: pytest.Cap
     assert all(abs(row.kl_p95 / 0.3 - 1) <= 0.05 or row.status != "converged" for row in table.itertuples())
     assert cli.main([*how, "--tables", "strengths"]) == 0 and "[" not in capsys.readouterr().err
     assert {found.state for found in verify.check(base.path)} == {verify.OK}
+    about = json.loads(manifest.manifest_path(path).read_text())  # as a kill of --kl 0.2 leaves them: one of two
+    manifest.write(path, path.read_bytes(), about["parts"] | {"kl": about["parts"]["kl"] | {"budget": 0.2}})
+    newest = manifest.manifest_path(path)
+    newest.write_text(json.dumps(json.loads(newest.read_text()) | {"created": "2999-01-01T00:00:00+00:00"}))
+    assert cli.main([*how[:3], "--tables", "strengths", "equal"]) == 0
+    told_now = capsys.readouterr()
+    assert "sft vector: strengths of equal KL left out: found with budget 0.3 (now 0.2); --kl finds them again" in told_now.err
+    assert "| sft vector |" not in told_now.out.split("equal KL, pref")[0] and "| KL |" not in told_now.out
     assert cli.main([*words, "--mode", "generate", "--set", "lr=0.02"]) == 0
     assert cli.main(["table", "--base_dir", str(base.path), "--tables", "strengths"]) == 1
     assert set(TABLES) >= {"strengths"}

@@ -211,6 +211,20 @@ def test_own_rows_and_an_extractor_by_name(tmp_path: Path) -> None:
         load.source("GSM8K", extract="letter")
 
 
+@pytest.mark.parametrize("value", [None, [{"role": "user", "content": "2+1?"}], True], ids=str)
+@pytest.mark.parametrize("name", ["prompt", "completion"])
+def test_own_rows_are_texts(name: str, value: Any, tmp_path: Path) -> None:
+    """A null is not the word None, a list of turns no text; a row without a label is left out, and counted."""
+    good = {"prompt": "1+1?", "completion": "Answer: 2", "label": "2"}
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ({**good, "prompt": 7}, {**good, "label": None}, {**good, "label": " "})))
+    found = load.source("mine", str(tmp_path)).split("train")
+    assert [example.prompt for example in found.examples] == ["7"] and found.without_answer == 2
+    path.write_text(json.dumps(good) + "\n" + json.dumps({**good, name: value}) + "\n")
+    with pytest.raises(UserError, match=f"line 2: is no row of mine: {name} is .*, and no text"):
+        load.source("mine", str(tmp_path)).split("train")
+
+
 def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the datasets library, in its process: name, configuration and split as the library wants them."""
     asked: list[tuple[str, bool]] = []

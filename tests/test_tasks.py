@@ -92,6 +92,43 @@ def test_a_mistake_is_one_message(small: Path, more: list[str], match: str, caps
     assert match in said and "Traceback" not in said and sorted(small.rglob("*")) == before
 
 
+def test_what_is_learned_anew_takes_no_result_of_before(tmp_path: Path, capsys: Said, caplog: pytest.LogCaptureFixture) -> None:
+    """The same folder, learned behind another prompt: neither the summary nor the table has the accuracy of what lay there before."""
+    base = world.write_untrained(tmp_path)
+    world.write_task(base / "new", 1, train=16, test=6)
+    quick = ["--variant", "vector", "--lr", "1e-2", "--bs", "4", "--quiet"]
+    assert cli.main(words(base, "train", *quick, "--do-eval", "--test-only")) == 0
+    (place,) = runs(base)
+    assert work.summaries(place).keys() == {"test"} and table.read(place, "test") is not None
+    earlier = place.summary.read_bytes()
+    other = [*quick, "--system-prompt", "Say less."]
+    assert cli.main(words(base, "train", *other)) == 0
+    assert work.summaries(place) == {} and "test left out: of what was learned before" in caplog.text
+    assert cli.main(["tasks", "table", "--base_dir", str(base)]) == 2
+    place.summary.write_bytes(earlier)  # as a kill between the two leaves it
+    capsys.readouterr()
+    assert cli.main(["tasks", "table", "--base_dir", str(base)]) == 2
+    assert "is of what was learned there before" in capsys.readouterr().err
+    assert cli.main(words(base, "evaluate", *other)) == 0 and "was learned with" not in caplog.text
+    (base / "new" / "train.jsonl").write_text("".join((base / "new" / "train.jsonl").read_text().splitlines(True)[4:]))
+    assert cli.main(words(base, "evaluate", *quick)) == 0  # other data, no system prompt: told
+    assert 'was learned with another data, system_prompt "Say less." (now "")' in caplog.text
+
+
+def test_runs_that_were_asked_otherwise_are_told(small: Path, capsys: Said) -> None:
+    """Paired with a base model that could say one token."""
+    quick = ["--variant", "vector", "--lr", "2e-2", "--bs", "4", "--quiet", "--do-eval", "--test-only"]
+    assert cli.main(words(small, "train", *quick)) == 0
+    assert cli.main(words(small, "evaluate", "--variant", "base", "--max-new-tokens", "1")) == 0
+    capsys.readouterr()
+    assert cli.main(["tasks", "table", "--base_dir", str(small)]) == 0
+    assert "Not asked alike: base with max_new_tokens 1 (vector_block" in capsys.readouterr().out
+    assert cli.main(words(small, "evaluate", "--variant", "base")) == 0
+    capsys.readouterr()
+    assert cli.main(["tasks", "table", "--base_dir", str(small)]) == 0
+    assert "Not asked alike" not in capsys.readouterr().out
+
+
 def test_nothing_evaluated_is_no_table(tmp_path: Path, capsys: Said) -> None:
     assert cli.main(["tasks", "table", "--base_dir", str(tmp_path)]) == 2
     assert "nothing was evaluated on test" in capsys.readouterr().err

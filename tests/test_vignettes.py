@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -208,6 +209,8 @@ def test_each_row_has_its_own_multiplier(engine: str) -> None:
             scene = next(s for s in SCENES if (s.id, s.condition) == (one["id"], one["condition"]))
             with whole.steer(net, value.to(net), float(m)):  # type: ignore[arg-type]
                 assert (one["p_true"], one["mass"]) == pytest.approx(by_hand(net, scene, one["frame"]), rel=1e-3)
+    alone = evaluate(net, tokenizer(), SCENES, value, np.float32(1.5), batch_size=5, engine=engine)  # type: ignore[arg-type]
+    pandas.testing.assert_frame_equal(alone, found[found["multiplier"] == 1.5].reset_index(drop=True), rtol=1e-3)
     base = evaluate(net, tokenizer(), SCENES)
     assert found[found["multiplier"] == 0]["p_true"].to_numpy() == pytest.approx(base["p_true"].to_numpy(), rel=1e-4)
 

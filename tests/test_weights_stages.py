@@ -21,7 +21,7 @@ from spilt.engine import whole
 from spilt.errors import UserError
 from spilt.settings import FitSettings
 from spilt.steering.steering import Steering
-from spilt.weight_steering import arms, data, flags, make_arms, personas, strengths, train
+from spilt.weight_steering import arms, data, flags, make_arms, measured, personas, strengths, train
 from spilt.weight_steering.stage import Context
 from spilt.weights import adapters, arithmetic
 from spilt.weights import training as weights
@@ -96,6 +96,33 @@ def test_a_judge_keeps_the_pairs_that_show_their_persona(answered: families.Base
     wanted = [i for i in range(len(rows)) if i and (2 * i) % 3 and (2 * i + 1) % 3]
     assert [rows.index(row) for row in kept] == wanted
     assert notes["unrated"] == 1 and notes["off_behaviour"] == len(rows) - 1 - len(wanted) and notes["judge"] == "stand-in"
+
+
+def test_ratings_that_could_not_be_had_are_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A judge that is away for a moment: nothing is stored of fewer pairs; the same command asks for what is missing alone."""
+    base, asked, away = small.make(tmp_path / "base"), list[int](), [True]
+
+    class Away(judges.Judge):
+        def _ask(self, prompts: Mapping[str, Any], parameters: Mapping[str, Any]) -> Any:
+            asked.append(len(prompts))
+            for number, key in enumerate(prompts):
+                lost = away[0] and number % 4 == 0
+                yield (
+                    key,
+                    judges.Reply(None, "timed out", again=True)
+                    if lost
+                    else json.dumps({"choices": [{"message": {"content": f"Rating: {1 + (number > 1)}"}, "finish_reason": "stop"}]}),
+                )
+
+    monkeypatch.setattr(judges, "name_of", lambda *_: "stand-in")
+    monkeypatch.setattr(judges, "judge_of", lambda word, base_dir, kept, *_: Away("stand-in", kept))
+    assert small.run(base, "data", "--judge", "stand-in") == 2
+    said = capsys.readouterr().err
+    assert "ratings could not be had; the same command asks for these again" in said and "timed out" in said
+    assert not (small.folder(base) / "answers.jsonl").exists()
+    away[0] = False
+    assert small.run(base, "data", "--judge", "stand-in") == 0
+    assert asked[1] == -(-asked[0] // 4) and (small.folder(base) / "answers.jsonl").is_file()
 
 
 @pytest.mark.parametrize("kind", ["ia3", "pissa", "dora"])
@@ -232,6 +259,72 @@ def test_questions_that_look_alike_to_the_model_are_one(answered: families.Base,
     assert run.questions("audit")[-1].text == "c?\u200b"
 
 
+def test_vignettes_are_those_that_were_asked_about(answered: families.Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a folder that was edited they are asked again; the stage table, which takes no --vignettes, has those of the evaluation."""
+    import shutil
+
+    from spilt.vignettes import files
+
+    base, own = copied(answered, tmp_path), tmp_path / "scenes"
+    shutil.copytree(files.SHIPPED, own)
+    asked: list[list[str]] = []
+
+    def told(run: Context, name: str, at: Sequence[float], scenes: Sequence[files.Vignette]) -> pd.DataFrame:
+        asked.append([one.text for one in scenes])
+        return pd.DataFrame({"id": [one.id for one in scenes], "multiplier": 0.0})
+
+    monkeypatch.setattr(measured, "_vignettes", told)
+    monkeypatch.setattr(strengths, "names_of", lambda run: [])  # unsteered alone
+    flags_of = ["--vignettes", str(own), "--limit", "3"]
+
+    def evaluate() -> Context:
+        run = context(base, "evaluate", *flags_of)
+        measured.make(run)
+        return run
+
+    first = evaluate()
+    evaluate()
+    assert len(asked) == 1 and len(asked[0]) == 6
+    table = context(base, "table")
+    assert measured.scenes(table) == files.read(own)[:6]
+    for file in own.glob("*.jsonl"):
+        file.write_text(file.read_text().replace("stray dog", "tin can").replace('"wrong": 4.', '"wrong": 1.'))
+    assert [one.text for one in measured.scenes(table)] == asked[0] != [one.text for one in files.read(own)[:6]]
+    path = first.folder.measured("unsteered", "vignettes")
+    measured._asked(context(base, "evaluate", *flags_of))
+    with pytest.raises(UserError, match="was made of another .*scenes.json"):  # killed between the two
+        table.use(path)
+    evaluate()
+    assert len(asked) == 2 and asked[1] == [one.text for one in files.read(own)[:6]]
+    assert measured.scenes(table) == files.read(own)[:6] and table.use(path) == path
+
+
+def test_arms_of_different_budgets_are_in_no_table(answered: families.Base, tmp_path: Path) -> None:
+    """Also not after a kill of calibrate --force: `equal KL` is of one budget."""
+    from spilt.weight_steering import tables
+
+    base = copied(answered, tmp_path)
+    for name, kl in (("caa", 0.3), ("pca", 0.1)):
+        run = context(base, "calibrate", "--target-kl", str(kl))
+        run.folder.arm(name).parent.mkdir(exist_ok=True)
+        run.store(run.folder.arm(name), b"an arm", run.parts("dw", [], {}), {"kind": "vector"})
+        _, parts = strengths._inputs(run, name)
+        run.store(run.folder.strengths(name), json.dumps({"target_p95": kl, "sides": []}), parts)
+    with pytest.raises(UserError, match=r"caa.json: was found with target_kl 0.3 \(pca: 0.1\), so they are not at equal KL"):
+        tables.make(context(base, "table"))
+    run = context(base, "calibrate", "--target-kl", "0.1")  # caa comes first; nothing of pca is touched either
+    before = small.contents(base)
+    with pytest.raises(UserError, match=r"caa.json: was made with target_kl 0.3 \(now 0.1\)"):
+        strengths.make(run)
+    with pytest.raises(UserError, match=r"pca.json: was made with target_kl 0.1 \(now 0.3\)"):
+        strengths.make(context(base, "calibrate", "--target-kl", "0.3"))
+    assert small.contents(base) == before
+    run.folder.strengths("caa").unlink()
+    with pytest.raises(UserError, match=r"pca.json: was made with target_kl 0.1 \(now 0.2\)"):  # not: after caa has got one of its own
+        strengths.make(context(base, "calibrate", "--target-kl", "0.2"))
+    assert not run.folder.strengths("caa").exists()
+
+
 @pytest.mark.long
 def test_vignettes_are_asked_of_every_arm(tmp_path: Path) -> None:
     """With a tokenizer that has true and false: each arm's rows are those of its own steering; tables of all; baselines of all kinds."""
@@ -248,6 +341,7 @@ def test_vignettes_are_asked_of_every_arm(tmp_path: Path) -> None:
     more = ["--vignettes", "own", "--limit", "3", "--max-steps", "2", "--methods", "caa", "directional_ablation", "sspace", "prompt"]
     assert small.run(base, "run", *more) == 0
     run, scenes = context(base, "run", *more), files.read()[:6]
+    assert measured.scenes(run) == scenes
     told = {name: strengths.found(run, name) for name in strengths.names_of(run)}
     assert set(told) == {"caa", "directional_ablation", "lora", "prompt", "sspace"}
     assert {side["status"] for side in told["directional_ablation"]["sides"]} == {"not the identity at 0"}

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from spilt import verbs
 from spilt.artifacts import manifest, store, texts
 from spilt.cell import FORMS, Cell, variant_of
 from spilt.data import entries, readers
 from spilt.errors import UserError
+
+K = TypeVar("K")
 
 
 class Artifact:
@@ -124,6 +126,17 @@ def stored_texts(where: store.Store, cell: Cell) -> tuple[list[tuple[float, list
     return found, [multiplier for multiplier, path in there if path not in kept], broken
 
 
+def made_otherwise(where: store.Store, cell: Cell) -> list[str]:
+    """Sentences on the texts that were not made as those made last (how long, how drawn, of how many prompts): they are not comparable."""
+    kept, _ = of_one_vector(where.base_dir, [path for _, path in where.generated(cell)])
+    known = [path for path in kept if Artifact(where.base_dir, path).parts]
+    at = {path: f"{m:g}" for m, path in where.generated(cell)}
+    return [
+        f"texts at m = {', '.join(at[path] for path in paths)} were made otherwise than the last: {why}; --mode apply makes them alike"
+        for why, paths in of_one_request(where.base_dir, known)[1].items()
+    ]
+
+
 OF_A_FILE = ("multiplier", "preference_type")  # what the loss tables of one request differ in
 
 
@@ -139,6 +152,44 @@ def of_one_request(base_dir: Path, paths: Sequence[Path]) -> tuple[list[Path], d
         why = manifest.differences(_request(group[0]), _request(groups[-1][0]))
         out.setdefault(why, []).extend(artifact.path for artifact in group)
     return [artifact.path for artifact in groups[-1]] if groups else [], out
+
+
+SAME = ("model", "data", "columns")  # the model, and the rows as they were read
+
+
+def of_other_inputs(base_dir: Path, tables: Mapping[K, Mapping[str, Sequence[Path]]]) -> dict[K, str]:
+    """Cell -> how its losses differ from those measured last: a data file that was edited since, another model under the same name.
+
+    tables: cell -> split -> its files, of which the newest counts. Questions are known by their numbers, so that cells which are compared
+    must be of the same rows. What has no manifest is taken as it is.
+    """
+    newest: dict[tuple[K, str], Artifact] = {}
+    for cell, splits in tables.items():
+        for split, paths in splits.items():
+            if known := [artifact for path in paths if (artifact := Artifact(base_dir, path)).parts]:
+                newest[cell, split] = max(known, key=lambda artifact: artifact.created)
+    order = sorted(newest.items(), key=lambda item: item[1].created)
+    last = {split: artifact.parts for (_, split), artifact in order}
+    model = {"model": order[-1][1].parts.get("model")} if order else {}
+    out: dict[K, str] = {}
+    for (cell, split), artifact in newest.items():
+        then, now = ({name: parts.get(name) for name in SAME} for parts in (artifact.parts, {**last[split], **model}))
+        if why := manifest.differences(then, now):
+            out.setdefault(cell, f"{split}: {why}")
+    return out
+
+
+def found_unlike(base_dir: Path, path: Path) -> str:
+    """How a cell's strengths of equal KL were found otherwise than those found last of its model and data set: another budget (a search of
+    all that was killed on its way), other prompts; '' where alike."""
+    beside = [other for other in path.parents[3].glob(f"*/*/*/{path.name}") if other.parts[-3] == path.parts[-3]]
+    known = [artifact for other in of_one_vector(base_dir, beside)[0] if (artifact := Artifact(base_dir, other)).parts.get("kl")]
+    own = next((artifact for artifact in known if artifact.path == path), None)
+    if own is None:
+        return ""
+    last = max(known, key=lambda artifact: artifact.created)
+    then, now = ({name: made.parts.get(name) for name in ("kl", "model", "data")} for made in (own, last))
+    return manifest.differences(then, now)
 
 
 def _request(artifact: Artifact) -> dict[str, Any]:

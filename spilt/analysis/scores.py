@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from spilt.analysis.provenance import of_one_vector
+from spilt.analysis.provenance import Artifact, of_one_vector
 from spilt.analysis.questions import Questions
-from spilt.artifacts.scores import TABLE, UNPARSABLE
+from spilt.artifacts import manifest
+from spilt.artifacts.scores import HARMONIC, TABLE, UNPARSABLE
 from spilt.artifacts.store import Store
 from spilt.cell import Cell
 from spilt.errors import UserError, first_line
@@ -35,10 +37,66 @@ def read_all(paths: Sequence[Path]) -> pd.DataFrame:
     return pd.concat(map(read, paths), ignore_index=True) if paths else pd.DataFrame(columns=[*TABLE])
 
 
-def collect(store: Store, cell: Cell) -> tuple[pd.DataFrame, list[Path]]:
-    """All scores of a cell of the vector that lies there now, and the files that are of another one."""
-    kept, others = of_one_vector(store.base_dir, [path for _, path in store.scored(cell)])
-    return read_all(kept), others
+def collect(store: Store, cell: Cell) -> tuple[pd.DataFrame, dict[str, list[Path]]]:
+    """All scores of a cell of the vector and the texts that lie there now, each rating by one judge; and why -> files that are left out.
+
+    Of several judges, or versions of a rubric, who rated last is kept: a difference between two multipliers is none between judges.
+    """
+    kept, of_others = of_one_vector(store.base_dir, [path for _, path in store.scored(cell)])
+    files = [Artifact(store.base_dir, path) for path in kept]
+    older = [file for file in files if _of_other_texts(file)]
+    files = [file for file in files if file not in older]
+    last = _last_judges(files)
+    frames, by_others = [], []
+    for file in files:
+        foreign = [measure for measure, who in rated_by(file.parts).items() if who != last[measure]]
+        table = read(file.path)
+        frames.append(table[~table["measure"].isin(foreign)])
+        by_others += [file.path] if foreign else []
+    why = {
+        "of another vector than the one that lies there now": of_others,
+        "of other texts than those that lie there now": [file.path for file in older],
+        "(their ratings) by another judge or rubric than the last": by_others,
+    }
+    found = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*TABLE])
+    return found, {reason: paths for reason, paths in why.items() if paths}
+
+
+def _of_other_texts(file: Artifact) -> bool:
+    """Whether the texts were made anew since; what nobody can say, or of texts that are gone, is not."""
+    then = file.parts.get("texts")
+    if then is None:
+        return False
+    texts = file.texts()
+    return texts.is_file() and manifest.file_hash(texts) != then
+
+
+def rated_by(parts: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Measure -> (the judge, the identity of what it was asked), of a file's manifest."""
+    scoring = parts.get("scoring") or {}
+    rubrics = {str(rubric["name"]): rubric for rubric in scoring.get("rubrics") or ()}
+    asked = {**rubrics, **({HARMONIC: rubrics} if rubrics else {})}
+    return {measure: (str(scoring.get("judge")), manifest.identity({"asked": what})) for measure, what in asked.items()}
+
+
+def _last_judges(files: Iterable[Artifact]) -> dict[str, tuple[str, str]]:
+    """Measure -> who rated last."""
+    return {measure: who for file in sorted(files, key=lambda file: file.created) for measure, who in rated_by(file.parts).items()}
+
+
+def several_judges(store: Store, cells: Iterable[Cell], measures: Iterable[str]) -> str:
+    """A sentence for each measure that not all cells have by one judge with one rubric; '' where they have."""
+    last = {cell: _last_judges(Artifact(store.base_dir, path) for _, path in store.scored(cell)) for cell in cells}
+    said = ""
+    for measure in measures:
+        by: dict[tuple[str, str], list[str]] = {}
+        for cell, judges in last.items():
+            if measure in judges:
+                by.setdefault(judges[measure], []).append(f"{cell.method} {cell.intervention}")
+        if len(by) > 1:
+            whose = "; ".join(f"{', '.join(names)} by {judge} (rubric {asked[:8]})" for (judge, asked), names in by.items())
+            said += f" Scores of {measure} are not of one judge and rubric, and not to be compared: {whose}."
+    return said
 
 
 def per_item(table: pd.DataFrame, measure: str) -> pd.DataFrame:

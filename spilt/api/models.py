@@ -62,7 +62,8 @@ def in_place(model: nn.Module, steering: Steering, multiplier: float = 1.0) -> I
 
     For what can be weights: changes of linear maps, and constants. Raises UserError for the rest, before any weight is touched.
     """
-    with inplace.in_place(model, steering, strengths_of(multiplier)[0] if isinstance(multiplier, int | float) else multiplier):
+    one = getattr(multiplier, "ndim", 0 if isinstance(multiplier, int | float) else 1) == 0  # also a number of numpy or torch
+    with inplace.in_place(model, steering, strengths_of(multiplier)[0] if one else multiplier):
         yield model
 
 

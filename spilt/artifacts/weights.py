@@ -63,6 +63,11 @@ class Folder(NamedTuple):
     def measured(self, name: str, what: str) -> Path:
         return self.root / "evaluation" / checked_name("arm", name) / f"{what}.csv"
 
+    @property
+    def scenes(self) -> Path:
+        """The vignettes that were asked about."""
+        return self.root / "evaluation" / "scenes.json"
+
     def table(self, name: str) -> Path:
         return self.root / "tables" / name
 

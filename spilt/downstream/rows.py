@@ -124,8 +124,19 @@ def mnli(row: Mapping[str, Any]) -> Example | None:
     return Example(prompt, f"Answer: {label}.", label)
 
 
-def own(row: Mapping[str, Any]) -> Example:
-    return Example(str(row["prompt"]), str(row["completion"]), row["label"])
+def own(row: Mapping[str, Any]) -> Example | None:
+    label = row["label"]
+    if label is None or label != label or not str(label).strip():  # null, nan: no answer to be right about
+        return None
+    return Example(_said(row, "prompt"), _said(row, "completion"), label)
+
+
+def _said(row: Mapping[str, Any], name: str) -> str:
+    """A text or a number as text: null or a list of turns would be learned as the word that Python has for it."""
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
+        raise ValueError(f"{name} is {str(value)[:60]!r}, and no text")
+    return str(value)
 
 
 def _flag(value: Any) -> bool:

@@ -21,11 +21,13 @@ from spilt.analysis.claims import holm
 from spilt.artifacts import manifest
 from spilt.downstream import rows
 from spilt.downstream.places import Place, runs
-from spilt.downstream.work import summaries
+from spilt.downstream.work import learned_at, summaries
 from spilt.errors import UserError, unknown
 from spilt.report import comparison
 from spilt.report.comparison import Table
 from spilt.terminal import complain
+
+ASKED = ("reading", "max_new_tokens", "extract", "multiplier", "dtype")  # how a run was asked, and its answers were read
 
 
 class Run(NamedTuple):
@@ -35,6 +37,7 @@ class Run(NamedTuple):
     right: tuple[bool, ...]
     data: str  # hash of the rows
     model: str  # hash of the checkpoint
+    asked: Mapping[str, Any]  # of ASKED
 
     @property
     def group(self) -> tuple[str, str, str, str]:
@@ -43,7 +46,8 @@ class Run(NamedTuple):
 
 
 def read(place: Place, split: str) -> Run | None:
-    """None where this split was not evaluated. Raises UserError for results that are not what their manifest speaks of."""
+    """None where this split was not evaluated. Raises UserError for results that are not what their manifest speaks of, or of what was
+    learned in their place before."""
     summary = summaries(place).get(split)
     if summary is None:
         return None
@@ -51,8 +55,12 @@ def read(place: Place, split: str) -> Run | None:
     record = manifest.read(path)
     if record is None or not manifest.matches(path, record):
         raise UserError(f"{path}: is not what its manifest speaks of; spilt tasks evaluate --force makes it again")
+    parts = record["parts"]
+    learned = manifest.read(learned_at(place, str(summary["variant"])))
+    if learned is not None and learned.get("identity") != parts.get("learned"):
+        raise UserError(f"{path}: is of what was learned there before; spilt tasks evaluate measures what lies there now")
     right = tuple(bool(json.loads(text)["eval"]) for text in path.read_text(encoding="utf-8").splitlines())
-    return Run(summary, right, record["parts"]["data"], record["parts"]["model"])
+    return Run(summary, right, parts["data"], parts["model"], {name: parts.get(name) for name in ASKED})
 
 
 def mcnemar(one: Sequence[bool], other: Sequence[bool]) -> float:
@@ -116,6 +124,9 @@ def _tables(group: Sequence[Run], reference: str, split: str) -> list[Table]:
     note += "Cut off: answers that reached max_new_tokens."
     if base is None:
         note += f" {reference} was not evaluated on these rows, so there is no difference to it."
+    for name, run in zip(names[1:], group[1:], strict=True):
+        if other := manifest.differences(group[0].asked, run.asked).replace("(now", f"({name}:"):
+            note += f" Not asked alike: {names[0]} with {other}."
     made = [Table("accuracy", title, note, pd.DataFrame(shown), pd.DataFrame(numbers).assign(**which))]
     return [*made, _pairs(title, names, group, which)] if len(group) > 1 else made
 

@@ -166,7 +166,12 @@ def counts(data: load.Data, truncated: int, dropped: int) -> list[tuple[int, str
 
 
 def artifact(request: Request) -> Path:
-    return request.place.weights if request.variant.kind == "full" else request.place.steering
+    return learned_at(request.place, request.variant.kind)
+
+
+def learned_at(here: Place, kind: str) -> Path:
+    """Where a kind of Variant keeps what it has learned."""
+    return here.weights if kind == "full" else here.steering
 
 
 def learner_of(request: Request, host: Host) -> training.Learner:
@@ -194,8 +199,24 @@ def _store(
         content = save_tensors({name: p.detach().cpu().contiguous() for name, p in host.model.named_parameters()})
     count, own = (sum(parameter.numel() for parameter in module.parameters()) for module in (learner.module, host.model))
     notes |= {"parameters": count, "share": count / own}
+    _forget_others(here, manifest.identity(parts))
     atomic_write_all([(here.log, "".join(json.dumps(row) + "\n" for row in rows))])
     manifest.write(artifact(request), content, parts, notes)
+
+
+def _forget_others(here: Place, learned: str) -> None:
+    """The summary keeps what was evaluated of this, and nothing of what was learned there before."""
+    known = summaries(here) if here.summary.exists() else {}
+    kept = {name: summary for name, summary in known.items() if learned_in(here, name) == learned}
+    if gone := sorted(known.keys() - kept.keys()):
+        log.warning("%s: %s left out: of what was learned before; spilt tasks evaluate measures again", here.summary, ", ".join(gone))
+        atomic_write(here.summary, json.dumps(kept, indent=1, sort_keys=True) + "\n")
+
+
+def learned_in(here: Place, name: str) -> str | None:
+    """Identity of what a stored evaluation was of; None: of nothing, or nobody can say."""
+    found = ((manifest.read(here.results(name)) or {}).get("parts") or {}).get("learned")
+    return None if found is None else str(found)
 
 
 @contextmanager
@@ -281,6 +302,10 @@ def evaluate(request: Request, host: Host, split: str, say: Callable[[str], None
         _keep(here, name, stored)
         return stored
     learned = trained(request, host)
+    if known is not None:
+        now = json.loads(json.dumps(request.train_parts(host, cut(train_data, request.limit))))
+        if other := manifest.differences(known["parts"], now):
+            log.warning("%s: was learned with %s; spilt tasks train learns it again", artifact(request), other)
     encoding = request.encoding(host)
     prompted = encoding.prompts(data.examples)
     base = sampling.decoding({"do_sample": False}, host.model, host.tokenizer)

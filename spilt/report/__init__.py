@@ -53,8 +53,9 @@ def update(
     settings = {"norm": norm, "budget": budget, "split": split, "seed": seed}
     own = {name: value for name, value in settings.items() if value != (update.__kwdefaults__ or {})[name]}
     parts = freshness.made_from(Path(base_dir), model, dataset, own)  # before it is read: what changes meanwhile is drawn next time
-    measured, problems = [], []
-    for place in places.find(base_dir, model, dataset):
+    found, problems = places.comparable(places.find(base_dir, model, dataset))
+    measured = []
+    for place in found:
         try:
             for concept, folder in place.concepts.items():
                 progress(f"{place.name} concept {concept}")
@@ -88,12 +89,14 @@ def recommend(
     `attrs["notes"]`: sentences on what could not be used, and on cells that could not be read.
     """
     measured, said = [], []
-    for place in places.find(base_dir, model, dataset):
+    found = places.find(base_dir, model, dataset)
+    for place in found:
         try:
             measured.append(stored.judged(place, norm, budget, seed))
         except (UserError, OSError) as error:
             said.append(f"{place.name}: {error}")
     said += [f"{cell.name}: {note}" for cell in measured for note in cell.fit["notes"]]
+    said += [sentence.replace("left out", "not comparable") for sentence in places.comparable(found)[1]]
     if not measured:
         raise UserError("; ".join(said))
     table = tables.recommendations(measured, seed)

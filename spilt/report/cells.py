@@ -18,7 +18,7 @@ from spilt.analysis.chance import Curves, beyond_chance
 from spilt.analysis.chance import curves as random_curves
 from spilt.analysis.curves import CurveFit, checked, fit_curve, r_squared, regions, utility_drops, utility_peak
 from spilt.analysis.curves.fitting import Kind
-from spilt.analysis.provenance import of_one_vector, stored_texts
+from spilt.analysis.provenance import made_otherwise, of_one_vector, stored_texts
 from spilt.analysis.recommend import BUDGET, recommendation, split_of
 from spilt.artifacts import losses
 from spilt.artifacts.atomic import atomic_write
@@ -292,13 +292,14 @@ def scored(place: Place) -> tuple[pd.DataFrame, str]:
         table, others = scores.collect(Store(place.base), place.texts_of)
     except UserError as error:
         return pd.DataFrame(columns=[*scores.COLUMNS]), f"{place.name}: scores left out: {error}"
-    gone = f"{place.name}: {len(others)} files of scores left out: of another vector than the one that lies there now" if others else ""
-    return scores.summarise(table), gone
+    gone = [f"{place.name}: {len(paths)} files of scores left out: {why}" for why, paths in others.items()]
+    return scores.summarise(table), "; ".join(gone)
 
 
 def left_out_texts(place: Place) -> str:
-    """A sentence when texts lie there that are of another vector or cannot be read, else ''."""
+    """A sentence when texts lie there that are of another vector, cannot be read, or were not made as the others; else ''."""
     _, others, broken = stored_texts(Store(place.base), place.texts_of)
     at = ", ".join(f"{m:g}" for m in others)
     said = [f"texts at m = {at} left out: of another vector than the one that lies there now; --mode apply makes them again"] if at else []
+    said += made_otherwise(Store(place.base), place.texts_of)
     return "; ".join(f"{place.name}: {why}" for why in [*said, *(f"texts left out: {error}" for error in broken)])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spilt.analysis import odds
-from spilt.analysis.provenance import Artifact
+from spilt.analysis.provenance import Artifact, of_other_inputs
 from spilt.artifacts import losses
 from spilt.artifacts.store import Store
 from spilt.cell import FORMS, SEED, Cell, variant_of
@@ -134,6 +134,31 @@ def find(base_dir: str | Path, model: str, dataset: str) -> list[Place]:
         for (method, form), concepts in found.items()
     ]
     return sorted(places, key=lambda p: (_rank(p.form, list(FORMS)), _rank(p.method, list(METHODS)), p.layers, p.intervention))
+
+
+def comparable(places: Sequence[Place]) -> tuple[list[Place], list[str]]:
+    """Those measured with the model and on the rows of what was measured last, and a sentence for each of the others.
+
+    Curves, claims and differences are paired over questions by their numbers: an older cell beside newer ones would be compared on rows
+    that it never saw.
+    """
+    tables = {
+        (number, folder): {
+            split: [path for path in (folder / losses.TABLES[split], *folder.glob(f"*/{name}")) if path.is_file()]
+            for split, name in losses.SPLITS.items()
+        }
+        for number, place in enumerate(places)
+        for folder in place.folders
+    }
+    others: dict[int, str] = {}
+    found = of_other_inputs(places[0].base, tables) if places else {}
+    for (number, _), why in found.items():
+        others.setdefault(number, why)
+    said = [
+        f"{places[number].name} left out: {why} than the cells measured last; --mode loss measures it again"
+        for number, why in sorted(others.items())
+    ]
+    return [place for number, place in enumerate(places) if number not in others], said
 
 
 def _rank(name: str, order: Sequence[str]) -> tuple[int, str]:

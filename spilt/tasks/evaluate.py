@@ -16,6 +16,7 @@ from spilt import judges, verbs
 from spilt.analysis import scores
 from spilt.analysis import texts as offline
 from spilt.analysis.behaviour import words
+from spilt.analysis.provenance import made_otherwise
 from spilt.artifacts import manifest, texts
 from spilt.artifacts.journal import Journal
 from spilt.artifacts.losses import NEUTRAL
@@ -70,6 +71,8 @@ def evaluate(step: Step, run: Run) -> str:
     wanted = to_make(step, run, outputs)
     if not wanted:
         return "already done"
+    for said in run.team.on_main(lambda: made_otherwise(run.store, step.cells[0])):
+        log.warning("%s: %s", step, said)
     unfinished = Unfinished(run.store.unfinished_scores(step.cells[0], run.team.rank))
     if run.request.force:
         run.team.on_main(unfinished.remove)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def evaluate(
     text is longer than the model's context: nothing is cut.
     """
     scenes = list(vignettes)
-    strengths = [float(m) for m in ([multiplier] if isinstance(multiplier, int | float) else multiplier)]
+    strengths = np.atleast_1d(np.asarray(multiplier, float)).tolist()
     if not scenes or not strengths:
         raise UserError(f"{len(scenes)} vignettes at {len(strengths)} multipliers: nothing is to be asked")
     if len(set(strengths)) < len(strengths) or (steering is None and len(strengths) > 1):

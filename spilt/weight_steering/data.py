@@ -163,7 +163,10 @@ def _judge_name(run: Context) -> str | None:
 
 
 def _judged(rows: list[dict[str, Any]], run: Context) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The pairs of which both answers show their own persona, as a judge rates them by the rubric `concept`."""
+    """The pairs of which both answers show their own persona, as a judge rates them by the rubric `concept`.
+
+    Raises UserError where ratings could not be had for now: who trains on what is left would never hear of the others.
+    """
     from spilt import judges
     from spilt.artifacts.store import Store
 
@@ -174,7 +177,10 @@ def _judged(rows: list[dict[str, Any]], run: Context) -> tuple[list[dict[str, An
         for row in rows
         for side in SIDES
     ]
-    ratings = [None if reply is None else rubric.rating(reply) for reply in judge.judge(asked, rubric.parameters)]
+    replies = judge.replies(asked, rubric.parameters)
+    if lost := sum(reply.again for reply in replies):
+        raise UserError(f"{lost} of {len(replies)} ratings could not be had; the same command asks for these again; judge {judge.tally}")
+    ratings = [None if reply.text is None else rubric.rating(reply.text) for reply in replies]
     both = list(zip(ratings[0::2], ratings[1::2], strict=True))
     rated = [(row, pair) for row, pair in zip(rows, both, strict=True) if None not in pair]
     kept = [row for row, pair in rated if min(rating for rating in pair if rating is not None) >= run.words["judge_at_least"]]

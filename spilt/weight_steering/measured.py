@@ -6,11 +6,14 @@ scenes are found. Unsteered once, for all arms.
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spilt.artifacts import manifest
 from spilt.artifacts.weights import SIDES, UNSTEERED
 from spilt.errors import UserError
 from spilt.weight_steering import data, personas, strengths
@@ -28,7 +31,7 @@ PLAIN = ("device", "batch_size")
 
 
 def make(run: Context) -> None:
-    scenes = _scenes(run.words)
+    scenes = _asked(run)
     for name in (UNSTEERED, *strengths.names_of(run)):
         arm = None if name == UNSTEERED else run.use(run.folder.prompt() if name == PROMPT else run.folder.arm(name))
         at = _multipliers(run, name)
@@ -41,7 +44,7 @@ def make(run: Context) -> None:
             run.store(path, _csv(_preference(run, name, at, rows)), parts)
         if scenes is not None:
             own = {**settings, "vignettes": run.words["vignettes"], "limit": run.words["limit"]}
-            parts = run.parts(STAGE, [run.folder.personas, *inputs], own)
+            parts = run.parts(STAGE, [run.folder.personas, run.folder.scenes, *inputs], own)
             path = run.folder.measured(name, VIGNETTES)
             if run.wanted(path, parts):
                 try:
@@ -95,20 +98,30 @@ def _preference(run: Context, name: str, at: Sequence[float], rows: Sequence[Map
 # ---------------------------------------------------------------- vignettes
 
 
-def _scenes(words: Mapping[str, Any]) -> list[Any] | None:
-    """Both conditions of the first --limit vignettes; None: none are wanted."""
-    if words["vignettes"] == NONE:
+def _asked(run: Context) -> list[Any] | None:
+    """Both conditions of the first --limit vignettes, kept as they are now; None: none are wanted."""
+    word, path = run.words["vignettes"], run.folder.scenes
+    if word == NONE:
         return None
     from spilt.vignettes import files
 
-    found = files.read() if words["vignettes"] == OWN else files.read(**_source(words["vignettes"]))
-    names = list(dict.fromkeys(one.id for one in found))[: words["limit"]]
-    return [one for one in found if one.id in names]
+    found = files.read() if word == OWN else files.read(**_source(word))
+    names = list(dict.fromkeys(one.id for one in found))[: run.words["limit"]]
+    kept = [one for one in found if one.id in names]
+    content = json.dumps([[None if value != value else value for value in one] for one in kept], indent=1, ensure_ascii=False) + "\n"
+    parts = run.parts(STAGE, [], {"vignettes": word, "limit": run.words["limit"]})
+    parts["inputs"] = {"vignettes": manifest.digest(content.encode())}
+    if run.wanted(path, parts):
+        run.store(path, content, parts)
+    return kept
 
 
 def scenes(run: Context) -> list[Any]:
-    """Those that were asked about."""
-    return _scenes(run.words) or []
+    """Those that were asked about, as they were then."""
+    from spilt.vignettes.files import Vignette
+
+    rows = [Vignette(*row) for row in json.loads(run.use(run.folder.scenes).read_text(encoding="utf-8"))]
+    return [one._replace(wrong=math.nan if one.wrong is None else one.wrong, loadings=tuple(one.loadings)) for one in rows]
 
 
 def _source(word: str) -> dict[str, Any]:

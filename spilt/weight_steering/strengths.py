@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write, sweep
 from spilt.artifacts.journal import Journal
-from spilt.artifacts.manifest import identity
 from spilt.errors import NotFinite, UserError
 from spilt.terminal import say
 from spilt.weight_steering import personas
@@ -27,8 +28,12 @@ SIGNS = {"positive": 1.0, "negative": -1.0}
 
 
 def make(run: Context) -> None:
-    for name in names_of(run):
-        _one(run, name)
+    names = names_of(run)
+    wanted = [_wanted(run, name) for name in names]  # of all, before any: none is found by another budget than those that stay
+    for name, todo in zip(names, wanted, strict=True):
+        if todo:
+            _one(run, name)
+        run.finished(f"{STAGE}_{name}")
     tables(run)
 
 
@@ -42,27 +47,30 @@ def names_of(run: Context) -> list[str]:
     return found
 
 
-def _one(run: Context, name: str) -> None:
-    path = run.folder.strengths(name)
+def _inputs(run: Context, name: str) -> tuple[Path, dict[str, Any]]:
+    """The file of an arm, and what decides its strengths."""
     arm = run.use(run.folder.prompt() if name == PROMPT else run.folder.arm(name))
-    parts = run.parts(STAGE, [run.folder.personas, arm], run.settings(STAGE))
-    under_way = f"{STAGE}_{name}"
-    if not run.wanted(path, parts):
-        run.finished(under_way)
-        return
+    return arm, run.parts(STAGE, [run.folder.personas, arm], run.settings(STAGE))
+
+
+def _wanted(run: Context, name: str) -> bool:
+    return run.wanted(run.folder.strengths(name), _inputs(run, name)[1])
+
+
+def _one(run: Context, name: str) -> None:
     from spilt.weight_steering import arms
 
+    path, (arm, parts) = run.folder.strengths(name), _inputs(run, name)
     asked = questions(run)
-    journal = run.journal(under_way)
+    journal = run.journal(f"{STAGE}_{name}")
     if name == PROMPT:
         rows, probes = _of_prompt(run, asked), list[dict[str, Any]]()
     else:
-        rows, probes = _of_arm(run, arms.stored(run, name), asked, identity(parts), journal)
+        rows, probes = _of_arm(run, arms.stored(run, name), asked, manifest.identity(parts), journal)
     journal.close()
     kind = run.notes(arm).get("kind", "vector")
     told = {"method": arms.label(name, {"kind": kind}), "arm": name, "kind": kind, "target_p95": run.words["target_kl"], **asked["counts"]}
     run.store(path, json.dumps({**told, "sides": rows, "probes": probes}, indent=1) + "\n", parts)
-    run.finished(under_way)
 
 
 def questions(run: Context) -> dict[str, Any]:
@@ -153,6 +161,19 @@ def found(run: Context, name: str) -> dict[str, Any]:
     return dict(json.loads(run.use(run.folder.strengths(name)).read_text(encoding="utf-8")))
 
 
+def budget(run: Context) -> float:
+    """Of all arms, nats. Raises UserError where they were not all calibrated alike: then nothing is at equal KL."""
+    names = names_of(run)
+    how = {name: (manifest.read(run.use(run.folder.strengths(name))) or {})["parts"]["settings"] for name in names}
+    for name in names[1:]:
+        if other := manifest.differences(how[names[0]], how[name]):
+            raise UserError(
+                f"{run.folder.strengths(names[0])}: was found with {other.replace('(now', f'({name}:')}, so they are not at equal KL; "
+                f"spilt weights {STAGE} --behavior {run.behaviour} --force with the flags that are meant finds all alike"
+            )
+    return float(found(run, names[0])["target_p95"])
+
+
 def alphas(told: Mapping[str, Any]) -> tuple[float, float]:
     """(alpha of +, alpha of -), magnitudes; of a prompt 1 and 1."""
     by_side = {row["side"]: row for row in told["sides"]}
@@ -199,5 +220,4 @@ def tables(run: Context) -> None:
         "status_neg": "",
     }
     shown(summary, columns)
-    budget = f"budget {run.words['target_kl']:g}"
-    say(f"{STAGE}: KL(steered || base) in nats at the 95th percentile of tokens; {budget}; {run.folder.kl('summary')}")
+    say(f"{STAGE}: KL(steered || base) in nats at the 95th percentile of tokens; budget {budget(run):g}; {run.folder.kl('summary')}")

@@ -39,8 +39,8 @@ WHERE = (
 
 def make(run: Context) -> None:
     """movement.csv, tables.md, movement.svg, index.html; and the tables of the vignettes."""
+    target = strengths.budget(run)
     table = movement(run)
-    target = next(iter(strengths.found(run, name)["target_p95"] for name in strengths.names_of(run)))
     words = NOTE.format(n=int(table["n"].max()), draws=run.words["bootstrap_samples"], kl=WHERE.format(target=target))
     for row in table.to_dict("records"):
         if row["kl"] not in ("converged", "prompt"):
@@ -204,8 +204,7 @@ def _vignette_tables(run: Context) -> list[str]:
     intent, folder = dict(run.asked["intent"]), run.folder.table("vignettes")
     headline = next(iter(intent), "Authority")
     plan = summary.Plan(headline=headline, intent=intent or {headline: 1}, chosen="before", seed=run.words["bootstrap_seed"])
-    targets = {strengths.found(run, name)["target_p95"] for name in strengths.names_of(run)}
-    tables.write(frame, measured.scenes(run), folder, plan, *targets)
+    tables.write(frame, measured.scenes(run), folder, plan, strengths.budget(run))
     return (folder / "tables.md").read_text(encoding="utf-8").splitlines()
 
 

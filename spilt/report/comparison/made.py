@@ -11,9 +11,10 @@ from typing import Any
 
 import pandas as pd
 
-from spilt.analysis import claims, equal, paper
+from spilt.analysis import claims, equal, paper, scores
 from spilt.analysis.claims import Case
 from spilt.artifacts.scores import HEADLINES
+from spilt.artifacts.store import Store
 from spilt.report import cells as stored
 from spilt.report import tables
 from spilt.report.cells import Measured
@@ -108,6 +109,7 @@ def main(one: Set, seed: int) -> Table:
     )
     if judged:
         note += " Score: of stored texts at that m, by spilt evaluate; – where they were not scored there."
+        note += scores.several_judges(Store(one.base), [cell.place.texts_of for cell in cells], judged)
         note += " The paper's power scores are on another scale (0 to 4)." if "power" in judged and measures else ""
     if others:
         note += f" Not shown, since of other questions, settings or model: prompt {', '.join(others)}; --prompt_baseline measures it again."

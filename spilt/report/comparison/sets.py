@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from spilt.analysis import equal, odds
-from spilt.analysis.provenance import Artifact, of_one_vector
+from spilt.analysis.provenance import Artifact, found_unlike, of_one_vector
 from spilt.analysis.questions import Questions
 from spilt.artifacts.store import Store
 from spilt.errors import UserError, unknown
@@ -118,8 +118,11 @@ def collect(base: Path, models: Sequence[str], datasets: Sequence[str], names: S
 
 def _set(base: Path, model: str, dataset: str, read: Callable[[places.Place], Measured]) -> Set:
     groups: dict[tuple[str, str], list[Measured]] = {}
-    problems = []
-    for place in places.find(base, model, dataset):
+    found, others = places.comparable(places.find(base, model, dataset))
+    problems = [f"{model} {dataset} {other}" for other in others]
+    for place in found:
+        if why := found_unlike(base, place.folder / Store.KL):
+            problems.append(f"{model} {dataset} {place.name}: strengths of equal KL left out: found with {why}; --kl finds them again")
         try:
             groups.setdefault((place.method, place.fitted_as), []).append(read(place))
         except (UserError, OSError) as error:
@@ -185,9 +188,9 @@ def behind(one: Set) -> tuple[list[Behind], list[str]]:
 
 
 def kl_of(cell: Measured) -> pd.DataFrame | None:
-    """The stored multipliers of equal KL, of the vector that lies there now."""
+    """The stored multipliers of equal KL, of the vector that lies there now, and found as those of the other cells were."""
     path = cell.place.folder / Store.KL
-    if not path.is_file() or path not in of_one_vector(cell.place.base, [path])[0]:
+    if not path.is_file() or path not in of_one_vector(cell.place.base, [path])[0] or found_unlike(cell.place.base, path):
         return None
     try:
         table = pd.read_csv(path)
