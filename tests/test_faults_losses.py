@@ -7,13 +7,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import families
+import forked
 import pytest
 from counts import CI
 from faults import FIT, LINES, LOSS, ROOT, Here, failing_disk, fresh, no_report
@@ -50,8 +49,7 @@ class Scored(Here):
     def kill(self, batches: int, *words: str) -> None:
         """A real process, ended by SIGKILL after so many batches."""
         argv = [*self.base.argv("sft", "vector", *(words or SCORE)), "--quiet", "--checkpoint_seconds", "0"]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "BATCHES": str(batches)}
-        done = subprocess.run([sys.executable, "-c", KILLED, *argv], env=env, capture_output=True, text=True, timeout=180, check=False)
+        done = forked.run(["-c", KILLED, *argv], env={"BATCHES": str(batches)})
         assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
 
     def stop(self, batches: int, *words: str) -> None:
