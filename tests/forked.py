@@ -75,7 +75,6 @@ class Run:
             run = context.Process(target=_command, args=([str(word) for word in words], {**given, **ranks}, cwd, files), daemon=True)
             run.start()
             self._all.append(run)
-        self.pid = self._all[0].pid
 
     def poll(self) -> int | None:
         codes = [run.exitcode for run in self._all]

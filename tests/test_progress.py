@@ -182,6 +182,7 @@ def test_two_bars_in_a_terminal_and_nothing_of_them_afterwards(base: families.Ba
     assert "6 done in" in left[-2]
 
 
+@pytest.mark.long
 def test_interrupt_in_a_terminal(base: families.Base) -> None:
     code, written = in_terminal(base.argv("sft", "vector", "--mode", "generate", "--set", "n_epochs=900"), b"step/s, loss=")
     assert code == 130
