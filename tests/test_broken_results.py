@@ -18,9 +18,9 @@ from mutations import mutated
 
 from spilt import cli
 from spilt.artifacts.losses import CONTROL
-from spilt.report import figures
 from spilt.report import main as report_main
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 RAW = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # steers a terminal; XML and HTML forbid most
 LOSSES = "vectors/tiny/get_sft_loss/sft/mine/sft_vector"
 TEXTS = "generation/tiny/sft/mine/sft_vector"
@@ -38,13 +38,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> families.Base:
     control += "".join(f"train,{draw},{m},{abs(m)},0.1,1.0,2.0,2.1,6,0\n" for draw in range(4) for m in (-1.0, 0.0, 1.0))
     (base.path / LOSSES / "control.csv").write_text(control)
     return base
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes most of a report's time and reads no file; test_report.py draws."""
-    monkeypatch.setattr(figures, "png_of", lambda figure: b"")
-    monkeypatch.setattr(figures, "svg_of", lambda figure: '<svg viewBox="0 0 10 10"></svg>')
 
 
 @pytest.fixture

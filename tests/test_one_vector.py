@@ -17,6 +17,7 @@ from spilt.artifacts import manifest
 from spilt.artifacts.losses import SPLITS, SUMMARY_FILE
 from spilt.report import cells
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 SWEEP = ("-3", "-2", "-1", "0", "1", "2", "3")
 
 
