@@ -31,7 +31,7 @@ real-model: .venv/.installed
 
 # with CI=true all cases of each matrix, and the full counts of fuzzing, kills and random sequences
 test: .venv/.tested
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal tests
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n 2 --dist worksteal tests
 
 # the oldest transformers that is supported, over the libraries of .venv: engine, methods, goldens and what loads models
 .venv-oldest/.tested: .venv/.tested
@@ -41,7 +41,7 @@ test: .venv/.tested
 	touch $@
 
 test-oldest: .venv-oldest/.tested
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(patsubst %,tests/test_%.py,$(ON_OLDEST))
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(patsubst %,tests/test_%.py,$(ON_OLDEST))
 
 check: .venv/.tested
 	$(PY) -m ruff check .

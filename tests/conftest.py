@@ -8,7 +8,7 @@ from itertools import groupby
 import pytest
 from command_line import base, clean  # noqa: F401
 from counts import CI
-from faults import bare, here, prepared  # noqa: F401
+from faults import bare, here, no_pictures, prepared  # noqa: F401
 from hparams_tree import tree  # noqa: F401
 
 

@@ -247,6 +247,14 @@ def write_yaml(path: Path, values: dict[str, Any]) -> None:
 
 def make_base(root: Path, model_type: str = "qwen2", train: int = 20, test: int = 3) -> Base:
     """Model, tokenizer, data (a dataset of pairs, one with concepts) and hparams of all methods x forms below `root`."""
+    shutil.copytree(_base(model_type, train, test), root, dirs_exist_ok=True)
+    return Base(root)
+
+
+@cache
+def _base(model_type: str, train: int, test: int) -> Path:
+    """Written once per process."""
+    root = Path(tempfile.mkdtemp(prefix="spilt-tests-")) / "base"
     base = Base(root)
     shutil.copytree(checkpoint(model_type), root / "models" / base.model)
     own = {"question": "question", "matching": "matching", "not_matching": "not_matching"}
@@ -284,7 +292,7 @@ def make_base(root: Path, model_type: str = "qwen2", train: int = 20, test: int 
         for method in dict(PAIRS):
             write_yaml(base.hparams(dataset, method, f"apply_{method}.yaml"), {"alg_name": method, "layers": [base.layer]})
         write_yaml(base.hparams(dataset, "sft", "generate_sft_loss.yaml"), {"alg_name": "sft", "layers": [base.layer], "batch_size": 1})
-    return base
+    return root
 
 
 def listing(root: Path) -> dict[str, str]:

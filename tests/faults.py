@@ -21,6 +21,7 @@ from spilt import cli, verify
 from spilt import run as runner
 from spilt.artifacts import manifest
 from spilt.model import identity
+from spilt.report import drawing
 
 ROOT = Path(__file__).resolve().parents[1]
 FIT, APPLY, LOSS = ("--mode", "generate"), ("--mode", "apply", "--multipliers", "-1", "1"), ("--mode", "loss", "--multipliers", "-1", "1")
@@ -75,6 +76,13 @@ def fresh() -> None:
 
 def no_report(step: Any, *_: Any, **__: Any) -> runner.Outcome:
     return runner.Outcome("report", runner.DONE, "", 0.0, "")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of a report's time and reads no file; test_report.py draws."""
+    monkeypatch.setattr(drawing, "png_of", lambda figure: b"")
+    monkeypatch.setattr(drawing, "svg_of", lambda figure: '<svg viewBox="0 0 10 10"></svg>')
 
 
 @pytest.fixture(scope="session")

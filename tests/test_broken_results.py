@@ -18,9 +18,9 @@ from mutations import mutated
 
 from spilt import cli
 from spilt.artifacts.losses import CONTROL
-from spilt.report import drawing
 from spilt.report import main as report_main
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 RAW = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # steers a terminal; XML and HTML forbid most
 LOSSES = "vectors/tiny/get_sft_loss/sft/mine/sft_vector"
 TEXTS = "generation/tiny/sft/mine/sft_vector"
@@ -32,19 +32,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> families.Base:
     """Two cells with losses, texts and a report."""
     base = families.make_base(tmp_path_factory.mktemp("made") / "base", train=6)
     for form in ("vector", "lora"):
-        for words in (("--mode", "both", "--multipliers", "-1", "1"), SWEEP):
+        for words in (("--mode", "both", "--multipliers", "-1", "1"), (*SWEEP, *(["--no_report"] if form == "vector" else []))):
             assert cli.main([*base.argv("sft", form, *words), "--quiet"]) == 0
     control = ",".join(CONTROL) + "\n"
     control += "".join(f"train,{draw},{m},{abs(m)},0.1,1.0,2.0,2.1,6,0\n" for draw in range(4) for m in (-1.0, 0.0, 1.0))
     (base.path / LOSSES / "control.csv").write_text(control)
     return base
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes most of a report's time and reads no file; test_report.py draws."""
-    monkeypatch.setattr(drawing, "png_of", lambda figure: b"")
-    monkeypatch.setattr(drawing, "svg_of", lambda figure: '<svg viewBox="0 0 10 10"></svg>')
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import families
+import forked
 import pytest
 
 import spilt
@@ -66,7 +67,7 @@ def test_each_word_has_a_help_of_its_own(word: str, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("program", cli.PROGRAMS)
 def test_each_program_runs_as_a_module_too(program: str, tmp_path: Path) -> None:
-    said = called("-m", f"spilt.{cli.ELSEWHERE.get(program, program)}", "--help", cwd=tmp_path)
+    said = forked.run(["-m", f"spilt.{cli.ELSEWHERE.get(program, program)}", "--help"], cwd=tmp_path)
     assert said.returncode == 0 and said.stdout.startswith(f"usage: spilt {program} ")
 
 

@@ -97,7 +97,7 @@ def test_every_combination_is_fitted(fitted: Path) -> None:
 @pytest.mark.long
 def test_yes_no_answers_are_steered(fitted: Path, method: str, form: str) -> None:
     """From 50% to over 95% matching on held-out items, at the strength that is best on training items; under 5% at the opposite."""
-    run(fitted, "psychopathy", method, form, "--mode", "loss", "--multipliers", *STRENGTHS[form], "0")
+    run(fitted, "psychopathy", method, form, "--mode", "loss", "--multipliers", *STRENGTHS[form], "0", "--no_report")
     cell = Cell(MODEL, "psychopathy", method, form, (hparams.LAYER,))
     folder = Store(fitted).loss_folder(cell)
     table = {split: odds.summarise(odds.collect(folder, split)).set_index("multiplier") for split in ("train", "test")}

@@ -60,6 +60,7 @@ def test_losses_where_tokens_are_steered(form: str, positions: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.few(3)
 def test_losses_in_bfloat16(family: str) -> None:
     """Equal up to that dtype's rounding: as far from each other as either is from float32."""
     tiny = build(family).to(torch.bfloat16)
@@ -72,6 +73,7 @@ def test_losses_in_bfloat16(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.few(3)
 def test_gradients_of_a_minibatch(family: str) -> None:
     tiny, sequences = model(family), answer_pairs()
     cache = activations.record(tiny, LAYER, sequences, [*anatomy.read_widths(tiny, LAYER)], PAD, together=2)
@@ -106,6 +108,7 @@ def test_greedy_texts(family: str, cache: bool) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.few(3)
 def test_greedy_texts_in_bfloat16(family: str) -> None:
     """Each token is the likeliest of a plain uncached forward over what came before it, up to what that dtype rounds."""
     tiny, wanted = build(family).to(torch.bfloat16), rows()

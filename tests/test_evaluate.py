@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import families
+import forked
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from command_line import REPO, vector_path
+from command_line import vector_path
 from judge_server import KEY, Said, Server, answer_in, completion, serving
 
 import spilt
@@ -262,7 +260,7 @@ def test_a_kill_among_a_thousand_prompts(base: families.Base, tmp_path: Path, mo
     whole_one = base._replace(path=tmp_path / "whole")
     shutil.copytree(base.path, whole_one.path)
     words = ["--mode", "evaluate", "--judge", "endpoint", "--rubric", "fluency", "--multipliers", "4", "--quiet"]
-    child: list[subprocess.Popen[bytes]] = []
+    child: list[forked.Run] = []
     kill_at = 400
 
     def say(prompt: str, before: int) -> Said:
@@ -272,8 +270,7 @@ def test_a_kill_among_a_thousand_prompts(base: families.Base, tmp_path: Path, mo
 
     with serving(say) as server:
         environment(monkeypatch, server)
-        command = [sys.executable, str(REPO / "run_spilt.py"), *base.argv("sft", "vector", *words)]
-        child.append(subprocess.Popen(command, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+        child.append(forked.Run(["run_spilt.py", *base.argv("sft", "vector", *words)]))
         assert child[0].wait(timeout=200) == -signal.SIGKILL
         first = sum(server.asked.values())
         assert first < 500 and not list(base.path.rglob("scores_m4.0.csv"))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import families
+import forked
 import pytest
 from counts import count
-from faults import APPLY, FIT, LOSS, ROOT, Here
+from faults import APPLY, FIT, LOSS, Here
 
 from spilt import plan, verify
 
@@ -127,13 +126,9 @@ def test_a_change_with_an_older_time_is_seen(here: Here) -> None:
 @pytest.mark.long
 def test_two_runs_of_the_same_request_at_once(bare: Here, prepared: families.Base, round: int) -> None:
     """Both end well, and what is stored is what one alone stores: the last whole file wins, and both are the same."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = bare.base.argv("sft", "all", "--mode", "both", "--multipliers", "-1", "1", "--quiet", "--checkpoint_seconds", "0")
-    runs = [
-        subprocess.Popen([sys.executable, str(ROOT / "run_spilt.py"), *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for _ in range(2)
-    ]
-    said = [run.communicate(timeout=180)[0].decode() for run in runs]
+    runs = [forked.Run(["run_spilt.py", *words], together=True) for _ in range(2)]
+    said = [run.communicate(timeout=180)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], "\n".join(said)
     reference = {name: value for name, value in Here(prepared, bare.capsys).listing().items() if "get_sft_loss" not in name}
     assert bare.listing() == reference

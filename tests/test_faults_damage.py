@@ -22,6 +22,7 @@ from spilt.artifacts import manifest, store
 
 
 @pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.99])
+@pytest.mark.few(2)
 def test_a_truncated_vector(here: Here, part: float) -> None:
     """apply and loss: that cell fails with the file's name, others go on, exit 1. generate: fitted again to the same bytes."""
     before, path = here.listing(), here.vector("lora")
@@ -83,6 +84,7 @@ GARBLED: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("how", GARBLED)
+@pytest.mark.few(4)
 def test_a_garbled_manifest(here: Here, how: str) -> None:
     """Not believed: the artifact is made again to the same bytes, without a traceback. A folder in its place fails that cell."""
     before, path = here.listing(), manifest.manifest_path(here.vector("lora"))
@@ -107,6 +109,7 @@ def test_without_its_manifest_a_vector_is_the_released_codes(here: Here) -> None
 
 
 @pytest.mark.parametrize("line", LINES, ids=[line[:12].decode("latin1") for line in LINES])
+@pytest.mark.few(4)
 def test_garbage_among_unfinished_texts(here: Here, line: bytes) -> None:
     """Lines that no run of ours wrote count for nothing."""
     before = here.listing()
@@ -188,6 +191,7 @@ CONTENTS: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
 
 
 @pytest.mark.parametrize("what", CONTENTS)
+@pytest.mark.few(6)
 def test_verify_looks_into_the_files(here: Here, what: str) -> None:
     kind, change, wanted = CONTENTS[what]
     path = {"vector": here.vector(), "losses": here.losses(1.0), "texts": here.texts(1.0)}[kind]

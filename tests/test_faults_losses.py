@@ -7,13 +7,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import families
+import forked
 import pytest
 from counts import CI
 from faults import FIT, LINES, LOSS, ROOT, Here, failing_disk, fresh, no_report
@@ -50,8 +49,7 @@ class Scored(Here):
     def kill(self, batches: int, *words: str) -> None:
         """A real process, ended by SIGKILL after so many batches."""
         argv = [*self.base.argv("sft", "vector", *(words or SCORE)), "--quiet", "--checkpoint_seconds", "0"]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "BATCHES": str(batches)}
-        done = subprocess.run([sys.executable, "-c", KILLED, *argv], env=env, capture_output=True, text=True, timeout=180, check=False)
+        done = forked.run(["-c", KILLED, *argv], env={"BATCHES": str(batches)})
         assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
 
     def stop(self, batches: int, *words: str) -> None:
@@ -82,12 +80,20 @@ class Scored(Here):
         return [name for name in self.listing() if "unfinished" in name]
 
 
-@pytest.fixture
-def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Scored]:
-    monkeypatch.setattr(runner, "_report", no_report)
-    base = families.make_base(tmp_path / "base", train=40, test=24)
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> families.Base:
+    base = families.make_base(tmp_path_factory.mktemp("fitted") / "base", train=40, test=24)
     assert cli.main([*base.argv("sft", "vector", *FIT), "--quiet"]) == 0
-    yield Scored(base, capsys)
+    return base
+
+
+@pytest.fixture
+def scored(
+    fitted: families.Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Scored]:
+    monkeypatch.setattr(runner, "_report", no_report)
+    shutil.copytree(fitted.path, tmp_path / "base")
+    yield Scored(fitted._replace(path=tmp_path / "base"), capsys)
     fresh()
 
 
@@ -199,6 +205,7 @@ def test_a_short_measurement_keeps_nothing(scored: Scored, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("line", LINES, ids=[line[:12].decode("latin1") for line in LINES])
+@pytest.mark.few(4)
 def test_garbage_among_unfinished_losses(here: Here, line: bytes) -> None:
     before = here.listing()
     folder = here.losses(1.0).parents[1]

@@ -239,6 +239,7 @@ def test_penalties_count_no_padding(params: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.few(3)
 def test_unsteered_texts_are_those_of_the_library(family: str) -> None:
     tiny, wanted = model(family), [row._replace(multiplier=0.0) for row in rows()]
     found = texts(tiny, intervention("vector"), wanted, how(), 4)

@@ -231,6 +231,7 @@ def test_ruff_is_clean(folder: str) -> None:
     tool("ruff", "check", folder)
 
 
+@pytest.mark.long
 def test_no_code_is_unused() -> None:
     """What only a library calls is listed in pyproject.toml."""
     tool("vulture")

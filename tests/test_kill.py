@@ -28,16 +28,18 @@ ROOT = Path(__file__).resolve().parents[1]
 KILLS = {"fit": count(45, 4), "generate": count(45, 4), "loss": count(36, 3), "report": count(5, 1)}
 SEED = 20260
 SWEEP = ["all", "vector", "--mode", "loss", "--multipliers", "-2", "-1", "0", "1", "2", "--checkpoint_seconds", "0"]
+TWO, FORMS = ["--method", "caa", "sft"], ["--intervention_method", "vector", "lora"]
 # words of the run that is killed, and of those that make what it needs
 STAGES: dict[str, tuple[list[str], list[list[str]]]] = {
-    "fit": (["all", "all", "--mode", "generate", "--checkpoint_seconds", "0", "--set", "n_epochs=3"], []),
+    # a method that is estimated, one that is trained, all forms
+    "fit": (["all", "all", "--method", "caa", "spilt", "--mode", "generate", "--checkpoint_seconds", "0", "--set", "n_epochs=3"], []),
     "generate": (
-        ["sft", "all", "--mode", "apply", "--multipliers", "-1", "1", "--batch_size", "4", "--set", "num_responses=2"]
-        + ["--set", "generate_orig_output=true", "--set", "generation_params={do_sample: true, temperature: 0.8, max_new_tokens: 24}"],
-        [["sft", "all", "--mode", "generate"]],
+        ["sft", "all", *FORMS, "--mode", "apply", "--multipliers", "-1", "1", "--batch_size", "4", "--set", "num_responses=2"]
+        + ["--set", "generate_orig_output=true", "--set", "generation_params={do_sample: true, temperature: 0.8, max_new_tokens: 16}"],
+        [["sft", "all", *FORMS, "--mode", "generate"]],
     ),
     "loss": ([*SWEEP, "--no_report"], [["all", "vector", "--mode", "generate"]]),
-    "report": (SWEEP, [["all", "vector", "--mode", "generate"], [*SWEEP, "--no_report"]]),
+    "report": ([*SWEEP, *TWO], [["all", "vector", "--mode", "generate", *TWO], [*SWEEP, "--no_report", *TWO]]),
 }
 LEFT = (".tmp-", "unfinished")
 COMPARED = (".pt", ".json", ".csv", ".jsonl")

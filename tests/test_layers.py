@@ -13,7 +13,7 @@ from faults import fresh
 from spilt import cli, verify
 from spilt.artifacts.store import Store
 from spilt.cell import Cell, Variant, variant_of
-from spilt.report import cells, figures, tables
+from spilt.report import cells, figures, places, tables
 from spilt.report.places import find
 
 SWEEP = ("--mode", "loss", "--multipliers", "sweep", "--set", "sweep_points=5", "--control_pairs", "0", "--split", "train")
@@ -108,7 +108,7 @@ def test_files_of_given_multipliers_say_their_layer(base: families.Base) -> None
     assert run(base, *given, "--mode", "generate", method="caa") == 0
     assert run(base, *given, "--mode", "loss", "--multipliers", "1", "2", method="caa") == 0
     assert not list(base.path.glob("vectors/**/losses_*.csv"))
-    assert [place.layers for place in cells.find(base.path, base.model, base.one)] == [(layer,) for layer in range(families.LAYERS)]
+    assert [place.layers for place in places.find(base.path, base.model, base.one)] == [(layer,) for layer in range(families.LAYERS)]
     table = pd.read_csv(base.path / f"vectors/{base.model}/get_sft_loss/report/{base.one}/layers.csv")
     assert [*table["layer"]] == [*range(families.LAYERS)]
 

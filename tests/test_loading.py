@@ -117,6 +117,7 @@ def test_rotary_settings_that_4_cannot_take_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", families.FAMILY_NAMES)
+@pytest.mark.few(3)
 def test_weights_that_are_not_those_of_the_config_are_refused_by_name(model_type: str, tmp_path: Path) -> None:
     folder = copy(model_type, tmp_path)
     whole = load_file(folder / "model.safetensors")

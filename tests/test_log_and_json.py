@@ -7,11 +7,11 @@ import logging
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import families
+import forked
 import pytest
 
 from spilt import __version__, cli, summary
@@ -35,8 +35,7 @@ def base(tmp_path: Path) -> families.Base:
 
 
 def called(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    given = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=240, cwd=ROOT, env=given)
+    return forked.run(words, env=env)
 
 
 # ---------------------------------------------------------------- the log

@@ -35,7 +35,7 @@ def put(base: families.Base, vector: torch.Tensor) -> None:
 
 def measured(base: families.Base, *multipliers: str, form: str = "vector") -> dict[tuple[float, str], pd.DataFrame]:
     """(multiplier, preference type) -> rows of train_losses.csv."""
-    words = base.argv("sft", form, "--mode", "loss", "--multipliers", *multipliers, "--split", "train", "--quiet")
+    words = base.argv("sft", form, "--mode", "loss", "--multipliers", *multipliers, "--split", "train", "--quiet", "--no_report")
     assert cli.main(words) == 0
     store = Store(base.path)
     return {

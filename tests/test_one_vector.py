@@ -17,6 +17,7 @@ from spilt.artifacts import manifest
 from spilt.artifacts.losses import SPLITS, SUMMARY_FILE
 from spilt.report import cells, places
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 SWEEP = ("-3", "-2", "-1", "0", "1", "2", "3")
 
 
@@ -36,7 +37,7 @@ def refit(base: Base) -> None:
 
 def test_losses_of_two_vectors_are_not_one_curve(base: Base, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(base, "--mode", "generate", "--quiet") == 0
-    assert run(base, "--mode", "loss", "--multipliers", *SWEEP, "--quiet") == 0
+    assert run(base, "--mode", "loss", "--multipliers", *SWEEP, "--quiet", "--no_report") == 0
     refit(base)
     assert run(base, "--mode", "loss", "--multipliers", "2", "--quiet") == 0
     for split in SPLITS:
@@ -58,7 +59,7 @@ def test_losses_of_two_vectors_are_not_one_curve(base: Base, capsys: pytest.Capt
 @pytest.mark.long
 def test_no_curve_when_all_losses_are_of_another_vector(base: Base, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(base, "--mode", "generate", "--quiet", method="all") == 0
-    assert run(base, "--mode", "loss", "--multipliers", *SWEEP, "--quiet", method="all") == 0
+    assert run(base, "--mode", "loss", "--multipliers", *SWEEP, "--quiet", "--no_report", method="all") == 0
     refit(base)
     from spilt import report
 
@@ -74,7 +75,7 @@ def test_no_curve_when_all_losses_are_of_another_vector(base: Base, capsys: pyte
 @pytest.mark.long
 def test_a_vector_that_is_gone_leaves_the_last_measured(base: Base) -> None:
     assert run(base, "--mode", "generate", "--quiet") == 0
-    assert run(base, "--mode", "loss", "--multipliers", *SWEEP, "--quiet") == 0
+    assert run(base, "--mode", "loss", "--multipliers", *SWEEP, "--quiet", "--no_report") == 0
     old = manifest.manifest_path(losses(base, "1.0"))
     record = json.loads(old.read_text())
     old.write_text(json.dumps({**record, "created": "2020-01-01T00:00:00+00:00", "parts": {**record["parts"], "vectors": ["0" * 64]}}))
@@ -88,8 +89,8 @@ def test_a_vector_that_is_gone_leaves_the_last_measured(base: Base) -> None:
 @pytest.mark.long
 def test_losses_of_other_questions_are_not_one_curve(base: Base) -> None:
     assert run(base, "--mode", "generate", "--quiet") == 0
-    assert run(base, "--mode", "loss", "--multipliers", "1", "2", "--limit", "2", "--quiet") == 0
-    assert run(base, "--mode", "loss", "--multipliers", "3", "--quiet") == 0
+    assert run(base, "--mode", "loss", "--multipliers", "1", "2", "--limit", "2", "--quiet", "--no_report") == 0
+    assert run(base, "--mode", "loss", "--multipliers", "3", "--quiet", "--no_report") == 0
     frame = odds.collect(folder(base))
     assert sorted(frame["multiplier"].unique()) == [-3, 3]
     assert "m = 1, 2 left out: measured with limit 2 (now null)" in frame.attrs["notes"][0]
@@ -98,7 +99,7 @@ def test_losses_of_other_questions_are_not_one_curve(base: Base) -> None:
 @pytest.mark.long
 def test_released_losses_without_manifest_still_make_a_curve(base: Base) -> None:
     assert run(base, "--mode", "generate", "--quiet") == 0
-    assert run(base, "--mode", "loss", "--multipliers", *SWEEP, "--quiet") == 0
+    assert run(base, "--mode", "loss", "--multipliers", *SWEEP, "--quiet", "--no_report") == 0
     for path in folder(base).rglob("*.manifest.json"):
         path.unlink()
     frame = odds.collect(folder(base))
@@ -108,7 +109,7 @@ def test_released_losses_without_manifest_still_make_a_curve(base: Base) -> None
 @pytest.mark.long
 def test_the_control_of_another_vector_is_left_out(base: Base) -> None:
     assert run(base, "--mode", "generate", "--quiet") == 0
-    assert run(base, "--mode", "loss", "--multipliers", "sweep", "--quiet", "--limit", "2") == 0
+    assert run(base, "--mode", "loss", "--multipliers", "sweep", "--quiet", "--no_report", "--limit", "2") == 0
     (place,) = places.find(base.path, base.model, base.one)
     table, notes = cells.read_control(place)
     assert table is not None and notes == []

@@ -14,6 +14,7 @@ import termios
 from pathlib import Path
 
 import families
+import forked
 import pytest
 import test_team as team
 
@@ -32,8 +33,7 @@ def base(tmp_path: Path) -> families.Base:
 
 
 def called(*words: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=240, cwd=ROOT, env=env)
+    return forked.run(words)
 
 
 def test_the_time_left_is_that_of_the_measured_speed() -> None:
@@ -182,6 +182,7 @@ def test_two_bars_in_a_terminal_and_nothing_of_them_afterwards(base: families.Ba
     assert "6 done in" in left[-2]
 
 
+@pytest.mark.long
 def test_interrupt_in_a_terminal(base: families.Base) -> None:
     code, written = in_terminal(base.argv("sft", "vector", "--mode", "generate", "--set", "n_epochs=900"), b"step/s, loss=")
     assert code == 130

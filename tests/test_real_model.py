@@ -58,7 +58,9 @@ def run(base: Path, *words: str) -> None:
 
 
 READ = """
-import sys, torch
+import gguf, sys, torch
+from functools import cache
+gguf.GGUFReader, gguf.get_tensor_name_map = cache(gguf.GGUFReader), cache(gguf.get_tensor_name_map)  # each is asked for many times
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, file, out, text = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import families
+import forked
 import pytest
 
 import spilt
@@ -97,9 +96,8 @@ def test_settings_of_the_command_line(base: families.Base, capsys: pytest.Captur
 @pytest.mark.long
 def test_the_table_by_a_real_process(base: families.Base) -> None:
     """A line for each multiplier; stdin instead of a sentence."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "spilt", "say", *words(base), "--multipliers", *MULTIPLIERS, *SAMPLED]
-    done = subprocess.run(command, input="is 0 odd?\n\n is 5 odd? \n", capture_output=True, text=True, timeout=240, cwd=ROOT, env=env)
+    command = ["-m", "spilt", "say", *words(base), "--multipliers", *MULTIPLIERS, *SAMPLED]
+    done = forked.run(command, said="is 0 odd?\n\n is 5 odd? \n")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     heads = [line.split()[0] for line in done.stdout.splitlines() if line.strip() and line[0] != " "]
     assert heads == ["prompt", "m=-2", "m=0", "m=3"] * 2

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import listops_world as world
 import pandas as pd
 import pytest
@@ -155,11 +153,10 @@ def test_killed_and_started_again_it_gives_the_same_bytes(verb: str, tmp_path: P
         assert cli.main(train) == 0
     cut = here.unfinished if verb == "train" else here.outputs("test")
     wanted = [here.steering, here.log] if verb == "train" else [here.results("test"), here.summary]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.Popen([sys.executable, "-m", "spilt", *started], env=env, start_new_session=True, stdout=subprocess.DEVNULL)
+    run = forked.Run(["-m", "spilt", *started])
     while run.poll() is None and not (cut.exists() and cut.stat().st_size > 100):
         time.sleep(0.01)
-    os.killpg(run.pid, signal.SIGKILL)
+    run.kill()
     assert run.wait() == -signal.SIGKILL and cut.exists() and not wanted[0].exists()
     begun = cut.read_bytes()
     assert cli.main(started) == 0 and not cut.exists()

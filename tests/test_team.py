@@ -1,4 +1,7 @@
-"""Two processes on the CPU (gloo, as accelerate starts them): the files of one process, and a clean end when one of them is lost."""
+"""Two processes on the CPU (gloo, as accelerate starts them): the files of one process, and a clean end when one of them is lost.
+
+Two tests go through torch's launcher; elsewhere the processes are forks that are told their rank as the launcher tells it (forked.py).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import forked
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,43 +35,46 @@ def words_of(base: families.Base, words: tuple[str, ...], form: str = "all", dat
     return [*base.argv("sft", form, *words, "--quiet", dataset=dataset)]
 
 
-def start(words: list[str], processes: int, fault: str = "", folder: Path | None = None) -> subprocess.Popen[str]:
-    """A run in a process group of its own."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault, "MASTER_ADDR": "127.0.0.1"}
+def start(words: list[str], processes: int, fault: str = "", folder: Path | None = None, launched: bool = False) -> Any:
+    """A run in a process group of its own; launched: by torch's launcher."""
     program = ROOT / "run_spilt.py"
     if fault:
         assert folder is not None
         program = folder / "faulty.py"
         program.write_text(FAULTY.format(root=str(ROOT)))
-    launch: list[Any] = [sys.executable]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        # with --cpu, accelerate launches one process whatever --num_processes says (more need mpirun); this is its launcher of several
-        launch += ["-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_addr", "127.0.0.1", "--master_port", port]
+    if not launched:
+        return forked.Run([program, *words], {"FAULT": fault}, processes=processes, together=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault, "MASTER_ADDR": "127.0.0.1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # with --cpu, accelerate launches one process whatever --num_processes says (more need mpirun); this is its launcher of several
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_addr", "127.0.0.1", "--master_port", port]
     return subprocess.Popen(
-        [str(word) for word in [*launch, program, *words]],
+        [str(word) for word in [sys.executable, *launch, program, *words]],
         env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 
 
-def ended(run: subprocess.Popen[str]) -> tuple[int, str]:
+def ended(run: Any) -> tuple[int, str]:
     """Exit code and output; a run that hangs is ended and is a failure."""
     try:
         said, _ = run.communicate(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        os.killpg(run.pid, signal.SIGKILL)
-        said, _ = run.communicate()
-        pytest.fail(f"hung for {LIMIT} s\n{said[-3000:]}")
+    except subprocess.TimeoutExpired as error:
+        if isinstance(run, subprocess.Popen):
+            os.killpg(run.pid, signal.SIGKILL)
+            run.communicate()
+        pytest.fail(f"hung for {LIMIT} s\n{str(error.output)[-3000:]}")
     return run.returncode, said
 
 
-def test_there_really_are_two(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launched", [False, True])
+@pytest.mark.few(1)
+def test_there_really_are_two(tmp_path: Path, launched: bool) -> None:
     """Else all of the below would hold for the wrong reason."""
     line = 'f\'rank {os.environ["RANK"]} of {os.environ["WORLD_SIZE"]}\\n\'.encode()'  # in one write: two processes share the pipe
     fault = f"os.write(1, {line}); sys.argv[1:] = ['--version']"
-    code, said = ended(start([], 2, fault, tmp_path))
+    code, said = ended(start([], 2, fault, tmp_path, launched))
     assert code == 0 and "rank 0 of 2" in said and "rank 1 of 2" in said, said
 
 
@@ -92,7 +99,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> families.Base:
 
 @pytest.fixture(scope="module")
 def alone(clean: families.Base) -> families.Base:
-    """Everything made by one process, started as the two are: the number of threads decides the last bits."""
+    """Everything made by one process, begun as the two are: the number of threads decides the last bits."""
     base = clean._replace(path=clean.path.with_name("alone"))
     shutil.copytree(clean.path, base.path)
     requests = [words_of(base, BOTH), words_of(base, LOSS), words_of(base, BOTH, "vector", base.many)]
@@ -117,7 +124,7 @@ def different(base: families.Base, alone: families.Base, part: str = "") -> list
 def test_two_processes_give_the_files_of_one(base: families.Base, alone: families.Base) -> None:
     """Fits are dealt out whole, texts and batches in parts: the same bytes."""
     for words in (words_of(base, BOTH), words_of(base, LOSS), words_of(base, BOTH, "vector", base.many)):
-        code, said = ended(start(words, 2))
+        code, said = ended(start(words, 2, launched="loss" in words))
         assert code == 0, said
         assert said.count("output / reason") == 1, said  # one table
     assert not different(base, alone)

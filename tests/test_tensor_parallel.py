@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import families
+import forked
 import pytest
 import torch
 from torch.distributed.tensor import Replicate, Shard
@@ -58,14 +55,9 @@ with open(f"{out}/{os.environ.get('RANK', 'alone')}.json", "w") as file:
 @pytest.mark.slow
 def test_split_over_two_processes_it_is_the_same(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
     words = [str(tmp_path / "program.py"), str(families.checkpoint()), str(tmp_path), json.dumps(PLACES)]
-    for launch in ([], launcher):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, *launch, *words], env=env, capture_output=True, text=True, timeout=240)
+    for processes in (1, 2):
+        done = forked.run(words, processes=processes)
         assert done.returncode == 0, done.stderr[-3000:]
     alone, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", 0, 1))
     assert first == second and first["split"] == "DTensor" and alone["split"] == "Parameter"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import families
+import forked
 import numpy as np
 import pytest
 import torch
@@ -155,8 +154,7 @@ def test_a_run_does_not_wait_for_a_vector_that_is_no_file(tmp_path: Path, kind: 
     path.parent.mkdir(parents=True)
     os.mkfifo(path) if kind == "fifo" else path.symlink_to("/dev/zero")
     for mode in ("apply", "loss"):
-        words = [sys.executable, "run_spilt.py", *base.argv("sft", "vector", "--mode", mode, "--multipliers", "1"), "--quiet"]
-        ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        ended = forked.run(["run_spilt.py", *base.argv("sft", "vector", "--mode", mode, "--multipliers", "1"), "--quiet"], timeout=120)
         assert ended.returncode in (1, 2) and "layer_2.pt: is no plain file" in ended.stderr and "Traceback" not in ended.stderr
 
 
