@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,56 @@ def test_from_its_files_to_an_accuracy(name: str, base: families.Base, tmp_path:
 def test_a_row_of_another_kind_is_told(name: str, change: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=f"line 2: is no row of {name}: .*{said}"):
         load._examples(rows.TASKS[name], [Record(1, "line 2", {**PUBLISHED[name][0][0], **change})], "train.jsonl")
+
+
+OK = [{"prompt": f"{n}? ", "completion": "Answer: é—漢😀", "label": "é—漢😀"} for n in range(12)]
+
+
+def lines(found: list[Any], end: str = "\n") -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + end for row in found).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "own.jsonl: has no rows"),
+        (b"\r\n\n", "own.jsonl: has no rows"),
+        (lines(OK[:1]), "own.jsonl: its 1 rows leave none for test"),
+        (
+            lines([*OK[:3], {"prompt": "?", "completion": "x"}, *OK]),
+            "own.jsonl line 4: no column 'label' of own; columns found: prompt, comp",
+        ),
+        (lines([{**row, "label": None} for row in OK]), "nothing in column 'label' of own"),
+        (lines([{**row, "prompt": None} for row in OK]), "nothing in column 'prompt' of own"),
+        (lines([{**row, "prompt": ["a"]} for row in OK]), r"is no row of own: prompt is \['a'\]; wanted text"),
+        (lines([{**row, "completion": True} for row in OK]), "is no row of own: completion is True; wanted text"),
+        (lines([{**row, "completion": " "} for row in OK]), "its prompt or its completion is empty"),
+        (lines([[1, 2]] * 12), "line 1: list .* where an object with named columns was wanted"),
+        ("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in OK).encode("utf-16"), "is not UTF-8"),
+    ],
+)
+def test_a_file_that_is_none_is_one_message(
+    content: bytes, said: str, base: families.Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.jsonl").write_bytes(content)
+    words = ["--model-name", base.model, "--base_dir", str(base.path), "--dataset-name", "own", "--data", str(tmp_path / "own.jsonl")]
+    assert cli.main(["tasks", "evaluate", *words, "--variant", "base"]) == 2
+    (err,) = capsys.readouterr().err.splitlines()
+    assert re.search(said, err)
+
+
+def test_unicode_and_line_ends_and_a_prompt_beyond_the_context(
+    base: families.Base, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """CRLF and a byte order mark are the same rows; a prompt is cut to --max-length, and told where that is beyond the context."""
+    parts = []
+    written = {"lf": lines(OK), "crlf": lines(OK, "\r\n"), "bom": b"\xef\xbb\xbf" + lines(OK)}
+    for name, content in written.items():
+        (tmp_path / f"{name}.jsonl").write_bytes(content)
+        parts.append(load.source("own", str(tmp_path / f"{name}.jsonl")).split("train"))
+    assert parts[0] == parts[1] == parts[2] and parts[0].examples[0].label == "é—漢😀"
+    (tmp_path / "long.jsonl").write_bytes(lines([{**row, "prompt": row["prompt"] + "x" * 700} for row in OK]))
+    words = ["--model-name", base.model, "--base_dir", str(base.path), "--dataset-name", "long", "--data", str(tmp_path / "long.jsonl")]
+    for more, said, cut in ((["--max-length", "2000"], "1 of 1 are longer than the model's context of 512 tokens", 0), ([], "", 1)):
+        assert cli.main(["tasks", "evaluate", *words, "--variant", "base", "--max-new-tokens", "4", *more, "--json"]) == 0
+        assert said in caplog.text and json.loads(capsys.readouterr().out)["runs"][0]["test"]["prompts_truncated"] == cut

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from spilt.data.sources import seen
 from spilt.downstream import listops
 from spilt.downstream.answers import LETTERS, NLI, extractor, numbers
 from spilt.errors import unknown
@@ -132,6 +133,9 @@ def mnli(row: Mapping[str, Any]) -> Example | None:
 
 
 def own(row: Mapping[str, Any]) -> Example:
+    for name in ("prompt", "completion"):
+        if isinstance(row[name], bool) or not isinstance(row[name], (str, int, float)):
+            raise ValueError(f"{name} is {seen(row[name])}; wanted text")
     return Example(str(row["prompt"]), str(row["completion"]), row["label"])
 
 
