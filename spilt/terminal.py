@@ -57,7 +57,7 @@ def _print(text: str) -> None:
 
 
 def program(parser: argparse.ArgumentParser, argv: Sequence[str] | None, work: Callable[[argparse.Namespace], int]) -> int:
-    """The exit code of a program that does `work` with its words; 2 with one message for what the user got wrong.
+    """The exit code of a program of one process that does `work` with its words; 2 with one message for what the user got wrong.
 
     Raises SystemExit as argparse does: for --help, and for words that the parser refuses.
     """
@@ -66,7 +66,12 @@ def program(parser: argparse.ArgumentParser, argv: Sequence[str] | None, work: C
     args = parser.parse_args(argv)
     with ExitStack() as stack:
         try:
-            if getattr(args, "log", None) is not None and place()[0] == 0:
+            rank, size = place()
+            if size > 1:  # each would do the same work and write the same files
+                if rank == 0:
+                    complain(f"error: {parser.prog} is one process, and a launcher has started {size}; start it without the launcher")
+                return 2
+            if getattr(args, "log", None) is not None:
                 stack.enter_context(logging_to(args.log, dry=args.dry_run))
             return work(args)
         except UserError as error:

@@ -88,9 +88,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> families.Base:
 
 
 @pytest.fixture
-def scored(
-    fitted: families.Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Scored]:
+def scored(fitted: families.Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Scored]:
     monkeypatch.setattr(runner, "_report", no_report)
     shutil.copytree(fitted.path, tmp_path / "base")
     yield Scored(fitted._replace(path=tmp_path / "base"), capsys)

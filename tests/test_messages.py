@@ -330,3 +330,16 @@ def test_the_table_has_a_line_for_each(bare: Here, monkeypatch: pytest.MonkeyPat
 
 
 REPORT = runner._report
+
+
+@pytest.mark.parametrize("words", [["tasks", "table"], ["weights", "data", "--behavior", "honesty", "--model", "tiny"], ["verify"]])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_other_programs_are_one_process(
+    words: list[str], rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two processes would do the same work and write the same files: both end, and the first says why."""
+    for name, value in zip(LAUNCHERS, (str(rank), "2", str(rank), "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert cli.main([*words, "--base_dir", str(tmp_path)]) == 2
+    told = f"error: spilt {words[0]} is one process, and a launcher has started 2; start it without the launcher\n"
+    assert capsys.readouterr().err == ("" if rank else told) and not list(tmp_path.iterdir())

@@ -221,7 +221,7 @@ def test_own_rows_are_texts(name: str, value: Any, tmp_path: Path) -> None:
     found = load.source("mine", str(tmp_path)).split("train")
     assert [example.prompt for example in found.examples] == ["7"] and found.without_answer == 2
     path.write_text(json.dumps(good) + "\n" + json.dumps({**good, name: value}) + "\n")
-    with pytest.raises(UserError, match=f"line 2: is no row of mine: {name} is .*, and no text"):
+    with pytest.raises(UserError, match=f"line 2: (is no row of mine: {name} is .*; wanted text|nothing in column '{name}' of mine)"):
         load.source("mine", str(tmp_path)).split("train")
 
 

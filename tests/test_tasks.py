@@ -17,10 +17,11 @@ import torch
 from spilt import cli
 from spilt.downstream import load, table, work
 from spilt.downstream.places import runs
-from spilt.downstream.words import TrainSettings, Variant
+from spilt.downstream.words import PARTS, PROJECTIONS, TrainSettings, Variant, acting
 from spilt.engine import whole
 from spilt.errors import UserError
 from spilt.model import host as hosts
+from spilt.steering import joint
 from spilt.steering.steering import Steering
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +67,35 @@ def test_train_evaluate_table(small: Path, capsys: Said) -> None:
     assert len(pd.read_csv(small / "out" / "tasks_pairs.csv")) == 15
 
 
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_both_parts_of_joint_and_their_sum(projection: str, small: Path, capsys: Said) -> None:
+    """Each is evaluated under its own name, with the numbers that are its own, as the Steering of that part alone answers."""
+    shape = ["--variant", "joint", "--projection", projection, "--adapter-rank", "2", "--lora-rank", "3", "--lr", "3e-2", "--bs", "4"]
+    assert cli.main(words(small, "train", *shape)) == 0
+    capsys.readouterr()
+    assert cli.main(words(small, "evaluate", *shape, "--part", *PARTS, "--json")) == 0
+    found = {run["test"]["part"]: run["test"] for run in json.loads(capsys.readouterr().out)["runs"]}
+    lora, adapter = 3 * 3 * (4 * (64 + 64) + 3 * (64 + 128)), 3 * 2 * 64 * 2  # of 3 layers: 7 maps of rank 3, adapters of rank 2
+    assert {part: one["parameters"] for part, one in found.items()} == dict(zip(PARTS, (lora + adapter, lora, adapter), strict=True))
+    (path,) = small.glob(f"tasks/new/tiny/joint_silu_r2_lora3_{projection}/*/steering.safetensors")
+    host, stored = hosts.load(small / "models" / "tiny", "float32", "cpu", ""), Steering.load(path)
+    rows = [json.loads(text) for text in (small / "new" / "test.jsonl").read_text().splitlines()]
+    for part in PARTS:
+        with whole.steer(host.model, joint.part(stored, part), 1.0):
+            for row, told in zip(rows[:6], path.with_name(f"test{acting(1.0, part)}.json").read_text().splitlines(), strict=False):
+                ids = torch.tensor([host.tokenizer(row["prompt"])["input_ids"]])
+                made = host.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+                assert json.loads(told)["output"] == host.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+    assert cli.main(words(small, "evaluate", *shape, "--multiplier", "0.5")) == 0
+    name = f"joint_silu_r2_lora3_{projection}"
+    assert f"new test {name}_m0.5: 0." in capsys.readouterr().out
+    assert cli.main(["tasks", "table", "--base_dir", str(small)]) == 0
+    said = capsys.readouterr().out
+    assert all(f"| {name}{end} |" in said for end in ("", "_m0.5", "_lora_only", "_adapter_only"))
+    assert cli.main(words(small, "evaluate", "--variant", "base", "joint", "--part", "lora_only")) == 2
+    assert "--part lora_only is of --variant joint, which has two; base is one" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "match"),
     [
@@ -77,6 +107,7 @@ def test_train_evaluate_table(small: Path, capsys: Said) -> None:
         (["--layers", "7"], "layer 7 does not exist"),
         (["--lr", "0"], "--lr 0"),
         (["--limit", "0"], "--limit 0: wanted 1 or more"),
+        (["--limit", "4"], "4 rows are 1 optimizer step, and the first is at rate 0"),
         (["--model-name", "none"], "none"),
         (["--max-length", "2"], "no training row fits"),
         (["--extractor", "letter"], "is no letter"),
@@ -139,13 +170,13 @@ def test_mcnemar_is_the_binomial_test_on_what_differs() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("verb", ["train", "evaluate"])
-def test_killed_and_started_again_it_gives_the_same_bytes(verb: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("verb", "kind"), [("train", "post_block"), ("evaluate", "post_block"), ("train", "joint")])
+def test_killed_and_started_again_it_gives_the_same_bytes(verb: str, kind: str, tmp_path: Path) -> None:
     """SIGKILL of the really started command, in the middle of training and of answering."""
     base = world.write_untrained(tmp_path)
     world.write_task(base / "new", 1, train=400, test=300)
-    shape = ["--bs", "2", "--lr", "1e-2", "--quiet", "--engine", "plain", "--batch-size", "4"]
-    request = work.Request(load.source("new", str(base / "new"), extract="tag"), "tiny", Variant(), TrainSettings(lr=1e-2, bs=2), base)
+    shape = ["--variant", kind, "--bs", "2", "--lr", "1e-2", "--quiet", "--engine", "plain", "--batch-size", "4"]
+    request = work.Request(load.source("new", str(base / "new"), extract="tag"), "tiny", Variant(kind), TrainSettings(lr=1e-2, bs=2), base)
     here = request.place
     train = words(base, "train", *shape, "--checkpoint-seconds", "0")
     started = train if verb == "train" else words(base, "evaluate", *shape)

@@ -20,7 +20,7 @@ from spilt import __version__
 from spilt.cell import NONLINEARITIES
 from spilt.downstream.answers import EXTRACTORS
 from spilt.downstream.rows import ALIASES, SPLITS, TASKS
-from spilt.downstream.words import KINDS, LINEAR, OVERLONG, PARTS, PROJECTIONS, SCHEDULERS, SUBMODULES, TrainSettings, Variant
+from spilt.downstream.words import KINDS, LINEAR, OVERLONG, PARTS, PROJECTIONS, SCHEDULERS, SUBMODULES, TrainSettings, Variant, acting
 from spilt.engine.choice import ENGINES, FAST
 from spilt.errors import NotFinite, UserError
 from spilt.settings.fields import DTYPES, WRITE_POINTS
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--test-only", action="store_true", help="with --do-eval: on test alone")
     train.add_argument("--checkpoint-seconds", type=float, default=60.0, metavar="S", help="the state is kept after this long (default 60)")
     evaluate.add_argument("--split", nargs="+", choices=SPLITS, default=["test"], help="default: test")
-    evaluate.add_argument("--part", choices=PARTS, default=PARTS[0], help="of joint: which of the two acts (default all)")
+    evaluate.add_argument("--part", nargs="+", choices=PARTS, default=PARTS[:1], help="of joint: which of the two acts (default all)")
     evaluate.add_argument("--multiplier", type=float, default=1.0, metavar="M", help="strength of a Steering (default 1, as trained)")
     table.add_argument("--base_dir", "--base-dir", default=".", type=Path)
     table.add_argument("--dataset-name", nargs="+", default=[], metavar="NAME", help="default: all tasks")
@@ -152,7 +152,9 @@ def requests(args: argparse.Namespace) -> Iterator[Request]:
     source = load.source(args.dataset_name, args.data, made=args.listops, **how)
     model, _ = locate(args.base_dir, args.model_name, args.download)
     done = set()
-    for variant, seed in product(variants_of(args), args.seed):
+    for variant, seed, part in product(variants_of(args), args.seed, getattr(args, "part", PARTS[:1])):
+        if part != PARTS[0] and variant.kind != "joint":
+            raise UserError(f"--part {part} is of --variant joint, which has two; {variant.kind} is one")
         settings = TrainSettings(
             args.lr, args.warmup_ratio, args.weight_decay, source.task.epochs if args.epochs is None else args.epochs,
             args.bs, args.grad_accum, args.scheduler, seed=seed,
@@ -160,10 +162,10 @@ def requests(args: argparse.Namespace) -> Iterator[Request]:
         made = Request(
             source, model, variant, settings, args.base_dir, args.dtype, not args.no_chat_template, args.system_prompt, args.overlong,
             args.limit, args.limit_eval, args.engine, args.batch_size, getattr(args, "checkpoint_seconds", 60.0), args.force,
-            getattr(args, "part", PARTS[0]),
+            part,
         )  # fmt: skip
-        if made.place not in done:
-            done.add(made.place)
+        if (made.place, part) not in done:
+            done.add((made.place, part))
             yield made
 
 
@@ -202,6 +204,8 @@ def _each(args: argparse.Namespace, training: bool, splits: Sequence[str]) -> in
     asked = list(requests(args))
     if training and any(request.variant.kind == "base" for request in asked):
         raise UserError("--variant base learns nothing: spilt tasks evaluate --variant base measures it")
+    for split in ("train", *splits):  # before the model, which takes long
+        asked[0].source.split(split)
     told, failed, loaded = list[dict[str, Any]](), 0, _host(args)
     tell = complain if args.json else say
     with redirect_stdout(sys.stderr) if args.json else nullcontext():
@@ -230,7 +234,8 @@ def line(summary: dict[str, Any]) -> str:
     more = ", ".join(f"{summary[name]} {name.replace('_', ' ')}" for name in ("no_answer", "cut_off", "prompts_truncated") if summary[name])
     accuracy, low, high = (f"{summary[name]:.3f}" for name in ("accuracy", "low", "high"))
     return (
-        f"{summary['task']} {summary['split']} {summary['variant']}: {accuracy} [{low}, {high}] of {summary['n']}{more and '; '}{more}; "
+        f"{summary['task']} {summary['split']} {summary['variant']}{acting(summary['multiplier'], summary.get('part', PARTS[0]))}: "
+        f"{accuracy} [{low}, {high}] of {summary['n']}{more and '; '}{more}; "
         f"{summary['parameters']} learned ({summary['share']:.4%}); decoder {summary['decoder']}"
     )
 

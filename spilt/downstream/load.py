@@ -91,15 +91,18 @@ def _cut(found: list[Record], part: Part) -> list[Record]:
 
 def _examples(task: Task, found: list[Record], where: str = "") -> Data:
     kept, label, left = [], extractor(task.extract).label, 0
+    if not found:
+        raise UserError(f"{where or task.name}: has no rows")
     for record in found:
         try:
-            example = task.build(record.values)
+            example = task.build({name: value for name, value in record.values.items() if value is not None or name == "label"})
             if example is None:
                 left += 1
                 continue
             label(example.label)
         except KeyError as error:
-            raise UserError(f"{where} {record.where}: no column {error} of {task.name}; {columns_of(record.values)}") from None
+            what = "nothing in" if error.args[0] in record.values else "no"
+            raise UserError(f"{where} {record.where}: {what} column {error} of {task.name}; {columns_of(record.values)}") from None
         except (ValueError, TypeError, IndexError, AttributeError) as error:
             raise UserError(f"{where} {record.where}: is no row of {task.name}: {error}") from None
         if not example.prompt.strip() or not example.completion.strip():

@@ -5,11 +5,13 @@ All prompts end with a line break and the completion follows directly. Official 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from spilt.data.sources import seen
 from spilt.downstream import listops
-from spilt.downstream.answers import LETTERS, NLI, numbers
+from spilt.downstream.answers import LETTERS, NLI, extractor, numbers
 from spilt.errors import unknown
 
 
@@ -54,8 +56,10 @@ def boolq(row: Mapping[str, Any]) -> Example:
 
 
 def winogrande(row: Mapping[str, Any]) -> Example | None:
-    if str(row["answer"]) not in ("1", "2"):  # its official test split has none
+    if not str(row["answer"]).strip():  # its official test split has none
         return None
+    if str(row["answer"]) not in ("1", "2"):
+        raise ValueError(f"answer {row['answer']!r} is neither 1 nor 2")
     prompt = f"Which option fills the blank (_) of the sentence?\n{row['sentence']}\nOption1: {row['option1']}\nOption2: {row['option2']}\n"
     return Example(prompt, f"Answer: Option{row['answer']}.", int(row["answer"]))
 
@@ -77,7 +81,8 @@ def gsm8k(row: Mapping[str, Any]) -> Example:
 
 
 def mawps(row: Mapping[str, Any]) -> Example:
-    return _sum(str(row["question"]), str(row.get("equation") or row.get("expression") or "").strip(), _first(row, "result", "answer"))
+    rationale = str(row.get("equation") or row.get("expression") or "").strip()
+    return _sum(str(row["question"]), rationale, _first(row, "result_float", "result", "answer"))
 
 
 def svamp(row: Mapping[str, Any]) -> Example:
@@ -94,8 +99,8 @@ def asdiv(row: Mapping[str, Any]) -> Example | None:
 
 
 def _sum(question: str, rationale: str, final: str) -> Example:
-    (value,) = numbers(final)
-    said = f"{value:g}" if value != int(value) else str(int(value))
+    value = extractor("number").label(re.sub(r"(?<=[0-9])_(?=[0-9])", "", final))  # 1_000
+    said = f"{value:.10g}" if value != int(value) else str(int(value))
     return Example(f"{question}\n", f"{rationale}\nAnswer: {said}" if rationale else f"Answer: {said}", value)
 
 
@@ -114,9 +119,12 @@ def aqua(row: Mapping[str, Any]) -> Example:
 
 
 def mnli(row: Mapping[str, Any]) -> Example | None:
-    if (number := row["label"]) not in (0, 1, 2, *NLI):  # -1: no label
+    said = str(row["label"]).strip()
+    if said in ("-1", "-"):  # annotators who did not agree
         return None
-    label = NLI[number] if isinstance(number, int) else number
+    if said not in (known := {**{str(number): word for number, word in enumerate(NLI)}, **{word: word for word in NLI}}):
+        raise ValueError(f"label {row['label']!r} is none of {', '.join(known)}, nor -1")
+    label = known[said]
     prompt = (
         f"Does the premise entail the hypothesis, contradict it, or neither? Write {NLI[0]}, {NLI[2]} or {NLI[1]}.\n"
         f"Premise: {row['premise']}\nHypothesis: {row['hypothesis']}\n"
@@ -135,7 +143,7 @@ def _said(row: Mapping[str, Any], name: str) -> str:
     """A text or a number as text: null or a list of turns would be learned as the word that Python has for it."""
     value = row[name]
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
-        raise ValueError(f"{name} is {str(value)[:60]!r}, and no text")
+        raise ValueError(f"{name} is {seen(value)}; wanted text")
     return str(value)
 
 
@@ -160,7 +168,7 @@ TASKS: dict[str, Task] = {
             "BoolQ", "google/boolq", boolq, "boolean",
             {"train": Part("train"), "validation": Part("validation", 0, 0.8), "test": Part("validation", 0.8, 1)}, 256, 10,
         ),
-        Task("Winogrande", "allenai/winogrande:winogrande_debiased", winogrande, "option", HALVES, 256, 5),
+        Task("Winogrande", "allenai/winogrande:winogrande_debiased", winogrande, "option", HALVES, 256, 10),
         Task("ListOps", "", list_ops, "tag", OFFICIAL, 512, 10),
         Task(
             "GSM8K", "openai/gsm8k:main", gsm8k, "number",

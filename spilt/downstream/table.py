@@ -21,6 +21,7 @@ from spilt.analysis.claims import holm
 from spilt.artifacts import manifest
 from spilt.downstream import rows
 from spilt.downstream.places import Place, runs
+from spilt.downstream.words import PARTS, acting
 from spilt.downstream.work import learned_at, summaries
 from spilt.errors import UserError, unknown
 from spilt.report import comparison
@@ -45,13 +46,13 @@ class Run(NamedTuple):
         return self.summary["task"], self.summary["model"], self.data, self.model
 
 
-def read(place: Place, split: str) -> Run | None:
-    """None where this split was not evaluated. Raises UserError for results that are not what their manifest speaks of, or of what was
+def read(place: Place, name: str) -> Run | None:
+    """None where this was not evaluated. Raises UserError for results that are not what their manifest speaks of, or of what was
     learned in their place before."""
-    summary = summaries(place).get(split)
+    summary = summaries(place).get(name)
     if summary is None:
         return None
-    path = place.results(split)
+    path = place.results(name)
     record = manifest.read(path)
     if record is None or not manifest.matches(path, record):
         raise UserError(f"{path}: is not what its manifest speaks of; spilt tasks evaluate --force makes it again")
@@ -72,7 +73,7 @@ def mcnemar(one: Sequence[bool], other: Sequence[bool]) -> float:
 def collect(base_dir: Path, tasks: Sequence[str], models: Sequence[str], split: str, reference: str) -> list[Table]:
     """The tables of every task and model. Raises UserError where nothing was evaluated."""
     names = [rows.task(name).name if name.lower() in {n.lower() for n in (*rows.TASKS, *rows.ALIASES)} else name for name in tasks]
-    found = [run for place in runs(base_dir) if (run := _read(place, split)) is not None]
+    found = [run for place in runs(base_dir) for run in _read(place, split)]
     known = sorted({str(run.summary["task"]) for run in found})
     for name in names:
         if name not in known:
@@ -86,17 +87,21 @@ def collect(base_dir: Path, tasks: Sequence[str], models: Sequence[str], split: 
     return [table for group in groups.values() for table in _tables(group, reference, split)]
 
 
-def _read(place: Place, split: str) -> Run | None:
+def _read(place: Place, split: str) -> list[Run]:
+    """Everything that was evaluated of a split: the whole as it was trained, parts of it, other strengths."""
+    found = []
     try:
-        return read(place, split)
+        for name, summary in summaries(place).items():
+            if summary.get("split") == split and (run := read(place, name)) is not None:
+                found.append(run)
     except UserError as error:
         complain(f"warning: left out: {error}")
-        return None
+    return found
 
 
 def _names(group: Sequence[Run]) -> list[str]:
-    """The variant; with its run where there are several of it."""
-    variants = [str(run.summary["variant"]) for run in group]
+    """The variant and what of it acts; with its run where there are several of it."""
+    variants = [f"{run.summary['variant']}{acting(run.summary['multiplier'], run.summary.get('part', PARTS[0]))}" for run in group]
     return [name if variants.count(name) == 1 else f"{name} {run.summary['run']}" for name, run in zip(variants, group, strict=True)]
 
 

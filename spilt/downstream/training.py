@@ -136,12 +136,17 @@ def train(
     """Train learner.module in place; returns a row of the log for each optimizer step: epoch, step, loss, lr, grad_norm, tokens.
 
     `checkpoint` is given a function that returns the whole state, after each step but the last; `resume` goes on from such a state to the
-    same result. Raises NotFinite for a gradient that is none.
+    same result. Raises NotFinite for a gradient that is none, UserError where no step would have a rate above 0.
     """
     module = learner.module
     device = next(module.parameters()).device
     per_epoch = math.ceil(len(sequences) / (s.bs * s.grad_accum))
     steps, log = per_epoch * s.epochs, list[dict[str, float]]()
+    if not any(rate(step, steps, s) for step in range(steps)):
+        raise UserError(
+            f"{len(sequences)} rows are {steps} optimizer step, and the first is at rate 0, since it warms up: nothing would be learned; "
+            "give more rows or --epochs, a smaller --bs or --grad-accum, or --warmup-ratio 0"
+        )
     with learner.ready(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(s.seed)
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]

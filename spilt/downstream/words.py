@@ -99,6 +99,11 @@ class Variant:
         return Variant(**self.as_dict())
 
 
+def acting(multiplier: float, part: str) -> str:
+    """What a name says of an evaluation that is not of the whole as it was trained; '' of that."""
+    return ("" if multiplier == 1.0 else f"_m{multiplier:g}") + ("" if part == PARTS[0] else f"_{part}")
+
+
 SCHEDULERS: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1 - done,
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),

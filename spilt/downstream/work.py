@@ -27,7 +27,7 @@ from spilt.downstream.answers import extractor
 from spilt.downstream.encode import Encoding
 from spilt.downstream.places import Place, place
 from spilt.downstream.rows import SPLITS
-from spilt.downstream.words import KINDS, OVERLONG, PARTS, TrainSettings, Variant
+from spilt.downstream.words import KINDS, OVERLONG, PARTS, TrainSettings, Variant, acting
 from spilt.engine import choice, sampling
 from spilt.engine.train import check_usable
 from spilt.errors import UserError, first_line
@@ -197,8 +197,7 @@ def _store(
             content = steering.save(Path(folder) / here.steering.name).read_bytes()
     else:
         content = save_tensors({name: p.detach().cpu().contiguous() for name, p in host.model.named_parameters()})
-    count, own = (sum(parameter.numel() for parameter in module.parameters()) for module in (learner.module, host.model))
-    notes |= {"parameters": count, "share": count / own}
+    notes |= counted(learner.module, host.model)
     _forget_others(here, manifest.identity(parts))
     atomic_write_all([(here.log, "".join(json.dumps(row) + "\n" for row in rows))])
     manifest.write(artifact(request), content, parts, notes)
@@ -217,6 +216,12 @@ def learned_in(here: Place, name: str) -> str | None:
     """Identity of what a stored evaluation was of; None: of nothing, or nobody can say."""
     found = ((manifest.read(here.results(name)) or {}).get("parts") or {}).get("learned")
     return None if found is None else str(found)
+
+
+def counted(learned: nn.Module | Steering, model: nn.Module) -> dict[str, float]:
+    """How many numbers are learned, and as a share of the model's."""
+    count, own = (sum(parameter.numel() for parameter in module.parameters()) for module in (learned, model))
+    return {"parameters": count, "share": count / own}
 
 
 @contextmanager
@@ -286,7 +291,7 @@ def evaluate(request: Request, host: Host, split: str, say: Callable[[str], None
     known = None if request.variant.kind == "base" else manifest.read(artifact(request))
     if request.part != PARTS[0] and request.variant.kind != "joint":
         raise UserError(f"--part {request.part} is of --variant joint, which has two")
-    name = split + ("" if multiplier == 1.0 else f"_m{multiplier:g}") + ("" if request.part == PARTS[0] else f"_{request.part}")
+    name = split + acting(multiplier, request.part)
     path = here.results(name)
     parts: dict[str, Any] = {
         "verb": "tasks evaluate",
@@ -326,8 +331,10 @@ def evaluate(request: Request, host: Host, split: str, say: Callable[[str], None
     scored = evaluation.score(data.examples, prompted, made, how, extractor(task.extract), host.tokenizer)
     summary = {**scored.summary, "seen_in_train": seen, "rows_without_answer": data.without_answer}
     summary |= {name: known["notes"][name] if known else 0 for name in ("parameters", "share")}
+    if request.part != PARTS[0]:
+        summary |= counted(steering, host.model)
     summary |= {"task": task.name, "split": split, "model": request.model, "variant": request.variant.plain().name, "run": here.folder.name}
-    summary |= {"multiplier": multiplier, "max_new_tokens": task.max_new_tokens}
+    summary |= {"multiplier": multiplier, "part": request.part, "max_new_tokens": task.max_new_tokens}
     summary |= {"decoder": "fast" if not asked.why_plain else f"plain: {asked.why_plain}"}
     manifest.write(path, scored.lines(), parts, summary)
     _keep(here, name, summary)

@@ -125,16 +125,7 @@ class Vector(Intervention):
     one_mask = True
     linear = ("v",)
 
-    def __init__(
-        self,
-        hidden: int,
-        read: int | None = None,
-        *,
-        read_point: str | None = None,
-        write_point: str = "block",
-        dropout: float = 0.0,
-        **_: Any,
-    ) -> None:
+    def __init__(self, hidden: int, read: int | None = None, *, write_point: str = "block", dropout: float = 0.0, **_: Any) -> None:
         super().__init__(None, write_point, dropout)
         bound = 1 / math.sqrt(hidden)
         self.v = nn.Parameter(torch.empty(hidden, dtype=torch.float32).uniform_(-bound, bound))
@@ -287,16 +278,7 @@ class Ablation(Intervention):
     form = "ablation"
     linear = ("scale",)
 
-    def __init__(
-        self,
-        hidden: int,
-        read: int | None = None,
-        *,
-        read_point: str | None = None,
-        write_point: str = "block",
-        dropout: float = 0.0,
-        **_: Any,
-    ) -> None:
+    def __init__(self, hidden: int, read: int | None = None, *, write_point: str = "block", dropout: float = 0.0, **_: Any) -> None:
         super().__init__(None, write_point, dropout)
         self.direction = nn.Parameter(torch.empty(hidden, dtype=torch.float32).uniform_(-1, 1))
         self.scale = nn.Parameter(torch.ones((), dtype=torch.float32))
@@ -356,7 +338,6 @@ class PostBlock(Intervention):
         hidden: int,
         read: int | None = None,
         *,
-        read_point: str | None = None,
         write_point: str = "block",
         dropout: float = 0.0,
         rank: int = 8,

@@ -226,6 +226,10 @@ def read(model: nn.Module, folder: str | Path) -> Steering:
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: has {foreign.ADAPTER} but no {WEIGHTS}")
     with wrapped(model, lambda: peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu")) as held:  # type: ignore[arg-type]
+        if not held.maps:
+            raise UserError(
+                f"{folder}: an adapter of kind {about['kind']} changes no linear map of a block; wanted one such as {', '.join(KINDS)}"
+            )
         return Steering(update(model, held).entries, about)
 
 
