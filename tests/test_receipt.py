@@ -18,7 +18,10 @@ from spilt.analysis import behaviour as rules
 from spilt.behaviour import files
 from spilt.behaviour import receipt as r
 from spilt.behaviour.probe import Probe
+from spilt.data import readers
+from spilt.data.chat import Chat
 from spilt.errors import UserError
+from spilt.report import receipt as written
 from spilt.steering.steering import Site, Steering
 
 LAYER = 2
@@ -160,6 +163,33 @@ def test_a_receipt_is_a_page_and_a_document(base: families.Base, tmp_path: Path,
             assert set(number) == {"value", "low", "high", "n"}
     assert told["multiplier"] == 3 and told["dose"] > 0 and told["tried"] and told["texts"][0]["prompt"] == "a\x1b[31m|<script>b</script>"
     assert "not checked against a person's labels" in page and "ten own illustrations" in page
+    drawn = out.with_suffix(".html").read_text()
+    assert "<script>" not in drawn and "\x1b" not in drawn and "a\\x1b[31m|&lt;script&gt;b&lt;/script&gt;" in drawn
+    assert drawn == written.html(told) and page == "\n".join(written.markdown(told)) + "\n"  # of what is stored alone
+    assert all(f">{row['dose']:.3g}<" in drawn for row in told["strengths"])
+    assert drawn.count("<tr>") == page.count("\n| ") - page.count("\n| ---")
+
+
+def test_strength_by_accuracy_is_chosen_on_training_questions(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
+    """The share at the strength that is told, by the library's own forward on the held-out questions."""
+    own = ["strength", "--by", "accuracy", "--max_damage", "5", "--max_incoherent", "1"]
+    assert cli.main(words(base, *own, "--json")) == 0
+    told = json.loads(capsys.readouterr().out)
+    (row,) = told["sides"]
+    assert told["by"] == "accuracy" and told["chosen_on"] == told["reported_on"] == 8 and row["status"] in ("chosen", "no effect")
+    model, tokenizer = spilt.load(base.path / "models" / base.model)
+    value = Steering.load(next((base.path / "vectors" / base.model / "caa").rglob(f"caa_vector/layer_{LAYER}.pt")))
+    right = []
+    for pair in readers.read_pairs(readers.dataset_format(base.path, base.one, "valid")):
+        ids = [Chat.of(tokenizer).encode(pair.question, answer, 10**9) for answer in (pair.matching.strip(), pair.not_matching.strip())]
+        start = ids[0].prompt_length
+        with spilt.steer(model, value, row["multiplier"]), torch.no_grad():
+            log_p = model(torch.tensor([ids[0].input_ids[:start]])).logits[0, -1].log_softmax(-1)
+        one, other = (float(log_p[each.input_ids[start]]) for each in ids)
+        right.append(one > other and math.exp(one) + math.exp(other) >= 0.05)
+    assert row["unsteered" if row["status"] == "no effect" else "wanted"][0] == pytest.approx(np.mean(right))
+    for more, said in ((["--behaviour", "sea"], "--by accuracy looks at none"), (["--prompts", "0"], "wanted 1 or more")):
+        assert cli.main(words(base, *own, *more)) == 2 and said in capsys.readouterr().err
 
 
 @pytest.mark.long
