@@ -138,7 +138,7 @@ def test_all_tables_in_all_formats(base: families.Base, tmp_path: Path, capsys: 
     write_losses(base, "a|<b>_&", "vector", 1.5)
     told(base, capsys, "--output", str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("tables.md", "tables.tex", "tables.html", "main.csv", "equal.csv", "train_test.csv", "fits.csv", "averages.csv")
+        *("tables.md", "tables.tex", "tables.html", "main.csv", "equal.csv", "train_test.csv", "fits.csv", "averages.csv", "tradeoff.csv")
     }
     page, latex, plain = ((tmp_path / f"tables.{ending}").read_text() for ending in ("html", "tex", "md"))
     assert "<b>" not in page and "&lt;b&gt;" in page and "\\_\\&" in latex and "a\\|<b>" in plain

@@ -1,4 +1,4 @@
-"""The paper's tables from what is stored, of any models and data sets: main, prompts, fits, averages, train_test, equal.
+"""The paper's tables from what is stored, of any models and data sets: a function for each of paper.TABLES.
 
 The paper's own numbers stand beside. Cells that differ by their seed alone are one row: means over the fits, and their range in place
 of the interval over questions.
@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 
 from spilt.analysis import claims, equal, odds, paper
+from spilt.analysis.calibrate import CONVERGED
 from spilt.analysis.claims import Case
 from spilt.analysis.provenance import Artifact, of_one_vector
 from spilt.analysis.questions import Questions
-from spilt.artifacts.losses import TABLES
+from spilt.artifacts.losses import KL_COLUMNS, TABLES, TRIED
 from spilt.artifacts.scores import HEADLINES
 from spilt.artifacts.store import Store
 from spilt.errors import UserError, unknown
@@ -26,7 +27,6 @@ from spilt.report import cells as stored
 from spilt.report import tables
 from spilt.report.cells import Measured, label, shown
 
-KL_COLUMNS = ("side", "multiplier", "status", "tokens", "kl_mean", "kl_p95", "kl_max", "budget")
 NO_STEERING = ("no steering", "")
 PROMPT = "prompt"
 ON = {"train": "training", "test": "held-out"}
@@ -71,6 +71,11 @@ class Group(NamedTuple):
             return dict(zip(("value", "low", "high"), found[0].tolist(), strict=True))
         own = found[:, 0]
         return {"value": float(own.mean()), "low": float(own.min()), "high": float(own.max())}
+
+    @property
+    def reported(self) -> tuple[Questions, ...]:
+        """Of each fit the questions that are reported on."""
+        return tuple(Questions.of(cell.frame[cell.frame["split"] == _told_on(cell)]) for cell in self.cells)
 
 
 class Set(NamedTuple):
@@ -166,8 +171,7 @@ class Behind(NamedTuple):
         alone = dict.fromkeys(("low", "high"), float("nan"))
         out = {"preferred": {"value": float(q.mean("accuracy")[0, 1]), **alone}}
         for name, of, sign in (("preference gain, nats", "preference", 1.0), ("utility drop, nats", "utility", -1.0)):
-            low, high = q.interval(sign * equal.change(of, 1.0, q, weights)[:, None])[:, 0]
-            out[name] = {"value": float(sign * equal.change(of, 1.0, q, None)[0]) + 0.0, "low": float(low), "high": float(high)}
+            out[name] = equal.told(q, partial(equal.change, of, 1.0), weights, sign)
         return out
 
 
@@ -380,15 +384,30 @@ def kl_of(cell: Measured) -> pd.DataFrame | None:
     return table
 
 
-def _at_kl(cell: Measured) -> float | None:
-    """The multiplier on the side of the recommended one, where the budget was met within what was measured."""
+def _side(m: float | None) -> str:
+    return "negative" if (m or 0) < 0 else "positive"
+
+
+def _ended(cell: Measured) -> dict[str, Any]:
+    """Where the search for equal KL ended, on the side of the recommended multiplier; {} where none is stored."""
     table = kl_of(cell)
-    side = "negative" if (cell.best["solved"] or 0) < 0 else "positive"
-    for row in () if table is None else table[table["side"] == side].to_dict("records"):
-        m = np.sort(cell.frame["multiplier"].unique())
-        if row["status"] == "converged" and m[0] <= row["multiplier"] <= m[-1]:
-            return float(row["multiplier"])
-    return None
+    found = [] if table is None else table[(table["side"] == _side(cell.best["solved"])) & (table["status"] != TRIED)].to_dict("records")
+    return {str(name): value for name, value in found[0].items()} if found else {}
+
+
+def _at_kl(cell: Measured) -> float | None:
+    """The multiplier there, if the budget was met within what was measured."""
+    row, m = _ended(cell), cell.frame["multiplier"]
+    return float(row["multiplier"]) if row and row["status"] == CONVERGED and m.min() <= row["multiplier"] <= m.max() else None
+
+
+def _kl_at(cell: Measured, m: float) -> float:
+    """95th percentile of KL at a strength between those that were tried: lines through its root, since KL goes as m^2 near 0."""
+    table = kl_of(cell)
+    if table is None or not (tried := table[table["side"].isin([_side(m), "none"]) & (table["status"] == TRIED)]).size:
+        return float("nan")
+    tried = tried.assign(size=tried["multiplier"].abs()).sort_values("size")
+    return float(np.interp(abs(m), tried["size"], np.sqrt(tried["kl_p95"]), right=np.nan) ** 2)
 
 
 def strengths(one: Set) -> Table | None:
@@ -399,7 +418,7 @@ def strengths(one: Set) -> Table | None:
     rows, values = [], []
     for _, cell, table in every:
         row = {"method": cell.label}
-        for line in table.to_dict("records"):
+        for line in table[table["status"] != TRIED].to_dict("records"):
             row |= {f"m, {line['side']}": shown(line["multiplier"], ".3g"), f"KL p95, {line['side']}": shown(line["kl_p95"], ".3f")}
             row |= {f"status, {line['side']}": str(line["status"])}
         rows.append(row)
@@ -414,13 +433,63 @@ def _told_on(cell: Measured) -> str:
     return "test" if "test" in set(cell.frame["split"]) else str(cell.frame["split"].iloc[0])
 
 
+def _levels(one: Set, budget: float, seed: int) -> dict[str, tuple[float, dict[str, equal.Level]]]:
+    """Cell -> the gain that its form is compared at, half of the largest within the budget of utility; kind -> its level."""
+    asked = [(cell.place.form, cell, fit) for group in one.groups for cell, fit in zip(group.cells, group.reported, strict=True)]
+    most: dict[str, float] = {}
+    for form, _, fit in asked:
+        most[form] = max(most.get(form, 0.0), float(equal.gain_within(budget, fit, None)[0]) if fit.zero >= 0 else 0.0)
+    return {cell.name: (most[form] / 2, equal.levels(fit, _at_kl(cell), budget, most[form] / 2, seed)) for form, cell, fit in asked}
+
+
+LEVEL: dict[str, tuple[str, Callable[[Measured, equal.Level], Any]]] = {
+    "m": (".3g", lambda cell, level: (level.multiplier, None, None)),
+    "preference gain, nats": (".2f", lambda cell, level: level.gain.values()),
+    "utility drop, nats": (".2f", lambda cell, level: level.drop.values()),
+    "KL p95, nats": (".2f", lambda cell, level: (_kl_at(cell, level.multiplier), None, None)),
+}
+
+
+def tradeoff(one: Set, budget: float, seed: int) -> Table:
+    """Every cell by itself at equal KL, at equal preference and at equal utility: the strength, and what the other two are there."""
+    levels, rows, values = _levels(one, budget, seed), [], []
+    for kind in (equal.KL, equal.PREFERENCE, equal.UTILITY):
+        for group in one.groups:
+            first = group.cells[0]
+            at = {equal.KL: _ended(first).get("budget"), equal.PREFERENCE: levels[first.name][0], equal.UTILITY: budget}[kind]
+            if at is None:
+                continue
+            reached = [kind in levels[cell.name][1] for cell in group.cells]
+            ended = sorted({str(_ended(cell).get("status", "not known")) for cell in group.cells} - {CONVERGED}) if kind == equal.KL else []
+            status = "reached" if all(reached) else "; ".join(ended) or ("not measured there" if kind == equal.KL else "not reached")
+            row = {"at equal": f"{kind}, {at:.3g} nat", "method": group.label}
+            for name, (spec, pick) in LEVEL.items():
+
+                def read(cell: Measured, kind: str = kind, pick: Callable[[Measured, equal.Level], Any] = pick) -> Any:
+                    return pick(cell, levels[cell.name][1][kind])
+
+                numbers = group.numbers(read) if all(reached) else dict.fromkeys(("value", "low", "high"), float("nan"))
+                row[name] = spread(numbers, spec)
+                values.append(
+                    {"at equal": kind, "nats": at, "method": group.method, "intervention": group.variant, "measure": name} | numbers
+                )
+            rows.append(row | {"status": status})
+    note = (
+        f"On {ON[told_on(one)]} questions, from m = 0, 95% bootstrap intervals over questions; of several fits their range. Equal KL: "
+        "see strengths. Equal preference: half of the largest gain of its form within the drop of utility, where it costs least. Equal "
+        "utility: the largest gain within the drop. KL p95 elsewhere: read between the strengths that its search tried. Paired "
+        "tests: table equal."
+    )
+    frame = pd.DataFrame(rows, columns=["at equal", "method", *LEVEL, "status"])
+    return Table("tradeoff", f"{one.heading}: every cell at equal KL, preference and utility", note, frame, one.named(pd.DataFrame(values)))
+
+
 def at_equal(one: Set, budget: float, seed: int) -> Table:
     """spilt against each other method of its form at equal KL, equal preference, equal utility, whatever comes out."""
     compared = {}
     for group in one.groups:
         split = _told_on(group.cells[0])
-        questions = tuple(Questions.of(cell.frame[cell.frame["split"] == _told_on(cell)]) for cell in group.cells)
-        compared[group.name] = equal.Cell(Case(group.method, group.variant, questions), tuple(_at_kl(cell) for cell in group.cells))
+        compared[group.name] = equal.Cell(Case(group.method, group.variant, group.reported), tuple(_at_kl(cell) for cell in group.cells))
     table = equal.pairs(compared, budget, seed=seed)
     labels = {group.name: group.label for group in one.groups}
     rows = []
@@ -446,6 +515,7 @@ def make(sets: Sequence[Set], names: Sequence[str], budget: float, seed: int) ->
             "main": partial(main, seed=seed),
             "prompts": partial(against_prompts, seed=seed),
             "strengths": strengths,
+            "tradeoff": partial(tradeoff, budget=budget, seed=seed),
             "train_test": train_test,
             "fits": fits,
         },
