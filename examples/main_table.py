@@ -11,6 +11,7 @@ which wait for memory, are counted --text_factor times.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import subprocess
 import sys
@@ -47,6 +48,26 @@ def planned(words: list[str]) -> list[dict[str, Any]]:
     if done.returncode:
         raise SystemExit(done.returncode)  # it has said why
     return list(json.loads(done.stdout)["steps"])
+
+
+def at_equal_kl(options: argparse.Namespace) -> list[list[str]]:
+    """The runs that measure each cell's losses at its own strengths of equal KL, beside those of its sweep."""
+    path = options.output / "strengths.csv"
+    found: dict[tuple[str, ...], list[str]] = {}
+    for row in csv.DictReader(path.open(encoding="utf-8")) if path.is_file() else ():
+        if row["status"] == "converged":
+            cell = f"{row['method']}_{row['intervention'].partition('@')[0]}"  # its layers and seed stand in --words
+            found.setdefault((row["dataset"], row["model"], cell), []).append(row["multiplier"])
+    fixed = ["--intervention_method", "vector", "--mode", "loss", "--no-released_files", "--no_report", "--device", options.device]
+    fixed += ["--base_dir", str(options.base_dir), *(["--limit", str(options.limit)] if options.limit else []), *options.words]
+    return [
+        ["--dataset", dataset, "--model_name", model, "--method", cell, "--multipliers", *strengths, *fixed]
+        for (dataset, model, cell), strengths in found.items()
+    ]
+
+
+def run(*words: str) -> int:
+    return subprocess.run([sys.executable, str(ROOT / "run_spilt.py"), *words]).returncode
 
 
 def estimate(options: argparse.Namespace) -> int:
@@ -89,12 +110,14 @@ def main() -> int:
     options = parser.parse_args()
     if options.dry_run:
         return estimate(options)
-    failed = [words for words in commands(options) if subprocess.run([sys.executable, str(ROOT / "run_spilt.py"), *words]).returncode]
-    table = ["--base_dir", str(options.base_dir), "--model_name", *options.model_name, "--dataset", *options.dataset]
-    table += ["--kl", str(options.kl), "--prompts", str(options.prompts), "--max_new_tokens", str(options.max_new_tokens)]
-    table += ["--device", options.device, "--output", str(options.output)]
-    table += ["--prompt_baseline", *options.prompt_baseline] if options.prompt_baseline else []
-    done = subprocess.run([sys.executable, str(ROOT / "run_spilt.py"), "table", *table]).returncode
+    failed = [words for words in commands(options) if run(*words)]
+    which = ["--base_dir", str(options.base_dir), "--model_name", *options.model_name, "--dataset", *options.dataset]
+    table = ["table", *which, "--device", options.device, "--output", str(options.output)]
+    found = ["--kl", str(options.kl), "--prompts", str(options.prompts), "--max_new_tokens", str(options.max_new_tokens)]
+    found += ["--prompt_baseline", *options.prompt_baseline] if options.prompt_baseline else []
+    done = run(*table, *found)
+    failed += [words for words in at_equal_kl(options) if run(*words)]
+    done = run(*table) or done
     for words in failed:
         print(f"not all was done: run_spilt.py {' '.join(words)}", file=sys.stderr)
     return done or bool(failed)

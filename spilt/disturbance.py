@@ -5,11 +5,12 @@ Of a data set with concepts, one multiplier for all of them, as everywhere: the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -22,7 +23,7 @@ from spilt.artifacts.store import Store
 from spilt.cell import variant_of
 from spilt.data import readers
 from spilt.data.chat import Question
-from spilt.errors import UserError
+from spilt.errors import NotFinite, UserError
 from spilt.model import host, identity
 from spilt.progress import Progress
 from spilt.run import quiet_libraries
@@ -51,10 +52,12 @@ def calibrate(
     device: str = "",
     tell: Callable[[str], None] = print,
     concepts: Sequence[int] = (),
+    also: Mapping[tuple[str, str], Sequence[float]] = MappingProxyType({}),
 ) -> int:
     """Store what is not there yet of cells (method, form with layers and seed); the model is loaded once. Returns how many were measured.
 
-    A row for each side, and those that were tried. concepts: of a data set that has some; others are refused.
+    A row for each side, and those that were tried. concepts: of a data set that has some; without them it is refused. also: further
+    multipliers of a cell to try.
     """
     device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     todo = [
@@ -76,12 +79,22 @@ def calibrate(
         at = partial(_mean, loaded, max_new_tokens=how.max_new_tokens, **chat)
         asked = [(stored(cell, s, run), [row.input for row in readers.read_prompts(fmt, cell.concept, how.prompts)]) for cell in step.cells]
         table = api.both_sides(at, asked, (), how.budget, *map(max, zip(*(api.reach(steering) for steering, _ in asked), strict=True)))
-        probes = table.attrs["probes"].assign(status=TRIED)
+        own = (step.cells[0].method, step.cells[0].variant)
+        more = [_beside(at, asked, m) for m in also.get(own, ())]
+        probes = pd.concat([table.attrs["probes"], *more], ignore_index=True).assign(status=TRIED)
         table = pd.concat([table, probes], ignore_index=True).assign(budget=how.budget)[[*KL_COLUMNS]]
         run.store_result(step, path, table.to_csv(index=False, lineterminator="\n"), parts, {"probes": len(probes)})
         said = ", ".join(f"{row['multiplier']:.3g} ({row['status']})" for row in table[table["status"] != TRIED].to_dict("records"))
         tell(f"[{number}/{len(todo)}] {step.cells[0]}: m = {said}")
     return len(todo)
+
+
+def _beside(at: Callable[..., pd.DataFrame], asked: Any, m: float) -> pd.DataFrame | None:
+    """A row more of what was tried; None where the model breaks down there."""
+    try:
+        return at([m], asked).assign(side="negative" if m < 0 else "positive")
+    except NotFinite:
+        return None
 
 
 def _mean(loaded: host.Host, strengths: Sequence[float], asked: Sequence[tuple[Steering, Sequence[Question]]], **how: Any) -> pd.DataFrame:

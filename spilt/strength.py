@@ -184,8 +184,9 @@ def _accuracy(args: argparse.Namespace) -> By:
         return tuple(files.Asked(question, row) for question, row in both)  # type: ignore[arg-type]
 
     first = files.Judge("first_token", files.COLUMNS)
+    whole = files.Incoherence(mass=0.0)  # as `spilt evaluate` counts
     train, test = map(asked, (VERBS["measure"].sections[split] for split in ("train", "test")))
-    behaviour = files.Behaviour(prompts=test, tune_on=train, judge=first, name=f"accuracy, {args.dataset}")
+    behaviour = files.Behaviour(prompts=test, tune_on=train, judge=first, incoherent=whole, name=f"accuracy, {args.dataset}")
     line = f"as wanted: the matching answer begins likelier; chosen on {len(train)} training questions, shares of {len(test)} held-out ones"
     return _chosen(args, behaviour, line)
 

@@ -107,15 +107,17 @@ def _table(args: argparse.Namespace) -> int:
 
 def _calibrate(args: argparse.Namespace, sets: Sequence[Set]) -> None:
     from spilt.disturbance import How, calibrate
+    from spilt.report.comparison import levels
 
     how = How(args.kl, args.prompts, args.max_new_tokens)
     for one in sets:
-        cells: dict[tuple[int, ...], list[tuple[str, str]]] = {}  # by the concepts that were measured
-        for cell in (cell for group in one.groups for cell in group.cells):
-            cells.setdefault(tuple(cell.place.concepts), []).append((cell.place.method, cell.place.intervention))
+        places = [cell.place for group in one.groups for cell in group.cells]
+        asked = levels(one, args.budget, args.seed)
+        also = {(place.method, place.intervention): [level.multiplier for level in asked[place.name][1].values()] for place in places}
         try:
-            for concepts, those in cells.items():
-                calibrate(args.base_dir, one.model, one.dataset, those, how, args.device, complain, concepts)
+            for concepts in {tuple(place.concepts): None for place in places}:
+                cells = [(place.method, place.intervention) for place in places if tuple(place.concepts) == concepts]
+                calibrate(args.base_dir, one.model, one.dataset, cells, how, args.device, complain, concepts, also)
         except UserError as error:
             complain(f"warning: {one.heading}: no strengths of equal KL: {error}")
 

@@ -433,7 +433,7 @@ def _told_on(cell: Measured) -> str:
     return "test" if "test" in set(cell.frame["split"]) else str(cell.frame["split"].iloc[0])
 
 
-def _levels(one: Set, budget: float, seed: int) -> dict[str, tuple[float, dict[str, equal.Level]]]:
+def levels(one: Set, budget: float, seed: int) -> dict[str, tuple[float, dict[str, equal.Level]]]:
     """Cell -> the gain that its form is compared at, half of the largest within the budget of utility; kind -> its level."""
     asked = [(cell.place.form, cell, fit) for group in one.groups for cell, fit in zip(group.cells, group.reported, strict=True)]
     most: dict[str, float] = {}
@@ -452,21 +452,21 @@ LEVEL: dict[str, tuple[str, Callable[[Measured, equal.Level], Any]]] = {
 
 def tradeoff(one: Set, budget: float, seed: int) -> Table:
     """Every cell by itself at equal KL, at equal preference and at equal utility: the strength, and what the other two are there."""
-    levels, rows, values = _levels(one, budget, seed), [], []
+    found, rows, values = levels(one, budget, seed), [], []
     for kind in (equal.KL, equal.PREFERENCE, equal.UTILITY):
         for group in one.groups:
             first = group.cells[0]
-            at = {equal.KL: _ended(first).get("budget"), equal.PREFERENCE: levels[first.name][0], equal.UTILITY: budget}[kind]
+            at = {equal.KL: _ended(first).get("budget"), equal.PREFERENCE: found[first.name][0], equal.UTILITY: budget}[kind]
             if at is None:
                 continue
-            reached = [kind in levels[cell.name][1] for cell in group.cells]
+            reached = [kind in found[cell.name][1] for cell in group.cells]
             ended = sorted({str(_ended(cell).get("status", "not known")) for cell in group.cells} - {CONVERGED}) if kind == equal.KL else []
             status = "reached" if all(reached) else "; ".join(ended) or ("not measured there" if kind == equal.KL else "not reached")
             row = {"at equal": f"{kind}, {at:.3g} nat", "method": group.label}
             for name, (spec, pick) in LEVEL.items():
 
                 def read(cell: Measured, kind: str = kind, pick: Callable[[Measured, equal.Level], Any] = pick) -> Any:
-                    return pick(cell, levels[cell.name][1][kind])
+                    return pick(cell, found[cell.name][1][kind])
 
                 numbers = group.numbers(read) if all(reached) else dict.fromkeys(("value", "low", "high"), float("nan"))
                 row[name] = spread(numbers, spec)
@@ -477,7 +477,7 @@ def tradeoff(one: Set, budget: float, seed: int) -> Table:
     note = (
         f"On {ON[told_on(one)]} questions, from m = 0, 95% bootstrap intervals over questions; of several fits their range. Equal KL: "
         "see strengths. Equal preference: half of the largest gain of its form within the drop of utility, where it costs least. Equal "
-        "utility: the largest gain within the drop. KL p95 elsewhere: read between the strengths that its search tried. Paired "
+        "utility: the largest gain within the drop. KL p95 is measured, or read between strengths where it was. Paired "
         "tests: table equal."
     )
     frame = pd.DataFrame(rows, columns=["at equal", "method", *LEVEL, "status"])
