@@ -2,7 +2,7 @@
 
     python examples/main_table.py --dry_run                                 hours and memory, nothing is run
     python examples/main_table.py --model_name gemma-2-9b-it qwen2.5-7b-it  models/ and data/ as the README's "The paper's data" has them
-    python examples/main_table.py --base_dir demo-run --model_name smollm2-135m-it --dataset sea --method caa sft spilt pca lda --device cpu
+    sh examples/main_table_small.sh                                         the same of a small model on a CPU, in minutes
 
 It can be stopped at any moment: the same command goes on. Hours are what is computed by --tflops, those that the card sustains; texts,
 which wait for memory, are counted --text_factor times.
@@ -11,6 +11,7 @@ which wait for memory, are counted --text_factor times.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def commands(options: argparse.Namespace) -> list[list[str]]:
     fixed = ["--intervention_method", "vector", "--mode", "all", "--device", options.device, "--base_dir", str(options.base_dir)]
     more = ["--control_pairs", str(options.control_pairs), *(["--limit", str(options.limit)] if options.limit else [])]
     return [
-        ["--dataset", dataset, "--model_name", model, "--method", *chosen, *fixed, *more]
+        ["--dataset", dataset, "--model_name", model, "--method", *chosen, *fixed, *more, *options.words]
         for model in options.model_name
         for dataset in options.dataset
     ]
@@ -47,6 +48,26 @@ def planned(words: list[str]) -> list[dict[str, Any]]:
     if done.returncode:
         raise SystemExit(done.returncode)  # it has said why
     return list(json.loads(done.stdout)["steps"])
+
+
+def at_equal_kl(options: argparse.Namespace) -> list[list[str]]:
+    """The runs that measure each cell's losses at its own strengths of equal KL, beside those of its sweep."""
+    path = options.output / "strengths.csv"
+    found: dict[tuple[str, ...], list[str]] = {}
+    for row in csv.DictReader(path.open(encoding="utf-8")) if path.is_file() else ():
+        if row["status"] == "converged":
+            cell = f"{row['method']}_{row['intervention'].partition('@')[0]}"  # its layers and seed stand in --words
+            found.setdefault((row["dataset"], row["model"], cell), []).append(row["multiplier"])
+    fixed = ["--intervention_method", "vector", "--mode", "loss", "--no-released_files", "--no_report", "--device", options.device]
+    fixed += ["--base_dir", str(options.base_dir), *(["--limit", str(options.limit)] if options.limit else []), *options.words]
+    return [
+        ["--dataset", dataset, "--model_name", model, "--method", cell, "--multipliers", *strengths, *fixed]
+        for (dataset, model, cell), strengths in found.items()
+    ]
+
+
+def run(*words: str) -> int:
+    return subprocess.run([sys.executable, str(ROOT / "run_spilt.py"), *words]).returncode
 
 
 def estimate(options: argparse.Namespace) -> int:
@@ -81,14 +102,22 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("tables"), help="folder for the tables (default: tables)")
     parser.add_argument("--tflops", type=float, default=100.0, help="that the card sustains (default 100; a CPU core: 0.05)")
     parser.add_argument("--text_factor", type=float, default=10.0, help="how much slower text is made than read (default 10)")
+    parser.add_argument("--prompt_baseline", nargs="+", default=[], metavar="NAME=FILE", help="prompts as rows beside the methods")
+    parser.add_argument("--prompts", type=int, default=8, metavar="N", help="for equal KL: the data set's first N (default 8)")
+    parser.add_argument("--max_new_tokens", type=int, default=32, metavar="N", help="for equal KL: of each answer (default 32)")
+    parser.add_argument("--words", nargs=argparse.REMAINDER, default=[], help="more words of run_spilt.py, last: --words --layers 15")
     parser.add_argument("--dry_run", action="store_true", help="print hours and memory; run nothing")
     options = parser.parse_args()
     if options.dry_run:
         return estimate(options)
-    failed = [words for words in commands(options) if subprocess.run([sys.executable, str(ROOT / "run_spilt.py"), *words]).returncode]
-    table = ["--base_dir", str(options.base_dir), "--model_name", *options.model_name, "--dataset", *options.dataset]
-    table += ["--kl", str(options.kl), "--device", options.device, "--output", str(options.output)]
-    done = subprocess.run([sys.executable, str(ROOT / "run_spilt.py"), "table", *table]).returncode
+    failed = [words for words in commands(options) if run(*words)]
+    which = ["--base_dir", str(options.base_dir), "--model_name", *options.model_name, "--dataset", *options.dataset]
+    table = ["table", *which, "--device", options.device, "--output", str(options.output)]
+    found = ["--kl", str(options.kl), "--prompts", str(options.prompts), "--max_new_tokens", str(options.max_new_tokens)]
+    found += ["--prompt_baseline", *options.prompt_baseline] if options.prompt_baseline else []
+    done = run(*table, *found)
+    failed += [words for words in at_equal_kl(options) if run(*words)]
+    done = run(*table) or done
     for words in failed:
         print(f"not all was done: run_spilt.py {' '.join(words)}", file=sys.stderr)
     return done or bool(failed)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -17,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spilt import __version__, judges
-from spilt.analysis.chosen import CHOSEN, DAMAGE, INCOHERENT, Limits
+from spilt.analysis.chosen import DAMAGE, INCOHERENT, Limits
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.manifest import digest
 from spilt.artifacts.store import Store
 from spilt.behaviour import files
 from spilt.data import sources
-from spilt.errors import NotFinite, UserError, printable
+from spilt.errors import NotFinite, UserError
 from spilt.say import ready, which_flags
 from spilt.settings.fields import STRONGEST
 from spilt.terminal import complain, program, say
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prefix", type=Path, metavar="FILE", help="a long text to put before the prompts, as in deployment")
     for name in files.SUITES:
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help="its prompts (default: ten illustrations of our own)")
-    parser.add_argument("--output", type=Path, metavar="FILE.md", help="write it there, and all numbers and texts to FILE.json")
+    parser.add_argument("--output", type=Path, metavar="FILE.md", help="write it there, as a page to FILE.html, all of it to FILE.json")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead")
     return program(parser, argv, _receipt)
 
@@ -114,6 +113,7 @@ def _receipt(args: argparse.Namespace) -> int:
     host, steering, s, _ = ready(args)
     from spilt.behaviour import receipt
     from spilt.memory import OutOfMemory
+    from spilt.report import receipt as written
 
     asked: Any = {"multiplier": args.multiplier, "more": args.multipliers, "labels": args.labels, "prefix": prefix, "suites": suites}
     try:
@@ -132,14 +132,16 @@ def _receipt(args: argparse.Namespace) -> int:
         "spilt": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    told = json.dumps(document(found, about), indent=1, allow_nan=False)
+    told = document(found, about)
+    text, lines = json.dumps(told, indent=1, allow_nan=False), written.markdown(told)
     if args.output is not None:
-        atomic_write(args.output, "\n".join(markdown(found, about)) + "\n")
-        atomic_write(args.output.with_suffix(".json"), told + "\n")
+        atomic_write(args.output, "\n".join(lines) + "\n")
+        atomic_write(args.output.with_suffix(".json"), text + "\n")
+        atomic_write(args.output.with_suffix(".html"), written.html(told))
     if args.json:
-        print(told)
+        print(text)
     else:
-        for line in markdown(found, about):
+        for line in lines:
             say(line)
     return 0
 
@@ -156,7 +158,7 @@ def _estimate(found: Estimate) -> dict[str, Any]:
 
 
 def document(found: Receipt, about: dict[str, Any]) -> dict[str, Any]:
-    """Everything as JSON values."""
+    """Everything as JSON values; what `report.receipt` shows."""
     chosen, behaviour = found.found, found.behaviour
     rule = behaviour.judge.rule
     return {
@@ -165,11 +167,14 @@ def document(found: Receipt, about: dict[str, Any]) -> dict[str, Any]:
         "behaviour": {"name": behaviour.name, "about": behaviour.about, "judge": behaviour.judge.kind, "want": behaviour.want},
         "rubric": {**rule.rubric.decides, "at_least": rule.at_least, "concept": rule.concept} if isinstance(rule, files.Rated) else None,
         "unrated": dict(zip(("missing", "of"), found.unrated, strict=True)),
-        "checked": {"kappa": _estimate(found.checked.kappa), "file": found.checked.file},
+        "checked": {"kappa": _estimate(found.checked.kappa), "file": found.checked.file, "said": str(found.checked)},
         "limits": found.limits._asdict(),
+        "prompts": {"chosen_on": len(behaviour.chosen_on), "reported_on": len(behaviour.reported_on)},
         "status": chosen.status,
         "multiplier": found.multiplier,
         "dose": abs(found.multiplier) * found.unit,
+        "chosen": chosen.multiplier,
+        "unit": found.unit,
         "range": [edge._asdict() for edge in chosen.edges],
         "tried": [{name: _number(value) for name, value in point._asdict().items()} for point in chosen.points],
         "strengths": [
@@ -185,119 +190,12 @@ def document(found: Receipt, about: dict[str, Any]) -> dict[str, Any]:
                 "change": _estimate(finding.change),
                 "bad": finding.bad,
                 "note": finding.note,
+                "checked": row.checked,
             }
             for row, finding in found.failures
         ],
         "texts": found.samples,
     }
-
-
-# ---------------------------------------------------------------- as a page
-
-
-def _shown(found: Estimate, signed: bool = False) -> str:
-    if not math.isfinite(found.value):
-        return "–"
-    sign = "+" if signed else ""
-    ends = f" [{found.low:{sign}.2f}, {found.high:{sign}.2f}]" if math.isfinite(found.low) else ""
-    return f"{found.value:{sign}.2f}{ends}"
-
-
-def _cell(text: str) -> str:
-    """Any text as one cell of a markdown table: no markup of its own, nothing that steers a terminal."""
-    flat = printable(re.sub(r"\s+", " ", text).strip())
-    return re.sub(r"([\\`*_{}\[\]()<>#|!&~])", r"\\\1", flat)
-
-
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *rows)]
-
-
-def _range(found: Receipt) -> list[str]:
-    """Which strengths work, and what ends it on either side."""
-    chosen = found.found
-    if chosen.status != CHOSEN:
-        return [f"**{chosen.status}**: no strength within the limits shows it more than the unsteered model."]
-    inner, outer = chosen.edges
-    said = [f"Chosen: m = {chosen.multiplier:.4g}, dose {abs(chosen.multiplier) * found.unit:.3g}. It works from m = {inner.works:.4g} "
-            f"to {outer.works:.4g} (dose {abs(inner.works) * found.unit:.3g} to {abs(outer.works) * found.unit:.3g})."]  # fmt: skip
-    for name, edge in (("weaker", inner), ("stronger", outer)):
-        what = "no {0} one was tried" if edge.fails is None else "the next {0} one that was tried, m = {1:.4g}, does not work ({2})"
-        said.append(f"- {what.format(name, edge.fails or 0.0, edge.why)}")
-    return said
-
-
-def markdown(found: Receipt, about: dict[str, Any]) -> list[str]:
-    behaviour, limits = found.behaviour, found.limits
-    rule, judge = behaviour.judge.rule, about["judge"]
-    ways = {"first_token": "which of two answers is the likelier beginning"}
-    if judge is not None:
-        ways["rubric"] = (
-            f"the rubric {rule.rubric.name}, at least {rule.at_least} of {rule.rubric.scale[1]}, as {_cell(judge['name'])} rates; "
-            f"{found.unrated[0]} of {found.unrated[1]} answers have no rating and are left out ({_cell(judge['asked'])})"
-        )
-    out = [
-        f"# Receipt: {_cell(about['vector'])} on {_cell(about['model'])}",
-        "",
-        f"Behaviour: {_cell(behaviour.name)}{behaviour.about and ': '}{_cell(behaviour.about)} (wanted: {behaviour.want}).",
-        f"Judged by: {ways.get(behaviour.judge.kind, behaviour.judge.kind)}; {found.checked}.",
-        f"Layers {'+'.join(map(str, about['layers']))}; parameters {about['parameters'][:12]}; spilt {about['spilt']}; {about['created']}.",
-        "",
-        "## In which range",
-        "",
-        *_range(found),
-        "",
-        f"Works: at least half of the largest gain, at most {limits.incoherent:.0%} more incoherent answers than unsteered, at most "
-        f"{limits.damage:g} nats of KL per token on benign prompts; found on {len(behaviour.chosen_on)} prompts of the behaviour.",
-        "",
-        "## What it does",
-        "",
-        *_table(
-            ("m", "dose", "as wanted", "incoherent", "KL on benign prompts, nats per token", "n"),
-            [
-                (
-                    f"{m:.4g}",
-                    f"{abs(m) * found.unit:.3g}",
-                    *(_shown(row[name]) for name in ("wanted", "incoherent", "kl")),
-                    f"{row['wanted'].n}, {row['kl'].n}",
-                )
-                for m, row in found.rows.items()
-            ],
-        ),
-        "",
-        f"On {len(behaviour.reported_on)} other prompts; judge: {found.checked}. An incoherent answer is never as wanted.",
-        "",
-        "## What it costs" + (f", at m = {found.multiplier:.4g}" if found.multiplier else ""),
-        "",
-    ]
-    if found.failures:
-        said = {True: "**yes**", False: "not seen", None: "–"}
-        out += _table(
-            ("failure", "measured", "unsteered", "steered", "change", "n", "bad", "how"),
-            [
-                (
-                    row.name,
-                    row.of,
-                    _shown(finding.before),
-                    _shown(finding.after),
-                    _shown(finding.change, True),
-                    str(finding.after.n or ""),
-                    said[finding.bad],
-                    "; ".join(_cell(part) for part in (finding.note, str(found.checked) if row.checked else "") if part),
-                )
-                for row, finding in found.failures
-            ],
-        )
-        out += ["", "95% intervals: Wilson (shares), Newcombe (paired changes), resampled prompts (means). Not seen is not: not there."]
-    else:
-        out += ["Nothing was chosen, so there is no strength to measure at; --multiplier M takes one."]
-    samples = [row for row in found.samples if row["multiplier"] in (0.0, found.multiplier)]
-    prompts = list(dict.fromkeys(row["prompt"] for row in samples))[:3]
-    rows = [row for row in samples if row["prompt"] in prompts]
-    return [*out, "", "## Some answers", "", *_table(
-        ("prompt", "m", "verdict", "answer"),
-        [(_cell(r["prompt"]), f"{r['multiplier']:.4g}", r["verdict"] or "–", _cell(r["text"][:300])) for r in rows],
-    )]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""spilt strength: at which multiplier? At equal disturbance (--by kl), or where a behaviour shows most within limits (--by behaviour).
+"""spilt strength: at which multiplier? At equal disturbance (--by kl), or where most is as wanted within limits (--by accuracy, behaviour).
 
 kl: both multipliers at which KL(steered || base), nats per token along the steered model's own greedy answers, has its 95th percentile at
-the budget, so that methods and layers compare there. behaviour: found on some prompts of the behaviour, reported on the others, with the
-range that works. Several --layers are compared.
+the budget, so that methods and layers compare there. accuracy: share of questions whose matching answer has the likelier first token, as
+the paper's main table has it; found on training questions, reported on held-out ones. behaviour: found on some prompts of the behaviour,
+reported on the others. Both tell the range that works. Several --layers are compared.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from spilt.receipt import behaviour_flags, judge_for, limits_of, probe_of
 from spilt.say import Named, loaded, named, which_flags
 from spilt.settings.fields import intervention_name, method_name
 from spilt.terminal import complain, program, say
+from spilt.verbs import VERBS
 from spilt.verbs.base import layer_groups
+
+PROMPTS = 32  # of kl
 
 # column -> (heading, format)
 SHOWN = {
@@ -47,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     which_flags(parser)
     parser.add_argument("--by", choices=tuple(BY), default="kl", help="default kl")
     parser.add_argument("--budget", type=float, default=1.0, metavar="NATS", help="of kl; default 1")
-    parser.add_argument("--prompts", type=int, default=32, metavar="N", help="of kl: the first N, and the next N to check (default 32)")
+    many = "of kl: the first N, and the next N to check (default 32); of accuracy: the first N of each split (default all)"
+    parser.add_argument("--prompts", type=int, metavar="N", help=many)
     parser.add_argument("--prompts_file", type=Path, metavar="FILE", help="of kl: a prompt a line, in place of the dataset's")
     parser.add_argument("--max_new_tokens", type=int, default=50, metavar="N", help="of each answer, of kl (default 50)")
     behaviour_flags(parser)
@@ -56,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _strength(args: argparse.Namespace) -> int:
+    if args.behaviour is not None and args.by != "behaviour":
+        raise UserError(f"--behaviour {args.behaviour}: --by {args.by} looks at none; give --by behaviour, or leave it out")
+    if args.prompts is not None and args.prompts < 1:
+        raise UserError(f"--prompts {args.prompts}: wanted 1 or more")
     told, measure, line = BY[args.by](args)
     from spilt.memory import OutOfMemory
 
@@ -84,7 +93,7 @@ def _strength(args: argparse.Namespace) -> int:
     for cells in table:
         say("  ".join(text.ljust(width) for text, width in zip(cells, widths, strict=True)).rstrip())
     say(line)
-    if args.by == "behaviour" and several and any(row["status"] == CHOSEN for row in rows):
+    if args.by != "kl" and several and any(row["status"] == CHOSEN for row in rows):
         best = max((row for row in rows if row["status"] == CHOSEN), key=lambda row: (row["chosen_on"], -row["damage"]))
         say(f"most on the prompts that it is chosen on: layers {best['layers']}, m = {best['multiplier']:.4g}")
     return 0
@@ -132,11 +141,11 @@ By = tuple[dict[str, Any], Callable[[Any, Any, Any], tuple[Rows, Rows]], str]
 def _kl(args: argparse.Namespace) -> By:
     if not 0 < args.budget < float("inf"):  # nan is not
         raise UserError(f"--budget {args.budget:g}: wanted nats above 0")
-    for name in ("prompts", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: wanted 1 or more")
-    prompts = _prompts(args)
-    used, others = prompts[: args.prompts], prompts[args.prompts : 2 * args.prompts]
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens {args.max_new_tokens}: wanted 1 or more")
+    many = args.prompts or PROMPTS
+    prompts = _prompts(args, 2 * many)
+    used, others = prompts[:many], prompts[many : 2 * many]
 
     def measure(host: Any, steering: Any, settings: Any) -> tuple[Rows, Rows]:
         from spilt import api
@@ -157,8 +166,34 @@ def _kl(args: argparse.Namespace) -> By:
 def _behaviour(args: argparse.Namespace) -> By:
     if args.behaviour is None:
         raise UserError(f"--by behaviour: which? give --behaviour, {', '.join(files.shipped())} or a YAML file")
-    limits, behaviour = limits_of(args), files.load(args.behaviour)
-    judge = judge_for(behaviour, args)
+    behaviour = files.load(args.behaviour)
+    line = "{}: chosen on {} prompts; shares of {} others, 95% intervals"
+    return _chosen(args, behaviour, line.format(behaviour.name, len(behaviour.chosen_on), len(behaviour.reported_on)))
+
+
+def _accuracy(args: argparse.Namespace) -> By:
+    if not args.dataset:
+        raise UserError("--by accuracy: of which questions? give --dataset")
+
+    def asked(section: str) -> tuple[files.Asked, ...]:
+        pairs = readers.read_pairs(entries.dataset_format(args.base_dir, args.dataset, section), args.concept, args.prompts)
+        if any(pair.kind != readers.PAIRS for pair in pairs):
+            raise UserError(f"--by accuracy: compares two answers to one question, and {args.dataset} has other rows; --by behaviour or kl")
+        # a conversation is as good as a text: only its next token is looked at
+        both = [(pair.question, {"matching": pair.matching, "not_matching": pair.not_matching}) for pair in pairs]
+        return tuple(files.Asked(question, row) for question, row in both)  # type: ignore[arg-type]
+
+    first = files.Judge("first_token", files.COLUMNS)
+    whole = files.Incoherence(mass=0.0)  # as `spilt evaluate` counts
+    train, test = map(asked, (VERBS["measure"].sections[split] for split in ("train", "test")))
+    behaviour = files.Behaviour(prompts=test, tune_on=train, judge=first, incoherent=whole, name=f"accuracy, {args.dataset}")
+    line = f"as wanted: the matching answer begins likelier; chosen on {len(train)} training questions, shares of {len(test)} held-out ones"
+    return _chosen(args, behaviour, line)
+
+
+def _chosen(args: argparse.Namespace, behaviour: files.Behaviour, line: str) -> By:
+    """Where most of the behaviour's answers are as wanted, within the limits."""
+    limits, judge = limits_of(args), judge_for(behaviour, args)
 
     def measure(host: Any, steering: Any, settings: Any) -> tuple[Rows, Rows]:
         from spilt.analysis.behaviour import INCOHERENT
@@ -186,21 +221,20 @@ def _behaviour(args: argparse.Namespace) -> By:
 
     counts = {"chosen_on": len(behaviour.chosen_on), "reported_on": len(behaviour.reported_on)}
     told = {"behaviour": behaviour.name, "limits": limits._asdict(), **counts, "judge": None if judge is None else judge.name}
-    line = f"{behaviour.name}: chosen on {counts['chosen_on']} prompts; shares of {counts['reported_on']} others, 95% intervals"
     return told, measure, line
 
 
-BY: dict[str, Callable[[argparse.Namespace], By]] = {"kl": _kl, "behaviour": _behaviour}
+BY: dict[str, Callable[[argparse.Namespace], By]] = {"kl": _kl, "accuracy": _accuracy, "behaviour": _behaviour}
 
 
-def _prompts(args: argparse.Namespace) -> Sequence[Question]:
+def _prompts(args: argparse.Namespace, most: int) -> Sequence[Question]:
     """Those to calibrate on, and after them those to check."""
     if args.prompts_file is not None:
         return [asked.text for asked in files.asked_of(args.prompts_file)]
     if not args.dataset:
         raise UserError("which prompts? give --dataset, or --prompts_file FILE with one a line")
     fmt = entries.dataset_format(args.base_dir, args.dataset, "generation")
-    return [row.input for row in readers.read_prompts(fmt, args.concept, 2 * args.prompts)]
+    return [row.input for row in readers.read_prompts(fmt, args.concept, most)]
 
 
 if __name__ == "__main__":

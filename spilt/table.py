@@ -1,7 +1,8 @@
 """spilt table: the paper's tables from stored results of any models and data sets, its own numbers beside for its two models.
 
-main: every method at the strength that its training questions give, beside prompts; prompts: the methods against these; equal: SPLIT
-against the others at equal KL, preference and utility; strengths: those of equal KL; train_test; fits and averages: of the curves.
+main: every method at the strength that its training questions give, beside prompts; prompts: the methods against these; tradeoff:
+every cell at equal KL, preference and utility; equal: there SPLIT against the others, paired; strengths: those of equal KL; train_test;
+fits and averages: of the curves.
 With --kl the model is loaded and cells without such a strength get one, which is kept.
 With --prompt_baseline it is loaded too, and the losses behind that prompt are kept.
 """
@@ -106,12 +107,17 @@ def _table(args: argparse.Namespace) -> int:
 
 def _calibrate(args: argparse.Namespace, sets: Sequence[Set]) -> None:
     from spilt.disturbance import How, calibrate
+    from spilt.report.comparison.disturbed import levels
 
     how = How(args.kl, args.prompts, args.max_new_tokens)
     for one in sets:
-        cells = [(cell.place.method, cell.place.intervention) for group in one.groups for cell in group.cells]
+        places = [cell.place for group in one.groups for cell in group.cells]
+        asked = levels(one, args.budget, args.seed)
+        also = {(place.method, place.intervention): [level.multiplier for level in asked[place.name][1].values()] for place in places}
         try:
-            calibrate(args.base_dir, one.model, one.dataset, cells, how, args.device, complain)
+            for concepts in {tuple(place.concepts): None for place in places}:
+                cells = [(place.method, place.intervention) for place in places if tuple(place.concepts) == concepts]
+                calibrate(args.base_dir, one.model, one.dataset, cells, how, args.device, complain, concepts, also)
         except UserError as error:
             complain(f"warning: {one.heading}: no strengths of equal KL: {error}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from spilt.analysis import behaviour as rules
 from spilt.behaviour import files
 from spilt.behaviour import receipt as r
 from spilt.behaviour.probe import Probe
+from spilt.data import readers
+from spilt.data.chat import Chat
 from spilt.errors import UserError
+from spilt.report import receipt as written
 from spilt.steering.steering import Site, Steering
 
 LAYER = 2
@@ -70,6 +74,14 @@ def test_first_tokens_are_the_next_ones_of_the_model() -> None:
         wanted = [float(log_p[asked.tokenizer.convert_tokens_to_ids(letter)]) for letter in "yn"]
         assert (shows, otherwise) == pytest.approx(wanted, rel=1e-4)
     assert asked.verdicts(b, b.prompts, 2.0) == [rules.SHOWS if x > y else rules.ABSENT for x, y in found]
+    pairs = [(" yes", "no"), ("(A)", "(B)")]  # of a data file: with their spaces; of letters what differs
+    rows = [files.Asked("abc", dict(zip(files.ANSWERS, pair, strict=True))) for pair in pairs]
+    for pair, odds in zip(pairs, asked.log_probs(behaviour({"first_token": "columns"}, prompts=rows), rows, 0.0), strict=True):
+        both = [asked.chat.encode("abc", answer, 99) for answer in pair]
+        at = both[0].prompt_length
+        with torch.no_grad():
+            log_p = families.model("qwen2")(torch.tensor([both[0].input_ids[:at]])).logits[0, -1].log_softmax(-1)
+        assert odds == pytest.approx([float(log_p[one.input_ids[at]]) for one in both], rel=1e-4)
     with pytest.raises(UserError, match="begin with the same token"):
         asked.log_probs(behaviour({"first_token": {"shows": "yes", "otherwise": "yet"}}), b.prompts, 0.0)
 
@@ -160,6 +172,44 @@ def test_a_receipt_is_a_page_and_a_document(base: families.Base, tmp_path: Path,
             assert set(number) == {"value", "low", "high", "n"}
     assert told["multiplier"] == 3 and told["dose"] > 0 and told["tried"] and told["texts"][0]["prompt"] == "a\x1b[31m|<script>b</script>"
     assert "not checked against a person's labels" in page and "ten own illustrations" in page
+    drawn = out.with_suffix(".html").read_text()
+    assert "<script>" not in drawn and "\x1b" not in drawn and "a\\x1b[31m|&lt;script&gt;b&lt;/script&gt;" in drawn
+    assert drawn == written.html(told) and page == "\n".join(written.markdown(told)) + "\n"  # of what is stored alone
+    assert all(f">{row['dose']:.3g}<" in drawn for row in told["strengths"])
+    assert drawn.count("<tr>") == page.count("\n| ") - page.count("\n| ---")
+
+
+@pytest.fixture
+def of_letters(base: families.Base) -> Iterator[families.Base]:
+    """Its answers begin with letters, which are tokens here, not with spaces."""
+    before = {path: path.read_text() for path in (base.path / "data" / base.one).glob("*.jsonl")}
+    for path, text in before.items():
+        path.write_text(text.replace('": " ', '": "'))
+    yield base
+    for path, text in before.items():
+        path.write_text(text)
+
+
+def test_strength_by_accuracy_is_chosen_on_training_questions(of_letters: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
+    """The share at the strength that is told, by the library's own forward on the held-out questions."""
+    base, own = of_letters, ["strength", "--by", "accuracy", "--max_damage", "5", "--max_incoherent", "1"]
+    assert cli.main(words(base, *own, "--json")) == 0
+    told = json.loads(capsys.readouterr().out)
+    (row,) = told["sides"]
+    assert told["by"] == "accuracy" and told["chosen_on"] == told["reported_on"] == 8 and row["status"] in ("chosen", "no effect")
+    model, tokenizer = spilt.load(base.path / "models" / base.model)
+    value = Steering.load(next((base.path / "vectors" / base.model / "caa").rglob(f"caa_vector/layer_{LAYER}.pt")))
+    right = []
+    for pair in readers.read_pairs(readers.dataset_format(base.path, base.one, "valid")):
+        ids = [Chat.of(tokenizer).encode(pair.question, answer, 10**9) for answer in (pair.matching, pair.not_matching)]
+        start = ids[0].prompt_length
+        with spilt.steer(model, value, row["multiplier"]), torch.no_grad():
+            log_p = model(torch.tensor([ids[0].input_ids[:start]])).logits[0, -1].log_softmax(-1)
+        one, other = (float(log_p[each.input_ids[start]]) for each in ids)
+        right.append(one > other)
+    assert row["unsteered" if row["status"] == "no effect" else "wanted"][0] == pytest.approx(np.mean(right))
+    for more, said in ((["--behaviour", "sea"], "--by accuracy looks at none"), (["--prompts", "0"], "wanted 1 or more")):
+        assert cli.main(words(base, *own, *more)) == 2 and said in capsys.readouterr().err
 
 
 @pytest.mark.long

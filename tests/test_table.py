@@ -12,15 +12,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import spilt
 from spilt import cli, report, verify
 from spilt.analysis import equal
 from spilt.analysis.claims import Case
 from spilt.analysis.paper import MAIN, TABLES
 from spilt.analysis.questions import Questions
 from spilt.artifacts import manifest
+from spilt.artifacts.losses import KL_COLUMNS, TRIED
 from spilt.artifacts.scores import TABLE
 from spilt.artifacts.store import Store
 from spilt.cell import Cell
+from spilt.data import readers
 from spilt.report import comparison
 
 M = np.arange(-4.0, 5.0)
@@ -176,7 +179,7 @@ def test_all_tables_in_all_formats(base: families.Base, tmp_path: Path, capsys: 
     write_losses(base, "a|<b>_&", "vector", 1.5)
     told(base, capsys, "--output", str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("tables.md", "tables.tex", "tables.html", "main.csv", "equal.csv", "train_test.csv", "fits.csv", "averages.csv")
+        *("tables.md", "tables.tex", "tables.html", "main.csv", "equal.csv", "train_test.csv", "fits.csv", "averages.csv", "tradeoff.csv")
     }
     page, latex, plain = ((tmp_path / f"tables.{ending}").read_text() for ending in ("html", "tex", "md"))
     assert "<b>" not in page and "&lt;b&gt;" in page and "\\_\\&" in latex and "a\\|<b>" in plain
@@ -185,6 +188,50 @@ def test_all_tables_in_all_formats(base: families.Base, tmp_path: Path, capsys: 
     assert set(equal_["at equal"]) == {equal.UTILITY, equal.PREFERENCE} and set(equal_["cell"]) == {"spilt vector"}
     assert cli.main(["table", "--base_dir", str(base.path), "--tables", "strengths"]) == 1
     assert "--kl NATS finds them" in capsys.readouterr().err
+
+
+def test_every_cell_at_equal_kl_preference_and_utility(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the stored losses themselves, worked out here; KL is (m / 2)^2 at the strengths that were tried, so its root is a line."""
+    root = Store(base.path).loss_root(base.model)
+    folders = {method: root / method / base.one / f"{method}_vector" for method in ("spilt", "sft")}
+    tried = [("none", 0.0), *((side, sign * size) for side, sign in (("positive", 1), ("negative", -1)) for size in (4.0, 2.0, 3.0))]
+    for method, status in (("spilt", "converged"), ("sft", "above budget")):
+        ends = [("positive", 2.0, status), ("negative", -2.0, "converged"), *((*one, TRIED) for one in tried)]
+        rows = [(side, m, how, 9, m * m / 8, m * m / 4, m * m, 1.0) for side, m, how in ends]
+        pd.DataFrame(rows, columns=KL_COLUMNS).to_csv(folders[method] / Store.KL, index=False)
+    try:
+        said = told(base, capsys, "--tables", "tradeoff")
+        found = pd.read_csv(io.StringIO(told(base, capsys, "--tables", "tradeoff", "--format", "csv")))
+        strengths = told(base, capsys, "--tables", "strengths")
+    finally:
+        for folder in folders.values():
+            (folder / Store.KL).unlink()
+    assert TRIED not in strengths and "above budget" in said and strengths.count("\n|") == 4
+    table = found.set_index(["at equal", "method", "intervention", "measure"]).sort_index()
+    assert np.isnan(table.loc[(equal.KL, "sft", "vector", "m"), "value"])
+    losses = pd.read_csv(folders["spilt"] / "losses_test.csv")
+    losses["loss"] = losses["answer_loss_sum"] / losses["answer_tokens"]
+    both = losses.pivot_table(index=["multiplier", "example"], columns="target", values="loss")
+    mass = np.exp(-both).sum(axis=1)
+    own = pd.DataFrame({"gain": both["not_matching"] - both["matching"], "drop": -np.log(mass / (1 - mass))}).groupby("multiplier").mean()
+    own -= own.loc[0.0]
+
+    def row(kind: str, measure: str) -> Any:
+        return table.loc[(kind, "spilt", "vector", measure)]
+
+    gain, drop = row(equal.KL, "preference gain, nats"), row(equal.KL, "utility drop, nats")
+    assert gain["value"] == pytest.approx(own.loc[2.0, "gain"]) and drop["value"] == pytest.approx(own.loc[2.0, "drop"])
+    assert gain["low"] < gain["value"] < gain["high"] and drop["low"] < drop["value"] < drop["high"]
+    assert row(equal.KL, "KL p95, nats")["value"] == pytest.approx(1.0)
+    for kind, measure, name in ((equal.UTILITY, "utility drop, nats", "drop"), (equal.PREFERENCE, "preference gain, nats", "gain")):
+        m = row(kind, "m")["value"]
+        assert row(kind, measure)["value"] == pytest.approx(np.interp(m, own.index, own[name]), abs=1e-9)
+        assert row(kind, "KL p95, nats")["value"] == pytest.approx(m * m / 4)
+    assert row(equal.UTILITY, "utility drop, nats")["value"] == pytest.approx(0.5, abs=1e-6)  # the budget
+    level = row(equal.PREFERENCE, "m")["nats"]
+    best = found[(found["at equal"] == equal.UTILITY) & (found["intervention"] == "vector")].query("measure == 'preference gain, nats'")
+    assert level == pytest.approx(best["value"].max() / 2) and row(equal.PREFERENCE, "preference gain, nats")["value"] >= level
+    assert row(equal.PREFERENCE, "m")["value"] < row(equal.UTILITY, "m")["value"]
 
 
 def test_fits_beside_the_papers_and_their_averages(base: families.Base, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +281,8 @@ def test_strengths_of_equal_kl_are_found_once(tmp_path: Path, capsys: pytest.Cap
     assert "[2/2]" in said.err and said.out.count("KL p95") >= 2
     path = Store(base.path).loss_root(base.model) / "spilt" / base.one / "spilt_vector" / Store.KL
     table: Any = pd.read_csv(path)
-    assert list(table["side"]) == ["positive", "negative"]
+    assert list(table["side"][:2]) == ["positive", "negative"] and set(table["status"][2:]) == {TRIED}
+    table = table[:2]
     assert all(abs(row.kl_p95 / 0.3 - 1) <= 0.05 or row.status != "converged" for row in table.itertuples())
     assert cli.main([*how, "--tables", "strengths"]) == 0 and "[" not in capsys.readouterr().err
     assert {found.state for found in verify.check(base.path)} == {verify.OK}
@@ -249,6 +297,29 @@ def test_strengths_of_equal_kl_are_found_once(tmp_path: Path, capsys: pytest.Cap
     assert cli.main([*words, "--mode", "generate", "--set", "lr=0.02"]) == 0
     assert cli.main(["table", "--base_dir", str(base.path), "--tables", "strengths"]) == 1
     assert set(TABLES) >= {"strengths"}
+
+
+@pytest.mark.long
+def test_equal_kl_of_concepts_is_one_strength_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The mean over the concepts of what `spilt.divergence` says of each vector, on its own prompts."""
+    base = families.make_base(tmp_path / "base", train=6, test=4)
+    words = base.argv("caa", "vector", "--concepts", "0", "1", "--quiet", dataset=base.many)
+    assert cli.main([*words, "--mode", "generate"]) == 0
+    assert cli.main([*words, "--mode", "loss", "--multipliers", "-4", "4", "--no-released_files", "--no_report"]) == 0
+    how = ["table", "--base_dir", str(base.path), "--kl", "0.3", "--prompts", "2", "--max_new_tokens", "4", "--device", "cpu"]
+    assert cli.main([*how, "--tables", "strengths", "tradeoff"]) == 0 and "caa vector" in capsys.readouterr().out
+    table: Any = pd.read_csv(Store(base.path).loss_root(base.model) / "caa" / base.many / "caa_vector" / Store.KL)
+    row = table.iloc[0]
+    model, tokenizer = spilt.load(base.path / "models" / base.model)
+    parts = []
+    for concept in (0, 1):
+        cell = Cell(base.model, base.many, "caa", "vector", (base.layer,), concept)
+        value = spilt.Steering.load(Store(base.path).vector(cell, base.layer))
+        asked = [one.input for one in readers.read_prompts(readers.dataset_format(base.path, base.many, "generation"), concept, 2)]
+        parts.append(spilt.divergence(model, tokenizer, value, asked, row["multiplier"], max_new_tokens=4).iloc[0])
+    assert row["kl_p95"] == pytest.approx(np.mean([part["kl_p95"] for part in parts]), rel=1e-5)
+    assert row["tokens"] == sum(part["tokens"] for part in parts)
+    assert {found.state for found in verify.check(base.path)} == {verify.OK}
 
 
 def test_the_main_table_has_stored_scores_at_its_strengths(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,6 +87,11 @@ KEEPS = "at equal preference {} keeps more utility than {}"
 
 def kept(m: Array, preference: Array, utility: Array, levels: Array) -> Array:
     """Largest utility change from m = 0 at any m with a preference gain of at least each level, or the largest gain [draws, level]."""
+    return kept_at(m, preference, utility, levels)[0]
+
+
+def kept_at(m: Array, preference: Array, utility: Array, levels: Array) -> tuple[Array, Array]:
+    """That, and at which m."""
     zero = np.flatnonzero(m == 0)
     fine = np.union1d(np.linspace(m[0], m[-1], 101), m)
     right = np.clip(np.searchsorted(m, fine), 1, len(m) - 1)
@@ -95,8 +100,8 @@ def kept(m: Array, preference: Array, utility: Array, levels: Array) -> Array:
         y[:, right - 1] * (1 - share) + y[:, right] * share for y in (preference - preference[:, zero], utility - utility[:, zero])
     )
     reach = gain.max(axis=1)
-    out = [np.where(gain >= np.minimum(level, reach)[:, None], change, -np.inf).max(axis=1) for level in levels]
-    return np.stack(out, axis=1)
+    there = np.stack([np.where(gain >= np.minimum(level, reach)[:, None], change, -np.inf) for level in levels], axis=1)
+    return there.max(axis=2), fine[there.argmax(axis=2)]
 
 
 def _kept(levels: Array, m: Array, preference: Array, utility: Array) -> Array:

@@ -2,7 +2,7 @@
 
 At equal KL: gain P(m) - P(0) and kept utility U(m) - U(0), each cell at the multiplier at which it meets one budget of KL (interpolated).
 At equal utility: the largest gain within a utility drop of the budget. At equal preference: claims.keeps. Several fits of a cell (seeds):
-their mean, with the variance between them as in claims. Holm's correction over the rows of each kind.
+their mean, with the variance between them as in claims. Holm's correction over the rows of each kind. `levels`: one cell by itself.
 """
 
 from __future__ import annotations
@@ -41,6 +41,41 @@ def gain_within(budget: float, questions: Questions, weights: Array | None) -> A
     """Largest gain in preference of all m that keep the utility drop within the budget on the way from 0 [draws]."""
     preference, utility = (questions.mean(name, weights) for name in ("preference", "utility"))
     return best(questions.multipliers, preference, utility, budget, questions.usable).gain
+
+
+def told(questions: Questions, statistic: Statistic, weights: Array, sign: float = 1.0) -> dict[str, float]:
+    """value, low, high of sign x a statistic of one fit."""
+    low, high = questions.interval(sign * statistic(questions, weights)[:, None])[:, 0]
+    return {"value": float(sign * statistic(questions, None)[0]) + 0.0, "low": float(low), "high": float(high)}
+
+
+class Level(NamedTuple):
+    """A multiplier, and the change from m = 0 there: gain in preference, drop of utility, each as value, low, high in nats."""
+
+    multiplier: float
+    gain: dict[str, float]
+    drop: dict[str, float]
+
+
+def levels(questions: Questions, at_kl: float | None, budget: float, level: float, seed: int = 0) -> dict[str, Level]:
+    """One fit at equal KL (at_kl: its multiplier there), at equal utility (within the drop of the budget) and at equal preference
+    (where a gain of the level costs least); what it does not reach is left out."""
+    if questions.zero < 0:
+        return {}
+    weights = questions.resamples(seed)
+    m, usable = questions.multipliers, questions.usable
+    preference, utility = (questions.mean(name) for name in ("preference", "utility"))
+    within = float(best(m, preference, utility, budget, usable).multiplier[0])
+    found = {KL: at_kl} if at_kl is not None else {}
+    found |= {UTILITY: within} if within else {}
+    if level > 0 and (preference[0, usable] - preference[0, questions.zero]).max() >= level:
+        found[PREFERENCE] = float(claims.kept_at(m[usable], preference[:, usable], utility[:, usable], np.array([level]))[1][0, 0])
+
+    def at(m: float) -> Level:
+        of = {name: partial(change, name, m) for name in ("preference", "utility")}
+        return Level(m, told(questions, of["preference"], weights), told(questions, of["utility"], weights, -1.0))
+
+    return {kind: at(multiplier) for kind, multiplier in found.items()}
 
 
 def compared(

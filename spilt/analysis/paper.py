@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 DATASETS = ("psychopathy", "powerseeking", "axbench")
-TABLES = ("main", "equal", "prompts", "strengths", "train_test", "fits", "averages")  # that `spilt table` makes
+TABLES = ("main", "tradeoff", "equal", "prompts", "strengths", "train_test", "fits", "averages")  # that `spilt table` makes
 MODELS = {"gemma-2-9b-it": "Gemma-2-9B-IT", "qwen2.5-7b-it": "Qwen-2.5-7B-IT"}
 
 # R^2 of the main fits, preference then utility, each in the order of DATASETS; the paper fits no spilt cell

@@ -19,6 +19,9 @@ RELEASED = ("epoch", "step", LOSS, APPLIED, "neg_steering_factors")
 COLUMNS = (*RELEASED, "example", "pair", "target", "n_tokens", "loss_sum", "answer_tokens", "answer_loss_sum")
 # control_texts.csv: share of answers that show the behaviour at the recommended dose; draw -1 is the stored intervention
 CONTROL_TEXTS = ("draw", "multiplier", "score", "n")
+# kl.csv: of each side the multiplier of equal KL, then all that was tried
+KL_COLUMNS = ("side", "multiplier", "status", "tokens", "kl_mean", "kl_p95", "kl_max", "budget")
+TRIED = "tried"  # status of a row at which no search ended
 # preference_utility.csv: averages over questions per split and multiplier
 SUMMARY_FILE = "preference_utility.csv"
 SUMMARY = (

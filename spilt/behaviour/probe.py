@@ -204,20 +204,21 @@ class Probe:
         return sum(rating is None for rating in self.ratings.values()), len(self.ratings)
 
     def log_probs(self, behaviour: Behaviour, asked: Sequence[Asked], m: float) -> list[tuple[float, float]]:
-        """log p of the first token of the answer that shows the behaviour, and of the other one."""
+        """log p of the first token of the answer that shows the behaviour, and of the other one; of (A) and (B) of the letter."""
         rule = behaviour.judge.rule
-        pairs = [tuple(str(one.row[name]) for name in ANSWERS) if rule == COLUMNS else rule for one in asked]
-        ids = self.prompts([one.text for one in asked], 1)
-        with api.frozen(self.model):
-            found = divergence.next_token(self.model, self.steering, m, [Encoded(own, len(own), 0) for own in ids], self.pad)
-            scores = [*found]
-        out = []
-        for one, pair, own, log_p in zip(asked, pairs, ids, scores, strict=True):
-            first = [self.chat.encode(one.text, answer.strip(), 10**9).input_ids[len(own)] for answer in pair]
-            if first[0] == first[1]:
+        self.prompts([one.text for one in asked], 1)
+        contexts, tokens = list[Encoded](), list[list[int]]()
+        for one in asked:  # a data file's answers stand as they are fitted and measured, spaces too
+            pair = [str(one.row[name]) for name in ANSWERS] if rule == COLUMNS else [answer.strip() for answer in rule]
+            sides = [self.chat.encode(one.text, answer, 10**9) for answer in pair]
+            start = min(side.prompt_length for side in sides)
+            contexts.append(Encoded(sides[0].input_ids[:start], start, 0))
+            tokens.append([side.input_ids[start] for side in sides])
+            if tokens[-1][0] == tokens[-1][1]:
                 raise UserError(f"{behaviour.name}: {pair[0]!r} and {pair[1]!r} begin with the same token; first_token wants others")
-            out.append((float(log_p[first[0]]), float(log_p[first[1]])))
-        return out
+        with api.frozen(self.model):
+            scores = [*divergence.next_token(self.model, self.steering, m, contexts, self.pad)]
+        return [(float(log_p[first]), float(log_p[other])) for (first, other), log_p in zip(tokens, scores, strict=True)]
 
     def point(self, behaviour: Behaviour, m: float) -> Point:
         """On the prompts on which strengths are chosen, and on benign ones. A model that breaks down has failed everywhere."""

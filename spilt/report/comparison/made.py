@@ -1,31 +1,29 @@
-"""The paper's tables from what is stored, of any models and data sets: main, prompts, fits, averages, train_test, equal.
+"""The paper's tables from what is stored, of any models and data sets: a function for each of paper.TABLES.
 
 The paper's own numbers stand beside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import pandas as pd
 
 from spilt.analysis import claims, equal, paper, scores
-from spilt.analysis.claims import Case
 from spilt.artifacts.scores import HEADLINES
 from spilt.artifacts.store import Store
 from spilt.report import cells as stored
 from spilt.report import tables
 from spilt.report.cells import Measured
-from spilt.report.comparison.sets import PROMPT, Number, Set, at_kl, behind, kl_of, questions_of, told_on
+from spilt.report.comparison.disturbed import KEPT, at_equal, difference, strengths, tradeoff
+from spilt.report.comparison.sets import ON, PROMPT, Number, Set, behind, questions_of, told_on
 from spilt.report.comparison.text import Table
 from spilt.report.places import label, shown
 
 NO_STEERING = ("no steering", "")
-ON = {"train": "training", "test": "held-out"}
 VALUES = ["method", "intervention", "measure", "low", "high", "value", "recommended"]
-KEPT = {"preference": "preference gain", "utility": "utility kept"}
 Scores = dict[float, Number]  # multiplier -> mean of the stored texts
 
 
@@ -116,13 +114,6 @@ def main(one: Set, seed: int) -> Table:
     return Table("main", f"{one.heading}: main results", note, pd.DataFrame(rows), one.named(pd.DataFrame(values, columns=VALUES)))
 
 
-def _difference(line: Mapping[str, Any], own: str, other: str) -> dict[str, str]:
-    """The last columns of a comparison. own, other: how the two are called."""
-    better = "–" if not line["p"] < 0.05 else own if line["difference"] > 0 else other
-    number = Number(line["difference"], line["low"], line["high"])
-    return {"nats": number.text(), "p": shown(line["p"], ".3f"), "better": better}
-
-
 def against_prompts(one: Set, seed: int) -> Table | None:
     """Every cell at its strength of the main table against each prompt, paired over questions; None where there are no prompts."""
     prompts, rows, values = behind(one)[0], list[dict[str, Any]](), list[dict[str, Any]]()
@@ -143,7 +134,7 @@ def against_prompts(one: Set, seed: int) -> Table | None:
     for _, part in table.groupby("of"):
         table.loc[part.index, "p"] = claims.holm(part["p"].to_numpy(float))
     for row, line in zip(rows, table.to_dict("records"), strict=True):
-        row |= _difference(line, row["method"], row["against"])
+        row |= difference(line, row["method"], row["against"])
     note = (
         f"On {ON[told_on(one)]} questions, paired, from the model without either; methods at m of the main table. "
         "95% intervals, p by Holm over the comparisons of a kind."
@@ -220,46 +211,6 @@ def train_test(one: Set) -> Table:
     return Table("train_test", f"{one.heading}: training to held-out questions", note, pd.DataFrame(rows), one.named(pd.DataFrame(values)))
 
 
-def strengths(one: Set) -> Table | None:
-    """Every cell's multipliers of equal KL, both signs, with what was reached; None where none are stored."""
-    every = [(group, cell, table) for group in one.groups for cell in group.cells if (table := kl_of(cell)) is not None]
-    if not every:
-        return None
-    rows, values = [], []
-    for _, cell, table in every:
-        row = {"method": cell.label}
-        for line in table.to_dict("records"):
-            row |= {f"m, {line['side']}": shown(line["multiplier"], ".3g"), f"KL p95, {line['side']}": shown(line["kl_p95"], ".3f")}
-            row |= {f"status, {line['side']}": str(line["status"])}
-        rows.append(row)
-        values.append(table.assign(**cell.names))
-    budget = every[0][2]["budget"].iloc[0]
-    note = f"KL(steered || unsteered) along the steered model's own greedy answers, 95th percentile over tokens; budget {budget:g} nat."
-    return Table("strengths", f"{one.heading}: strengths of equal KL", note, pd.DataFrame(rows), one.named(pd.concat(values)))
-
-
-def at_equal(one: Set, budget: float, seed: int) -> Table:
-    """spilt against each other method of its form at equal KL, equal preference, equal utility, whatever comes out."""
-    compared = {}
-    for group in one.groups:
-        case = Case(group.method, group.variant, tuple(map(questions_of, group.cells)))
-        compared[group.name] = equal.Cell(case, tuple(map(at_kl, group.cells)))
-    table = equal.pairs(compared, budget, seed=seed)
-    labels = {group.name: group.label for group in one.groups}
-    rows = []
-    for line in table.to_dict("records"):
-        own, other = labels[line["cell"]], labels[line["than"]]
-        row = {"at equal": line["at equal"], "method": own, "against": other, "difference in": KEPT[line["of"]]}
-        rows.append(row | _difference(line, own, other))
-    words = ["at equal", "method", "against", "difference in", "nats", "p", "better"]
-    note = (
-        f"On {ON[told_on(one)]} questions, paired; 95% intervals, p by Holm over the comparisons of a kind. At equal utility: within a "
-        f"drop of {budget:g} nat. At equal preference: mean over the gains that both reach. At equal KL: both where the KL budget is met."
-    )
-    frame = pd.DataFrame(rows, columns=words)
-    return Table("equal", f"{one.heading}: SPLIT at equal KL, preference and utility", note, frame, one.named(table))
-
-
 def make(sets: Sequence[Set], names: Sequence[str], budget: float, seed: int) -> list[Table]:
     """The tables that are asked for, by model and data set; averages over data sets last."""
     of_set: dict[str, Callable[[Set], Table | None]] = {
@@ -267,6 +218,7 @@ def make(sets: Sequence[Set], names: Sequence[str], budget: float, seed: int) ->
         "equal": partial(at_equal, budget=budget, seed=seed),
         "prompts": partial(against_prompts, seed=seed),
         "strengths": strengths,
+        "tradeoff": partial(tradeoff, budget=budget, seed=seed),
         "train_test": train_test,
         "fits": fits,
     }

@@ -9,22 +9,24 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from spilt.analysis import equal, odds
+from spilt.analysis.calibrate import CONVERGED
 from spilt.analysis.provenance import Artifact, found_unlike, of_one_vector
 from spilt.analysis.questions import Questions
+from spilt.artifacts.losses import KL_COLUMNS, TRIED
 from spilt.artifacts.store import Store
 from spilt.errors import UserError, unknown
 from spilt.report import cells, places
 from spilt.report.cells import Measured
 from spilt.report.places import label, shown
 
-KL_COLUMNS = ("side", "multiplier", "status", "tokens", "kl_mean", "kl_p95", "kl_max", "budget")
 PROMPT = "prompt"
+ON = {"train": "training", "test": "held-out"}
 
 
 class Number(NamedTuple):
@@ -160,8 +162,7 @@ class Behind(NamedTuple):
         q, weights = self.questions, self.questions.resamples(seed)
         out = {"preferred": Number(float(q.mean("accuracy")[0, 1]))}
         for name, of, sign in (("preference gain, nats", "preference", 1.0), ("utility drop, nats", "utility", -1.0)):
-            low, high = q.interval(sign * equal.change(of, 1.0, q, weights)[:, None])[:, 0]
-            out[name] = Number(float(sign * equal.change(of, 1.0, q, None)[0]) + 0.0, float(low), float(high))
+            out[name] = Number(**equal.told(q, partial(equal.change, of, 1.0), weights, sign))
         return out
 
 
@@ -201,12 +202,27 @@ def kl_of(cell: Measured) -> pd.DataFrame | None:
     return table
 
 
-def at_kl(cell: Measured) -> float | None:
-    """The multiplier on the side of the recommended one, where the budget was met within what was measured."""
+def _side(m: float | None) -> str:
+    return "negative" if (m or 0) < 0 else "positive"
+
+
+def ended(cell: Measured) -> dict[str, Any]:
+    """Where the search for equal KL ended, on the side of the recommended multiplier; {} where none is stored."""
     table = kl_of(cell)
-    side = "negative" if (cell.best["solved"] or 0) < 0 else "positive"
-    for row in () if table is None else table[table["side"] == side].to_dict("records"):
-        m = np.sort(cell.frame["multiplier"].unique())
-        if row["status"] == "converged" and m[0] <= row["multiplier"] <= m[-1]:
-            return float(row["multiplier"])
-    return None
+    found = [] if table is None else table[(table["side"] == _side(cell.best["solved"])) & (table["status"] != TRIED)].to_dict("records")
+    return {str(name): value for name, value in found[0].items()} if found else {}
+
+
+def at_kl(cell: Measured) -> float | None:
+    """The multiplier there, if the budget was met within what was measured."""
+    row, m = ended(cell), cell.frame["multiplier"]
+    return float(row["multiplier"]) if row and row["status"] == CONVERGED and m.min() <= row["multiplier"] <= m.max() else None
+
+
+def kl_at(cell: Measured, m: float) -> float:
+    """95th percentile of KL at a strength between those that were tried: lines through its root, since KL goes as m^2 near 0."""
+    table = kl_of(cell)
+    if table is None or not (tried := table[table["side"].isin([_side(m), "none"]) & (table["status"] == TRIED)]).size:
+        return float("nan")
+    tried = tried.assign(size=tried["multiplier"].abs()).sort_values("size")
+    return float(np.interp(abs(m), tried["size"], np.sqrt(tried["kl_p95"]), right=np.nan) ** 2)
