@@ -28,7 +28,7 @@ from spilt.report import comparison
 from spilt.report.comparison import Table
 from spilt.terminal import complain
 
-ASKED = ("reading", "max_new_tokens", "extract", "multiplier", "dtype")  # how a run was asked, and its answers were read
+ASKED = ("reading", "max_new_tokens", "extract", "dtype")  # how a run was asked, and its answers were read; a strength is in its name
 
 
 class Run(NamedTuple):
