@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None, base_dir: Path = Path("."), program:
             made.add_argument("word", nargs="?", choices=[] if first in known else known)
         elif first and first not in known:
             made.error(str(unknown("word", first, known)))
-        return speak(made, words[1:] if first else words, lambda args: _run(args, program, words))
+        return speak(made, words[1:] if first else words, lambda args: _run(args, program, words), shared=True)
     except SystemExit as stop:
         return int(stop.code or 0)
 

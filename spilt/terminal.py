@@ -56,8 +56,12 @@ def _print(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-def program(parser: argparse.ArgumentParser, argv: Sequence[str] | None, work: Callable[[argparse.Namespace], int]) -> int:
-    """The exit code of a program of one process that does `work` with its words; 2 with one message for what the user got wrong.
+def program(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, work: Callable[[argparse.Namespace], int], *, shared: bool = False
+) -> int:
+    """The exit code of a program that does `work` with its words; 2 with one message for what the user got wrong.
+
+    shared: the processes of a launcher share the work; otherwise several are refused.
 
     Raises SystemExit as argparse does: for --help, and for words that the parser refuses.
     """
@@ -67,7 +71,7 @@ def program(parser: argparse.ArgumentParser, argv: Sequence[str] | None, work: C
     with ExitStack() as stack:
         try:
             rank, size = place()
-            if size > 1:  # each would do the same work and write the same files
+            if size > 1 and not shared:  # each would do the same work and write the same files
                 if rank == 0:
                     complain(f"error: {parser.prog} is one process, and a launcher has started {size}; start it without the launcher")
                 return 2

@@ -19,7 +19,7 @@ from spilt.analysis import behaviour as rules
 from spilt.behaviour import files
 from spilt.behaviour import receipt as r
 from spilt.behaviour.probe import Probe
-from spilt.data import readers
+from spilt.data import entries, readers
 from spilt.data.chat import Chat
 from spilt.errors import UserError
 from spilt.report import receipt as written
@@ -200,7 +200,7 @@ def test_strength_by_accuracy_is_chosen_on_training_questions(of_letters: famili
     model, tokenizer = spilt.load(base.path / "models" / base.model)
     value = Steering.load(next((base.path / "vectors" / base.model / "caa").rglob(f"caa_vector/layer_{LAYER}.pt")))
     right = []
-    for pair in readers.read_pairs(readers.dataset_format(base.path, base.one, "valid")):
+    for pair in readers.read_pairs(entries.dataset_format(base.path, base.one, "valid")):
         ids = [Chat.of(tokenizer).encode(pair.question, answer, 10**9) for answer in (pair.matching, pair.not_matching)]
         start = ids[0].prompt_length
         with spilt.steer(model, value, row["multiplier"]), torch.no_grad():

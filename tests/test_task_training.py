@@ -298,7 +298,7 @@ def test_a_training_that_breaks_down_stores_nothing(tmp_path: Path) -> None:
         net.lm_head.weight.fill_(float("nan"))
     learner = training.Steered(net, variants.make(net, Variant(), 0), 0)
     with pytest.raises(NotFinite, match="the gradient is nan at step 0"):
-        training.train(learner, encoded(), TrainSettings())
+        training.train(learner, encoded(), TrainSettings(bs=4))
     for words in ({"lr": 0.0}, {"bs": 0}, {"warmup_ratio": 1.0}, {"scheduler": "linar"}):
         with pytest.raises(UserError):
             TrainSettings(**words)  # type: ignore[arg-type]
