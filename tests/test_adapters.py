@@ -76,6 +76,7 @@ def trained(kind: str, seed: int, family: str = "llama") -> Trained:
     return Trained(folder, tau, theirs)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("kind", "family"), [*((kind, "llama") for kind in KINDS), ("ia3", "gpt2"), ("dora", "gpt2")])
 def test_every_kind(kind: str, family: str) -> None:
     """Trained, stored, read again: tau is merged minus base by peft itself, and steers to the adapter's logits."""

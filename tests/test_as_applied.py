@@ -150,6 +150,7 @@ def test_the_dose_is_the_mean_of_delta_over_h(base: families.Base) -> None:
         assert found[found["multiplier"] == 3]["dose"].iloc[0] == pytest.approx(3 * np.mean(ratios), rel=0.05)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("engine", ["fast", "plain"])
 @pytest.mark.parametrize("where", ["skip_prefix", "all_generation"])
 def test_one_setting_says_where_fits_losses_and_texts_are_steered(base: families.Base, where: str, engine: str) -> None:

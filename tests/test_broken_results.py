@@ -96,6 +96,7 @@ def test_loss_mode_goes_on_with_a_broken_file(tree: Here, caplog: pytest.LogCapt
         assert json.loads(tree.path(file).read_bytes())["cell"]["method"] == "sft"
 
 
+@pytest.mark.long
 def test_one_changed_digit_of_a_fit_is_found(tree: Here, made: families.Base, caplog: pytest.LogCaptureFixture) -> None:
     path = tree.path(f"{LOSSES}/fit.json")
     assert tree.run(*SWEEP)[0] == 0  # with the control that was put there
@@ -108,7 +109,7 @@ def test_one_changed_digit_of_a_fit_is_found(tree: Here, made: families.Base, ca
 
 
 @pytest.mark.parametrize("content", BROKEN)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_broken_results_file_is_named(tree: Here, caplog: pytest.LogCaptureFixture, content: str) -> None:
     path = tree.path(f"{TEXTS}/m1.0/mine_results.json")
     path.write_bytes(BROKEN[content])
@@ -123,7 +124,7 @@ def test_a_broken_results_file_is_named(tree: Here, caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.parametrize("content", BROKEN)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_broken_loss_table_is_named(tree: Here, caplog: pytest.LogCaptureFixture, content: str) -> None:
     for path in tree.path("vectors/tiny/get_sft_loss").rglob("*.manifest.json"):
         path.unlink()

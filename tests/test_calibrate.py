@@ -63,6 +63,7 @@ def test_no_steering_is_no_kl_and_more_is_more() -> None:
         spilt.divergence(families.model("qwen2"), families.tokenizer(), steering(), [])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("family", "form"), [("qwen2", "vector"), ("gemma2", "lora"), ("llama", "local_weight")])
 def test_while_decoding_is_the_answer_read_again(family: str, form: str) -> None:
     """Answers that end at different times, more rows than places: the nats of decoding first and reading twice afterwards."""

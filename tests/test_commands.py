@@ -65,6 +65,7 @@ def test_each_word_has_a_help_of_its_own(word: str, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err.startswith(f"usage: spilt {word} ")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("program", cli.PROGRAMS)
 def test_each_program_runs_as_a_module_too(program: str, tmp_path: Path) -> None:
     said = forked.run(["-m", f"spilt.{cli.ELSEWHERE.get(program, program)}", "--help"], cwd=tmp_path)

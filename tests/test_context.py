@@ -111,6 +111,7 @@ def lengthen(base: families.Base) -> None:
         families.write_jsonl(base.data(base.one, section), rows)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("method", "mode"), [("sft", "generate"), ("caa", "generate"), ("sft", "loss")])
 def test_answers_beyond_a_table_of_positions(absolute: families.Base, capsys: pytest.CaptureFixture[str], method: str, mode: str) -> None:
     assert cli.main([*absolute.argv("sft", "vector", "--mode", "generate", "--quiet")]) == 0

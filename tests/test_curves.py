@@ -43,7 +43,7 @@ CURVES: dict[str, tuple[Any, dict[str, float]]] = {
 
 @pytest.mark.parametrize("name", CURVES)
 @pytest.mark.parametrize("noise", [0.0, 0.015])
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_known_curves_are_recovered(name: str, noise: float) -> None:
     kind, truth = CURVES[name]
     clean = evaluate(kind, M, truth)

@@ -50,6 +50,7 @@ def test_a_vector_with_one_bit_changed(here: Here) -> None:
         assert exit_code == 1 and str(path) in said and "Traceback" not in said, said
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.999])
 def test_truncated_losses_and_texts(here: Here, part: float) -> None:
     """Seen by the hash, made again to the same bytes; files beside them are not touched."""

@@ -18,7 +18,7 @@ from faults import APPLY, FIT, LOSS, Here, failing_disk, temporaries
 from spilt.engine import decode as generation
 
 
-@pytest.mark.matrix
+@pytest.mark.few(2)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 @pytest.mark.parametrize("file", ["layer_2.pt", "layer_2.manifest.json", "metadata_layer_2.jsonl", "train.log"])
@@ -33,7 +33,7 @@ def test_a_fit_whose_write_fails(bare: Here, code: int, call: str, file: str) ->
     assert bare.vector("lora").exists() and set(bare.states().values()) == {"ok"}
 
 
-@pytest.mark.matrix
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["sft", "caa"])
 @pytest.mark.parametrize("file", ["layer_3.pt", "layer_3.manifest.json", "metadata_layer_3.jsonl"])
 def test_a_fit_of_several_layers_that_stops_between_them(bare: Here, method: str, file: str) -> None:

@@ -225,7 +225,7 @@ DAMAGES: dict[str, Callable[[list[Any]], list[Any]]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_damaged_unfinished_losses(scored: Scored, damage: str) -> None:
     """A line of ours that was changed counts for nothing: its batch is scored again."""
     every = scored.score()

@@ -188,6 +188,7 @@ def test_caa_and_the_reference_of_reps_with_little_memory(here: Here, method: st
     assert torch.allclose(torch.load(path, weights_only=True), before, atol=1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("words", [FIT, APPLY, LOSS], ids=["fit", "generate", "loss"])
 def test_one_sequence_that_does_not_fit_fails_its_cell_only(here: Here, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
     """The message names length, layer and the way out; the other cells are done; nothing that was stored is lost."""

@@ -102,6 +102,7 @@ def test_all_layers_are_found_and_compared(base: families.Base, capsys: pytest.C
     assert "sft vector, layer 4" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_files_of_given_multipliers_say_their_layer(base: families.Base) -> None:
     """A sweep writes tables, given multipliers the released files: the layer of the settings is known by both."""
     given = ("--layers", "all", "--split", "train")

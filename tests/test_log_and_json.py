@@ -164,6 +164,7 @@ def document(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long
 def test_a_run_is_one_document(base: families.Base) -> None:
     """Of every step: what it is, what became of it, and files that are there."""
     done = called("run_spilt.py", *base.argv("all", "vector", "--mode", "both", "--multipliers", "-1", "2", "--json"))

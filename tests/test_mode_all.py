@@ -63,6 +63,7 @@ def test_the_same_bytes_as_one_stage_after_the_other(demo: Path, tmp_path: Path,
     assert sum("/m" in name for name in made) > 3 * 3, "no text at a recommended multiplier"
 
 
+@pytest.mark.long
 def test_again_there_is_nothing_to_do(demo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spilt.report.update", lambda *_, **__: None)
     before = results(demo)

@@ -252,6 +252,7 @@ def test_settings_of_the_form_alone() -> None:
     assert not {"alpha", "nonlinearity"} & FitSettings(method="sft", intervention_method="lora", layers=(1,)).as_dict().keys()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("site", ("block", "mlp_input"))
 @pytest.mark.parametrize("family", ("llama", "gemma2"))
 def test_one_layer_is_fast_as_it_is_plain(family: str, site: str) -> None:

@@ -112,7 +112,7 @@ def test_losses_of_a_cell_do_not_depend_on_the_other_cells(fitted: tuple[familie
     assert found and found == {name: wanted[name] for name in found}
 
 
-@pytest.mark.matrix
+@pytest.mark.few(1)
 @pytest.mark.parametrize("cell", [("caa", "vector"), ("sft", "lora"), ("spilt", "vector"), ("reps", "local_weight")], ids=" ".join)
 def test_a_fit_does_not_depend_on_the_other_fits(fitted: tuple[families.Base, str], cell: tuple[str, str], tmp_path: Path) -> None:
     base, dtype = fitted

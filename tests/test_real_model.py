@@ -110,6 +110,7 @@ def test_the_command_line_fits_applies_and_measures(steered: Path) -> None:
     assert means["preference"].loc[[0, 1, 2, 3]].is_monotonic_increasing
 
 
+@pytest.mark.long
 def test_the_words_of_the_trait_come_with_the_multiplier(steered: Path) -> None:
     keywords = dataset_format(steered, "sea", "generation").keywords
     texts = look.results(Store(steered), CELL)

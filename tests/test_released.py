@@ -58,6 +58,7 @@ def misnamed(dataset: str, model: str, method: str, form: str, mode: str) -> boo
     return there in RELEASED and mode in ("generate", "both")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_every_combination(tree: Path, dataset: str, model: str, capsys: pytest.CaptureFixture[str]) -> None:

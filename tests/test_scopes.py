@@ -126,6 +126,7 @@ def rows_of(*lengths: int) -> list[Row]:
     return [Row(tuple(IDS[i % 3][:n].tolist()), strengths[i % 4], f"7/{i}") for i, n in enumerate(lengths)]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("sample", (False, True))
 @pytest.mark.parametrize("family", FEW)
 def test_exact_decoding_is_the_uncached_result(family: str, sample: bool) -> None:

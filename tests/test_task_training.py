@@ -98,6 +98,7 @@ def by_hand(net: nn.Module, rows: list[Encoded]) -> torch.Tensor:
     return total / count
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", LEARNED)
 def test_the_gradient_of_a_window_is_that_of_all_its_tokens(kind: str) -> None:
     """1 x 16 rows, 2 x 8 and 16 x 1, padded, are the mean over tokens of single unpadded rows."""

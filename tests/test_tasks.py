@@ -67,6 +67,7 @@ def test_train_evaluate_table(small: Path, capsys: Said) -> None:
     assert len(pd.read_csv(small / "out" / "tasks_pairs.csv")) == 15
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_both_parts_of_joint_and_their_sum(projection: str, small: Path, capsys: Said) -> None:
     """Each is evaluated under its own name, with the numbers that are its own, as the Steering of that part alone answers."""

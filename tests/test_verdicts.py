@@ -199,6 +199,7 @@ def test_ties_are_called_ties_and_a_clear_winner_is_not() -> None:
     assert tied >= 0.90 * EXPERIMENTS / 2 and won >= 0.90 * EXPERIMENTS / 2 and 0.2 < np.mean(shares) < 0.47
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_no_claim_holds_by_chance_more_often_than_in_five_percent() -> None:
     wrong, compared = 0, 0

@@ -71,7 +71,7 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> families.Base:
 
 
 @pytest.mark.parametrize("name", OWN)
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_adapters_that_peft_saved(name: str, answered: families.Base, tmp_path: Path) -> None:
     """dW is the difference of the two models that PEFT's own loader merges, weight by weight; what is not in it does not differ."""
     folders = [own(answered, tmp_path / side, seed, **OWN[name]) for seed, side in enumerate(("pos", "neg"))]
