@@ -23,7 +23,7 @@ from spilt.artifacts.losses import KL_COLUMNS, TRIED
 from spilt.artifacts.scores import TABLE
 from spilt.artifacts.store import Store
 from spilt.cell import Cell
-from spilt.data import readers
+from spilt.data import entries, readers
 from spilt.report import comparison
 
 M = np.arange(-4.0, 5.0)
@@ -315,7 +315,7 @@ def test_equal_kl_of_concepts_is_one_strength_for_all(tmp_path: Path, capsys: py
     for concept in (0, 1):
         cell = Cell(base.model, base.many, "caa", "vector", (base.layer,), concept)
         value = spilt.Steering.load(Store(base.path).vector(cell, base.layer))
-        asked = [one.input for one in readers.read_prompts(readers.dataset_format(base.path, base.many, "generation"), concept, 2)]
+        asked = [one.input for one in readers.read_prompts(entries.dataset_format(base.path, base.many, "generation"), concept, 2)]
         parts.append(spilt.divergence(model, tokenizer, value, asked, row["multiplier"], max_new_tokens=4).iloc[0])
     assert row["kl_p95"] == pytest.approx(np.mean([part["kl_p95"] for part in parts]), rel=1e-5)
     assert row["tokens"] == sum(part["tokens"] for part in parts)
