@@ -75,6 +75,7 @@ def _table(args: argparse.Namespace) -> int:
     problems = [problem for one in sets for problem in one.problems]
     for problem in problems:
         complain(f"warning: {problem}")
+    sets = [one for one in sets if one.groups]
     if not sets:
         raise UserError("no cell could be read; spilt verify says what is wrong with each file")
     if args.kl is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,21 @@ def test_wrong_words(base: families.Base, capsys: pytest.CaptureFixture[str], tm
     ):
         assert cli.main(["table", "--base_dir", str(base.path), *words]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_broken_cell_is_named_and_others_are_compared(base: families.Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where none is left: what is wrong with it, and no table."""
+    copy = base._replace(path=tmp_path / "base")
+    shutil.copytree(base.path, copy.path)
+    words = ["table", "--base_dir", str(copy.path), "--tables", "main", "tradeoff", "equal", "train_test"]
+    cells = sorted(copy.path.rglob("losses_train.csv"))
+    for number, path in enumerate(cells, 1):
+        path.write_text("multiplier,dose\n1,")
+        assert cli.main(words) == (0 if number < len(cells) else 2)
+        out, err = capsys.readouterr()
+        assert err.count("warning: gemma-2-9b-it psychopathy") == number and str(path) in err
+        assert out.count("main results") == (number < len(cells))
+    assert "no cell could be read" in err
 
 
 @pytest.mark.long

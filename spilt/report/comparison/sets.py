@@ -109,13 +109,12 @@ def collect(base: Path, models: Sequence[str], datasets: Sequence[str], names: S
     for name in datasets:
         if not any(name in there for there in every.values()):
             raise unknown("dataset with stored losses", name, sorted({one for there in every.values() for one in there}))
-    found = [
+    return [
         _set(base, model, name, partial(read, norm="mean", budget=budget, seed=seed))
         for model, there in every.items()
         for name in there
         if not datasets or name in datasets
     ]
-    return [one for one in found if one.groups]
 
 
 def _set(base: Path, model: str, dataset: str, read: Callable[[places.Place], Measured]) -> Set:
@@ -126,9 +125,11 @@ def _set(base: Path, model: str, dataset: str, read: Callable[[places.Place], Me
         if why := found_unlike(base, place.folder / Store.KL):
             problems.append(f"{model} {dataset} {place.name}: strengths of equal KL left out: found with {why}; --kl finds them again")
         try:
-            groups.setdefault((place.method, place.fitted_as), []).append(read(place))
+            one = read(place)
         except (UserError, OSError) as error:
             problems.append(f"{model} {dataset} {place.name}: {error}")
+            continue
+        groups.setdefault((place.method, place.fitted_as), []).append(one)
     return Set(base, model, dataset, tuple(Group(tuple(same)) for same in groups.values()), tuple(problems))
 
 
