@@ -34,7 +34,6 @@ def loaded(base: Base) -> Any:
     return spilt.load(base.path / "models" / base.model)
 
 
-@pytest.mark.few(5)
 @pytest.mark.parametrize(("method", "form"), CELLS)
 def test_a_fit_is_that_of_the_command_line(base: Base, loaded: Any, method: str, form: str) -> None:
     assert run(base, "--mode", "generate", "--quiet", method=method, form=form) == 0

@@ -92,7 +92,7 @@ def test_gradients_of_a_minibatch(family: str) -> None:
                 torch.testing.assert_close(a, b, atol=2e-4 * max(1.0, float(b.abs().max())), rtol=1e-3)
 
 
-@pytest.mark.few(2)
+@pytest.mark.matrix
 @pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_greedy_texts(family: str, cache: bool) -> None:
@@ -108,7 +108,7 @@ def test_greedy_texts(family: str, cache: bool) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-@pytest.mark.few(1)
+@pytest.mark.few(3)
 def test_greedy_texts_in_bfloat16(family: str) -> None:
     """Each token is the likeliest of a plain uncached forward over what came before it, up to what that dtype rounds."""
     tiny, wanted = build(family).to(torch.bfloat16), rows()

@@ -30,7 +30,6 @@ def plain(family: str) -> bool:
     return bool(anatomy.FAMILIES[family].plain)
 
 
-@pytest.mark.few(2)
 @pytest.mark.parametrize("family", REST)
 def test_losses(family: str) -> None:
     """m = 0 is the identity bit for bit; fast = plain, or refused with the reason; alone = side by side."""
@@ -52,7 +51,6 @@ def test_losses(family: str) -> None:
             torch.testing.assert_close(fast_losses(tiny, value), found, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.few(2)
 @pytest.mark.parametrize("family", REST)
 def test_greedy_texts(family: str) -> None:
     """The engine that runs the family says what the library's own `generate` says under hooks, with its cache and without."""

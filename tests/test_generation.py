@@ -69,7 +69,7 @@ def common_end(tiny: nn.Module, made: Intervention, wanted: list[Row]) -> int:
     return next(token for token, count in inside.most_common() if 0 < count < len(wanted))
 
 
-@pytest.mark.few(2)
+@pytest.mark.matrix
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_batch_equals_the_rows_alone(family: str, form: str) -> None:
@@ -90,7 +90,7 @@ def test_a_batch_equals_the_rows_alone(family: str, form: str) -> None:
 
 
 @pytest.mark.parametrize(("form", "read_point"), READS)
-@pytest.mark.few(1)
+@pytest.mark.few(3)
 def test_every_read_point_in_a_refilled_batch(form: str, read_point: str | None) -> None:
     tiny, wanted, made = model("gemma2"), rows(1), intervention(form, read_point, scale=0.5)
     decoding = how(eos=(common_end(tiny, made, wanted),))
@@ -174,7 +174,6 @@ def test_no_rows_no_text() -> None:
 # ---------------------------------------------------------------- sampling
 
 
-@pytest.mark.few(1)
 @pytest.mark.parametrize("params", [{}, {"top_k": 5}, {"top_p": 0.7, "temperature": 0.8}, {"min_p": 0.05, "top_k": 0}])
 def test_a_sampled_row_is_the_same_in_any_batch(params: dict[str, Any]) -> None:
     """Its seed decides: neither batch size, nor order, nor company."""
@@ -221,7 +220,6 @@ def test_sampling_leaves_the_global_generators_alone() -> None:
 # ---------------------------------------------------------------- penalties see the text, not the padding
 
 
-@pytest.mark.few(1)
 @pytest.mark.parametrize("params", [{"repetition_penalty": 3.0}, {"no_repeat_ngram_size": 1}, {"no_repeat_ngram_size": 2}])
 def test_penalties_count_no_padding(params: dict[str, Any]) -> None:
     """The padding id is made the likeliest token, so that a penalty on padding would change the text."""
@@ -241,7 +239,7 @@ def test_penalties_count_no_padding(params: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-@pytest.mark.few(1)
+@pytest.mark.few(3)
 def test_unsteered_texts_are_those_of_the_library(family: str) -> None:
     tiny, wanted = model(family), [row._replace(multiplier=0.0) for row in rows()]
     found = texts(tiny, intervention("vector"), wanted, how(), 4)

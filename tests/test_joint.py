@@ -48,7 +48,6 @@ def texts(base: families.Base) -> dict[str, Any]:
     }
 
 
-@pytest.mark.few(1)
 @pytest.mark.parametrize("form", ["vector", "lora", "local_weight"])
 def test_a_joint_fit_from_settings_to_texts_and_losses(base: families.Base, form: str) -> None:
     """The files are those of spilt.fit(joint=True), other than two fits alone give; everything after the fit uses both layers."""

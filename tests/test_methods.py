@@ -310,7 +310,7 @@ def test_factors_are_drawn_for_each_side_unless_shared() -> None:
     ("method", "form", "dropout"),
     [(m, f, p) for m, f in PAIRS if METHODS[m].loss for p in ((0.0, 0.3) if f == "vector" else (0.0,))],  # the others' masks are [B, T, D]
 )
-@pytest.mark.few(2)
+@pytest.mark.few(4)
 def test_gradients_do_not_depend_on_how_many_rows_are_scored_together(method: str, form: str, dropout: float) -> None:
     """Rows a few at a time, blocks run once or twice: autograd's gradient of the whole minibatch (a vector's dropout mask is one)."""
     s = settings(method, form, dropout=dropout, preference_pairs=("orig_add", "orig_sub"))
@@ -398,7 +398,7 @@ def bytes_of(state: dict[str, Any]) -> bytes:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.few(1)
+@pytest.mark.few(2)
 def test_a_resumed_fit_ends_bit_for_bit_where_the_whole_one_does(form: str, dropout: float) -> None:
     """From the state after each step, stored and read with weights_only; dropout and factors go on where they were."""
     s = settings("spilt", form, batch_size=2, n_epochs=4, lr=0.02, dropout=dropout, gradient_accumulation_steps=2)

@@ -139,7 +139,7 @@ def fit_settings(form: str, read_point: str | None, **more: Any) -> FitSettings:
     return FitSettings(method="sft", intervention_method=form, **given)
 
 
-@pytest.mark.few(2)
+@pytest.mark.matrix
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("site", ["block", "down_proj"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
