@@ -311,7 +311,7 @@ def test_strengths_of_equal_kl_are_found_once(tmp_path: Path, capsys: pytest.Cap
     assert "sft vector: strengths of equal KL left out: found with budget 0.3 (now 0.2); --kl finds them again" in told_now.err
     assert "| sft vector |" not in told_now.out.split("equal KL, pref")[0] and "| KL |" not in told_now.out
     assert cli.main([*words, "--mode", "generate", "--set", "lr=0.02"]) == 0
-    assert cli.main(["table", "--base_dir", str(base.path), "--tables", "strengths"]) == 1
+    assert cli.main(["table", "--base_dir", str(base.path), "--tables", "strengths"]) == 2
     assert set(TABLES) >= {"strengths"}
 
 
