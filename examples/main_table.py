@@ -21,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from spilt import cli  # noqa: E402
 from spilt.analysis.paper import DATASETS, MODELS  # noqa: E402
 from spilt.cell import FORMS  # noqa: E402
 from spilt.methods import METHODS  # noqa: E402
@@ -67,7 +68,11 @@ def at_equal_kl(options: argparse.Namespace) -> list[list[str]]:
 
 
 def run(*words: str) -> int:
-    return subprocess.run([sys.executable, str(ROOT / "run_spilt.py"), *words]).returncode
+    """run_spilt.py with these words, in this process: torch is imported once."""
+    code = cli.main(words)
+    if code == 130:  # Ctrl-C stops all of it
+        raise SystemExit(code)
+    return code
 
 
 def estimate(options: argparse.Namespace) -> int:

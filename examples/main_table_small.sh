@@ -7,8 +7,8 @@ set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 case ${1:-real} in
-real) BASE_DIR=${BASE_DIR:-table-run} MODEL=smollm2-135m-it DATASET=${DATASET:-sea} FROM=examples/real WORDS="--layers 15 --set n_epochs=1" ;;
-toy) BASE_DIR=${BASE_DIR:-table-run-toy} MODEL=demo-qwen2 DATASET=${DATASET:-psychopathy} FROM=examples/demo WORDS="--set n_epochs=2" ;;
+real) BASE_DIR=${BASE_DIR:-table-run} MODEL=smollm2-135m-it DATASET=${DATASET:-sea} FROM=examples/real ;;
+toy) BASE_DIR=${BASE_DIR:-table-run-toy} MODEL=demo-qwen2 DATASET=${DATASET:-psychopathy} FROM=examples/demo ;;
 *) echo "wanted real or toy, not $1" >&2; exit 2 ;;
 esac
 if [ ! -d "$BASE_DIR/data" ]; then
@@ -19,13 +19,12 @@ if [ ! -d "$BASE_DIR/data" ]; then
 fi
 if [ "$FROM" = examples/real ]; then # the same settings for all methods of a form: those of the synthetic model
     "$PYTHON" tools/real_model.py --base_dir "$BASE_DIR"
-    "$PYTHON" run_spilt.py settings --like psychopathy/demo-qwen2 --for "$DATASET/$MODEL" --layers 15 --base_dir "$BASE_DIR"
+    "$PYTHON" run_spilt.py settings --like psychopathy/demo-qwen2 --for "$DATASET/$MODEL" --layers 15 --set n_epochs=1 --base_dir "$BASE_DIR"
 else
     mkdir -p "$BASE_DIR/models"
     cp -R examples/demo/models/. "$BASE_DIR/models/"
 fi
 printf 'Answer in one sentence, and let it be about the sea.\n' >"$BASE_DIR/asked.txt"
-# shellcheck disable=SC2086  # several words
 exec "$PYTHON" examples/main_table.py --base_dir "$BASE_DIR" --model_name "$MODEL" --dataset "$DATASET" --method caa sft reps spilt pca lda \
     --device cpu --kl 0.5 --prompts 4 --max_new_tokens 24 --prompt_baseline asked="$BASE_DIR/asked.txt" --output "$BASE_DIR/tables" \
-    --control_pairs 0 --limit "${ROWS:-24}" --words $WORDS --set sweep_points=7 --set generation_data_size=4
+    --control_pairs 0 --limit "${ROWS:-16}" --words --set sweep_points=7 --set generation_data_size=4

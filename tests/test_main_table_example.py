@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import families
-import forked
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "main_table.py"
@@ -36,14 +34,10 @@ def test_the_dry_run_says_hours_and_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_all_of_it_on_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the script starts is forked instead."""
+def test_all_of_it_on_a_small_model(tmp_path: Path) -> None:
     base = families.make_base(tmp_path / "base", train=6)
     words = ["--method", "sft", "spilt", "--form", "vector", "--control_pairs", "0", "--kl", "0.3", "--output", str(tmp_path / "tables")]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *of(base, *words)])
-    monkeypatch.setattr(subprocess, "run", lambda started: forked.run(started[1:]))
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert ended.value.code == 0
+    done = run(*of(base, *words))
+    assert done.returncode == 0, done.stderr
     said = (tmp_path / "tables" / "tables.md").read_text()
     assert "| spilt vector |" in said and "| KL |" in said and "strengths of equal KL" in said
