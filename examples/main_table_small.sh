@@ -1,6 +1,7 @@
 #!/bin/sh
 # The whole table on a CPU, in minutes: every method and form, baselines and a prompt, with chosen strengths and those of equal KL, and SPLIT
-# against the others at equal KL, preference and utility. Few prompts and rows, so wide intervals.
+# against the others at equal KL, preference and utility. Few prompts and rows, so wide intervals: ROWS=24 takes more (12 by default). The
+# page of the curves: run_spilt.py report --base_dir table-run
 #   sh examples/main_table_small.sh         SmolLM2-135M (tools/real_model.py brings it), block 15, the data of examples/real
 #   sh examples/main_table_small.sh toy     the synthetic model of examples/demo
 set -eu
@@ -26,5 +27,5 @@ else
 fi
 printf 'Answer in one sentence, and let it be about the sea.\n' >"$BASE_DIR/asked.txt"
 exec "$PYTHON" examples/main_table.py --base_dir "$BASE_DIR" --model_name "$MODEL" --dataset "$DATASET" --method caa sft reps spilt pca lda \
-    --device cpu --kl 0.5 --prompts 4 --max_new_tokens 24 --prompt_baseline asked="$BASE_DIR/asked.txt" --output "$BASE_DIR/tables" \
-    --control_pairs 0 --limit "${ROWS:-16}" --words --set sweep_points=7 --set generation_data_size=4
+    --device cpu --kl 0.5 --prompts 4 --max_new_tokens 16 --prompt_baseline asked="$BASE_DIR/asked.txt" --output "$BASE_DIR/tables" \
+    --control_pairs 0 --limit "${ROWS:-12}" --words --no_report --set sweep_points=5 --set generation_data_size=4
