@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
 
-from spilt.errors import UserError
+from spilt.errors import NotFinite, UserError
+from spilt.memory import OutOfMemory
 
 Value = TypeVar("Value")
+PATIENCE = timedelta(days=1)  # one waits while another works; where a process is lost, gloo says so at once, and a launcher ends the others
 
 
 def place() -> tuple[int, int]:
@@ -34,6 +38,14 @@ def place() -> tuple[int, int]:
     return rank, size
 
 
+def follows() -> bool:
+    """Whether another process of a launcher's speaks for this one: what is the same for all is said once."""
+    try:
+        return place()[0] > 0
+    except UserError:
+        return False
+
+
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, "")
     if text and not re.fullmatch(r"[0-9]{1,9}", text):
@@ -50,16 +62,28 @@ class TeamError(RuntimeError):
     """Another process failed at this piece of work."""
 
 
+def _elsewhere(error: Exception, rank: int) -> Exception:
+    """An error of a process as the others raise it: what is told without a traceback there is so here."""
+    for kind in (UserError, NotFinite, OutOfMemory):
+        if isinstance(error, kind):
+            return kind(f"process {rank}: {error}")
+    return TeamError(f"process {rank}: {type(error).__name__}: {error}")
+
+
 class Team:
-    """rank of this process and number of processes. With one process every method is the identity."""
+    """rank of this process and number of processes. With one process every method is the identity.
+
+    told: an error has been raised in all processes, so that process 0 can speak for them.
+    """
 
     def __init__(self, device: str = "cpu") -> None:
         self.rank, self.size, self.device = *place(), device
+        self.told = False
         if self.size > 1:
             from accelerate import PartialState
 
-            state = PartialState(cpu=device == "cpu")
-            if device.startswith("cuda"):
+            state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
+            if device.startswith("cuda") and state.device.type == "cuda":
                 self.device = str(state.device)  # each process its own card
 
     def end(self) -> None:
@@ -71,9 +95,25 @@ class Team:
             state.wait_for_everyone()
             state.destroy_process_group()
 
+    def leave(self, code: int) -> NoReturn:
+        """The end of one of several processes: the threads of a group sometimes abort a normal exit.
+
+        A launcher ends the others when one exits with an error, so what all know is the exit code of process 0 alone.
+        """
+        if code == 0 or self.told:
+            self.end()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0 if self.told and not self.main else code)
+
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether an error is this process's to tell: process 0 tells what all know."""
+        return self.main or not self.told
 
     def shard(self, items: Sequence[Value]) -> list[Value]:
         """The items dealt to this process, in order."""
@@ -91,12 +131,8 @@ class Team:
             try:
                 told = [(True, decide())]
             except Exception as caught:  # told to all, and raised below: the others must not wait for ever
-                error, told = caught, [(False, f"process 0: {type(caught).__name__}: {caught}")]
-        good, value = broadcast_object_list(told)[0]
-        if error is not None:
-            raise error
-        if not good:
-            raise TeamError(value)
+                error, told = caught, [(False, _elsewhere(caught, 0))]
+        (value,) = self._agreed(error, broadcast_object_list(told))
         return value
 
     def each(self, work: Callable[[], Value]) -> Value:
@@ -115,11 +151,16 @@ class Team:
         try:
             result: Any = (True, work())
         except Exception as caught:  # told to all, and raised below
-            error, result = caught, (False, f"process {self.rank}: {type(caught).__name__}: {caught}")
-        every = gather_object([result])
-        if error is not None:
-            raise error
+            error, result = caught, (False, _elsewhere(caught, self.rank))
+        return self._agreed(error, gather_object([result]))
+
+    def _agreed(self, own: Exception | None, every: Sequence[tuple[bool, Any]]) -> list[Any]:
+        """The values, where all are good; else this process's own error, or what is known of the others'."""
         failed = [value for good, value in every if not good]
+        self.told = bool(failed)
+        if own is not None:
+            raise own
         if failed:
-            raise TeamError("; ".join(failed))
+            kinds = {type(error) for error in failed}
+            raise (kinds.pop() if len(kinds) == 1 else TeamError)("; ".join(map(str, failed)))
         return [value for _, value in every]

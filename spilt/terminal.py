@@ -9,11 +9,11 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 from spilt.errors import UserError, printable
-from spilt.team import place
+from spilt.team import TeamError, follows, place
 
 said = logging.getLogger("spilt.said")  # all that is printed, for a log file
 said.propagate = False
@@ -67,9 +67,10 @@ def program(
     """
     ready()
     complete(parser)
-    args = parser.parse_args(argv)
+    args = _parsed(parser, argv)
     with ExitStack() as stack:
-        try:
+
+        def begun() -> int:
             rank, size = place()
             if size > 1 and not shared:  # each would do the same work and write the same files
                 if rank == 0:
@@ -78,24 +79,52 @@ def program(
             if getattr(args, "log", None) is not None:
                 stack.enter_context(logging_to(args.log, dry=args.dry_run))
             return work(args)
-        except UserError as error:
-            complain(f"error: {error}")
-            return 2
-        except KeyboardInterrupt:
+
+        return spoken(begun)
+
+
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The words; they are the same for all processes of a launcher, so the first says what is wrong with them."""
+    if not follows():
+        return parser.parse_args(argv)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            return parser.parse_args(argv)
+    except SystemExit:
+        raise SystemExit(0) from None  # a launcher ends the first when another ends with an error, also before it has spoken
+
+
+def spoken(work: Callable[[], int], speaks: Callable[[], bool] = lambda: True) -> int:
+    """The exit code of `work`; what the user got wrong is one message and 2. speaks: whether it is this process that tells."""
+
+    def tell(text: str) -> None:
+        if speaks():
+            complain(text)
+
+    try:
+        return work()
+    except UserError as error:
+        tell(f"error: {error}")
+        return 2
+    except TeamError as error:
+        tell(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        if not follows():
             complain("")  # the terminal's ^C has a line of its own; what it left of a bar's second line goes
             if sys.stderr.isatty():
                 sys.stderr.write("\x1b[J")
             complain("interrupted; what was finished is kept, the same command goes on from there")
-            return 130
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        except OSError as error:  # a name too long for the file system, a file that went away while it was read
-            complain(f"error: {error.filename or ''}: {error.strerror or error}")
-            return 2
-        except Exception:
-            said.exception("not foreseen")
-            raise
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a name too long for the file system, a file that went away while it was read
+        tell(f"error: {error.filename or ''}: {error.strerror or error}")
+        return 2
+    except Exception:
+        said.exception("not foreseen")
+        raise
 
 
 COMPLETING = "_ARGCOMPLETE"  # set by the shell that asks what may come next: the number of words that are the command's name

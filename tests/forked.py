@@ -91,6 +91,11 @@ class Run:
             self.returncode = 0
         return self.returncode
 
+    @property
+    def codes(self) -> list[int | None]:
+        """The exit code of each process."""
+        return [run.exitcode for run in self._all]
+
     def wait(self, timeout: float = 240) -> int:
         end = time.monotonic() + timeout
         while (code := self.poll()) is None:

@@ -332,7 +332,7 @@ def test_the_table_has_a_line_for_each(bare: Here, monkeypatch: pytest.MonkeyPat
 REPORT = runner._report
 
 
-@pytest.mark.parametrize("words", [["tasks", "table"], ["weights", "data", "--behavior", "honesty", "--model", "tiny"], ["verify"]])
+@pytest.mark.parametrize("words", [["tasks", "table"], ["report", "--dataset", "one", "--model_name", "tiny"], ["verify"]])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_other_programs_are_one_process(
     words: list[str], rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -71,6 +71,6 @@ class Folder(NamedTuple):
     def table(self, name: str) -> Path:
         return self.root / "tables" / name
 
-    def journal(self, stage: str) -> Path:
+    def journal(self, stage: str, process: int = 0) -> Path:
         """Lines of work that is done and not yet in a result."""
-        return self.root / f"unfinished_{stage}" / "unfinished_0.jsonl"
+        return self.root / f"unfinished_{stage}" / f"unfinished_{process}.jsonl"

@@ -1,18 +1,20 @@
 """spilt weights: steer in the weights (arXiv 2511.05408), from personas to a table beside other methods at equal disturbance.
 
 data -> adapters -> dw -> calibrate -> evaluate -> table, each alone or all by `run`. A killed stage goes on from there; a stored result is
-used again where model, inputs and flags are the same, and refused where they are not.
+used again where model, inputs and flags are the same, and refused where they are not. Several processes give the files of one.
 """
 
 from __future__ import annotations
 
 import argparse
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from spilt.errors import NotFinite
-from spilt.terminal import complain, program, say
+from spilt.team import Team, place
+from spilt.terminal import complain, program, say, spoken
 from spilt.weight_steering import flags
 
 # stage -> the module whose `make` does it
@@ -26,22 +28,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="spilt weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     flags.add_to(parser)
-    return program(parser, argv, _work)
+    return program(parser, argv, lambda args: _stages(args, Team()) if place()[1] == 1 else _of_several(args), shared=True)
 
 
-def _work(args: argparse.Namespace) -> int:
-    words = flags.settings(args)
+def _of_several(args: argparse.Namespace) -> NoReturn:
+    """One of a launcher's processes, to its end. Process 0 says what all know."""
+    import torch
+
+    team = Team(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        code = spoken(lambda: _stages(args, team), lambda: team.speaks)
+    except Exception:  # noqa: BLE001 - not foreseen: where it was raised
+        traceback.print_exc()
+        code = 1
+    team.leave(code)
+
+
+def _stages(args: argparse.Namespace, team: Team) -> int:
+    words = team.each(lambda: flags.settings(args))
     from spilt.memory import OutOfMemory
     from spilt.weight_steering.stage import Context
 
-    run = Context(words)
+    run = team.each(lambda: Context(words, team))
     try:
         for name in flags.STAGES if args.stage == flags.RUN else [args.stage]:
             _stage(name)(run)
     except (NotFinite, OutOfMemory) as error:
-        complain(f"error: {error}")
+        if team.speaks:
+            complain(f"error: {error}")
         return 1
-    say(f"{args.stage}: done; {run.folder.root}")
+    if team.main:
+        say(f"{args.stage}: done; {run.folder.root}")
     return 0
 
 

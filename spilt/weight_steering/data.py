@@ -7,7 +7,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from spilt.artifacts.journal import Journal
 from spilt.artifacts.manifest import digest, identity
 from spilt.artifacts.weights import SIDES
 from spilt.errors import UserError
@@ -20,6 +19,16 @@ EXAMPLE = ("behavior", "split", "cat", "topic_idx", "persona_idx", "sample_idx",
 ANSWER = ("response", "tokens", "ended")  # of either side, as response_pos
 
 
+class Asked(NamedTuple):
+    """What is to be answered, and what decides the result."""
+
+    name: str
+    questions: list[personas.Question]
+    pairs: Sequence[personas.Pair]
+    places: list[Place]
+    parts: dict[str, Any]
+
+
 class Place(NamedTuple):
     """Which answer: of a question, a pair of personas, a sample, a side."""
 
@@ -30,7 +39,18 @@ class Place(NamedTuple):
 
 
 def make(run: Context) -> None:
-    """personas.json (what is asked, of whom) and answers.jsonl (a row for each pair of answers)."""
+    """personas.json (what is asked, of whom) and answers.jsonl (a row for each pair of answers); the answers are dealt out."""
+    asked = run.team.on_main(lambda: _asked(run))
+    if asked is None:
+        return
+    answers: dict[Place, list[int]] = {}
+    for part in run.team.gather(lambda: _answers(run, asked)):
+        answers |= part
+    run.team.on_main(lambda: _store(run, asked, answers))
+
+
+def _asked(run: Context) -> Asked | None:
+    """personas.json is stored; None where the answers are too."""
     words = run.words
     told = personas.behaviour(run.behaviour, words["personas"])
     every = personas.questions(words["questions"], words["seed"])
@@ -53,14 +73,16 @@ def make(run: Context) -> None:
     parts = run.parts(STAGE, [run.folder.personas], settings)
     if not run.wanted(run.folder.answers, parts):
         run.finished(STAGE)
-        return
+        return None
+    run.begin(STAGE)
     places, questions = _places(words, every, pairs)
-    journal = run.journal(STAGE)
-    rows = _rows(run, told.name, places, questions, pairs, _answers(run, places, questions, pairs, identity(parts), journal))
-    journal.close()
-    kept, notes = _sound(rows, run)
+    return Asked(told.name, questions, pairs, places, parts)
+
+
+def _store(run: Context, asked: Asked, answers: Mapping[Place, list[int]]) -> None:
+    kept, notes = _sound(_rows(run, asked, answers), run)
     gate(kept, str(run.folder.answers))
-    run.store(run.folder.answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), parts, notes)
+    run.store(run.folder.answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), asked.parts, notes)
     run.finished(STAGE)
 
 
@@ -79,20 +101,12 @@ def _places(
     ], questions
 
 
-def _answers(
-    run: Context,
-    places: Sequence[Place],
-    questions: Sequence[personas.Question],
-    pairs: Sequence[personas.Pair],
-    own: str,
-    journal: Journal,
-) -> dict[Place, list[int]]:
-    """New tokens of each; those that an earlier run has made are taken from the journal."""
-    found: dict[Place, list[int]] = {}
-    for line in journal.whole():
-        if isinstance(line, list) and len(line) == 3 and line[0] == own:
-            found[Place(*line[1])] = line[2]
-    todo = [place for place in places if place not in found]
+def _answers(run: Context, asked: Asked) -> dict[Place, list[int]]:
+    """New tokens of those dealt to this process; what an earlier run has made is taken from the journals."""
+    own, journal, mine = identity(asked.parts), run.journal(STAGE), run.team.shard(asked.places)
+    known = {Place(*line[1]): line[2] for line in journal.whole() if isinstance(line, list) and len(line) == 3 and line[0] == own}
+    found = {place: known[place] for place in mine if place in known}
+    todo = [place for place in mine if place not in found]
     if not todo:
         return found
     from spilt.engine import sampling
@@ -105,28 +119,22 @@ def _answers(
         how |= {name: words[name] for name in ("temperature", "top_p", "top_k")}
     rows = []
     for place in todo:
-        system = getattr(pairs[place.persona], place.side)
-        ids = tuple(chat.prompt_ids((("system", system), ("user", questions[place.topic].text))))
+        system = getattr(asked.pairs[place.persona], place.side)
+        ids = tuple(chat.prompt_ids((("system", system), ("user", asked.questions[place.topic].text))))
         rows.append(Row(ids, 0.0, f"{words['seed']}/{place.topic}/{place.persona}/{place.sample}/{place.side}"))
     for number, tokens in arms.tokens(host, rows, sampling.decoding(how, host.model, host.tokenizer), words["batch_size"]):
         found[todo[number]] = tokens
         journal.append([[own, list(todo[number]), tokens]])
+    journal.close()
     return found
 
 
-def _rows(
-    run: Context,
-    name: str,
-    places: Sequence[Place],
-    questions: Sequence[personas.Question],
-    pairs: Sequence[personas.Pair],
-    answers: Mapping[Place, list[int]],
-) -> list[dict[str, Any]]:
+def _rows(run: Context, asked: Asked, answers: Mapping[Place, list[int]]) -> list[dict[str, Any]]:
     tokenizer, ends = run.host.tokenizer, _ends(run)
     rows = []
-    for place in places[:: len(SIDES)]:
-        question, pair = questions[place.topic], pairs[place.persona]
-        row: dict[str, Any] = dict(zip(EXAMPLE, (name, question.split, question.cat, *place[:3], question.text, *pair), strict=True))
+    for place in asked.places[:: len(SIDES)]:
+        question, pair = asked.questions[place.topic], asked.pairs[place.persona]
+        row: dict[str, Any] = dict(zip(EXAMPLE, (asked.name, question.split, question.cat, *place[:3], question.text, *pair), strict=True))
         for side in SIDES:
             tokens = answers[place._replace(side=side)]
             text = tokenizer.decode(tokens, skip_special_tokens=True).rstrip()

@@ -27,6 +27,20 @@ OF_VECTORS = ("vector_layer", "vector_epochs", "dtype", "seed", "layers")
 
 
 def make(run: Context) -> None:
+    run.dealt(run.team.on_main(lambda: _arms(run)), lambda arm: _one(run, *arm))
+
+
+def _one(run: Context, name: str, kind: str | None) -> None:
+    if kind is not None:
+        _dw(run, name, kind)
+    elif name == PROMPT:
+        _prompt(run)
+    else:
+        _vector(run, name)
+
+
+def _arms(run: Context) -> list[tuple[str, str | None]]:
+    """(name, whose dW it is); of what stands beside dW (method, None)."""
     words = run.words
     own = words["pos"] is not None
     names = [words["name"] or OWN] if own else [words["name"] or kind for kind in words["adapter"]]
@@ -35,10 +49,8 @@ def make(run: Context) -> None:
     for name in names:
         if name in METHODS:
             raise UserError(f"--name {name}: is that of a method; give another")
-    for name, kind in zip(names, [OWN] if own else words["adapter"], strict=True):
-        _dw(run, checked_name("name", name), kind)
-    for method in words["methods"] or ():
-        (_prompt if method == PROMPT else _vector)(run, method)
+    dWs = zip([checked_name("name", name) for name in names], [OWN] if own else words["adapter"], strict=True)
+    return [*dWs, *((method, None) for method in words["methods"] or ())]
 
 
 # ---------------------------------------------------------------- dW
@@ -159,7 +171,7 @@ def _show(name: str, told: Mapping[str, Any]) -> None:
 # ---------------------------------------------------------------- beside it
 
 
-def _prompt(run: Context, _: str) -> None:
+def _prompt(run: Context) -> None:
     """The personas themselves, as system prompts: + is POS, - is NEG."""
     run.use(run.folder.personas)
     parts = run.parts(STAGE, [run.folder.personas], {"dtype": run.words["dtype"]})

@@ -31,27 +31,30 @@ PLAIN = ("device", "batch_size")
 
 
 def make(run: Context) -> None:
-    scenes = _asked(run)
-    for name in (UNSTEERED, *strengths.names_of(run)):
-        arm = None if name == UNSTEERED else run.use(run.folder.prompt() if name == PROMPT else run.folder.arm(name))
-        at = _multipliers(run, name)
-        inputs = [] if arm is None else [arm, run.folder.strengths(name)]
-        settings = {"dtype": run.words["dtype"], "multipliers": at}
-        parts = run.parts(STAGE, [run.use(run.folder.answers), *inputs], settings)
-        path = run.folder.measured(name, PREFERENCE)
+    scenes, names = run.team.on_main(lambda: (_asked(run), strengths.names_of(run)))
+    run.dealt((UNSTEERED, *names), lambda name: _one(run, name, scenes))
+
+
+def _one(run: Context, name: str, scenes: list[Any] | None) -> None:
+    arm = None if name == UNSTEERED else run.use(run.folder.prompt() if name == PROMPT else run.folder.arm(name))
+    at = _multipliers(run, name)
+    inputs = [] if arm is None else [arm, run.folder.strengths(name)]
+    settings = {"dtype": run.words["dtype"], "multipliers": at}
+    parts = run.parts(STAGE, [run.use(run.folder.answers), *inputs], settings)
+    path = run.folder.measured(name, PREFERENCE)
+    if run.wanted(path, parts):
+        rows = data.read(run, personas.AUDIT)
+        run.store(path, _csv(_preference(run, name, at, rows)), parts)
+    if scenes is not None:
+        own = {**settings, "vignettes": run.words["vignettes"], "limit": run.words["limit"]}
+        parts = run.parts(STAGE, [run.folder.personas, run.folder.scenes, *inputs], own)
+        path = run.folder.measured(name, VIGNETTES)
         if run.wanted(path, parts):
-            rows = data.read(run, personas.AUDIT)
-            run.store(path, _csv(_preference(run, name, at, rows)), parts)
-        if scenes is not None:
-            own = {**settings, "vignettes": run.words["vignettes"], "limit": run.words["limit"]}
-            parts = run.parts(STAGE, [run.folder.personas, run.folder.scenes, *inputs], own)
-            path = run.folder.measured(name, VIGNETTES)
-            if run.wanted(path, parts):
-                try:
-                    found = _vignettes(run, name, at, scenes)
-                except UserError as error:
-                    raise UserError(f"{error}; --vignettes none leaves them out") from None
-                run.store(path, _csv(found), parts)
+            try:
+                found = _vignettes(run, name, at, scenes)
+            except UserError as error:
+                raise UserError(f"{error}; --vignettes none leaves them out") from None
+            run.store(path, _csv(found), parts)
 
 
 def _multipliers(run: Context, name: str) -> list[float]:

@@ -6,13 +6,14 @@ settings or the model are others: a run with other flags must not replace hours 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from spilt.artifacts import manifest
 from spilt.artifacts.atomic import sweep
@@ -22,10 +23,12 @@ from spilt.errors import UserError, checked_name
 from spilt.model import checkpoint
 from spilt.model.identity import model_hash
 from spilt.model.locate import locate
-from spilt.terminal import say
+from spilt.team import Team
+from spilt.terminal import complain, say
 from spilt.weight_steering import flags, personas
 
 log = logging.getLogger("spilt")
+Item = TypeVar("Item")
 BEFORE = {
     "personas.json": "data",
     "answers.jsonl": "data",
@@ -37,10 +40,10 @@ BEFORE = {
 
 
 class Context:
-    """One run of the program: its words, checked, and the model, loaded when it is first needed."""
+    """One run of the program: its words, checked, and the model, loaded when it is first needed; team: the processes that share it."""
 
-    def __init__(self, words: Mapping[str, Any]) -> None:
-        self.words = dict(words)
+    def __init__(self, words: Mapping[str, Any], team: Team | None = None) -> None:
+        self.words, self.team = dict(words), team or Team()
         self.base = words["base_dir"]
         self.name, self.model_folder = locate(self.base, words["model"])
         if not checkpoint.there(self.model_folder):
@@ -64,7 +67,7 @@ class Context:
 
         quiet_libraries()
         device = self.words["device"] or ("cuda:0" if torch.cuda.is_available() else "cpu")
-        return host.load(self.model_folder, self.words["dtype"], device)
+        return host.load(self.model_folder, self.words["dtype"], self.team.device if self.team.size > 1 else device)
 
     @cached_property
     def chat(self) -> Any:
@@ -143,12 +146,46 @@ class Context:
 
     # ---- work that is under way
 
-    def journal(self, name: str) -> Journal:
-        """Its lines are kept until `finished`; with --force they are none of this run's."""
-        found = Journal(self.folder.journal(name))
+    def dealt(self, items: Sequence[Item], work: Callable[[Item], None]) -> None:
+        """work(item) of each, dealt out whole over the processes, so each result is that of one process.
+
+        What another process says of its items, process 0 says once all are done; also what came before an error.
+        """
+        error: Exception | None = None
+
+        def mine() -> None:
+            for item in self.team.shard(items):
+                work(item)
+
+        out, err = io.StringIO(), io.StringIO()
+        try:
+            if self.team.main:
+                mine()
+            else:
+                with redirect_stdout(out), redirect_stderr(err):
+                    mine()
+        except Exception as caught:  # raised below, in all
+            error = caught
+        for heard, warned in self.team.gather(lambda: (out.getvalue(), err.getvalue())):
+            if self.team.main:
+                for tell, text in ((say, heard), (complain, warned)):
+                    for line in text.splitlines():
+                        tell(line)
+
+        def end() -> None:
+            if error is not None:
+                raise error
+
+        self.team.each(end)
+
+    def begin(self, name: str) -> None:
+        """With --force the lines that are kept of some work are none of this run's."""
         if self.words["force"]:
-            found.remove()
-        return found
+            Journal(self.folder.journal(name)).remove()
+
+    def journal(self, name: str) -> Journal:
+        """This process's lines of some work; they are kept until `finished`."""
+        return Journal(self.folder.journal(name, self.team.rank))
 
     def finished(self, name: str) -> None:
         """The result is stored: no line is needed any more, also none that a kill left."""

@@ -28,13 +28,17 @@ SIGNS = {"positive": 1.0, "negative": -1.0}
 
 
 def make(run: Context) -> None:
-    names = names_of(run)
-    wanted = [_wanted(run, name) for name in names]  # of all, before any: none is found by another budget than those that stay
-    for name, todo in zip(names, wanted, strict=True):
-        if todo:
-            _one(run, name)
-        run.finished(f"{STAGE}_{name}")
-    tables(run)
+    names = run.team.on_main(lambda: names_of(run))
+    # of all, before any: none is found by another budget than those that stay
+    wanted = run.team.on_main(lambda: [_wanted(run, name) for name in names])
+    run.dealt([name for name, todo in zip(names, wanted, strict=True) if todo], lambda name: _one(run, name))
+
+    def end() -> None:
+        for name in names:
+            run.finished(f"{STAGE}_{name}")
+        tables(run)
+
+    run.team.on_main(end)
 
 
 def names_of(run: Context) -> list[str]:
@@ -62,6 +66,7 @@ def _one(run: Context, name: str) -> None:
 
     path, (arm, parts) = run.folder.strengths(name), _inputs(run, name)
     asked = questions(run)
+    run.begin(f"{STAGE}_{name}")
     journal = run.journal(f"{STAGE}_{name}")
     if name == PROMPT:
         rows, probes = _of_prompt(run, asked), list[dict[str, Any]]()

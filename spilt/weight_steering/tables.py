@@ -38,7 +38,11 @@ WHERE = (
 
 
 def make(run: Context) -> None:
-    """movement.csv, tables.md, movement.svg, index.html; and the tables of the vignettes."""
+    """movement.csv, tables.md, movement.svg, index.html; and the tables of the vignettes. Process 0 draws them."""
+    run.team.on_main(lambda: _tables(run))
+
+
+def _tables(run: Context) -> None:
     target = strengths.budget(run)
     table = movement(run)
     words = NOTE.format(n=int(table["n"].max()), draws=run.words["bootstrap_samples"], kl=WHERE.format(target=target))

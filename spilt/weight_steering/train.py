@@ -1,7 +1,7 @@
 """Stage adapters: one PEFT adapter on the answers of either side, from the same start, on the same rows in the same order.
 
 The loop is engine/train.py's and not the library's Trainer: a killed run goes on from its last step to the same bits, the model is given
-back as it was, and one file holds the state. It is one process on one device.
+back as it was, and one file holds the state. Each adapter is trained by one process on one device; several are dealt out over several.
 """
 
 from __future__ import annotations
@@ -33,11 +33,9 @@ STAGE = "adapters"
 def make(run: Context) -> None:
     """Both adapters of each kind that is asked for."""
     if run.words["pos"] is not None:
-        log.warning("--pos and --neg are given: no adapter is trained")
+        run.team.on_main(lambda: log.warning("--pos and --neg are given: no adapter is trained"))
         return
-    for kind in run.words["adapter"]:
-        for side in SIDES:
-            _side(run, kind, side)
+    run.dealt([(kind, side) for kind in run.words["adapter"] for side in SIDES], lambda which: _side(run, *which))
 
 
 def settings_of(run: Context, kind: str) -> FitSettings:
