@@ -29,6 +29,7 @@ def faulty(*a, **k):
     return real(*a, **k)
 m.NAME = faulty
 """
+WELL = (0, -signal.SIGTERM)  # a process that process 0 speaks for: it ends by itself, or is ended by the launcher since process 0 has
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 # a line in a file for each piece of work, with the number of the process that did it
 LOGGED = """
@@ -88,9 +89,9 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> families.Base:
 
 @pytest.fixture(scope="module")
 def alone(clean: families.Base) -> families.Base:
-    """Made by one process. Nothing may be written to it."""
+    """Made by one process, which says what is in the file `said` beside it. Nothing may be written to it."""
     base = families.Base(Path(shutil.copytree(clean.path, clean.path.with_name("alone"))))
-    make(base, processes=1)
+    base.path.with_name("said").write_text(make(base, processes=1))
     return base
 
 
@@ -105,7 +106,7 @@ def different(base: families.Base, alone: families.Base, part: str = "") -> list
 
 
 def test_two_processes_give_the_files_of_one(base: families.Base, alone: families.Base, tmp_path: Path) -> None:
-    """Each adapter, arm and calibration whole by one of them, the answers in parts; each line is said once, by process 0."""
+    """Each adapter, arm and calibration whole by one of them, the answers in parts; what is said is what one process says."""
     log = tmp_path / "log"
     said = make(base, before=LOGGED.replace("LOG", repr(str(log))))
     assert not different(base, alone)
@@ -114,9 +115,9 @@ def test_two_processes_give_the_files_of_one(base: families.Base, alone: familie
         ["0 _side lora pos", "1 _side lora neg", "1 _vector caa", "0 _one caa", "1 _one lora", "0 _one prompt"]
         + ["0 _one unsteered", "1 _one caa", "0 _one lora", "1 _one prompt"]
     )
-    for words in ("answers.jsonl", "pos/adapter_model", "neg/adapter_model", "arms/caa", "kl/lora.json", "table: ", "run: done"):
-        assert said.count(words) == 1, (words, said)
-    assert make(base).count("\n") < said.count("\n") and not different(base, alone)  # all is done already
+    lines = said.replace(str(base.path), "BASE").splitlines()
+    assert sorted(lines) == sorted(alone.path.with_name("said").read_text().replace(str(alone.path), "BASE").splitlines())
+    assert len(make(base).splitlines()) < len(lines) and not different(base, alone)  # all is done already
 
 
 @pytest.mark.long
@@ -141,11 +142,12 @@ MISTAKES = {
 
 @pytest.mark.parametrize("what", MISTAKES)
 def test_a_mistake_is_one_message(clean: families.Base, what: str) -> None:
-    """Process 0 ends with 2; the other with 0, since a launcher ends process 0 when another fails."""
+    """Process 0 ends with 2, and no other with an error: a launcher would end process 0 then, before it has spoken."""
     more, message = MISTAKES[what]
     run = begin(small.words(clean, "calibrate" if what == "not yet" else "run", *more))
     _, said = ended(run)
-    assert run.codes == [2, 0] and said.count(message) == 1 and said.count("error: ") == 1 and "Traceback" not in said, said
+    assert run.codes[0] == 2 and run.codes[1] in WELL, run.codes
+    assert said.count(message) == 1 and said.count("error: ") == 1 and "Traceback" not in said, said
     assert not small.folder(clean).exists()
 
 
@@ -164,7 +166,8 @@ def test_an_error_of_one_is_told_once_and_ends_all(base: families.Base, alone: f
     for does, code, message in ERRORS.values():
         run = begin(small.words(base, "run"), before=fault("spilt.weights.training", "Fit.gradients", does=does))
         _, said = ended(run)
-        assert run.codes == [code, 0] and said.count(message) == 1 and said.count("error: ") == 1, (run.codes, said)
+        assert run.codes[0] == code and run.codes[1] in WELL, run.codes
+        assert said.count(message) == 1 and said.count("error: ") == 1, said
         assert ("Traceback" in said) is ("ZeroDivision" in message), said
         assert (small.folder(base) / "adapters/lora/pos/adapter_model.safetensors").is_file()
         assert not (small.folder(base) / "adapters/lora/neg/adapter_model.safetensors").exists()
