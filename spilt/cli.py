@@ -26,7 +26,7 @@ from typing import Any
 from spilt import __version__, complete, plan, reading, summary, verbs
 from spilt.artifacts.losses import SPLITS
 from spilt.artifacts.manifest import versions
-from spilt.data import own
+from spilt.data import own, prompt_baseline
 from spilt.engine.choice import VLLM
 from spilt.errors import UserError, unknown
 from spilt.flags import ELSEWHERE, PROGRAMS, first_words, parser
@@ -100,6 +100,7 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
         own=files,
         report=not args.no_report,
         rubrics=tuple(dict.fromkeys(args.rubric or ())),
+        prompts=tuple(prompt_baseline.read(args.prompt_baseline)),
         flags=tuple(flags),
         program=program,
         **{name: getattr(args, name) for name in AS_GIVEN},
