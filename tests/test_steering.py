@@ -122,7 +122,7 @@ def test_sum_begins_with_nothing() -> None:
     one.about["recommended_multiplier"] = 3.0
     assert sum([one, other]) == one + other and sum([one]) == one and sum([one]).about == one.about and 0.0 + one == one
     assert sum([one]).entries[0][1] is not one.entries[0][1]  # a value: no tensor is shared
-    for wrong in (1, "0", None):
+    for wrong in (1, -0.5, None):
         with pytest.raises(TypeError, match="unsupported operand"):
             wrong + one  # type: ignore[operator]
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.manifest import identity
+from spilt.errors import UserError
 
 Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}
 MALFORMED = "malformed reply"
@@ -69,6 +70,8 @@ class Judge:
     unplaced = False  # replies that were kept without an address, as older versions did, are taken for this judge's
 
     def __init__(self, model: str, kept: Path | None = None, address: str = "") -> None:
+        if kept is not None and kept.exists() and not kept.is_dir():
+            raise UserError(f"{kept}: is no folder, and replies are kept there; move it away")
         self.model, self.address, self.kept, self.tally = model, address, kept, Tally()
 
     @property

@@ -99,6 +99,8 @@ class Endpoint(Judge):
         try:
             self.client = openai.OpenAI(api_key=key, base_url=base_url, max_retries=retries, timeout=seconds)
             where = address(str(self.client.base_url))  # never the whole of it: it may hold a password
+            if self.client.base_url.scheme not in ("http", "https") or not self.client.base_url.host:
+                raise ValueError("no scheme, or no host")
         except Exception:  # noqa: BLE001 - of the client or its libraries; their words may repeat the address
             raise UserError(f"{URL} is no address that can be asked; wanted one such as http://127.0.0.1:8000/v1") from None
         super().__init__(model, kept, where)

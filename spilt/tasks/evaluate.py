@@ -99,7 +99,18 @@ def evaluate(step: Step, run: Run) -> str:
 
     run.team.gather(work)
     run.team.on_main(unfinished.remove)
+    if judge is not None and (mute := run.team.on_main(lambda: _unrated(step))):
+        raise ConnectionError(f"the judge {judge.name} gave no rating ({mute}); what needs none is stored, and the same command asks again")
     return "done"
+
+
+def _unrated(step: Step) -> str:
+    """Why nobody has rated any text of a step, where asking again may help; '' where somebody has."""
+    table, names = scores.read_all(step.outputs), [rubric["name"] for rubric in step.scoring["rubrics"]]
+    rated = table[table["measure"].isin(names)]
+    if rated["value"].notna().any() or not any((manifest.read(path) or {}).get("notes", {}).get(AGAIN) for path in step.outputs):
+        return ""
+    return "; ".join(f"{why}: {count}" for why, count in sorted(rated["reason"].value_counts().items()))
 
 
 def _judge(step: Step, run: Run) -> judges.Judge | None:
@@ -198,7 +209,11 @@ class _Texts:
         """Those of this concept. Raises UserError where they answer other prompts than the data file has."""
         limit = self.run.request.limit
         found = [row for row in every if row.concept == (self.cell.concept or 0) and (limit is None or row.number < limit)]
+        if not found:
+            raise UserError(f"{path}: holds no text of {self.cell}; --mode apply makes it again")
         for row in found:
+            if not row.texts:
+                raise UserError(f"{path}: row {row.number} has no text; --mode apply makes it again")
             if row.number >= len(self.prompts) or readable(self.prompts[row.number].input) != row.prompt:
                 raise UserError(
                     f"{path}: row {row.number} answers another prompt than {self.step.data['prompts']} has; --mode apply makes it again"

@@ -61,7 +61,9 @@ def scored(one: Set, prompts: Mapping[str, Any]) -> Scored:
     first = max(by, key=lambda row: sum(not _other(how, by[row]) for how in by.values()), default="")
 
     unlike = {row: why for row, how in made.items() if how and (why := _other(how, by[first]))}
-    of: dict[str, dict[str, Number]] = {row: _numbers(means[row], m) for row, (_, m) in asked.items() if row in methods or row not in unlike}
+    of: dict[str, dict[str, Number]] = {
+        row: _numbers(means[row], m) for row, (_, m) in asked.items() if row in methods or row not in unlike
+    }
     apart = {row: _other(how, by[first]) if how else "" for row, how in unsteered.items()}
     for row in sorted(others, key=lambda row: bool(apart[row])):  # of texts like the others', where there are some
         for name, values in means[row].items():
