@@ -57,11 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _table(args: argparse.Namespace) -> int:
+    from spilt.analysis.recommend import refuse_budget
     from spilt.artifacts.atomic import atomic_write
     from spilt.report import comparison
 
-    if not args.budget >= 0:
-        raise UserError(f"--budget {args.budget:g}: nats of utility to spend, 0 or more")
+    refuse_budget(args.budget)
     if args.kl is not None and not 0 < args.kl < float("inf"):
         raise UserError(f"--kl {args.kl:g}: wanted nats above 0")
     for name in ("prompts", "max_new_tokens"):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import families
 import pytest
+import torch
 from judge_server import KEY, Said, serving
 from test_evaluate import environment
 
 from spilt import cli
+from spilt.analysis import scores
 from spilt.artifacts.manifest import manifest_path
 from spilt.artifacts.store import Store
 from spilt.cell import Cell
@@ -105,6 +108,46 @@ def test_a_file_in_the_place_of_kept_replies_is_told_before_anybody_is_asked(
     (base.path / "judged").write_text("mine")
     evaluated(base, "--judge", str(base.path / "models" / base.model), "--rubric", "power", code=2)
     assert "judged: is no folder" in capsys.readouterr().err
+
+
+def test_scores_that_were_changed_by_hand_stand_in_no_table(base: families.Base) -> None:
+    evaluated(base)
+    store, cell = Store(base.path), Cell(base.model, base.one, "caa", "vector", ())
+    assert len(scores.collect(store, cell)[0])
+    path = store.scores(cell, 4.0)
+    path.write_text(path.read_text().replace("length", "accuracy"))
+    found, left = scores.collect(store, cell)
+    assert not len(found) and left == {"(damaged, or changed by hand)": [path]}
+
+
+@pytest.mark.parametrize("word", ["nan", "inf", "-1"])
+@pytest.mark.parametrize("program", [["table"], ["recommend", "--model_name", "tiny", "--dataset", "mine"]])
+def test_a_budget_that_is_none_is_refused(base: families.Base, program: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*base.argv("caa"), "--quiet", "--mode", "loss", "--multipliers", "4", "--no_report"]) == 0
+    assert cli.main([*program, "--base_dir", str(base.path), "--budget", word]) == 2
+    assert f"--budget {word}: nats of utility to spend, 0 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("fill", "said"), [(0.0, "multiplier 1 has the dose 0"), (math.nan, "holds NaN or infinite values")])
+@pytest.mark.parametrize("program", [["receipt", "--behaviour", "sea"], ["strength", "--by", "behaviour", "--behaviour", "sea"]])
+def test_a_vector_that_does_nothing_or_is_no_number_is_told(
+    base: families.Base, tmp_path: Path, program: list[str], fill: float, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(torch.full((families.HIDDEN,), fill), tmp_path / "layer_2.pt")
+    given = ["--steering", str(tmp_path / "layer_2.pt"), "--base_dir", str(base.path), "--model_name", base.model, "--device", "cpu"]
+    assert cli.main([*program, *given]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_receipt_refuses_a_prompt_that_is_too_long_before_anything_is_measured(
+    base: families.Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "long.txt").write_text("a" * 600)
+    monkeypatch.setattr("spilt.behaviour.receipt.choose", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr("spilt.behaviour.probe.Probe.fetch", lambda *_: pytest.fail("it was measured"))
+    cell = [*base.argv("caa"), "--behaviour", "sea", "--prompt_baseline", f"long={tmp_path / 'long.txt'}"]
+    assert cli.main(["receipt", *cell]) == 2
+    assert "prompt long: " in (said := capsys.readouterr().err) and "exceed the model's context of 512" in said
 
 
 def test_words_about_judges_that_say_nothing_are_refused(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,8 +45,9 @@ def collect(store: Store, cell: Cell) -> tuple[pd.DataFrame, dict[str, list[Path
     """
     kept, of_others = of_one_vector(store.base_dir, [path for _, path in store.scored(cell)])
     files = [Artifact(store.base_dir, path) for path in kept]
-    older = [file for file in files if _of_other_texts(file)]
-    files = [file for file in files if file not in older]
+    damaged = [file for file in files if not manifest.is_as_recorded(file.path)]
+    older = [file for file in files if file not in damaged and _of_other_texts(file)]
+    files = [file for file in files if file not in (*damaged, *older)]
     last = _last_judges(files)
     frames, by_others = [], []
     for file in files:
@@ -56,6 +57,7 @@ def collect(store: Store, cell: Cell) -> tuple[pd.DataFrame, dict[str, list[Path
         by_others += [file.path] if foreign else []
     why = {
         "of another vector than the one that lies there now": of_others,
+        "(damaged, or changed by hand)": [file.path for file in damaged],
         "of other texts than those that lie there now": [file.path for file in older],
         "(their ratings) by another judge or rubric than the last": by_others,
     }

@@ -261,6 +261,16 @@ class Receipt(NamedTuple):
     unrated: tuple[int, int] = (0, 0)  # answers that the judge of a rubric gave no rating, of how many
 
 
+def _behind(probe: Probe, behaviour: Behaviour, prompt: Prompt) -> Probe:
+    """Raises UserError where the prompt leaves no room for a question and its answer."""
+    prompted = probe.behind(prompt.turns)
+    try:
+        prompted.prompts([one.text for one in (*behaviour.reported_on, *behaviour.benign)], behaviour.max_new_tokens)
+    except UserError as error:
+        raise UserError(f"prompt {prompt.name}: {error}") from None
+    return prompted
+
+
 def _row(on: Measured, m: float) -> tuple[dict[str, Estimate], list[dict[str, Any]]]:
     """Of SHARES on the reported prompts (KL on benign ones), and the answers."""
     asked, verdicts = [one.text for one in on.behaviour.reported_on], on.verdicts(m)
@@ -288,6 +298,7 @@ def write_down(
     prompts: Sequence[Prompt] = (),
 ) -> Receipt:
     """multiplier: whose cost is written down; None: the one that is chosen. more: others, in the first table. prompts: baselines there."""
+    baselines = [(prompt, _behind(probe, behaviour, prompt)) for prompt in prompts]
     checked = validated(probe, behaviour, labels)
     unit = probe.doses_on([asked.text for asked in behaviour.chosen_on])
     found = choose(lambda m: probe.point(behaviour, m), unit, limits)
@@ -305,7 +316,7 @@ def write_down(
             samples += [{"multiplier": strength, **one} for one in told]
         except NotFinite:
             rows[strength] = dict.fromkeys(SHARES, NONE)
-    baselines = tuple(Behind(prompt, *_row(replace(on, probe=probe.behind(prompt.turns)), 0.0)) for prompt in prompts)
+    behind = tuple(Behind(prompt, *_row(replace(on, probe=prompted), 0.0)) for prompt, prompted in baselines)
     # nothing was chosen: what it would cost has no strength to be measured at
     failures = tuple((row, row.measure(on)) for row in FAILURES) if m else ()
-    return Receipt(behaviour, found, m, unit, rows, failures, checked, limits, samples, baselines, probe.unrated)
+    return Receipt(behaviour, found, m, unit, rows, failures, checked, limits, samples, behind, probe.unrated)

@@ -338,6 +338,8 @@ def _released(path: Path, layer: int) -> Steering:
         if INTERVENTIONS[form].reads:
             read_point = str(state.get("intervention_components") or settings.get("intervention_components", "mlp_mid"))
         several = [INTERVENTIONS[form].from_state(state, read_point=read_point, write_point=write_point)]
+    if not all(torch.isfinite(value).all() for made in several for value in made.parameters()):
+        raise UserError(f"{path}: holds NaN or infinite values; fit it again")
     about: dict[str, Any] = {"method": settings["method"]} if "method" in settings else {}
     if about and isinstance(parts, dict) and isinstance(parts.get("model"), str):
         about |= {"settings": settings, "base_model": {"checkpoint": parts["model"]}}
