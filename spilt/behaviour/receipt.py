@@ -261,7 +261,7 @@ class Receipt(NamedTuple):
     unrated: tuple[int, int] = (0, 0)  # answers that the judge of a rubric gave no rating, of how many
 
 
-def _behind(probe: Probe, behaviour: Behaviour, prompt: Prompt) -> Probe:
+def _prompted(probe: Probe, behaviour: Behaviour, prompt: Prompt) -> Probe:
     """Raises UserError where the prompt leaves no room for a question and its answer."""
     prompted = probe.behind(prompt.turns)
     try:
@@ -298,7 +298,7 @@ def write_down(
     prompts: Sequence[Prompt] = (),
 ) -> Receipt:
     """multiplier: whose cost is written down; None: the one that is chosen. more: others, in the first table. prompts: baselines there."""
-    baselines = [(prompt, _behind(probe, behaviour, prompt)) for prompt in prompts]
+    baselines = [(prompt, _prompted(probe, behaviour, prompt)) for prompt in prompts]
     checked = validated(probe, behaviour, labels)
     unit = probe.doses_on([asked.text for asked in behaviour.chosen_on])
     found = choose(lambda m: probe.point(behaviour, m), unit, limits)
