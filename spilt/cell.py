@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+PROMPT = "prompt"  # in the place of a method, of a cell that is no steering: the unsteered model behind the prompt of that name
 NONLINEARITIES = ("silu", "relu", "gelu", "tanh", "linear")  # of post_block
 
 

@@ -26,7 +26,7 @@ from typing import Any
 from spilt import __version__, complete, plan, reading, summary, verbs
 from spilt.artifacts.losses import SPLITS
 from spilt.artifacts.manifest import versions
-from spilt.data import own
+from spilt.data import own, prompt_baseline
 from spilt.engine.choice import VLLM
 from spilt.errors import UserError, unknown
 from spilt.flags import ELSEWHERE, PROGRAMS, first_words, parser
@@ -83,6 +83,7 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
         raise UserError(f"unknown device {args.device!r}; have: cpu, auto, cuda, cuda:0 and the like")
     if args.split is not None and args.split not in splits:
         raise unknown("split", args.split, splits)
+    _refuse_mute(args)
     strengths, words = _multipliers(args.multipliers, args.mode)
     name, folder = locate(args.base_dir, args.model_name, args.download)
     return verbs.Request(
@@ -100,10 +101,20 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
         own=files,
         report=not args.no_report,
         rubrics=tuple(dict.fromkeys(args.rubric or ())),
+        prompts=tuple(prompt_baseline.read(args.prompt_baseline)),
         flags=tuple(flags),
         program=program,
         **{name: getattr(args, name) for name in AS_GIVEN},
     )
+
+
+def _refuse_mute(args: argparse.Namespace) -> None:
+    """Raises UserError for words about judges where nobody is asked."""
+    for name in ("judge", "rubric", "judge_limit"):
+        if getattr(args, name) and "evaluate" not in verbs.MODES.get(args.mode, ("evaluate",)):
+            raise UserError(f"--{name} goes with --mode evaluate; --mode {args.mode} asks no judge")
+    if args.judge_limit is not None and args.judge is None:
+        raise UserError(f"--judge_limit {args.judge_limit}: nobody is asked; give --judge as well, or leave it out")
 
 
 def _own(args: argparse.Namespace) -> own.Own | None:

@@ -32,14 +32,12 @@ def write(request: Request, step: Step, own: Own, questions: Sequence[Question])
     """An answer to each. Raises UserError as loading does."""
     from spilt import api
     from spilt.run import quiet_libraries
-    from spilt.steering.interventions import INTERVENTIONS
     from spilt.steering.steering import Steering
 
     quiet_libraries()
     model, tokenizer = api.load(step.model, dtype=own.writer["dtype"], device=request.device, anatomy=step.settings.anatomy)
-    size = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
-    vector: Any = INTERVENTIONS["vector"]
-    nothing = Steering.of({0: vector(size)})
     how = {"max_new_tokens": LONGEST, "do_sample": False, "use_chat_template": own.writer["use_chat_template"]}
-    table = api.generate(model, tokenizer, nothing, list(questions), 0.0, system_prompt=own.writer["system_prompt"] or "", **how)  # type: ignore[arg-type]
+    table = api.generate(
+        model, tokenizer, Steering.nothing(model), list(questions), 0.0, system_prompt=own.writer["system_prompt"] or "", **how
+    )  # type: ignore[arg-type]
     return [str(text).strip() for text in table["text"]]

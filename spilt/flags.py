@@ -12,6 +12,7 @@ from typing import Any
 from spilt import __version__, judges, plan, reading, verbs
 from spilt.artifacts.losses import SPLITS
 from spilt.cell import FORMS
+from spilt.data import prompt_baseline
 from spilt.engine.choice import ENGINES, VLLM
 from spilt.methods import METHODS
 from spilt.settings.fields import DTYPES, INTERVENTION_ALIASES, METHOD_ALIASES
@@ -121,6 +122,13 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
     )
     known = f"{', '.join(judges.BUILT_IN)}, or YAML files; default: the dataset's"
     add("--rubric", nargs="+", metavar="NAME|FILE", help=f"{where}what the judge is asked: {known}")
+    add(
+        "--prompt_baseline",
+        nargs="+",
+        default=[],
+        metavar="NAME=FILE",
+        help=f"{'' if verb else 'apply and evaluate mode: '}beside the methods the unsteered model behind a prompt: {prompt_baseline.HELP}",
+    )
     add("--judge_limit", type=_positive, metavar="N", help=f"{where}only texts to the first N prompts are rated")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="any YAML setting, over the file's; repeatable")
     add(

@@ -10,6 +10,7 @@ from spilt.artifacts.losses import NEUTRAL
 from spilt.data import entries, own, readers
 from spilt.data.batches import position_mask
 from spilt.data.chat import Chat, Encoded
+from spilt.data.prompt_baseline import behind
 from spilt.methods import METHODS
 from spilt.model.host import tokenizer_of
 from spilt.plan import Plan
@@ -19,6 +20,8 @@ from spilt.verbs import VERBS, Request, Step
 AVERAGED = "averaged"  # in place of positions: the answer's tokens, of which a closed form takes the mean
 # of a row's sides where they are not two answers
 NAMES = {readers.ONE_SIDED: ("matching",), readers.CONTRASTS: readers.SIDES, readers.BARE_CONTRASTS: readers.SIDES}
+NOWHERE = "none"  # behind a prompt nothing is steered
+WHOLE = 10**6  # tokens: to score texts nothing is cut
 FIRST = 2  # rows shown of each file
 PARTS = {"prefix": "-", "prompt": "q", "answer": "A", "suffix": "s"}  # of a sequence -> its mark in the masks
 
@@ -33,8 +36,17 @@ def inspected(made: Plan, request: Request) -> list[dict[str, Any]]:
         for purpose in (purpose for purpose in step.data if purpose != NEUTRAL):
             section, closed = VERBS[step.verb].sections[purpose], step.verb == "fit" and METHODS[step.cells[0].method].estimate is not None
             as_fitted = step.verb == "fit" or step.verb == "measure" and step.released
-            where = AVERAGED if closed else s.fitted_positions if as_fitted else s.applied_positions
-            key = (section, step.cells[0].concept, step.verb == "generate", closed, where, s.use_chat_template, s.system_prompt)
+            where = AVERAGED if closed else NOWHERE if step.prompt else s.fitted_positions if as_fitted else s.applied_positions
+            key = (
+                section,
+                step.cells[0].concept,
+                step.verb == "generate",
+                closed,
+                where,
+                s.use_chat_template,
+                s.system_prompt,
+                step.prompt,
+            )
             if key not in found:
                 rows: Sequence[Any]
                 if request.own is not None:
@@ -48,23 +60,29 @@ def inspected(made: Plan, request: Request) -> list[dict[str, Any]]:
 
 def _entry(step: Step, purpose: str, chat: Chat, rows: Sequence[Any], closed: bool, where: str) -> dict[str, Any]:
     s: Any = step.settings
+    turns = step.prompt.turns if step.prompt else ()
     sequences: list[tuple[int, str, Encoded]] = []
     for row in rows:
         if isinstance(row, readers.Prompt):
-            ids = tuple(chat.prompt_ids(row.input))
-            sequences.append((row.row, "prompt", Encoded(ids, len(ids), 0, chat.prefix_of(row.input))))
+            question = behind(turns, row.input, s.system_prompt) if turns else row.input
+            ids = tuple(chat.prompt_ids(question))
+            sequences.append((row.row, "prompt", Encoded(ids, len(ids), 0, chat.prefix_of(question))))
             continue
         named = NAMES.get(row.kind, ("matching", "not_matching"))
         for name, (question, text) in zip(named, row.sides, strict=False):
             if closed:
                 made = chat.encode_caa(question, text, row.row, not s.multiple_choice)
             else:
-                made = chat.encode(question, text, s.output_length, row.row)
+                question = behind(turns, question, s.system_prompt) if turns else question
+                made = chat.encode(question, text, getattr(s, "output_length", WHOLE), row.row)
             sequences.append((row.row, name, made))
     lengths = [len(one.input_ids) for *_, one in sequences]
     answers = [len(one.input_ids) - one.prompt_length - one.suffix_length for *_, one in sequences]
     shown = sequences[: FIRST * len(sequences) // len(rows)]
-    masks = position_mask([one for *_, one in shown], "all_generation" if closed else where, chat.prefix_length).tolist()
+    positions = "all_generation" if closed else "all" if where == NOWHERE else where
+    masks = position_mask([one for *_, one in shown], positions, chat.prefix_length).tolist()
+    if where == NOWHERE:
+        masks = [[False] * len(mask) for mask in masks]
     if closed and s.multiple_choice:
         masks = [[k == len(one.input_ids) - 2 for k in range(len(mask))] for (*_, one), mask in zip(shown, masks, strict=True)]
     return {

@@ -77,7 +77,10 @@ def show(args: argparse.Namespace) -> int:
     store, shown = Store(args.base_dir), 0
     width = shutil.get_terminal_size((120, 24)).columns
     cells = [Cell(args.model_name, args.dataset, method, form, ()) for method, form in pairs_of(args.method, args.intervention_method)[0]]
-    for cell in (found for plain in cells for found in store.variants(plain)):
+    every = [found for plain in cells for found in store.variants(plain)]
+    if args.method == args.intervention_method == "all":
+        every += store.behind_prompts(args.model_name, args.dataset)
+    for cell in every:
         found = results(store, cell)
         if not found:
             continue

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spilt.artifacts.store import Store
-from spilt.cell import FORMS, Cell
+from spilt.cell import FORMS, PROMPT, Cell
 from spilt.data import entries, readers
+from spilt.data.prompt_baseline import Prompt
 from spilt.engine import choice
 from spilt.errors import Mistakes, UserError, nearest, printable, unknown
 from spilt.methods import METHODS
@@ -128,6 +129,8 @@ def make(request: Request, *, dry: bool = False) -> Plan:
     if RECOMMENDED in request.words and "measure" not in MODES[request.mode]:
         wanted_cells, none = _with_a_recommendation(request, wanted_cells)
         left_out += none
+    if request.prompts:
+        refuse_prompts(request)
     model = request.model_folder
     if not dry and request.folder is None:
         check_model(store, request.model)
@@ -143,6 +146,8 @@ def make(request: Request, *, dry: bool = False) -> Plan:
                 formats[section] = entry(request, section)
     mistakes.tell()
     concepts = concept_ids(request, formats, dry)
+    if request.prompts and concepts != [None]:
+        raise UserError(f"{request.dataset} has concepts, each with a vector of its own; prompts are baselines of data sets without")
     if not dry:
         for sentence in check_data(request.base_dir, formats, concepts, request.limit):
             log.warning("%s", sentence)
@@ -158,6 +163,11 @@ def make(request: Request, *, dry: bool = False) -> Plan:
             made += [step._replace(columns=how) for step in found]
         # cells of one concept and layer side by side: they share what is recorded
         made.sort(key=lambda step: (-1 if (first := step.cells[0]).concept is None or len(step.cells) > 1 else first.concept, first.layers))
+        if request.prompts and VERBS[name].prompts:
+            made += [
+                _behind(request, store, VERBS[name], wanted_cells[0], data, model, prompt)._replace(columns=how)
+                for prompt in request.prompts
+            ]
         steps += made
     for said in {step.settings.anatomy for step in steps}:
         anatomy.parse(said)
@@ -175,7 +185,7 @@ def _layers_of(step: Step) -> set[int]:
 def _wants_down(step: Step) -> bool:
     """Whether a fit needs a down projection that is found by itself; of other steps the stored vector says it."""
     s: Any = step.settings
-    if METHODS[step.cells[0].method].adapters:
+    if step.prompt is not None or METHODS[step.cells[0].method].adapters:
         return False
     reads = FORMS[step.cells[0].intervention].reads and s.intervention_components == "mlp_mid"
     return step.verb == "fit" and "mlp_mid" not in s.anatomy and (reads or s.site == "down_proj")
@@ -243,6 +253,8 @@ def why_plain(step: Step, engine: str) -> str:
     if step.engine:
         return ""
     family = checkpoint.family(step.model)
+    if step.prompt is not None:
+        return choice.why_plain([], step.verb, family=family, engine=engine)
     if step.verb == "fit" and METHODS[step.cells[0].method].estimate is not None:
         return choice.why_plain([], "fit", family=family)
     if METHODS[step.cells[0].method].adapters:
@@ -305,12 +317,33 @@ def _steps(
     return steps
 
 
+def refuse_prompts(request: Request) -> None:
+    """Raises UserError where no verb of the request takes prompts as baselines, or another program makes the texts."""
+    if not any(VERBS[name].prompts for name in MODES[request.mode]):
+        have = ", ".join(mode for mode, names in MODES.items() if any(VERBS[name].prompts for name in names))
+        raise UserError(f"--prompt_baseline goes with --mode {have}; spilt table --prompt_baseline measures the losses behind prompts")
+    if request.engine == choice.VLLM:
+        raise UserError(f"--prompt_baseline: texts behind a prompt are not made by {choice.VLLM}; make them without --engine {choice.VLLM}")
+
+
+def _behind(request: Request, store: Store, verb: Verb, like: Wanted, data: dict[str, Path], model: Path, prompt: Prompt) -> Step:
+    """The step of the unsteered model behind a prompt, with the settings of a cell that it stands beside."""
+    given = with_own(request.overrides, like.method, None, like.layers)
+    found = verb.settings(replace(request, overrides=given), like.method, like.form)
+    cell = Cell(request.model, request.dataset, PROMPT, prompt.name, ())
+    notes = tuple(found.unused)
+    step = Step(verb.name, (cell,), found.settings, found.files, model, data, (), (), "", (0.0,), notes=notes, prompt=prompt)
+    step = verb.filled(step, request, store)
+    command = f"{_command(request, verb, (cell,), like, (), '')} --prompt_baseline {_quoted(prompt.word)}"
+    return step._replace(command=command, origin=found.origin, outputs=tuple(verb.outputs(store, step)))
+
+
 def _command(request: Request, verb: Verb, group: tuple[Cell, ...], wanted: Wanted, multipliers: tuple[float, ...], word: str) -> str:
     """word: of --multipliers."""
     model = request.model_said or request.model
     words = [*request.program.split(), "--dataset", request.dataset, "--method", wanted.method, "--model_name", model]
     words += ["--intervention_method", wanted.form, "--mode", verb.mode, "--device", request.device, "--base_dir", str(request.base_dir)]
-    if not verb.fits:
+    if not verb.fits and (multipliers or word):
         words += ["--multipliers", *([] if word == SWEEP else map(str, multipliers)), *([word] if word else [])]
     if wanted.layers is not None:
         words += ["--layers", "+".join(map(str, wanted.layers))]

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from spilt import verbs
 from spilt.artifacts import manifest
 from spilt.artifacts.store import Store
-from spilt.data import readers, sources
-from spilt.data.chat import SYSTEM, Chat, Conversation, Encoded, Question
+from spilt.data import readers
+from spilt.data.chat import Chat, Conversation, Encoded
+from spilt.data.prompt_baseline import Prompt, behind
 from spilt.disturbance import steps
 from spilt.engine import score, whole
-from spilt.errors import UserError, checked_name
+from spilt.errors import UserError
 from spilt.model import host
 from spilt.run import quiet_libraries
 from spilt.tasks.context import check_context, lengths_of
@@ -27,57 +28,6 @@ from spilt.tasks.recordings import Run
 from spilt.verbs.base import parts_of
 
 DECIDING = ("dtype", "use_chat_template", "system_prompt", "output_length", "max_num_of_examples", "anatomy")
-FEW_SHOT = ("question", "answer")
-
-
-class Prompt(NamedTuple):
-    """turns: a system turn, or user and assistant by turns."""
-
-    name: str
-    turns: Conversation
-
-
-def read(words: Sequence[str]) -> list[Prompt]:
-    """NAME=FILE each: a text is a system prompt; rows of `question` and `answer` (.jsonl, .json, .csv ...) are turns. Raises UserError."""
-    found = list[Prompt]()
-    for word in words:
-        name, _, file = word.partition("=")
-        if not name or not file:
-            raise UserError(f"--prompt_baseline {word!r}: wanted NAME=FILE")
-        if name in (one.name for one in found):
-            raise UserError(f"--prompt_baseline {name}: named twice; give each prompt a name of its own")
-        found.append(Prompt(checked_name("prompt baseline", name), _turns(Path(file))))
-    return found
-
-
-def _turns(path: Path) -> Conversation:
-    if sources.ending_of(path) is None:
-        try:
-            text = path.read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise UserError(f"prompt {path}: cannot be read as text ({error})") from None
-        if not text:
-            raise UserError(f"prompt {path}: is empty; write a system prompt into it")
-        return ((SYSTEM, text),)
-    turns = []
-    for row in sources.read_rows(path):
-        for role, column in zip(("user", "assistant"), FEW_SHOT, strict=True):
-            value = row.values.get(column)
-            if not isinstance(value, str) or not value.strip():
-                raise UserError(f"prompt {path}, {row.where}: wanted texts {' and '.join(FEW_SHOT)}; {column} is {repr(value)[:60]}")
-            turns.append((role, value))
-    if not turns:
-        raise UserError(f"prompt {path}: has no rows; write one with {' and '.join(FEW_SHOT)} for each example")
-    return tuple(turns)
-
-
-def behind(turns: Conversation, question: Question, system_prompt: str = "") -> Question:
-    """The question behind a prompt. Its own system prompt, or that of the settings, comes first."""
-    asked = (("user", question),) if isinstance(question, str) else question
-    own = asked[0][1] if asked[0][0] == SYSTEM else system_prompt
-    system = "\n\n".join(filter(None, [own, *(text for role, text in turns if role == SYSTEM)]))
-    rest = tuple(turn for turn in (*turns, *asked) if turn[0] != SYSTEM)
-    return ((SYSTEM, system), *rest) if system else rest
 
 
 def encoded(chat: Chat, turns: Conversation, pairs: Sequence[readers.Pair], output_length: int) -> list[Encoded]:
@@ -108,7 +58,7 @@ def measure(
     settings = {name: value for name, value in s.as_dict().items() if name in DECIDING}
     todo = []
     for prompt in prompts:
-        own = {"settings": settings, "prompt": [[*turn] for turn in prompt.turns], "table": "all", "split": split}
+        own = {"settings": settings, "prompt": prompt.decides, "table": "all", "split": split}
         path, parts = store.prompt_table(model, dataset, prompt.name, split), parts_of(step, split, own, None, seen)
         if manifest.standing(path, parts) != "done":
             todo.append((prompt, path, parts))

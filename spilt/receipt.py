@@ -21,7 +21,7 @@ from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.manifest import digest
 from spilt.artifacts.store import Store
 from spilt.behaviour import files
-from spilt.data import sources
+from spilt.data import prompt_baseline, sources
 from spilt.errors import NotFinite, UserError
 from spilt.say import ready, which_flags
 from spilt.settings.fields import STRONGEST
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prefix", type=Path, metavar="FILE", help="a long text to put before the prompts, as in deployment")
     for name in files.SUITES:
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help="its prompts (default: ten illustrations of our own)")
+    known = f"beside it the unsteered model behind a prompt: {prompt_baseline.HELP}"
+    parser.add_argument("--prompt_baseline", nargs="+", default=[], metavar="NAME=FILE", help=known)
     parser.add_argument("--output", type=Path, metavar="FILE.md", help="write it there, as a page to FILE.html, all of it to FILE.json")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead")
     return program(parser, argv, _receipt)
@@ -109,6 +111,7 @@ def _receipt(args: argparse.Namespace) -> int:
     suites = {name: path for name in files.SUITES if (path := getattr(args, name)) is not None}
     for name, path in suites.items():
         files.SUITES[name].read(path)
+    prompts = prompt_baseline.read(args.prompt_baseline)
     judge = judge_for(behaviour, args)
     host, steering, s, _ = ready(args)
     from spilt.behaviour import receipt
@@ -116,6 +119,7 @@ def _receipt(args: argparse.Namespace) -> int:
     from spilt.report import receipt as written
 
     asked: Any = {"multiplier": args.multiplier, "more": args.multipliers, "labels": args.labels, "prefix": prefix, "suites": suites}
+    asked["prompts"] = prompts
     try:
         found = receipt.write_down(probe_of(host, steering, s, judge), behaviour, limits=limits, **asked)
     except (NotFinite, OutOfMemory) as error:
@@ -180,6 +184,11 @@ def document(found: Receipt, about: dict[str, Any]) -> dict[str, Any]:
         "strengths": [
             {"multiplier": m, "dose": abs(m) * found.unit, **{name: _estimate(value) for name, value in row.items()}}
             for m, row in found.rows.items()
+        ],
+        "prompt_baselines": [
+            {"name": one.prompt.name, "turns": one.prompt.decides, **{name: _estimate(value) for name, value in one.row.items()}}
+            | {"texts": one.samples}
+            for one in found.prompts
         ],
         "failures": [
             {

@@ -30,8 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _recommend(args: argparse.Namespace) -> int:
+    from spilt.analysis.recommend import refuse_budget
     from spilt.report import recommend
 
+    refuse_budget(args.budget)
     table = recommend(args.base_dir, args.model_name, args.dataset, args.budget, norm=args.norm)
     for note in table.attrs["notes"]:
         complain(f"warning: {note}")

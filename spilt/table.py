@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 from spilt import __version__
 from spilt.analysis.paper import TABLES
+from spilt.data import prompt_baseline
 from spilt.errors import UserError
 from spilt.terminal import complain, program, say
 
 if TYPE_CHECKING:
-    from spilt.prompted import Prompt
     from spilt.report.comparison import Set
 
 LACKING = {
@@ -50,19 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="+",
         default=[],
         metavar="NAME=FILE",
-        help="measure the unsteered model behind a prompt: a text file is a system prompt, rows of question and answer (.jsonl, .json, "
-        ".csv) are examples; loads the model",
+        help=f"measure the losses of the unsteered model behind a prompt: {prompt_baseline.HELP}; loads the model",
     )
     parser.add_argument("--device", default="", help="for --kl and --prompt_baseline; default: cuda:0 where there is one, else cpu")
     return program(parser, argv, _table)
 
 
 def _table(args: argparse.Namespace) -> int:
+    from spilt.analysis.recommend import refuse_budget
     from spilt.artifacts.atomic import atomic_write
     from spilt.report import comparison
 
-    if not args.budget >= 0:
-        raise UserError(f"--budget {args.budget:g}: nats of utility to spend, 0 or more")
+    refuse_budget(args.budget)
     if args.kl is not None and not 0 < args.kl < float("inf"):
         raise UserError(f"--kl {args.kl:g}: wanted nats above 0")
     for name in ("prompts", "max_new_tokens"):
@@ -70,7 +69,7 @@ def _table(args: argparse.Namespace) -> int:
             raise UserError(f"--{name} {getattr(args, name)}: wanted 1 or more")
     if args.format == "csv" and args.output is None and len(args.tables) > 1:
         raise UserError("--format csv prints one table: name it with --tables, or give --output FOLDER for a file of each")
-    prompts = _prompts(args.prompt_baseline) if args.prompt_baseline else []
+    prompts = prompt_baseline.read(args.prompt_baseline)
     sets = comparison.collect(args.base_dir, args.model_name, args.dataset, args.tables, args.budget, args.seed)
     problems = [problem for one in sets for problem in one.problems]
     for problem in problems:
@@ -123,13 +122,7 @@ def _calibrate(args: argparse.Namespace, sets: Sequence[Set]) -> None:
             complain(f"warning: {one.heading}: no strengths of equal KL: {error}")
 
 
-def _prompts(words: Sequence[str]) -> list[Prompt]:
-    from spilt import prompted  # brings torch
-
-    return prompted.read(words)
-
-
-def _measure(args: argparse.Namespace, sets: Sequence[Set], prompts: Sequence[Prompt]) -> bool:
+def _measure(args: argparse.Namespace, sets: Sequence[Set], prompts: Sequence[prompt_baseline.Prompt]) -> bool:
     """Whether all of them were measured, or had been."""
     from spilt import prompted
     from spilt.report.comparison import told_on

@@ -74,8 +74,8 @@ def test_each_program_runs_as_a_module_too(program: str, tmp_path: Path) -> None
 
 FLAGS = {
     "fit": {"--checkpoint_seconds"},
-    "evaluate": {"--multipliers", "--judge", "--rubric", "--judge_limit"},
-    "generate": {"--multipliers", "--batch_size"},
+    "evaluate": {"--multipliers", "--judge", "--rubric", "--judge_limit", "--prompt_baseline"},
+    "generate": {"--multipliers", "--batch_size", "--prompt_baseline"},
     "measure": {
         "--multipliers",
         "--split",
@@ -97,6 +97,8 @@ def test_a_verb_takes_the_flags_that_mean_something_to_it(verb: str, base: famil
     assert own == (released - every - {"--mode", "--verify", "--version"}) | FLAGS[verb]
     value = {
         "--rubric": ["power"],
+        "--judge_limit": ["1", "--judge", "1"],
+        "--prompt_baseline": [f"kind={__file__}"],
         "--mode": ["loss"],
         "--split": ["train"],
         "--no_report": [],

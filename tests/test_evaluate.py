@@ -159,6 +159,18 @@ def test_without_a_judge_what_is_missing_is_told(base: families.Base, caplog: py
     assert sorted(set(found["concept"])) == [0, 1, 3] and "accuracy" not in set(found["measure"])
 
 
+def test_a_limit_scores_the_first_of_texts_that_were_made_without(base: families.Base) -> None:
+    evaluated(base, "--multipliers", "4")
+    whole_one = table(base, 4.0).query("measure == 'length'").set_index("item")["value"].to_dict()
+    evaluated(base, "--multipliers", "4", "--limit", "2")
+    first = table(base, 4.0).query("measure == 'length'").set_index("item")["value"].to_dict()
+    assert first == {item: whole_one[item] for item in (0, 1)} and len(whole_one) == 7
+    data = base.data(base.one, "valid")
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    families.write_jsonl(data, [rows[0], rows[1] | {"question": "another"}, *rows[2:]])
+    evaluated(base, "--multipliers", "4", "--limit", "2", code=2)  # others within the limit are refused as ever
+
+
 # ---------------------------------------------------------------- with one
 
 

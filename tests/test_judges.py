@@ -11,6 +11,7 @@ import pytest
 from judge_server import KEY, Said, Server, completion, serving
 
 from spilt import judges
+from spilt.artifacts.manifest import identity
 from spilt.errors import UserError
 from spilt.judges import endpoint
 from spilt.judges.base import reply_of
@@ -119,6 +120,44 @@ def test_what_is_kept_is_the_reply_as_it_came_and_damage_is_asked_again(server: 
         assert other.judge([asked("answers")]) == ["Fine.\nRating: 3"] and other.tally.asked == 1
 
 
+def test_two_addresses_with_one_models_name_share_no_replies(tmp_path: Path) -> None:
+    with (
+        serving(lambda text, before: Said(completion("Rating: 1"))) as one,
+        serving(lambda text, before: Said(completion("Rating: 3"))) as two,
+    ):
+        for _ in range(2):  # the second time nobody is asked
+            assert [judge(server, tmp_path).judge([asked("same")]) for server in (one, two)] == [["Rating: 1"], ["Rating: 3"]]
+        assert sum(one.asked.values()) == sum(two.asked.values()) == 1
+        # a password, and a key in the path, are of the address and stand nowhere
+        secret = Endpoint("stand-in", one.url.replace("http://", f"http://me:{KEY}@").replace("/v1", f"/{KEY}/v1"), KEY, tmp_path)
+        secret.judge([asked("secret")])
+        assert KEY not in secret.name and KEY not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
+
+
+def test_replies_of_before_addresses_were_kept_are_told_and_used_where_that_is_said(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an older version kept them: under a key of model, messages and parameters, from whatever endpoint."""
+    about = {"model": "stand-in", "messages": asked("answers"), "parameters": {}}
+    key = identity(about)
+    old = tmp_path / key[:2] / f"{key}.json"
+    old.parent.mkdir()
+    old.write_text(json.dumps(about | {"reply": json.dumps(completion("Rating: 0"))}))
+    content, before = old.read_bytes(), server.asked["answers"]
+    assert judge(server, tmp_path).judge([asked("answers")]) == ["Fine.\nRating: 3"] and server.asked["answers"] == before + 1
+    assert "1 replies" in caplog.text and "without the address" in caplog.text and "SPILT_JUDGE_UNPLACED=1" in caplog.text
+    caplog.clear()
+    judge(server, tmp_path).judge([asked("answers")])  # has one of its own now
+    assert not caplog.text and old.read_bytes() == content
+    with serving(lambda text, before: GOOD) as other:
+        for name, value in ((endpoint.MODEL, "stand-in"), (endpoint.KEY, KEY), (endpoint.URL, other.url), ("SPILT_JUDGE_UNPLACED", "1")):
+            monkeypatch.setenv(name, value)
+        assert judges.judge_of(judges.ENDPOINT, tmp_path, tmp_path).judge([asked("answers")]) == ["Rating: 0"]
+        monkeypatch.delenv("SPILT_JUDGE_UNPLACED")
+        assert judges.judge_of(judges.ENDPOINT, tmp_path, tmp_path).judge([asked("answers")]) == ["Rating: 0"]  # it has been placed
+        assert not other.asked
+
+
 def test_so_many_at_once_and_no_more() -> None:
     with serving(lambda text, before: Said(completion("Rating: 1"), delay=0.05)) as server:
         made = judge(server, None, at_once=4)
@@ -148,9 +187,13 @@ def test_the_environment_says_where_and_how_much(server: Server, monkeypatch: py
     for name, value in ((endpoint.MODEL, "stand-in"), (endpoint.KEY, KEY), (endpoint.URL, server.url), (endpoint.PRICES, "2,10")):
         monkeypatch.setenv(name, value)
     made = judges.judge_of(judges.ENDPOINT, tmp_path, None)
-    assert made.name == "stand-in" and made.judge([asked("answers")]) == ["Fine.\nRating: 3"]
+    assert made.name == judges.name_of(judges.ENDPOINT, tmp_path) == f"stand-in at {server.url.split('/')[2]}" and KEY not in made.name
+    assert made.judge([asked("answers")]) == ["Fine.\nRating: 3"]
     assert made.tally.cost == pytest.approx((11 * 2 + 3 * 10) / 1e6) and "0.0001 USD" in str(made.tally)
     assert KEY not in without_secrets(f"a stray {KEY} in a log")
+    monkeypatch.delenv(endpoint.URL)
+    assert judges.name_of(judges.ENDPOINT, tmp_path) == "stand-in"  # OpenAI's own, as before
+    monkeypatch.setenv(endpoint.URL, server.url)
     monkeypatch.setenv(endpoint.PRICES, "cheap")
     with pytest.raises(UserError, match="such as 0.15,0.6"):
         judges.judge_of(judges.ENDPOINT, tmp_path, None)

@@ -16,7 +16,7 @@ import spilt
 from spilt import cli, prompted, verify
 from spilt.analysis import odds
 from spilt.artifacts.store import Store
-from spilt.data import entries, readers
+from spilt.data import entries, prompt_baseline, readers
 from spilt.data.chat import SYSTEM, Chat
 
 EXAMPLES = [{"question": "where to", "answer": "home"}, {"question": "and then", "answer": "away"}]
@@ -37,10 +37,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> families.Base:
 
 def test_a_prompt_comes_before_the_question() -> None:
     kind, shots = ((SYSTEM, "be kind"),), (("user", "a"), ("assistant", "b"))
-    assert prompted.behind(kind, "q") == ((SYSTEM, "be kind"), ("user", "q"))
-    assert prompted.behind(kind, ((SYSTEM, "own"), ("user", "q")), "settings") == ((SYSTEM, "own\n\nbe kind"), ("user", "q"))
-    assert prompted.behind(shots, "q", "settings") == ((SYSTEM, "settings"), *shots, ("user", "q"))
-    assert prompted.behind((), "q") == (("user", "q"),)
+    assert prompt_baseline.behind(kind, "q") == ((SYSTEM, "be kind"), ("user", "q"))
+    assert prompt_baseline.behind(kind, ((SYSTEM, "own"), ("user", "q")), "settings") == ((SYSTEM, "own\n\nbe kind"), ("user", "q"))
+    assert prompt_baseline.behind(shots, "q", "settings") == ((SYSTEM, "settings"), *shots, ("user", "q"))
+    assert prompt_baseline.behind((), "q") == (("user", "q"),)
 
 
 @pytest.mark.parametrize("template", [families.TEMPLATE, SYSTEM_TEMPLATE])
@@ -56,8 +56,8 @@ def test_the_same_answer_tokens_are_scored_however_long_the_prompt_is(template: 
 
 
 def test_numbers_are_those_of_measure_and_without_a_prompt_those_of_m_0(base: families.Base) -> None:
-    store, prompts = Store(base.path), prompted.read([f"kind={base.path / 'kind.txt'}", f"shots={base.path / 'shots.jsonl'}"])
-    every = [*prompts, prompted.Prompt("none", ())]
+    store, prompts = Store(base.path), prompt_baseline.read([f"kind={base.path / 'kind.txt'}", f"shots={base.path / 'shots.jsonl'}"])
+    every = [*prompts, prompt_baseline.Prompt("none", ())]
     assert prompted.measure(base.path, base.model, base.one, ("sft", "vector"), "test", every, "cpu", lambda _: None) == 3
     assert prompted.measure(base.path, base.model, base.one, ("sft", "vector"), "test", every, "cpu", lambda _: None) == 0
     tables = {path.parent.name: odds.losses_table(path) for path in store.prompt_tables(base.model, base.one, "test")}
@@ -71,7 +71,7 @@ def test_numbers_are_those_of_measure_and_without_a_prompt_those_of_m_0(base: fa
     steering = spilt.Steering.load(next((base.path / "vectors").rglob("sft_vector/layer_*.pt")))
     rows = readers.read_pairs(entries.dataset_format(base.path, base.one, "valid"))
     for prompt in prompts:
-        pairs = [row._replace(question=prompted.behind(prompt.turns, row.question)) for row in rows]  # type: ignore[arg-type]
+        pairs = [row._replace(question=prompt_baseline.behind(prompt.turns, row.question)) for row in rows]  # type: ignore[arg-type]
         told = spilt.measure(model, tokenizer, steering, pairs, [0.0], use_chat_template=True).iloc[0]
         found = odds.per_question(odds.answers(tables[prompt.name], "mean"), "test")
         assert found["preference"].mean() == pytest.approx(told["preference"], rel=1e-4, abs=1e-5)
@@ -127,7 +127,7 @@ def test_wrong_prompts_are_refused(base: families.Base, tmp_path: Path, capsys: 
     for words, said in (
         (["kind"], "wanted NAME=FILE"),
         (["../x=a.txt"], "cannot be a folder name"),
-        ([f"x={tmp_path / 'none.txt'}"], "cannot be read"),
+        ([f"x={tmp_path / 'none.txt'}"], "can't be read"),
         ([f"x={tmp_path / 'empty.txt'}"], "is empty"),
         ([f"x={tmp_path / 'half.jsonl'}"], "answer is None"),
         ([f"x={base.path / 'kind.txt'}", f"x={base.path / 'shots.jsonl'}"], "named twice"),

@@ -179,6 +179,53 @@ def test_a_receipt_is_a_page_and_a_document(base: families.Base, tmp_path: Path,
     assert drawn.count("<tr>") == page.count("\n| ") - page.count("\n| ---")
 
 
+@pytest.mark.parametrize("turns", [(("system", "be brief"),), (("user", "so"), ("assistant", "no"))])
+def test_behind_a_prompt_numbers_are_those_of_plain_forwards(turns: Any) -> None:
+    """Greedy answers, KL(behind the prompt || without it), the unsteered model's surprise without it, and first tokens behind it."""
+    model, asked = families.model("qwen2"), probe()
+    prompted = asked.behind(turns)
+    b = behaviour({"first_token": {"shows": "yes", "otherwise": "no"}}, incoherent={"mass": 0})
+    odds = prompted.log_probs(b, b.prompts, 0.0)
+
+    def log_p(ids: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
+
+    for text, answer, pair in zip(ASKED, prompted.answers(ASKED, 0.0, 4, kl=True), odds, strict=True):
+        whole_one = (("user", f"be brief\n\n{text}"),) if turns[0][0] == "system" else (*turns, ("user", text))
+        ids, bare = list(asked.chat.prompt_ids(whole_one)), list(asked.chat.prompt_ids(text))
+        first = log_p(ids)
+        assert pair == pytest.approx([float(first[asked.tokenizer.convert_tokens_to_ids(letter)]) for letter in "yn"], rel=1e-4)
+        kl, loss, new = [], [], []
+        while len(new) < 4 and not (new and new[-1] == families.EOS):
+            p, q = log_p([*ids, *new]), log_p([*bare, *new])
+            new.append(int(p.argmax()))
+            kl.append(float((p.exp() * (p - q)).sum()))
+            loss.append(-float(q[new[-1]]))
+        assert answer.text == asked.tokenizer.decode(new, skip_special_tokens=True)
+        assert answer.kl == pytest.approx(np.array(kl), rel=1e-3) and answer.surprise == pytest.approx(np.mean(loss), rel=1e-4)
+    assert not asked.kept  # the answers without the prompt are others
+
+
+def test_a_receipt_has_prompts_beside(base: families.Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "kind.txt").write_text("be <b>kind</b>\n")
+    mine = str(base.path / "mine.yaml")
+    more = ["--prompt_baseline", f"kind={tmp_path / 'kind.txt'}", "--output", str(tmp_path / "r.md")]
+    assert cli.main(words(base, "receipt", "--behaviour", mine, *more)) == 0
+    told = json.loads((tmp_path / "r.json").read_text())
+    (row,) = told["prompt_baselines"]
+    shown = [text["verdict"] == told["behaviour"]["want"] for text in row["texts"]]
+    assert (
+        row["name"] == "kind" and row["turns"] == [["system", "be <b>kind</b>"]] and row["wanted"]["value"] == pytest.approx(np.mean(shown))
+    )
+    assert row["wanted"]["n"] == len(shown) == told["prompts"]["reported_on"] and row["kl"]["value"] > 0
+    assert [one["prompt"] for one in row["texts"]] == [one["prompt"] for one in told["texts"] if one["multiplier"] == 0]
+    said = capsys.readouterr().out
+    assert "| prompt: kind | – |" in said and "KL is from the model without it" in said
+    assert cli.main(words(base, "receipt", "--behaviour", mine, "--prompt_baseline", "kind")) == 2
+    assert "wanted NAME=FILE" in capsys.readouterr().err
+
+
 @pytest.fixture
 def of_letters(base: families.Base) -> Iterator[families.Base]:
     """Its answers begin with letters, which are tokens here, not with spaces."""

@@ -116,6 +116,17 @@ def test_other_files_are_told_what_they_are(tmp_path: Path, name: str, tensors: 
         Steering.load(tmp_path / name)
 
 
+def test_sum_begins_with_nothing() -> None:
+    """0 + s = s, exactly; of any other number there is no Steering."""
+    one, other = every() * 2.0, every()
+    one.about["recommended_multiplier"] = 3.0
+    assert sum([one, other]) == one + other and sum([one]) == one and sum([one]).about == one.about and 0.0 + one == one
+    assert sum([one]).entries[0][1] is not one.entries[0][1]  # a value: no tensor is shared
+    for wrong in (1, -0.5, None):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            wrong + one  # type: ignore[operator]
+
+
 def test_damaged_and_missing_files(tmp_path: Path) -> None:
     path = every().save(tmp_path / "a.safetensors")
     path.write_bytes(path.read_bytes()[:-10])

@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from spilt.errors import UserError
+
 CHOSEN = "chosen"
 NO_EFFECT = "no effect"  # within the limits none shows it more than the unsteered model
 TOO_MUCH = "over the limits"  # even the weakest that was tried
@@ -109,7 +111,9 @@ class _Tried:
 
 
 def choose(measure: Callable[[float], Point], unit: float, limits: Limits = LIMITS, doses: Sequence[float] = DOSES) -> Chosen:
-    """unit: the dose of multiplier 1. Of equal ones the weakest is chosen."""
+    """unit: the dose of multiplier 1. Of equal ones the weakest is chosen. Raises UserError for a dose that cannot be scaled."""
+    if not 0 < unit < math.inf:  # nan is not
+        raise UserError(f"multiplier 1 has the dose {unit:g} (|added| / |stream|): no strength of this vector can be chosen; fit it again")
     tried = _Tried(measure, limits)
     base, kept = tried.base.success, False
     for sign in (1.0, -1.0):

@@ -72,7 +72,7 @@ class Artifact:
     def texts(self) -> Path:
         """The results file that scores are of."""
         own, concepts = variant_of(self.leaf.removeprefix(f"{self.method}_")), self.parts.get("concepts") or [None]
-        cell = Cell(self.model, self.dataset, self.method, self.form or "", own.layers or (), concepts[0], own.seed, own.layers is not None)
+        cell = Cell(self.model, self.dataset, self.method, own.form, own.layers or (), concepts[0], own.seed, own.layers is not None)
         return store.Store(self.base_dir).results(cell, float(self.parts["multiplier"]))
 
     @property

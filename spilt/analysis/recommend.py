@@ -16,12 +16,19 @@ import pandas as pd
 from scipy import special
 
 from spilt.analysis.questions import Array, Questions, interpolate, on_shared
+from spilt.errors import UserError
 
 BUDGET = 0.5  # nats of utility that a recommendation may cost
 NEAR = 0.02  # nats: a measured point whose drop is this near to the budget is the point where it is met
 
 WIDER = 1.5  # times the last multiplier: the next one beyond it
 SHARP = 0.01  # share of m: a measured point this near to the peak is the peak
+
+
+def refuse_budget(budget: float) -> None:
+    """Raises UserError for a budget of utility that is none."""
+    if not 0 <= budget < math.inf:  # nan is not
+        raise UserError(f"--budget {budget:g}: nats of utility to spend, 0 or more")
 
 
 class Best(NamedTuple):

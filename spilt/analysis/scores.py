@@ -15,6 +15,7 @@ from spilt.artifacts.scores import HARMONIC, TABLE, UNPARSABLE
 from spilt.artifacts.store import Store
 from spilt.cell import Cell
 from spilt.errors import UserError, first_line
+from spilt.verbs.base import OF_STEERING
 
 COLUMNS = ("measure", "multiplier", "mean", "low", "high", "n", "missing", "reasons")
 AS_ZERO = "{}, unparsable as 0"  # a second line of a judged measure: as the released code has it
@@ -44,8 +45,9 @@ def collect(store: Store, cell: Cell) -> tuple[pd.DataFrame, dict[str, list[Path
     """
     kept, of_others = of_one_vector(store.base_dir, [path for _, path in store.scored(cell)])
     files = [Artifact(store.base_dir, path) for path in kept]
-    older = [file for file in files if _of_other_texts(file)]
-    files = [file for file in files if file not in older]
+    damaged = [file for file in files if not manifest.is_as_recorded(file.path)]
+    older = [file for file in files if file not in damaged and _of_other_texts(file)]
+    files = [file for file in files if file not in (*damaged, *older)]
     last = _last_judges(files)
     frames, by_others = [], []
     for file in files:
@@ -55,6 +57,7 @@ def collect(store: Store, cell: Cell) -> tuple[pd.DataFrame, dict[str, list[Path
         by_others += [file.path] if foreign else []
     why = {
         "of another vector than the one that lies there now": of_others,
+        "(damaged, or changed by hand)": [file.path for file in damaged],
         "of other texts than those that lie there now": [file.path for file in older],
         "(their ratings) by another judge or rubric than the last": by_others,
     }
@@ -97,6 +100,25 @@ def several_judges(store: Store, cells: Iterable[Cell], measures: Iterable[str])
             whose = "; ".join(f"{', '.join(names)} by {judge} (rubric {asked[:8]})" for (judge, asked), names in by.items())
             said += f" Scores of {measure} are not of one judge and rubric, and not to be compared: {whose}."
     return said
+
+
+def same(there: float, m: float) -> bool:
+    """A strength to nine digits, which is as it stands in a file's name."""
+    return abs(there - m) <= 1e-9 * max(1.0, abs(m))
+
+
+def made_how(store: Store, cell: Cell, m: float) -> dict[str, Any]:
+    """How the scored texts at a multiplier were made, whatever steers them, and how many of them were scored; {} where nobody can say."""
+    path = next((path for there, path in store.scored(cell) if same(there, m)), None)
+    if path is None or not (file := Artifact(store.base_dir, path)).parts:
+        return {}
+    texts = Artifact(store.base_dir, file.texts())
+    if not texts.parts:
+        return {}
+    settings = {name: value for name, value in texts.settings.items() if name not in (*OF_STEERING, "generate_orig_output")}
+    found = {name: texts.parts.get(name) for name in ("limit", "engine", "model", "data")} | {"settings": settings}
+    scoring = file.parts.get("scoring") or {}
+    return found | {"evaluate --limit": file.parts.get("limit")} | ({"judge_limit": scoring.get("limit")} if scoring else {})
 
 
 def per_item(table: pd.DataFrame, measure: str) -> pd.DataFrame:

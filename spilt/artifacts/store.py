@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from spilt.artifacts.losses import PROMPTS, SPLITS, TABLES
-from spilt.cell import Cell
+from spilt.cell import PROMPT, Cell
 from spilt.errors import checked_name
 
 
@@ -79,6 +79,12 @@ class Store:
         names = (path.name.removeprefix(f"{cell.method}_") for path in self.generation_folder(cell).parent.glob(f"{cell.leaf}@*"))
         return [cell, *(replace(cell, intervention=name) for name in sorted(names))]
 
+    def behind_prompts(self, model: str, dataset: str) -> list[Cell]:
+        """Those with texts (or scores of texts) of the unsteered model behind a prompt, each with the prompt's name as the form."""
+        folder = self.generation_folder(Cell(model, dataset, PROMPT, "", ())).parent
+        names = sorted(path.name.removeprefix(f"{PROMPT}_") for path in folder.glob(f"{PROMPT}_*") if path.is_dir())
+        return [Cell(model, dataset, PROMPT, name, ()) for name in names if name]
+
     def scores(self, cell: Cell, multiplier: float) -> Path:
         """Of the texts at a multiplier, of all concepts."""
         return self.generation_folder(cell) / "scores" / f"scores_m{float(multiplier)}.csv"
@@ -136,12 +142,12 @@ class Store:
 
     def prompt_table(self, model: str, dataset: str, name: str, split: str) -> Path:
         """Losses behind a prompt, a baseline: a folder for each beside those of the methods."""
-        folder = self.loss_root(model) / "prompt" / checked_name("dataset", dataset)
+        folder = self.loss_root(model) / PROMPT / checked_name("dataset", dataset)
         return folder / checked_name("prompt baseline", name) / PROMPTS[split]
 
     def prompt_tables(self, model: str, dataset: str, split: str) -> list[Path]:
         """Those that there are."""
-        return sorted((self.loss_root(model) / "prompt" / checked_name("dataset", dataset)).glob(f"*/{PROMPTS[split]}"))
+        return sorted((self.loss_root(model) / PROMPT / checked_name("dataset", dataset)).glob(f"*/{PROMPTS[split]}"))
 
     def unfinished_losses(self, cell: Cell, rank: int) -> Path:
         """Losses scored by a run that did not finish; one file per process, removed when the tables are written."""

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spilt.errors import UserError, first_line
+from spilt.errors import UserError, first_line, half_pair, printable
 
 ROW_KEYS = ("input", "orig_pred", "pred", "reference_response", "complete_output")  # of a prompt
 CONCEPT_KEYS = ("concept_id", "concept_name", "generated_results", "eval_data", "multiplier")  # of a concept, with its rows in it
@@ -59,6 +59,7 @@ def _row(row: Any, path: Path, where: str, concept: int, number: int) -> Row:
     for name, value in (("input", prompt), ("reference_response", reference or "")):
         if not isinstance(value, str):
             raise _wrong(path, where, name, value, "a text")
+        _refuse_halves(path, where, name, value or "")
     texts, plain = (_texts(row.get(name), path, where, name) for name in ("pred", "orig_pred"))
     return Row(concept, number, prompt, texts, plain, reference or None)
 
@@ -67,7 +68,15 @@ def _texts(value: Any, path: Path, where: str, name: str) -> list[str]:
     found = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
         raise _wrong(path, where, name, value, "a list of texts")
+    for text in found:
+        _refuse_halves(path, where, name, text)
     return found
+
+
+def _refuse_halves(path: Path, where: str, name: str, text: str) -> None:
+    """No tokenizer and no file takes half of a surrogate pair."""
+    if half := half_pair(text):
+        raise UserError(f"{path}: {where}: {name} holds half of a surrogate pair ({printable(half[0])}); --mode apply makes it again")
 
 
 def _list(value: Any, path: Path, what: str) -> list[Any]:

@@ -1,7 +1,9 @@
-"""One Steering on one model, asked: its answers, what the unsteered model makes of them, and by a behaviour's rules what they show."""
+"""One Steering on one model, or the unsteered model behind a prompt, asked: its answers, what the unsteered model makes of them, and by a
+behaviour's rules what they show."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,13 +18,14 @@ from spilt.analysis import behaviour as rules
 from spilt.analysis import texts as texts_alone
 from spilt.analysis.chosen import Point
 from spilt.behaviour.files import ANSWERS, COLUMNS, Asked, Behaviour, Incoherence, Rated
-from spilt.data.chat import Chat, Encoded, Question, readable
+from spilt.data.chat import Chat, Conversation, Encoded, Question, readable
+from spilt.data.prompt_baseline import behind
 from spilt.engine import divergence, dose, sampling, whole
 from spilt.engine.prompts import Row
 from spilt.errors import NotFinite, UserError, printable
 from spilt.judges import Judge
 from spilt.model import host
-from spilt.steering import anatomy
+from spilt.steering import anatomy, hooks
 from spilt.steering.steering import Steering
 
 Verdict = str | None  # of rules.VERDICTS; None: no judge could tell
@@ -66,12 +69,23 @@ class Probe:
         self.chat = Chat.of(tokenizer, use_chat_template, system_prompt)
         self.pad = host.pad_id(tokenizer)
         self.kept: dict[tuple[int, str, float, int], Answer] = {}
+        self.turns: Conversation = ()  # of a prompt before all that is asked
+        self.plain = self  # what is asked without them
         self.judge = judge
         self.ratings: dict[tuple[str, ...], int | None] = {}  # by what the judge was asked; None: missing
 
+    def behind(self, turns: Conversation) -> Probe:
+        """The unsteered model behind a prompt, at m = 0 alone: KL(behind it || without it), and losses without it."""
+        found = copy.copy(self)
+        found.turns, found.plain, found.kept, found.steering = turns, self, {}, Steering.nothing(self.model)
+        return found
+
+    def _asked(self, text: Question) -> Question:
+        return behind(self.turns, text, self.chat.system_prompt or "") if self.turns else text
+
     def prompts(self, texts: Sequence[Question], new: int) -> list[tuple[int, ...]]:
         """Their tokens. Raises UserError for one that leaves no room for an answer in the model's context."""
-        ids, context = [tuple(self.chat.prompt_ids(text)) for text in texts], anatomy.context(self.model)
+        ids, context = [tuple(self.chat.prompt_ids(self._asked(text))) for text in texts], anatomy.context(self.model)
         for text, own in zip(texts, ids, strict=True):
             if context is not None and len(own) + new > context:
                 raise UserError(
@@ -98,19 +112,27 @@ class Probe:
         rows = [Row(prompt, m, f"{self.seed}/{i}/0") for prompt, (i, _) in zip(prompts, todo, strict=True)]
         made = api.new_tokens(self.model, self.steering, rows, how, self.engine, self.batch_size)
         full = [Encoded((*prompt, *made[k]), len(prompt), 0) for k, prompt in enumerate(prompts)]
+        if self.turns:  # the same answers, as the model without the prompt reads them
+            bare = self.plain.prompts([text for _, text in todo], new)
+            plain = [Encoded((*prompt, *made[k]), len(prompt), 0) for k, prompt in enumerate(bare)]
+        else:
+            plain = full
         losses: dict[int, float] = {}
         changes: dict[int, npt.NDArray[np.float64]] = {}
         with api.frozen(self.model), torch.no_grad():
             measured = [k for k, key in enumerate(todo) if wanted[key]]
             if measured:
-                for k, one in zip(
-                    measured, divergence.told(self.model, self.steering, m, [full[k] for k in measured], self.pad), strict=True
-                ):
+                own, base = [full[k] for k in measured], [plain[k] for k in measured]
+                if self.turns:
+                    found = divergence.compared(self.model, lambda _: hooks.attach(self.model, []), own, base, self.pad)
+                else:
+                    found = divergence.told(self.model, self.steering, m, own, self.pad)
+                for k, one in zip(measured, found, strict=True):
                     losses[k], changes[k] = float(one.loss.mean()), one.kl.numpy()
             rest = [k for k in range(len(todo)) if k not in losses]
-            together = divergence.at_once(self.model, full)
+            together = divergence.at_once(self.model, plain)
             for part in (rest[begin : begin + together] for begin in range(0, len(rest), together)):
-                scored = whole.score(self.model, None, 0.0, [full[k] for k in part], self.pad)
+                scored = whole.score(self.model, None, 0.0, [plain[k] for k in part], self.pad)
                 losses |= dict(zip(part, (-scored.total.double() / scored.tokens).tolist(), strict=True))
         for k, key in enumerate(todo):
             text = self.tokenizer.decode(made[k], skip_special_tokens=True)
@@ -138,7 +160,7 @@ class Probe:
                 for a, b in odds
             ]
         texts = [one.text for one in asked]
-        usual = float(np.median([answer.perplexity for answer in self.answers(texts, 0.0, behaviour.max_new_tokens)]))
+        usual = float(np.median([answer.perplexity for answer in self.plain.answers(texts, 0.0, behaviour.max_new_tokens)]))
         answers = self.answers(texts, m, behaviour.max_new_tokens)
         return self.judged(behaviour, texts, [answer.text for answer in answers], [answer.perplexity / usual for answer in answers])
 
@@ -210,7 +232,7 @@ class Probe:
         contexts, tokens = list[Encoded](), list[list[int]]()
         for one in asked:  # a data file's answers stand as they are fitted and measured, spaces too
             pair = [str(one.row[name]) for name in ANSWERS] if rule == COLUMNS else [answer.strip() for answer in rule]
-            sides = [self.chat.encode(one.text, answer, 10**9) for answer in pair]
+            sides = [self.chat.encode(self._asked(one.text), answer, 10**9) for answer in pair]
             start = min(side.prompt_length for side in sides)
             contexts.append(Encoded(sides[0].input_ids[:start], start, 0))
             tokens.append([side.input_ids[start] for side in sides])

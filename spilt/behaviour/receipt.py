@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +21,11 @@ from spilt.analysis.texts import refuses
 from spilt.behaviour.files import SHIPPED, SUITES, Asked, Behaviour, asked_of
 from spilt.behaviour.probe import Answer, Probe, Verdict
 from spilt.data import sources
+from spilt.data.prompt_baseline import Prompt
 from spilt.errors import NotFinite, UserError
 
 P95 = 0.95
+SHARES = ("wanted", "incoherent", "kl")  # what is told of every strength
 DRIFT = SHIPPED / "drift.csv"  # topic, prompt, regex: what a right answer has
 OWN = "ten own illustrations"
 SAID = {**{word: word for word in rules.VERDICTS}, "true": rules.SHOWS, "yes": rules.SHOWS, "1": rules.SHOWS} | {
@@ -235,6 +237,14 @@ def validated(probe: Probe, behaviour: Behaviour, labels: Path | None) -> Checke
     return Checked(kappa([x for x, _ in told], [y for _, y in told]), path.name)
 
 
+class Behind(NamedTuple):
+    """The unsteered model behind a prompt: `row` as those of Receipt.rows, KL from the model without it."""
+
+    prompt: Prompt
+    row: dict[str, Estimate]
+    samples: list[dict[str, Any]]
+
+
 class Receipt(NamedTuple):
     """Everything that was measured."""
 
@@ -247,7 +257,32 @@ class Receipt(NamedTuple):
     checked: Checked
     limits: Limits
     samples: list[dict[str, Any]]
+    prompts: tuple[Behind, ...] = ()  # baselines beside it
     unrated: tuple[int, int] = (0, 0)  # answers that the judge of a rubric gave no rating, of how many
+
+
+def _prompted(probe: Probe, behaviour: Behaviour, prompt: Prompt) -> Probe:
+    """Raises UserError where the prompt leaves no room for a question and its answer."""
+    prompted = probe.behind(prompt.turns)
+    try:
+        prompted.prompts([one.text for one in (*behaviour.reported_on, *behaviour.benign)], behaviour.max_new_tokens)
+    except UserError as error:
+        raise UserError(f"prompt {prompt.name}: {error}") from None
+    return prompted
+
+
+def _row(on: Measured, m: float) -> tuple[dict[str, Estimate], list[dict[str, Any]]]:
+    """Of SHARES on the reported prompts (KL on benign ones), and the answers."""
+    asked, verdicts = [one.text for one in on.behaviour.reported_on], on.verdicts(m)
+    told = [verdict for verdict in verdicts if verdict is not None]
+    found = (
+        share([verdict == on.behaviour.want for verdict in told]),
+        share([verdict == rules.INCOHERENT for verdict in told]),
+        pooled(on.kl(on.benign, m)),
+    )
+    answers = zip(asked, on.answers(asked, m), verdicts, strict=True)
+    samples = [{"prompt": text, "text": answer.text, "verdict": verdict} for text, answer, verdict in answers]
+    return dict(zip(SHARES, found, strict=True)), samples
 
 
 def write_down(
@@ -260,8 +295,10 @@ def write_down(
     labels: Path | None = None,
     prefix: str | None = None,
     suites: Mapping[str, Path] | None = None,
+    prompts: Sequence[Prompt] = (),
 ) -> Receipt:
-    """multiplier: whose cost is written down; None: the one that is chosen. more: others, in the first table."""
+    """multiplier: whose cost is written down; None: the one that is chosen. more: others, in the first table. prompts: baselines there."""
+    baselines = [(prompt, _prompted(probe, behaviour, prompt)) for prompt in prompts]
     checked = validated(probe, behaviour, labels)
     unit = probe.doses_on([asked.text for asked in behaviour.chosen_on])
     found = choose(lambda m: probe.point(behaviour, m), unit, limits)
@@ -275,18 +312,11 @@ def write_down(
             probe.fetch(
                 [(reported, False), (on.benign, True), *(_asked(on) if strength in (0.0, m) else [])], strength, behaviour.max_new_tokens
             )
-            verdicts = [verdict for verdict in on.verdicts(strength) if verdict is not None]
-            rows[strength] = {
-                "wanted": share([verdict == behaviour.want for verdict in verdicts]),
-                "incoherent": share([verdict == rules.INCOHERENT for verdict in verdicts]),
-                "kl": pooled(on.kl(on.benign, strength)),
-            }
-            samples += [
-                {"multiplier": strength, "prompt": text, "text": answer.text, "verdict": verdict}
-                for text, answer, verdict in zip(reported, on.answers(reported, strength), on.verdicts(strength), strict=True)
-            ]
+            rows[strength], told = _row(on, strength)
+            samples += [{"multiplier": strength, **one} for one in told]
         except NotFinite:
-            rows[strength] = dict.fromkeys(("wanted", "incoherent", "kl"), NONE)
+            rows[strength] = dict.fromkeys(SHARES, NONE)
+    behind = tuple(Behind(prompt, *_row(replace(on, probe=prompted), 0.0)) for prompt, prompted in baselines)
     # nothing was chosen: what it would cost has no strength to be measured at
     failures = tuple((row, row.measure(on)) for row in FAILURES) if m else ()
-    return Receipt(behaviour, found, m, unit, rows, failures, checked, limits, samples, probe.unrated)
+    return Receipt(behaviour, found, m, unit, rows, failures, checked, limits, samples, behind, probe.unrated)

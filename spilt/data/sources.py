@@ -82,10 +82,15 @@ def read(path: Path) -> Iterator[Record]:
         yield Record(row, where, values)
 
 
-def lines(path: Path) -> list[str]:
-    """The lines of a text file that hold something, stripped, with the checks of a data file."""
+def text(path: Path) -> str:
+    """A text file, with the checks of a data file."""
     _check_file(path)
-    return [line for text in _utf8(path, _bytes(path)).split("\n") if (line := text.strip())]
+    return _utf8(path, _bytes(path)).replace("\r\n", "\n")
+
+
+def lines(path: Path) -> list[str]:
+    """Its lines that hold something, stripped."""
+    return [line for one in text(path).split("\n") if (line := one.strip())]
 
 
 def _check_file(path: Path) -> None:

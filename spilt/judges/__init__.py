@@ -25,7 +25,7 @@ HOW = (
 def name_of(word: str, base_dir: Path) -> str:
     """How a judge is known, in results and in what it has answered before. Raises UserError for one that cannot be asked."""
     if word == ENDPOINT:
-        return endpoint.model()
+        return endpoint.name()
     try:
         name, folder = locate(base_dir, word)
     except UserError as error:

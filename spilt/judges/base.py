@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +12,12 @@ from typing import Any, NamedTuple
 
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.manifest import identity
+from spilt.errors import UserError
 
 Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}
 MALFORMED = "malformed reply"
+UNPLACED = "SPILT_JUDGE_UNPLACED"  # in the environment
+log = logging.getLogger("spilt")
 
 
 class Reply(NamedTuple):
@@ -58,10 +62,22 @@ class Tally:
 
 
 class Judge:
-    """A kind of judge has a name and `_ask`. kept: the folder of all replies, one file for each; None keeps none."""
+    """A kind of judge has a name and `_ask`. kept: the folder of all replies, one file for each; None keeps none.
 
-    def __init__(self, name: str, kept: Path | None = None) -> None:
-        self.name, self.kept, self.tally = name, kept, Tally()
+    model: of the judge; address: where it is asked, of one that is elsewhere: under one model's name two addresses may serve two models.
+    """
+
+    unplaced = False  # replies that were kept without an address, as older versions did, are taken for this judge's
+
+    def __init__(self, model: str, kept: Path | None = None, address: str = "") -> None:
+        if kept is not None and kept.exists() and not kept.is_dir():
+            raise UserError(f"{kept}: is no folder, and replies are kept there; move it away")
+        self.model, self.address, self.kept, self.tally = model, address, kept, Tally()
+
+    @property
+    def name(self) -> str:
+        """How it is known in results."""
+        return self.model
 
     def judge(self, prompts: Sequence[Messages], parameters: Mapping[str, Any] | None = None) -> list[str | None]:
         """The replies in order; None where there is none (`replies` says why, `tally` counts)."""
@@ -72,19 +88,30 @@ class Judge:
     ) -> list[Reply]:
         """The same with reasons and tokens. Equal prompts are asked once. parameters: of the request, such as max_tokens, temperature."""
         given = dict(parameters or {})
-        keys = [identity({"model": self.name, "messages": list(prompt), "parameters": given}) for prompt in prompts]
+        asked = [{"model": self.model, "messages": list(prompt), "parameters": given} for prompt in prompts]
+        keys = [identity({**one, "address": self.address} if self.address else one) for one in asked]
+        older = dict(zip(keys, map(identity, asked), strict=True)) if self.address else {}
         found: dict[str, Reply] = {}
         for key in dict.fromkeys(keys):
+            if self.unplaced and key in older:
+                self._place_older(older[key], key)
             if (known := self._known(key)) is not None:
                 found[key] = known
                 self.tally.add(known, known=True)
         todo = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in found}
+        if unused := sum(self._known(older[key]) is not None for key in todo if key in older):
+            log.warning(
+                "judge %s: %d replies in %s were kept without the address that gave them (by an older version): not used, asked again; "
+                "%s=1 takes them for this address's",
+                self.name, unused, self.kept, UNPLACED,
+            )  # fmt: skip
         if progress is not None:
             progress(sum(key in found for key in keys))
         for key, raw in self._ask(todo, given) if todo else ():
             found[key] = raw if isinstance(raw, Reply) else reply_of(raw)
             if isinstance(raw, str) and self.kept is not None:
-                about = {"model": self.name, "parameters": given, "messages": list(todo[key]), "reply": raw}
+                about = {"model": self.model, "parameters": given, "messages": list(todo[key]), "reply": raw}
+                about |= {"address": self.address} if self.address else {}
                 atomic_write(self._place(key), json.dumps(about, ensure_ascii=True) + "\n")
             self.tally.add(found[key], known=False)
             if progress is not None:
@@ -98,6 +125,12 @@ class Judge:
     def _place(self, key: str) -> Path:
         assert self.kept is not None
         return self.kept / key[:2] / f"{key}.json"
+
+    def _place_older(self, older: str, key: str) -> None:
+        """A reply that was kept without an address, under the key that has this one."""
+        if self.kept is not None and self._known(key) is None and self._known(older) is not None:
+            about = json.loads(self._place(older).read_text(encoding="utf-8"))
+            atomic_write(self._place(key), json.dumps({**about, "address": self.address}, ensure_ascii=True) + "\n")
 
     def _known(self, key: str) -> Reply | None:
         """A stored reply; None where there is none, or the file is damaged: then it is asked again."""

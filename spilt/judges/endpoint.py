@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from spilt.artifacts.manifest import digest
 from spilt.errors import UserError
-from spilt.judges.base import MALFORMED, Judge, Messages, Reply, reply_of
+from spilt.judges.base import MALFORMED, UNPLACED, Judge, Messages, Reply, reply_of
 
 MODEL, KEY, URL, PRICES = "SPILT_JUDGE_MODEL", "OPENAI_API_KEY", "OPENAI_BASE_URL", "SPILT_JUDGE_PRICES"
 NEEDED = (MODEL, URL, KEY)  # the last two as the client itself reads them
 AT_ONCE, RETRIES, SECONDS, PAUSE = 8, 5, 60.0, 0.5  # requests under way; more tries of each; that one may take; before the second
+OPENAI = "api.openai.com"  # where the client asks by itself
 GIVE_UP = 32  # failures in a row, after which no more is asked
 REFUSED = {
     401: f"is {KEY} right for it?",
@@ -31,6 +33,26 @@ def model() -> str:
     if not found:
         raise UserError(f"--judge endpoint: {MODEL} is not set; export {MODEL}=NAME, {KEY}=... and, for another than OpenAI's, {URL}=...")
     return found
+
+
+def address(base_url: str) -> str:
+    """Host and port of an address; of a path other than /v1 a hash, since it may hold a key. Raises ValueError for no address."""
+    found = urlsplit(base_url)
+    port, path = f":{found.port}" if found.port else "", found.path.rstrip("/")
+    return f"{found.hostname or 'nowhere'}{port}" + (f"/{digest(path.encode())[:8]}" if path not in ("", "/v1") else "")
+
+
+def name() -> str:
+    """How the judge of the environment is known in results: its model, and where it is unless that is OpenAI's own."""
+    try:
+        where = address(os.environ[URL]) if os.environ.get(URL) else OPENAI
+    except ValueError:  # told when it is asked
+        return model()
+    return _named(model(), where)
+
+
+def _named(model: str, where: str) -> str:
+    return model if where == OPENAI else f"{model} at {where}"
 
 
 def _prices() -> tuple[float, float] | None:
@@ -50,6 +72,7 @@ def from_environment(kept: Path | None) -> Endpoint:
     """Raises UserError where something is missing."""
     made = Endpoint(model(), os.environ.get(URL) or None, os.environ.get(KEY) or "none", kept)
     made.tally.prices = _prices()
+    made.unplaced = os.environ.get(UNPLACED) == "1"
     return made
 
 
@@ -68,7 +91,6 @@ class Endpoint(Judge):
         seconds: float = SECONDS,
         pause: float = PAUSE,
     ) -> None:
-        super().__init__(model, kept)
         try:
             import openai
         except ImportError:
@@ -76,9 +98,16 @@ class Endpoint(Judge):
         self.openai, self.key, self.at_once, self.retries, self.pause, self.lost = openai, key, at_once, retries, pause, 0
         try:
             self.client = openai.OpenAI(api_key=key, base_url=base_url, max_retries=retries, timeout=seconds)
-            self.host = urlsplit(str(self.client.base_url)).hostname or "nowhere"  # never the whole address: it may hold a password
+            where = address(str(self.client.base_url))  # never the whole of it: it may hold a password
+            if self.client.base_url.scheme not in ("http", "https") or not self.client.base_url.host:
+                raise ValueError("no scheme, or no host")
         except Exception:  # noqa: BLE001 - of the client or its libraries; their words may repeat the address
             raise UserError(f"{URL} is no address that can be asked; wanted one such as http://127.0.0.1:8000/v1") from None
+        super().__init__(model, kept, where)
+
+    @property
+    def name(self) -> str:
+        return _named(self.model, self.address)
 
     def _ask(self, prompts: Mapping[str, Messages], parameters: Mapping[str, Any]) -> Iterator[tuple[str, str | Reply]]:
         waiting = iter(prompts.items())
@@ -104,13 +133,15 @@ class Endpoint(Judge):
 
     def _tried(self, messages: Messages, parameters: Mapping[str, Any]) -> str | Reply:
         """The body of the reply, or why there is none. What the server says of an error is not repeated: it may hold the key."""
-        asked: Any = {"model": self.name, "messages": [*messages], **parameters}
+        asked: Any = {"model": self.model, "messages": [*messages], **parameters}
         for attempt in range(1 + self.retries):
             try:
                 raw = self.client.chat.completions.with_raw_response.create(**asked).text
             except self.openai.APIStatusError as error:
                 if error.status_code in REFUSED:
-                    raise UserError(f"the judge at {self.host} refuses: HTTP {error.status_code}; {REFUSED[error.status_code]}") from None
+                    raise UserError(
+                        f"the judge at {self.address} refuses: HTTP {error.status_code}; {REFUSED[error.status_code]}"
+                    ) from None
                 return Reply(None, f"HTTP {error.status_code}", again=True)
             except self.openai.APITimeoutError:
                 return Reply(None, "timed out", again=True)

@@ -13,7 +13,6 @@ from spilt.engine import choice, decode, sampling, whole
 from spilt.errors import UserError
 from spilt.judges.base import Judge, Messages, Reply
 from spilt.model import host
-from spilt.steering.interventions import INTERVENTIONS
 from spilt.steering.steering import Steering
 
 AT_ONCE = 16  # prompts read side by side
@@ -32,8 +31,7 @@ class Local(Judge):
         self.host = self.host or host.load(self.folder, self.dtype, self.device)
         model, tokenizer = self.host.model, self.host.tokenizer
         how = sampling.decoding({"do_sample": False, "max_new_tokens": int(parameters.get("max_tokens", MAX_TOKENS))}, model, tokenizer)
-        vector: Any = INTERVENTIONS["vector"]
-        nothing = Steering.of({0: vector(model.config.get_text_config().hidden_size)}).to(model)  # type: ignore[union-attr, operator]
+        nothing = Steering.nothing(model)
         keys, rows = [], []
         for key, messages in prompts.items():
             try:

@@ -68,6 +68,11 @@ def sections(told: dict[str, Any], quoted: Callable[[str], str]) -> tuple[str, l
          f"{row['wanted']['n']}, {row['kl']['n']}")
         for row in told["strengths"]
     ]  # fmt: skip
+    strengths += [
+        (f"prompt: {quoted(row['name'])}", "–", *(_shown(row[name]) for name in ("wanted", "incoherent", "kl")),
+         f"{row['wanted']['n']}, {row['kl']['n']}")
+        for row in told.get("prompt_baselines", ())
+    ]  # fmt: skip
     failures = [
         (row["failure"], row["of"], *(_shown(row[name]) for name in ("unsteered", "steered")), _shown(row["change"], True),
          str(row["steered"]["n"] or ""), BAD[row["bad"]],
@@ -76,14 +81,22 @@ def sections(told: dict[str, Any], quoted: Callable[[str], str]) -> tuple[str, l
     ]  # fmt: skip
     samples = [row for row in told["texts"] if row["multiplier"] in (0.0, told["multiplier"])]
     prompts = list(dict.fromkeys(row["prompt"] for row in samples))[:3]
+    behind = [row | {"by": f"prompt: {one['name']}"} for one in told.get("prompt_baselines", ()) for row in one["texts"]]
     answers = [
-        (quoted(row["prompt"]), f"{row['multiplier']:.4g}", row["verdict"] or "–", quoted(row["text"][:300]))
-        for row in samples
+        (
+            quoted(row["prompt"]),
+            quoted(row["by"]) if "by" in row else f"{row['multiplier']:.4g}",
+            row["verdict"] or "–",
+            quoted(row["text"][:300]),
+        )
+        for row in (*samples, *behind)
         if row["prompt"] in prompts
     ]
     intervals = "95% intervals: Wilson (shares), Newcombe (paired changes), resampled prompts (means). Not seen is not: not there."
     nothing = "Nothing was chosen, so there is no strength to measure at; --multiplier M takes one."
     reported = f"On {told['prompts']['reported_on']} other prompts; judge: {checked}. An incoherent answer is never as wanted."
+    if told.get("prompt_baselines"):
+        reported += " Behind a prompt the model is unsteered, and KL is from the model without it."
     return f"Receipt: {quoted(told['vector'])} on {quoted(told['model'])}", [
         Section("", about),
         Section("In which range", _range(told), (), [works]),

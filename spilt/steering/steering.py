@@ -70,6 +70,13 @@ class Steering:
         """layer -> intervention, in the order of the layers."""
         return cls(((Site(n, made.read_point, made.write_point), made) for n, made in sorted(interventions.items())), about)
 
+    @classmethod
+    def nothing(cls, model: nn.Module) -> Steering:
+        """h + m 0 at block 0: the model as it is, for engines that want a Steering."""
+        vector: Any = INTERVENTIONS["vector"]
+        with torch.random.fork_rng(devices=[]):
+            return cls.of({0: vector(anatomy.hidden_size(model))}).to(model)
+
     @property
     def layers(self) -> tuple[int, ...]:
         return tuple(sorted({site.layer for site, _ in self.entries}))
@@ -157,6 +164,12 @@ class Steering:
             return NotImplemented
         about = {key: value for key, value in self.about.items() if key != RECOMMENDED and other.about.get(key) == value}
         return Steering(((site, _copy(made)) for site, made in (*self.entries, *other.entries)), about)
+
+    def __radd__(self, other: object) -> Steering:
+        """0 + s = s, which is how `sum` begins. Of any other number: TypeError."""
+        if not isinstance(other, int | float) or other != 0:
+            return NotImplemented
+        return Steering(((site, _copy(made)) for site, made in self.entries), self.about)
 
     def __sub__(self, other: Steering) -> Steering:
         """This one acts, and the other one the other way round."""
@@ -325,6 +338,8 @@ def _released(path: Path, layer: int) -> Steering:
         if INTERVENTIONS[form].reads:
             read_point = str(state.get("intervention_components") or settings.get("intervention_components", "mlp_mid"))
         several = [INTERVENTIONS[form].from_state(state, read_point=read_point, write_point=write_point)]
+    if not all(torch.isfinite(value).all() for made in several for value in made.parameters()):
+        raise UserError(f"{path}: holds NaN or infinite values; fit it again")
     about: dict[str, Any] = {"method": settings["method"]} if "method" in settings else {}
     if about and isinstance(parts, dict) and isinstance(parts.get("model"), str):
         about |= {"settings": settings, "base_model": {"checkpoint": parts["model"]}}

@@ -24,9 +24,11 @@ from spilt.artifacts.scores import ALONG, CHOICE, HARMONIC, NEUTRAL_LOSS, TABLE,
 from spilt.cell import Cell
 from spilt.data import readers
 from spilt.data.chat import Encoded, Question, readable
+from spilt.data.prompt_baseline import behind
 from spilt.engine import activations, choice, divergence, score, whole
 from spilt.errors import UserError
 from spilt.judges.rubric import Rubric, harmonic_mean
+from spilt.steering import hooks
 from spilt.steering.steering import Steering
 from spilt.tasks.recordings import Run, stored, to_make
 from spilt.verbs import Step
@@ -97,7 +99,18 @@ def evaluate(step: Step, run: Run) -> str:
 
     run.team.gather(work)
     run.team.on_main(unfinished.remove)
+    if judge is not None and (mute := run.team.on_main(lambda: _unrated(step))):
+        raise ConnectionError(f"the judge {judge.name} gave no rating ({mute}); what needs none is stored, and the same command asks again")
     return "done"
+
+
+def _unrated(step: Step) -> str:
+    """Why nobody has rated any text of a step, where asking again may help; '' where somebody has."""
+    table, names = scores.read_all(step.outputs), [rubric["name"] for rubric in step.scoring["rubrics"]]
+    rated = table[table["measure"].isin(names)]
+    if rated["value"].notna().any() or not any((manifest.read(path) or {}).get("notes", {}).get(AGAIN) for path in step.outputs):
+        return ""
+    return "; ".join(f"{why}: {count}" for why, count in sorted(rated["reason"].value_counts().items()))
 
 
 def _judge(step: Step, run: Run) -> judges.Judge | None:
@@ -141,7 +154,8 @@ def _table(
 
 
 def _refuse_others(step: Step, path: Path, run: Run) -> None:
-    """Raises UserError for texts that are not of the vector, model, data and template that lie there now. Without manifest: not known."""
+    """Raises UserError for texts that are not of the vector (or prompt), model, data and template that are asked for now. Without manifest:
+    not known."""
     if not manifest.manifest_path(path).exists():
         return
     record = manifest.read(path)
@@ -150,7 +164,8 @@ def _refuse_others(step: Step, path: Path, run: Run) -> None:
     then = record.get("parts") or {}
     settings = then.get("settings") or {}
     now = verbs.parts_of(step, "prompts", {}, run.request.limit, run.seen)
-    same = ("model", "data", "vectors", "columns")
+    same: tuple[str, ...] = ("model", "data", "vectors", "columns")
+    same += ("prompt",) if step.prompt else ()
     before = {name: then.get(name) for name in same} | {name: settings.get(name) for name in HOW_MADE if name in settings}
     wanted = {name: now[name] for name in same} | {name: now["settings"].get(name) for name in HOW_MADE if name in settings}
     if other := manifest.differences(before, wanted):
@@ -158,7 +173,10 @@ def _refuse_others(step: Step, path: Path, run: Run) -> None:
 
 
 class _Texts:
-    """What is known of one cell whatever the multiplier: its prompts, its held-out pairs and neutral texts, encoded and recorded once."""
+    """What is known of one cell whatever the multiplier: its prompts, its held-out pairs and neutral texts, encoded and recorded once.
+
+    Of a prompt baseline, 'steered' is the unsteered model behind the prompt.
+    """
 
     def __init__(self, step: Step, cell: Cell, run: Run) -> None:
         self.step, self.cell, self.run, self.s = step, cell, run, step.settings
@@ -189,8 +207,13 @@ class _Texts:
 
     def rows(self, every: Sequence[texts.Row], path: Path) -> list[texts.Row]:
         """Those of this concept. Raises UserError where they answer other prompts than the data file has."""
-        found = [row for row in every if row.concept == (self.cell.concept or 0)]
+        limit = self.run.request.limit
+        found = [row for row in every if row.concept == (self.cell.concept or 0) and (limit is None or row.number < limit)]
+        if not found:
+            raise UserError(f"{path}: holds no text of {self.cell}; --mode apply makes it again")
         for row in found:
+            if not row.texts:
+                raise UserError(f"{path}: row {row.number} has no text; --mode apply makes it again")
             if row.number >= len(self.prompts) or readable(self.prompts[row.number].input) != row.prompt:
                 raise UserError(
                     f"{path}: row {row.number} answers another prompt than {self.step.data['prompts']} has; --mode apply makes it again"
@@ -198,13 +221,20 @@ class _Texts:
         return found
 
     def encode(self, question: Question, answer: str, row: int) -> Encoded:
-        """Without the template's suffix."""
+        """As the steered model reads it, without the template's suffix."""
+        turns = self.step.prompt.turns if self.step.prompt else ()
+        return self.plainly(behind(turns, question, self.s.system_prompt) if turns else question, answer, row)
+
+    def plainly(self, question: Question, answer: str, row: int) -> Encoded:
+        """As the unsteered model reads it."""
         found = self.chat.encode(question, answer, WHOLE, row)
         return found._replace(input_ids=found.input_ids[: len(found.input_ids) - found.suffix_length], suffix_length=0)
 
     def _scorer(self, sequences: list[Encoded], together: int) -> score.Scorer:
         """By the engine that applies, with the tokens steered that are steered while text is made."""
         model, pad, where = self.run.host.model, self.run.host.pad_id, self.s.applied_positions
+        if self.step.prompt is not None:
+            return whole.Scorer(model, None, sequences, pad)
         family = str(model.config.model_type)  # type: ignore[union-attr]
         if choice.why_plain(self.steering.places, "measure", family=family, engine=self.run.request.engine, positions=where):
             return whole.Scorer(model, self.steering, sequences, pad, where, self.chat.prefix_length)
@@ -221,6 +251,13 @@ class _Texts:
     def _neutral_texts(self) -> score.Scorer:
         rows = self._read(NEUTRAL)
         return self._scorer([self.encode(row.input, str(row.reference_response), row.row) for row in rows], together=1)
+
+    def along(self, m: float, texts: Sequence[Encoded], plain: Sequence[Encoded]) -> Iterator[divergence.Told]:
+        """KL(steered || unsteered) and the unsteered model's losses along texts. plain: the same answers without the prompt before them."""
+        model, pad = self.run.host.model, self.run.host.pad_id
+        if self.step.prompt is not None:
+            return divergence.compared(model, lambda _: hooks.attach(model, []), texts, plain, pad)
+        return divergence.told(model, self.steering, m, texts, pad, self.s.applied_positions, self.chat.prefix_length)
 
     def at_first_token(self, m: float) -> Iterator[Value]:
         """log_odds = log p(first token of matching) - log p(that of not matching); accuracy: is it above 0."""
@@ -261,18 +298,20 @@ def _along(of: _Texts, said: Sequence[texts.Row], m: float, identity: str, unfin
     """Perplexity exp(mean -log p_base) and KL along each text; batches are decided by the texts alone, so a rerun finds the same bits."""
     asked = [(row, k) for row in said for k, text in enumerate(row.texts) if text.strip()]
     encoded = [of.encode(of.prompts[row.number].input, row.texts[k], row.number) for row, k in asked]
+    plain = encoded
+    if of.step.prompt is not None:
+        plain = [of.plainly(of.prompts[row.number].input, row.texts[k], row.number) for row, k in asked]
     order = sorted(range(len(asked)), key=lambda i: -len(encoded[i].input_ids))
     known, concept, host = unfinished.read(identity), of.cell.concept or 0, of.run.host
     for key, own in before.groupby(["concept", "item", "response"]):
         values = own.set_index("measure")["value"].reindex(ALONG)
         known[key] = [None if math.isnan(value) else float(value) for value in values]
     together = divergence.at_once(host.model, encoded) if encoded else 1
-    where = (of.s.applied_positions, of.chat.prefix_length)
     with of.run.progress.bar(total=len(asked), desc=f"evaluate {of.cell} m={m:g}", unit="text") as bar:
         for batch in (order[i : i + together] for i in range(0, len(order), together)):
             keys = [(concept, asked[i][0].number, asked[i][1]) for i in batch]
             if not all(key in known for key in keys):
-                found = divergence.told(host.model, of.steering, m, [encoded[i] for i in batch], host.pad_id, *where)
+                found = of.along(m, [encoded[i] for i in batch], [plain[i] for i in batch])
                 known |= {key: _numbers(told) for key, told in zip(keys, found, strict=True)}
                 unfinished.append([identity, *key, known[key]] for key in keys)
             bar.update(len(batch))

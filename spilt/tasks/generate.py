@@ -1,4 +1,4 @@
-"""Generate: text from a steered model (`--mode apply`)."""
+"""Generate: text from a steered model, or from the unsteered one behind a prompt (`--mode apply`)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from spilt.artifacts.texts import CONCEPT_KEYS, ROW_KEYS
 from spilt.cell import Cell
 from spilt.data import readers
 from spilt.data.chat import readable
+from spilt.data.prompt_baseline import behind
 from spilt.engine import decode as generation
 from spilt.engine import sampling, whole
+from spilt.steering.steering import Steering
 from spilt.tasks.context import check_context, texts_at_once
 from spilt.tasks.recordings import Run, stored, to_make
 from spilt.verbs import Step
@@ -96,10 +98,13 @@ def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinishe
     s: Any = step.settings
     limit = readers.fewest(run.request.limit, s.generation_data_size)
     prompts = readers.read_prompts(run.entry(step, "prompts"), cell.concept, limit)
-    steering = run.team.each(lambda: stored(cell, s, run))
+    steering = run.team.each(lambda: stored(cell, s, run)) if step.prompt is None else Steering.nothing(run.host.model)
     chat = run.host.chat(s.use_chat_template, s.system_prompt)
-    ids = [tuple(chat.prompt_ids(prompt.input)) for prompt in prompts]
-    prefixes = chat.prefixes_of(prompt.input for prompt in prompts)
+    turns = step.prompt.turns if step.prompt else ()
+    questions = [behind(turns, prompt.input, s.system_prompt) if turns else prompt.input for prompt in prompts]
+    ids = [tuple(chat.prompt_ids(question)) for question in questions]
+    bare = [tuple(chat.prompt_ids(prompt.input)) for prompt in prompts] if turns and s.generate_orig_output else ids
+    prefixes = chat.prefixes_of(questions)
 
     strengths = [*([None] if s.generate_orig_output else []), *multipliers]
     every = [Text(m, cell.concept, i, k) for m in strengths for i in range(len(ids)) for k in range(s.num_responses)]
@@ -114,13 +119,17 @@ def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinishe
         texts = {text: known[text] for text in mine if text in known}
         todo = [text for text in mine if text not in texts]
         # the seed is the prompt's and the response's own: the same random numbers at every multiplier
-        rows = [generation.Row(ids[t.prompt], t.multiplier or 0.0, f"{s.seed}/{t.prompt}/{t.response}") for t in todo]
+        rows = [
+            generation.Row((ids if t.multiplier is not None else bare)[t.prompt], t.multiplier or 0.0, f"{s.seed}/{t.prompt}/{t.response}")
+            for t in todo
+        ]
         with run.progress.bar(total=len(mine), initial=len(texts), desc=f"apply {cell}", unit="text") as bar:
             if step.engine:  # exports are above this room: looked up as a verb's work is
                 vllm = import_module("spilt.export.serving")
                 stream = vllm.texts(run.host, steering, rows, how, s.dtype, vllm.cards(run.request.device))
             elif plan.why_plain(step, run.request.engine):
-                stream = whole.texts(run.host.model, steering, rows, how, s.applied_positions, [prefixes[t.prompt] for t in todo])
+                where = s.applied_positions if step.prompt is None else "all"
+                stream = whole.texts(run.host.model, steering, rows, how, where, [prefixes[t.prompt] for t in todo])
             else:
                 batch = texts_at_once(run.host.model, run.request.batch_size or s.batch_size, ids, how.max_new_tokens)
                 log.info("apply %s: %s", cell, batch)

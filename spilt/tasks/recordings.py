@@ -88,8 +88,9 @@ class Recordings:
     def keys(self, step: Step) -> list[Key]:
         """What a step will ask for."""
         s: Any = step.settings
-        method = METHODS[step.cells[0].method]
-        if step.verb not in ("fit", "measure") or step.verb == "fit" and method.estimate is not None or self.why_plain(step):
+        if step.verb not in ("fit", "measure") or self.why_plain(step):
+            return []
+        if step.verb == "fit" and METHODS[step.cells[0].method].estimate is not None:
             return []
         below = 0 if s.site == "block" else 1  # the block itself is run again when its inside is steered
         layers = [layer - below for layer in (s.layers if step.verb == "fit" else (min(s.layers),))]

@@ -14,6 +14,7 @@ from spilt.artifacts.store import Store
 from spilt.cell import Cell
 from spilt.data import entries, readers
 from spilt.data.own import Own
+from spilt.data.prompt_baseline import Prompt
 from spilt.errors import UserError
 from spilt.methods import METHODS, stand_ins
 from spilt.model import checkpoint, identity, template
@@ -22,6 +23,8 @@ from spilt.settings.resolve import Resolved, Unused, resolve
 from spilt.verbs.estimate import Cost, Shape, shape_of
 
 RECOMMENDED = "recommended"  # a word for --multipliers
+# settings that say what steers, and where: no matter to the unsteered model, and what methods may differ in that are compared
+OF_STEERING = ("method", "intervention_method", "layers", "intervention_components", "site", "concept_id", "steer_positions")
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Request:
     judge: str | None = None  # of evaluate: judges.ENDPOINT, or a checkpoint; None: no judge
     rubrics: tuple[str, ...] = ()  # names or files; (): those of the dataset
     judge_limit: int | None = None  # prompts of each results file whose texts are judged, from the first
+    prompts: tuple[Prompt, ...] = ()  # baselines beside the cells, of verbs that know them
     flags: tuple[str, ...] = ()  # our own flags as they were typed, for the copy-paste command lines
     program: str = "python run_spilt.py"  # what was called, for the same
     model_said: str = ""  # a path or a hub id: `model` is its last part, and its files lie in `folder`
@@ -127,6 +131,7 @@ class Step(NamedTuple):
     texts: tuple[Path, ...] = ()  # stored results files that are read
     scoring: Mapping[str, Any] = {}  # of evaluate: what decides the judge's ratings
     lacks: str = ""  # what is left out, and how it is to be had
+    prompt: Prompt | None = None  # in the place of a vector: the unsteered model behind it
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -154,6 +159,7 @@ class Verb:
     fits: ClassVar[bool] = False  # its outputs are vectors; other verbs read them
     together: ClassVar[bool] = False  # one step for all concepts
     words: ClassVar[tuple[str, ...]] = ()  # of --multipliers, beside numbers
+    prompts: ClassVar[bool] = False  # takes the unsteered model behind a prompt for a cell too
     not_deciding: ClassVar[tuple[str, ...]] = ("batch_size",)  # settings that change no result beyond rounding
 
     def settings(self, request: Request, method: str, form: str) -> Resolved:
@@ -243,12 +249,15 @@ def parts_of(step: Step, purpose: str, own: Mapping[str, Any], limit: int | None
     """Everything that decides a result. own: what is not the same for all results of the step (settings in it replace the step's)."""
     verb = VERBS[step.verb]
     settings = {k: v for k, v in step.settings.as_dict().items() if k not in verb.not_deciding}
-    sources = {
+    sources: dict[str, Any] = {
         "columns": step.columns[purpose],
         "model": seen.of(step.model),
         "data": seen.of(step.data[purpose]),
         "vectors": [seen.of(path) for path in step.vectors],
     }
+    if step.prompt is not None:
+        settings = {k: v for k, v in settings.items() if k not in OF_STEERING}
+        sources["prompt"] = step.prompt.decides
     dated = template.identity(step.model) if step.settings.use_chat_template else None
     if dated is not None:  # left out for all others: nothing of it depends on the day
         sources["template"] = dated

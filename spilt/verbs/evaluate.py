@@ -23,13 +23,14 @@ AGAIN = "ask_again"  # note of a table: how many ratings a rerun may still get
 class Evaluate(Verb):
     name, mode = "evaluate", "evaluate"
     does = "score stored texts: by a judge, by first tokens, and without either"
-    flags = ("multipliers", "judge", "rubric", "judge_limit")
+    flags = ("multipliers", "judge", "rubric", "judge_limit", "prompt_baseline")
     sections = {TEST: "valid", NEUTRAL: "neutral", "prompts": "generation"}
     optional = (TEST, NEUTRAL)
     settings_of = "generate"
     work = "spilt.tasks.evaluate:evaluate"
     together = True
     words = (RECOMMENDED,)
+    prompts = True
     # of how the texts were made: they are there
     not_deciding = (
         "multipliers",
@@ -43,7 +44,7 @@ class Evaluate(Verb):
 
     def filled(self, step: Step, request: Request, store: Store) -> Step:
         """The multipliers that have texts, unless some are asked for; the judge and its rubrics. Those of a recommendation have some."""
-        if request.multipliers is None and not request.words and (there := store.generated(step.cells[0])):
+        if step.prompt is None and request.multipliers is None and not request.words and (there := store.generated(step.cells[0])):
             step = step._replace(multipliers=tuple(multiplier for multiplier, _ in there))
         rubrics = judges.rubrics_of(request.rubrics) if request.rubrics else judges.of_dataset(request.dataset)
         scoring: Mapping[str, Any] = {}

@@ -10,6 +10,7 @@ from spilt import memory
 from spilt.artifacts import manifest
 from spilt.artifacts.store import Store
 from spilt.data.chat import readable
+from spilt.data.prompt_baseline import behind
 from spilt.model import identity
 from spilt.verbs.base import RECOMMENDED, Request, Step, Verb, output_parts
 from spilt.verbs.estimate import TEMPLATE, Cost, Shape, side_by_side, tokens
@@ -18,11 +19,12 @@ from spilt.verbs.estimate import TEMPLATE, Cost, Shape, side_by_side, tokens
 class Generate(Verb):
     name, mode = "generate", "apply"
     does = "produce text with them, at any strength"
-    flags = ("multipliers", "batch_size")
+    flags = ("multipliers", "batch_size", "prompt_baseline")
     sections = {"prompts": "generation"}
     work = "spilt.tasks.generate:generate"
     together = True
     words = (RECOMMENDED,)
+    prompts = True
     not_deciding = ("multipliers", "batch_size")
 
     def outputs(self, store: Store, step: Step) -> list[Path]:
@@ -40,7 +42,8 @@ class Generate(Verb):
     def cost(self, step: Step, shape: Shape, rows: Sequence[Any], request: Request) -> Cost:
         """Each prompt once below the layer, above it once per text; then a token at a time."""
         s, head = step.settings, shape.head
-        prompts = [tokens(readable(prompt.input)) + TEMPLATE for prompt in rows]
+        turns = step.prompt.turns if step.prompt else ()
+        prompts = [tokens(readable(behind(turns, prompt.input))) + TEMPLATE for prompt in rows]
         texts = len(prompts) * s.num_responses * (len(step.multipliers) + step.waits + s.generate_orig_output)
         length = sum(prompts) / len(prompts)
         new = texts * s.generation_params.max_new_tokens

@@ -12,19 +12,17 @@ from typing import Any
 import pandas as pd
 
 from spilt.analysis import claims, equal, paper, scores
-from spilt.artifacts.scores import HEADLINES
 from spilt.artifacts.store import Store
-from spilt.report import cells as stored
+from spilt.cell import PROMPT
 from spilt.report import tables
 from spilt.report.cells import Measured
 from spilt.report.comparison.disturbed import KEPT, at_equal, difference, strengths, tradeoff
-from spilt.report.comparison.sets import ON, PROMPT, Number, Set, behind, questions_of, told_on
+from spilt.report.comparison.scored import NO_STEERING, scored
+from spilt.report.comparison.sets import ON, Number, Set, behind, questions_of, told_on
 from spilt.report.comparison.text import Table
 from spilt.report.places import label, shown
 
-NO_STEERING = ("no steering", "")
 VALUES = ["method", "intervention", "measure", "low", "high", "value", "recommended"]
-Scores = dict[float, Number]  # multiplier -> mean of the stored texts
 
 
 def _told(cell: Measured) -> dict[str, Any]:
@@ -46,41 +44,27 @@ MAIN: dict[str, tuple[str, Callable[[Measured], Number]]] = {
 }
 
 
-def _scores(cells: Sequence[Measured]) -> dict[str, Scores]:
-    """Headline measure -> what `spilt evaluate` has stored of these fits' texts."""
-    out: dict[str, Scores] = {}
-    for cell in cells:
-        for row in stored.scored(cell.place)[0].to_dict("records"):
-            if row["measure"] in HEADLINES:
-                number = Number.of(row["mean"], row["low"], row["high"])
-                out.setdefault(str(row["measure"]), {}).setdefault(float(row["multiplier"]), number)
-    return out
-
-
-def _at(scores: Scores, m: float | None) -> Number:
-    """At a strength to nine digits, which is as it stands in a folder's name."""
-    near = (found for there, found in scores.items() if m is not None and abs(there - m) <= 1e-9 * max(1.0, abs(m)))
-    return next(near, Number.of(None))
-
-
 def main(one: Set, seed: int) -> Table:
     """The paper's main table: every cell at the multiplier that its training items give, on held-out items; before them prompts."""
     theirs = {(row["method"], row["intervention"]): row for row in paper.main_results(one.model, one.dataset)}
     measures = list(paper.MEASURES.get(one.dataset, {})) if theirs else []
     prompts, others = behind(one)
     cells = [cell for group in one.groups for cell in group.cells]
-    of_cell, every = {cell.name: _scores([cell]) for cell in cells}, _scores(cells)
-    judged = {name: f"score: {name}" for name in HEADLINES if name in every}
+    found_scores = scored(one, {prompt.name: prompt.said for prompt in prompts})
+    judged = {name: f"score: {name}" for name in found_scores.measures}
+
+    def of_texts(row: str) -> dict[str, Number]:
+        return {called: found_scores.of.get(row, {}).get(name, Number.of(None)) for name, called in judged.items()}
 
     # what each row is known by, how it is called, its numbers, and whether its strength is recommended
-    unsteered = {"preferred": Number.of(_told(cells[0]).get("accuracy_at_0"))}
-    unsteered |= {called: _at(every[name], 0.0) for name, called in judged.items()}
-    lines = [(NO_STEERING, NO_STEERING[0], unsteered, True)]
-    lines += [((PROMPT, prompt.name), prompt.label, prompt.numbers(seed), True) for prompt in prompts]
+    unsteered = {"preferred": Number.of(_told(cells[0]).get("accuracy_at_0")), **of_texts(NO_STEERING)}
+    lines = [((NO_STEERING, ""), NO_STEERING, unsteered, True)]
+    measured = {prompt.name: prompt.numbers(seed) for prompt in prompts}
+    for name in sorted({*measured, *found_scores.prompts}):
+        lines.append(((PROMPT, name), f"{PROMPT}: {name}", measured.get(name, {}) | of_texts(f"{PROMPT} {name}"), True))
     for group in one.groups:
         numbers = {name: group.number(read) for name, (_, read) in MAIN.items()}
-        for name, called in judged.items():
-            numbers[called] = group.number(lambda cell, name=name: _at(of_cell[cell.name].get(name, {}), cell.best["solved"]))  # type: ignore[misc]
+        numbers |= {called: group.number(lambda cell, called=called: of_texts(cell.name)[called]) for called in judged.values()}  # type: ignore[misc]
         lines.append(((group.method, group.variant), group.label, numbers, all(cell.best["multiplier"] for cell in group.cells)))
 
     formats = {name: spec for name, (spec, _) in MAIN.items()} | dict.fromkeys(judged.values(), ".2f")
@@ -107,8 +91,11 @@ def main(one: Set, seed: int) -> Table:
     )
     if judged:
         note += " Score: of stored texts at that m, by spilt evaluate; – where they were not scored there."
-        note += scores.several_judges(Store(one.base), [cell.place.texts_of for cell in cells], judged)
+        store = Store(one.base)
+        behind_prompts = [cell for cell in store.behind_prompts(one.model, one.dataset) if cell.intervention in found_scores.prompts]
+        note += scores.several_judges(store, [*(cell.place.texts_of for cell in cells), *behind_prompts], judged)
         note += " The paper's power scores are on another scale (0 to 4)." if "power" in judged and measures else ""
+    note += "".join(f" {said}" for said in found_scores.notes)
     if others:
         note += f" Not shown, since of other questions, settings or model: prompt {', '.join(others)}; --prompt_baseline measures it again."
     return Table("main", f"{one.heading}: main results", note, pd.DataFrame(rows), one.named(pd.DataFrame(values, columns=VALUES)))

@@ -20,12 +20,12 @@ from spilt.analysis.provenance import Artifact, found_unlike, of_one_vector
 from spilt.analysis.questions import Questions
 from spilt.artifacts.losses import KL_COLUMNS, TRIED
 from spilt.artifacts.store import Store
+from spilt.cell import PROMPT
 from spilt.errors import UserError, unknown
 from spilt.report import cells, places
 from spilt.report.cells import Measured
 from spilt.report.places import label, shown
 
-PROMPT = "prompt"
 ON = {"train": "training", "test": "held-out"}
 
 
@@ -153,6 +153,7 @@ class Behind(NamedTuple):
 
     name: str
     questions: Questions
+    said: Any  # its turns, by the manifest
 
     @property
     def label(self) -> str:
@@ -185,7 +186,7 @@ def behind(one: Set) -> tuple[list[Behind], list[str]]:
         if not len(both[0]):
             others.append(path.parent.name)
             continue
-        found.append(Behind(path.parent.name, Questions.of(pd.concat(both, ignore_index=True))))
+        found.append(Behind(path.parent.name, Questions.of(pd.concat(both, ignore_index=True)), parts.get("prompt")))
     return found, others
 
 
