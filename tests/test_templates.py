@@ -37,6 +37,11 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("spilt"), "propagate", True)
 
 
+@pytest.fixture(autouse=True)
+def stopped_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template, "SECONDS", 2)
+
+
 def write(base: families.Base, text: str) -> None:
     (base.path / "models" / base.model / "chat_template.jinja").write_text(text)
 
