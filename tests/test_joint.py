@@ -18,6 +18,7 @@ import spilt
 from spilt import cli, report, verify
 from spilt.model import host
 from spilt.settings import resolve_fit
+from spilt.tasks import control
 
 JOINT = ("--set", "layers=1,3", "--set", "joint=true")
 LAYERS = ("--set", "layers=1,3")
@@ -138,8 +139,11 @@ def test_joint_fits_that_do_not_exist(
 
 @pytest.mark.parametrize("form", ["vector", "lora", "local_weight"])
 @pytest.mark.long
-def test_the_plain_engine_gives_what_the_fast_one_gives(base: families.Base, tmp_path: Path, form: str) -> None:
+def test_the_plain_engine_gives_what_the_fast_one_gives(
+    base: families.Base, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fits, greedy and sampled texts, losses, a sweep with its random directions: equal up to rounding."""
+    monkeypatch.setattr(control, "DRAWS", 5)
     plain = base._replace(path=tmp_path / "plain")
     sampled = "generation_params={do_sample: true, temperature: 0.8, max_new_tokens: 8}"
     shutil.copytree(base.path, plain.path)
