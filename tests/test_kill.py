@@ -27,7 +27,7 @@ from counts import CI, count
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-KILLS = {"fit": count(15, 4), "generate": count(15, 4), "loss": count(15, 3), "report": count(4, 1)}
+KILLS = {"fit": count(15, 4), "generate": count(15, 4), "loss": count(15, 3), "report": count(3, 1)}
 SEED = 20260
 SWEEP = ["all", "vector", "--mode", "loss", "--multipliers", "-2", "-1", "0", "1", "2", "--checkpoint_seconds", "0"]
 TWO, FORMS = ["--method", "caa", "sft"], ["--intervention_method", "vector", "lora"]

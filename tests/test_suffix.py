@@ -159,9 +159,10 @@ def test_measuring_equals_hooks_at_either_site(family: str, site: str, layout: s
             caches[below] = activations.record(tiny, below, sequences, tuple(anatomy.read_widths(tiny, below)), 0, together)
         for positions, prefix in (("all", 4), ("skip_prefix", 4), ("skip_prefix", 6), ("f2+l1", 4)):
             scorer = score.Recorded(tiny, Steering.of({layer: made}), caches[below], positions, prefix)
-            found = score.losses(scorer, [1.0, 0.0, -0.5])
+            strengths = [1.0, -0.5] if prefix == 6 else [1.0, 0.0, -0.5]
+            found = score.losses(scorer, strengths)
             where = None if positions == "all" else position_mask(sequences, positions, prefix)
-            for k, m in enumerate([1.0, 0.0, -0.5]):
+            for k, m in enumerate(strengths):
                 wanted = plain_losses(tiny, given, hooks.Applied(layer, made, m, where)) if m else unsteered
                 losses = torch.tensor(found.total[k] / found.tokens).float()
                 torch.testing.assert_close(losses, wanted, atol=1e-5, rtol=0, msg=f"{form} {read_point} {positions} {prefix} {m}")
