@@ -211,6 +211,7 @@ def drive(stage: str, folder: Path, kills: int, more: list[str]) -> dict[str, An
                 top = 0.7 * span if rng.random() < 0.8 and not results <= names(base) else 1.5 * span
                 had = names(base)
                 at_work = (lambda had=had: names(base) != had) if seen["kills"] % 2 else (lambda: True)  # every second: once it has written
+                top *= 0.5 if seen["kills"] % 2 else 1.0
                 code = killed_at(start(argv(base, words), log, evidence), rng.uniform(0, top), at_work)
             if code is not None:
                 break
