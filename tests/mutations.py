@@ -1,4 +1,4 @@
-"""Hostile input: 10,000 mutated inputs each (400 without CI=true) of settings, data, vector files and command lines.
+"""Hostile input: 5,000 mutated inputs each (400 without CI=true) of settings, data, vector files and command lines.
 
 Sound input succeeds, anything else is a UserError (exit 2): never a traceback, never a hang, never success on input that is
 surely damaged. The mutations are seeded; a failure names the seed that makes it again.
@@ -19,7 +19,7 @@ from counts import count as times
 from spilt.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-COUNT = times(10_000, 400)
+COUNT = times(5_000, 400)
 DEADLINE = 5.0  # seconds per input; the slowest sound one takes some milliseconds
 
 

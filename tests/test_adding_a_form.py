@@ -14,6 +14,7 @@ import spilt
 from spilt import cli, verify
 from spilt.cell import FORMS, Form
 from spilt.steering.interventions import INTERVENTIONS, Intervention, Multiplier, State
+from spilt.tasks import control
 
 ROW = Form("gate", "gate", {"scale": "F", "shift": "D"})
 
@@ -57,7 +58,8 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> type[Intervention]:
 
 
 @pytest.mark.long
-def test_a_toy_form_runs_through_everything(gate: type[Intervention], tmp_path: Path) -> None:
+def test_a_toy_form_runs_through_everything(gate: type[Intervention], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "DRAWS", 4)
     base = families.make_base(tmp_path / "base", train=8)
     cell = {"alg_name": "sft", "layers": [base.layer], "intervention_method": "gate", "batch_size": 4, "n_epochs": 1, "lr": 0.01}
     families.write_yaml(base.hparams(base.one, "sft", "generate_sft_gate.yaml"), cell)

@@ -34,6 +34,7 @@ ROWS = (
 
 @pytest.mark.parametrize(("number", "form"), [(0, "vector"), (0, "lora"), (1, "vector")])
 @pytest.mark.few(1)
+@pytest.mark.long
 def test_a_toy_method_runs_through_everything(number: int, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = ROWS[number]
     monkeypatch.setitem(METHODS, row.name, row)

@@ -67,6 +67,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(verify.KINDS, "weight.json", looked_at)
 
 
+@pytest.mark.long
 def test_a_toy_verb_runs_through_everything(toy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = families.make_base(tmp_path / "base", train=8)
     words = base.argv("sft", "vector", "--mode", "weigh", "--multipliers", "1", "3")

@@ -235,6 +235,7 @@ def test_answers_along_random_interventions_at_the_same_dose(
     demo = tmp_path / "demo"
     shutil.copytree(Path(__file__).parents[1] / "examples/demo", demo)
     monkeypatch.setattr(report, "update", lambda base_dir, *_, **__: Path(base_dir))
+    monkeypatch.setattr(control, "DRAWS", 20)  # the fewest among which one can be beyond chance
     words = ["--dataset", "psychopathy", "--method", "sft", "--model_name", "demo-qwen2", "--intervention_method", "vector"]
     words += ["--base_dir", str(demo), "--device", "cpu", "--quiet"]
     assert cli.main([*words, "--mode", "generate"]) == 0

@@ -76,10 +76,13 @@ BROKEN: dict[str, bytes] = {
 
 
 @pytest.mark.long
-@pytest.mark.matrix
-@pytest.mark.parametrize("content", BROKEN)
-@pytest.mark.parametrize("file", [f"{LOSSES}/control.csv", f"{LOSSES}/fit.json", f"{LOSSES}/preference_utility.csv"])
-@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *((f"{LOSSES}/{name}", content) for name in ("control.csv", "fit.json") for content in BROKEN),
+        *((f"{LOSSES}/preference_utility.csv", content) for content in ("hello", "garbage")),  # with losses there it is not read
+    ],
+)
 def test_loss_mode_goes_on_with_a_broken_file(tree: Here, caplog: pytest.LogCaptureFixture, file: str, content: str) -> None:
     """Made again where the run makes it, else named and left out; the table and exit code 0 are there in each case."""
     page = tree.path("vectors/tiny/get_sft_loss/report/mine/report.html")
@@ -110,6 +113,7 @@ def test_one_changed_digit_of_a_fit_is_found(tree: Here, made: families.Base, ca
 
 @pytest.mark.parametrize("content", BROKEN)
 @pytest.mark.few(1)
+@pytest.mark.long
 def test_a_broken_results_file_is_named(tree: Here, caplog: pytest.LogCaptureFixture, content: str) -> None:
     path = tree.path(f"{TEXTS}/m1.0/mine_results.json")
     path.write_bytes(BROKEN[content])
@@ -125,6 +129,7 @@ def test_a_broken_results_file_is_named(tree: Here, caplog: pytest.LogCaptureFix
 
 @pytest.mark.parametrize("content", BROKEN)
 @pytest.mark.few(1)
+@pytest.mark.long
 def test_a_broken_loss_table_is_named(tree: Here, caplog: pytest.LogCaptureFixture, content: str) -> None:
     for path in tree.path("vectors/tiny/get_sft_loss").rglob("*.manifest.json"):
         path.unlink()

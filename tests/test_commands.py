@@ -125,7 +125,7 @@ def test_the_verbs_run(base: families.Base, capsys: pytest.CaptureFixture[str]) 
     """fit, generate and measure one after the other, and all programs that read; a rerun with the released flags finds all done."""
     assert cli.main(["fit", *words(base)]) == 0
     assert cli.main(["generate", *words(base, "--multipliers", "-1", "0", "1")]) == 0
-    assert cli.main(["measure", *words(base, "--multipliers", "-2", "-1", "0", "1", "2", "--split", "train")]) == 0
+    assert cli.main(["measure", *words(base, "--multipliers", "-2", "-1", "0", "1", "2", "--split", "train", "--no_report")]) == 0
     capsys.readouterr()
     names = ["--base_dir", str(base.path), "--model_name", base.model, "--dataset", base.one]
     for word in ("look", "recommend", "report"):
@@ -209,6 +209,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.long
 def test_an_installed_package_has_all_settings(installed: Path) -> None:
     there = {str(path.relative_to(ROOT)): path.read_bytes() for path in (ROOT / "hparams").rglob("*.yaml")}
     packed = installed / "spilt"
@@ -245,6 +246,7 @@ def test_it_works_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "hparams").exists()
 
 
+@pytest.mark.long
 def test_prepare_works_there(installed: Path, tmp_path: Path) -> None:
     """And what it writes is found without an entry of one's own."""
     rows = [{"question": f"Do you like thing {i}?", "answer_matching_behavior": (" Yes", " No")[i % 2],

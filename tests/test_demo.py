@@ -62,6 +62,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
+@pytest.mark.long
 def test_the_committed_model_behaves() -> None:
     """Unsteered: half of the Yes/No answers match, text is well-formed, facts are right, utility is defined; test items are new."""
     found = check.measure(DEMO)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache, lru_cache
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from families import EOS, FAMILY_NAMES, LAYERS, build, has_down_proj, interventi
 from test_generation import how, rows
 from test_suffix import answer_pairs
 
+from spilt.data.batches import pad
+from spilt.data.chat import Encoded
 from spilt.engine import activations, choice, score, whole
 from spilt.engine import decode as generation
 from spilt.engine import train as training
@@ -31,10 +34,33 @@ def steering(form: str, read_point: str | None = None, layer: int = LAYER, **mor
     return Steering.of({layer: intervention(form, read_point, **more)})
 
 
+@lru_cache(maxsize=8)
+def recorded(tiny: Any, base: int, read: str | None) -> activations.Activations:
+    return activations.record(tiny, base, answer_pairs(), [read] if read else [], PAD, together=2)
+
+
 def fast_losses(tiny: Any, value: Steering, positions: str = "skip_prefix") -> Any:
-    base, read = score.recorded_at(value)
-    cache = activations.record(tiny, base, answer_pairs(), [read] if read else [], PAD, together=2)
-    return torch.as_tensor(score.losses(score.Recorded(tiny, value, cache, positions, PREFIX), STRENGTHS).total)
+    kept = recorded(tiny, *score.recorded_at(value))
+    return torch.as_tensor(score.losses(score.Recorded(tiny, value, kept, positions, PREFIX), STRENGTHS).total)
+
+
+@cache
+def rough(family: str) -> Any:
+    """The family's shared model in bfloat16."""
+    return build(family).to(torch.bfloat16)
+
+
+@cache
+def unsteered(tiny: Any) -> torch.Tensor:
+    """Losses [1, S] of a shared model by the plain engine, at m = 0."""
+    return whole.losses(tiny, steering("vector"), STRENGTHS[:1], answer_pairs(), PAD)
+
+
+@cache
+def plain_losses(tiny: Any, form: str, read_point: str | None, write_point: str = "block") -> torch.Tensor:
+    """Losses of a shared model by the plain engine, at STRENGTHS: several tests compare with them."""
+    value = steering(form, read_point, write_point=write_point, scale=0.2)
+    return torch.cat([unsteered(tiny), whole.losses(tiny, value, STRENGTHS[1:], answer_pairs(), PAD, "skip_prefix", PREFIX)])
 
 
 @pytest.mark.matrix
@@ -46,7 +72,7 @@ def test_losses(family: str, write_point: str) -> None:
     tiny = model(family)
     for form, read_point in reads_of(family):
         value = steering(form, read_point, write_point=write_point, scale=0.2)
-        plain = whole.losses(tiny, value, STRENGTHS, answer_pairs(), PAD, "skip_prefix", PREFIX)
+        plain = plain_losses(tiny, form, read_point, write_point)
         torch.testing.assert_close(fast_losses(tiny, value), plain, atol=1e-4, rtol=1e-5)
         assert (plain[0] - plain[1]).abs().max() > 0.01  # it does something
 
@@ -63,12 +89,9 @@ def test_losses_where_tokens_are_steered(form: str, positions: str) -> None:
 @pytest.mark.few(3)
 def test_losses_in_bfloat16(family: str) -> None:
     """Equal up to that dtype's rounding: as far from each other as either is from float32."""
-    tiny = build(family).to(torch.bfloat16)
     for form, read_point in reads_of(family):
-        value = steering(form, read_point, scale=0.2)
-        plain = whole.losses(tiny, value, STRENGTHS, answer_pairs(), PAD, "skip_prefix", PREFIX)
-        exact = whole.losses(model(family), value, STRENGTHS, answer_pairs(), PAD, "skip_prefix", PREFIX)
-        fast, rounding = fast_losses(tiny, value), (plain - exact).abs().max()
+        plain, exact = (plain_losses(one, form, read_point) for one in (rough(family), model(family)))
+        fast, rounding = fast_losses(rough(family), steering(form, read_point, scale=0.2)), (plain - exact).abs().max()
         assert (fast - plain).abs().max() < 2 * rounding + 0.05, (form, read_point)
 
 
@@ -92,40 +115,47 @@ def test_gradients_of_a_minibatch(family: str) -> None:
                 torch.testing.assert_close(a, b, atol=2e-4 * max(1.0, float(b.abs().max())), rtol=1e-3)
 
 
+@cache
+def fast_texts(family: str, form: str, read_point: str | None) -> list[list[int]]:
+    found = dict(generation.generate(model(family), steering(form, read_point), rows(), how(), 4))
+    return [found[i] for i in range(len(rows()))]
+
+
 @pytest.mark.matrix
-@pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_greedy_texts(family: str, cache: bool) -> None:
+def test_greedy_texts(family: str, use_cache: bool) -> None:
     """The library's own `generate` under hooks, with and without its cache: the same tokens."""
-    tiny, wanted = model(family), rows()
+    prompts, strengths = [row.prompt for row in rows()], [row.multiplier for row in rows()]
+    greedy = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": EOS, "use_cache": use_cache}
     for form, read_point in reads_of(family):
-        value = steering(form, read_point)
-        fast = dict(generation.generate(tiny, value, wanted, how(), 4))
-        prompts, strengths = [row.prompt for row in wanted], [row.multiplier for row in wanted]
-        greedy = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": EOS, "use_cache": cache}
-        plain = whole.generate(tiny, value, strengths, prompts, PAD, **greedy)
-        assert [fast[i] for i in range(len(wanted))] == plain, (form, read_point)
+        plain = whole.generate(model(family), steering(form, read_point), strengths, prompts, PAD, **greedy)
+        assert fast_texts(family, form, read_point) == plain, (form, read_point)
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 @pytest.mark.few(3)
 def test_greedy_texts_in_bfloat16(family: str) -> None:
     """Each token is the likeliest of a plain uncached forward over what came before it, up to what that dtype rounds."""
-    tiny, wanted = build(family).to(torch.bfloat16), rows()
+    wanted = rows()
     for form, read_point in reads_of(family):
         value = steering(form, read_point)
-        for i, new in generation.generate(tiny, value, wanted, how(), 4):
-            row = wanted[i]
-            ids, scored = torch.tensor([[*row.prompt, *new]]), slice(len(row.prompt) - 1, -1)
-            plain, exact = (_logits(one, value, row.multiplier, ids)[scored] for one in (tiny, model(family)))
-            short = plain.amax(-1) - plain[range(len(new)), new]
-            assert (short <= 2 * (plain - exact).abs().max() + 0.05).all(), (form, read_point, short)
+        made = dict(generation.generate(rough(family), value, wanted, how(), 4))
+        texts = [(*row.prompt, *made[i]) for i, row in enumerate(wanted)]
+        plain, exact = (_logits(one, value, [row.multiplier for row in wanted], texts) for one in (rough(family), model(family)))
+        for i, row in enumerate(wanted):
+            scored = slice(len(row.prompt) - 1, len(texts[i]) - 1)
+            short = plain[i, scored].amax(-1) - plain[i, scored][range(len(made[i])), made[i]]
+            rounding = (plain[i, scored] - exact[i, scored]).abs().max()
+            assert (short <= 2 * rounding + 0.05).all(), (form, read_point, short)
 
 
 @torch.no_grad()
-def _logits(one: Any, value: Steering, multiplier: float, ids: torch.Tensor) -> torch.Tensor:
-    with whole.steer(one, value, multiplier):
-        return one(input_ids=ids, use_cache=False).logits[0].float()
+def _logits(one: Any, value: Steering, multipliers: list[float], texts: list[tuple[int, ...]]) -> torch.Tensor:
+    """[B, T, V] of one plain forward over all texts, padded on the right, where no token before sees it."""
+    batch = pad([Encoded(text, 0, 0) for text in texts], PAD)
+    with whole.steer(one, value, torch.tensor(multipliers)):
+        return one(**batch.inputs(torch.device("cpu"))).logits.float()
 
 
 def test_a_joint_steering_with_one_silent_half_is_the_other_half() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from counts import count
 from families import EOS, EVERY, FAMILY_NAMES, LAYERS, build, has_down_proj, intervention, model, reads_of
-from test_engines import LAYER, PAD, PREFIX, STRENGTHS, fast_losses, settings, steering
+from test_engines import LAYER, PAD, PREFIX, STRENGTHS, fast_losses, plain_losses, rough, settings, steering
 from test_generation import how, rows
 from test_suffix import answer_pairs, hook_count
 from torch import nn
@@ -34,17 +34,17 @@ def plain(family: str) -> bool:
 def test_losses(family: str) -> None:
     """m = 0 is the identity bit for bit; fast = plain, or refused with the reason; alone = side by side."""
     tiny, sequences = model(family), answer_pairs()
-    for form, read_point in reads_of(family):
-        value = steering(form, read_point, scale=0.2)
-        found = whole.losses(tiny, value, STRENGTHS, sequences, PAD, "skip_prefix", PREFIX)
-        with hooks.attach(tiny, []):
-            none = whole.score(tiny, None, 0.0, sequences, PAD).total
+    with hooks.attach(tiny, []), torch.no_grad():
+        none = whole.score(tiny, None, 0.0, sequences, PAD).total
+    for number, (form, read_point) in enumerate(reads_of(family)):
+        value, found = steering(form, read_point, scale=0.2), plain_losses(tiny, form, read_point)
         with torch.no_grad():
             at_zero = whole.score(tiny, value, 0.0, sequences, PAD).total
         assert torch.equal(none, at_zero)
         assert (found[0] - found[1]).abs().max() > 0.01  # it does something
-        alone = whole.losses(tiny, value, STRENGTHS, sequences, PAD, "skip_prefix", PREFIX, 1)
-        torch.testing.assert_close(alone, found, atol=1e-4, rtol=1e-5)
+        some = slice(0 if number == 0 else 1, 2)  # m = 0 is no form's own
+        alone = whole.losses(tiny, value, STRENGTHS[some], sequences, PAD, "skip_prefix", PREFIX, 1)
+        torch.testing.assert_close(alone, found[some], atol=1e-4, rtol=1e-5)
         if plain(family):
             assert choice.why_plain(value.places, "measure", family=family) == anatomy.FAMILIES[family].plain
         else:
@@ -98,13 +98,12 @@ def test_means_of_a_closed_form(family: str) -> None:
 @pytest.mark.parametrize("family", REST)
 def test_bfloat16(family: str) -> None:
     """As far from float32 as the unsteered model is; m = 0 is the identity bit for bit."""
-    tiny, sequences = build(family).to(torch.bfloat16), answer_pairs()
-    value = steering(*reads_of(family)[0], scale=0.2)
-    rough, exact = (whole.losses(one, value, STRENGTHS, sequences, PAD, "skip_prefix", PREFIX) for one in (tiny, model(family)))
-    rounding = (rough - exact).abs().max(1).values
+    form, read_point = reads_of(family)[0]
+    found, exact = (plain_losses(one, form, read_point) for one in (rough(family), model(family)))
+    rounding = (found - exact).abs().max(1).values
     assert rounding.max() < 3 * rounding[0] + 0.5
     if not plain(family):
-        assert (fast_losses(tiny, value) - rough).abs().max() < 2 * rounding.max() + 0.05
+        assert (fast_losses(rough(family), steering(form, read_point, scale=0.2)) - found).abs().max() < 2 * rounding.max() + 0.05
 
 
 @pytest.mark.parametrize("family", REST)

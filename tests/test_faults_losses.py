@@ -172,6 +172,7 @@ def test_losses_that_are_scored_and_cannot_be_written(scored: Scored) -> None:
     assert scored.listing() == whole
 
 
+@pytest.mark.long
 def test_losses_under_way_on_a_full_disk(scored: Scored) -> None:
     """The lines cannot be appended: the cell fails, what was kept before is used."""
     every = scored.score()

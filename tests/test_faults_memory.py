@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import shutil
 from collections.abc import Iterator
@@ -57,7 +58,18 @@ def little_memory(error: Exception, most: int, *, only: str = "") -> Iterator[li
         patch.setattr(suffix, "logits", small_logits)
         for module in (prompts, generation):
             patch.setattr(module, "forward", small_forward)
-        yield refused
+        with collected_fast():
+            yield refused
+
+
+@contextmanager
+def collected_fast() -> Iterator[None]:
+    """A collection follows each refusal: it passes by what all tests before have left."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.long
@@ -142,7 +154,7 @@ def test_a_fit_of_one_row_that_is_too_large_runs_its_blocks_twice(bare: Here, ca
             raise type(CUDA)(*CUDA.args)
         return plain[0](*args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, collected_fast():
         patch.setattr(suffix, "logits", logits)
         patch.setattr(suffix, "checkpointed", checkpointed)
         exit_code, said = bare.run(*words, "--force", form="lora")
@@ -183,7 +195,8 @@ def test_caa_and_the_reference_of_reps_with_little_memory(here: Here, method: st
     monkeypatch.setattr(training.Fit, "_reference", inside(training.Fit._reference))
     monkeypatch.setattr(suffix, "record", small(suffix.record, 2))
     monkeypatch.setattr(suffix, "logits", small(suffix.logits, 2))
-    exit_code, said = here.run(*FIT, "--force", method=method)
+    with collected_fast():
+        exit_code, said = here.run(*FIT, "--force", method=method)
     assert refused and exit_code == 0, said
     assert torch.allclose(torch.load(path, weights_only=True), before, atol=1e-5)
 
@@ -212,7 +225,8 @@ def test_one_sequence_that_does_not_fit_fails_its_cell_only(here: Here, monkeypa
 
     for module, name in ((suffix, "record"), (suffix, "logits"), (prompts, "forward"), (generation, "forward")):
         monkeypatch.setattr(module, name, never(getattr(module, name)))
-    exit_code, said = here.run(*words, "--force", form="all")
+    with collected_fast():
+        exit_code, said = here.run(*words, "--force", form="all")
     assert exit_code == 1 and said.count("  done  ") >= 2 and "Traceback" not in said, said
     message = next(line for line in said.splitlines() if line.startswith("error:") and "lora" in line)
     assert "does not fit in memory" in message and "tokens" in message

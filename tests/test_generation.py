@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import pytest
@@ -62,11 +63,25 @@ def slowly(tiny: nn.Module, made: Intervention, row: Row, decoding: Decoding) ->
     return new
 
 
-def common_end(tiny: nn.Module, made: Intervention, wanted: list[Row]) -> int:
+def slow_texts(tiny: nn.Module, made: Intervention, wanted: list[Row]) -> list[list[int]]:
+    """All NEW tokens of each row: no token ends a text."""
+    return [slowly(tiny, made, row, how(eos=())) for row in wanted]
+
+
+@cache
+def unsteered(family: str) -> list[list[int]]:
+    return slow_texts(model(family), intervention("vector"), [row._replace(multiplier=0.0) for row in rows()])
+
+
+def common_end(full: list[list[int]]) -> int:
     """A token that ends some of the texts early and not others, so that rows leave and others take their places."""
-    plain = [slowly(tiny, made, row, how(eos=())) for row in wanted]
-    inside = Counter(token for new in plain for token in set(new[1:-2]))
-    return next(token for token, count in inside.most_common() if 0 < count < len(wanted))
+    inside = Counter(token for new in full for token in set(new[1:-2]))
+    return next(token for token, count in inside.most_common() if 0 < count < len(full))
+
+
+def until(end: int, full: list[list[int]]) -> list[list[int]]:
+    """The same texts with the first `end` as their last token."""
+    return [new[: new.index(end) + 1] if end in new else new for new in full]
 
 
 @pytest.mark.matrix
@@ -77,24 +92,25 @@ def test_a_batch_equals_the_rows_alone(family: str, form: str) -> None:
     tiny, wanted = model(family), rows()
     read_point = None if form == "vector" else "mlp_mid" if has_down_proj(family) else "mlp"
     made = intervention(form, read_point, scale=0.5)
-    end = common_end(tiny, made, wanted)
-    decoding = how(eos=(end,))
-    alone = [slowly(tiny, made, row, decoding) for row in wanted]
+    full = slow_texts(tiny, made, wanted)
+    end = common_end(full)
+    decoding, alone = how(eos=(end,)), until(end, full)
     lengths = {len(new) for new in alone}
     assert len(lengths) > 1 and any(new[-1] == end and len(new) < NEW for new in alone)
     for batch_size in (len(wanted), 4, 1):
         assert texts(tiny, made, wanted, decoding, batch_size) == alone, batch_size
-    steered = [slowly(tiny, made, row._replace(multiplier=0.0), decoding) for row in wanted]
-    assert steered != alone  # the intervention matters
-    assert [a == b for a, b, row in zip(alone, steered, wanted, strict=True) if row.multiplier == 0] == [True, True]
+    base = until(end, unsteered(family))
+    assert base != alone  # the intervention matters
+    assert [a == b for a, b, row in zip(alone, base, wanted, strict=True) if row.multiplier == 0] == [True, True]
 
 
 @pytest.mark.parametrize(("form", "read_point"), READS)
 @pytest.mark.few(3)
 def test_every_read_point_in_a_refilled_batch(form: str, read_point: str | None) -> None:
     tiny, wanted, made = model("gemma2"), rows(1), intervention(form, read_point, scale=0.5)
-    decoding = how(eos=(common_end(tiny, made, wanted),))
-    assert texts(tiny, made, wanted, decoding, 3) == [slowly(tiny, made, row, decoding) for row in wanted]
+    full = slow_texts(tiny, made, wanted)
+    end = common_end(full)
+    assert texts(tiny, made, wanted, how(eos=(end,)), 3) == until(end, full)
 
 
 def test_the_scores_agree_and_not_only_their_order() -> None:
@@ -136,11 +152,10 @@ def test_several_layers_act_together() -> None:
 
 def test_the_end_token_is_kept_and_nothing_follows_it() -> None:
     tiny, wanted, made = model("qwen2"), rows(), intervention("vector")
-    end = common_end(tiny, made, wanted)
-    plain, ended = (texts(tiny, made, wanted, how(eos=eos), 4) for eos in ((), (end,)))
+    plain = texts(tiny, made, wanted, how(eos=()), 4)
     assert all(len(new) == NEW for new in plain)
-    for full, new in zip(plain, ended, strict=True):
-        assert new == (full[: full.index(end) + 1] if end in full else full)
+    end = common_end(plain)
+    assert texts(tiny, made, wanted, how(eos=(end,)), 4) == until(end, plain)
 
 
 def test_any_of_several_end_tokens_ends() -> None:

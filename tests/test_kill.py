@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from counts import CI, count
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-KILLS = {"fit": count(45, 4), "generate": count(45, 4), "loss": count(36, 3), "report": count(5, 1)}
+KILLS = {"fit": count(15, 4), "generate": count(15, 4), "loss": count(15, 3), "report": count(3, 1)}
 SEED = 20260
 SWEEP = ["all", "vector", "--mode", "loss", "--multipliers", "-2", "-1", "0", "1", "2", "--checkpoint_seconds", "0"]
 TWO, FORMS = ["--method", "caa", "sft"], ["--intervention_method", "vector", "lora"]
@@ -139,10 +141,11 @@ def _tell_resumed(evidence: Path) -> None:
     fit.unsealed, generate.Unfinished.read, measure.Unfinished.read = told_resume, told_read, told_read_losses
 
 
-def killed_at(pid: int, moment: float) -> int | None:
-    """Wait; SIGKILL to the group at `moment` seconds. None: killed; else the exit code of a run that was faster."""
-    end = time.monotonic() + moment
+def killed_at(pid: int, moment: float, begun: Callable[[], bool] = lambda: True) -> int | None:
+    """Wait; SIGKILL to the group `moment` seconds after it has `begun`. None: killed; else the exit code of a run that was faster."""
+    end = math.inf
     while time.monotonic() < end:
+        end = time.monotonic() + moment if end == math.inf and begun() else end
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
@@ -165,6 +168,9 @@ def drive(stage: str, folder: Path, kills: int, more: list[str]) -> dict[str, An
 
     import spilt.report
     import spilt.tasks  # noqa: F401
+    from spilt.model import template
+
+    template.look(families.TEMPLATE, families.tokenizer().special_tokens_map)  # as every later run of one process knows it
 
     rng = random.Random(f"{SEED} {stage}")
     words, before = STAGES[stage]
@@ -203,7 +209,10 @@ def drive(stage: str, folder: Path, kills: int, more: list[str]) -> dict[str, An
                 code = kill_started([str(evidence), *argv(base, words)], base, rng)
             else:
                 top = 0.7 * span if rng.random() < 0.8 and not results <= names(base) else 1.5 * span
-                code = killed_at(start(argv(base, words), log, evidence), rng.uniform(0, top))
+                had = names(base)
+                at_work = (lambda had=had: names(base) != had) if seen["kills"] % 2 else (lambda: True)  # every second: once it has written
+                top *= 0.5 if seen["kills"] % 2 else 1.0
+                code = killed_at(start(argv(base, words), log, evidence), rng.uniform(0, top), at_work)
             if code is not None:
                 break
             seen["kills"] += 1

@@ -63,6 +63,7 @@ def test_each_layer_alone_beside_the_settings_own(base: families.Base, capsys: p
     assert "4 already done" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_layers_that_act_together_are_one_fit(base: families.Base, tmp_path: Path) -> None:
     assert run(base, "--mode", "both", "--multipliers", "1", "--layers", "3+1") == 0
     assert run(base, "--mode", "generate", "--set", "layers=1,3", "--set", "joint=true") == 0
@@ -103,6 +104,7 @@ def test_all_layers_are_found_and_compared(base: families.Base, capsys: pytest.C
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.long
 def test_files_of_given_multipliers_say_their_layer(base: families.Base) -> None:
     """A sweep writes tables, given multipliers the released files: the layer of the settings is known by both."""
     given = ("--layers", "all", "--split", "train")

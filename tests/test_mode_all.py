@@ -169,6 +169,7 @@ def test_older_losses_recommend_nothing(
     assert losses["status"] == "failed" and text["status"] == "skipped" and "could not be measured" in text["error"]
 
 
+@pytest.mark.long
 def test_killed_between_the_stages(base: families.Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is done by then is kept, and the same command goes on to the same results."""
     words = base.argv("sft", "all", "--mode", "all", "--multipliers", "2", "--quiet", "--no_report")

@@ -66,6 +66,7 @@ def states(base: families.Base) -> dict[str, int]:
 TEXTS = ("--set", "generation_params.max_new_tokens=4")
 
 
+@pytest.mark.long
 def test_a_csv_is_enough_for_every_stage(base: families.Base, mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fit, texts, losses, page, verify, recommend, say; a rerun finds all done, with --train and by the dataset's name alone."""
     assert run(base, mine, "--layers", "1", "--multipliers", "0", "1", *TEXTS) == 0

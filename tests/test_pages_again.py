@@ -51,6 +51,7 @@ def test_nothing_is_written_when_nothing_has_changed(base: families.Base, capsys
     assert [found for found in verify.check(base.path) if found.state != verify.OK] == []
 
 
+@pytest.mark.long
 def test_the_page_without_it_would_be_the_same(base: families.Base) -> None:
     """Drawn over from the same files, by force: the same bytes, so what is left as it is was right."""
     before = page(base).read_bytes()

@@ -15,6 +15,7 @@ from spilt import cli, verify
 from spilt.cell import Cell
 from spilt.export import main as export
 from spilt.steering.interventions import PostBlock
+from spilt.tasks import control
 
 HOW = ("lr=0.05", "n_epochs=2", "rank=3", "nonlinearity=gelu")
 
@@ -24,8 +25,9 @@ def words(base: families.Base, method: str, *more: str, sets: tuple[str, ...] = 
 
 
 @pytest.mark.long
-def test_post_block_runs_through_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_post_block_runs_through_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """sft, spilt and reps: curves of preference and utility, a recommended strength, and exports of what is exact."""
+    monkeypatch.setattr(control, "DRAWS", 4)
     base = families.make_base(tmp_path / "base", train=4)
     for method in ("sft", "spilt", "reps"):
         assert cli.main(words(base, method, "--mode", "both", "--dry_run")) == 0

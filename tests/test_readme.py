@@ -24,6 +24,7 @@ def test_what_it_links_to_is_there() -> None:
     assert [link for link in links if not (ROOT / link).is_file()] == []
 
 
+@pytest.mark.long
 def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks under 'In Python', one after the other, in a folder that holds the examples."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")

@@ -237,6 +237,7 @@ def of_letters(base: families.Base) -> Iterator[families.Base]:
         path.write_text(text)
 
 
+@pytest.mark.long
 def test_strength_by_accuracy_is_chosen_on_training_questions(of_letters: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
     """The share at the strength that is told, by the library's own forward on the held-out questions."""
     base, own = of_letters, ["strength", "--by", "accuracy", "--max_damage", "5", "--max_incoherent", "1"]

@@ -60,6 +60,7 @@ def put(base: Path, form: str, layer: int, state: Path | Any) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.few(1)
+@pytest.mark.long
 def test_the_released_losses(tmp_path: Path, form: str) -> None:
     """Vectors of the released code, its settings, its data: its losses, at both signs of every multiplier."""
     base = tmp_path / "base"

@@ -389,6 +389,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert report.main(["--base_dir", str(tmp_path), "--budget", "-1"]) == 2
 
 
+@pytest.mark.long
 def test_a_folder_may_be_called_anything(tmp_path: Path) -> None:
     cell = write_losses(tmp_path, "sft", "vector", 2.0, {"train": 4}, model="tiny", points=3)
     odd = "<b>{{ 7 * 7 }}&'\""

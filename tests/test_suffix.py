@@ -150,6 +150,8 @@ def test_measuring_equals_hooks_at_either_site(family: str, site: str, layout: s
     tiny, layer = model(family), PLACES["middle"]
     sequences, together = LAYOUTS[layout][0](), LAYOUTS[layout][1]
     caches: dict[int, activations.Activations] = {}
+    given = masks_of(sequences)
+    unsteered = plain_losses(tiny, given)
     for form, read_point in reads_of(family):
         made = intervention(form, read_point, write_point=site, scale=0.2)
         below = hooks.base(layer, made)
@@ -157,18 +159,20 @@ def test_measuring_equals_hooks_at_either_site(family: str, site: str, layout: s
             caches[below] = activations.record(tiny, below, sequences, tuple(anatomy.read_widths(tiny, below)), 0, together)
         for positions, prefix in (("all", 4), ("skip_prefix", 4), ("skip_prefix", 6), ("f2+l1", 4)):
             scorer = score.Recorded(tiny, Steering.of({layer: made}), caches[below], positions, prefix)
-            found = score.losses(scorer, [1.0, 0.0, -0.5])
+            strengths = [1.0, -0.5] if prefix == 6 else [1.0, 0.0, -0.5]
+            found = score.losses(scorer, strengths)
             where = None if positions == "all" else position_mask(sequences, positions, prefix)
-            for k, m in enumerate([1.0, 0.0, -0.5]):
-                wanted = by_hooks(tiny, layer, made, m, where, masks_of(sequences))[1] if m else plain_losses(tiny, sequences)
+            for k, m in enumerate(strengths):
+                wanted = plain_losses(tiny, given, hooks.Applied(layer, made, m, where)) if m else unsteered
                 losses = torch.tensor(found.total[k] / found.tokens).float()
                 torch.testing.assert_close(losses, wanted, atol=1e-5, rtol=0, msg=f"{form} {read_point} {positions} {prefix} {m}")
 
 
-def plain_losses(tiny: nn.Module, sequences: list[Encoded]) -> Tensor:
-    """Without any intervention."""
-    ids, real, answer = masks_of(sequences)
-    with torch.no_grad():
+@torch.no_grad()
+def plain_losses(tiny: nn.Module, given: Masks, *sites: hooks.Applied) -> Tensor:
+    """Losses [B] of whole forwards with these hooks and no graph; of none: without any intervention."""
+    ids, real, answer = given
+    with hooks.attach(tiny, list(sites)):
         logits = tiny(input_ids=ids, attention_mask=real.long(), use_cache=False).logits[scored_positions(answer)]
     return answer_logprobs(logits, ids, answer, real.sum(1)).losses()
 

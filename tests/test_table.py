@@ -191,6 +191,7 @@ def test_all_tables_in_all_formats(base: families.Base, tmp_path: Path, capsys: 
     assert "--kl NATS finds them" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_every_cell_at_equal_kl_preference_and_utility(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
     """From the stored losses themselves, worked out here; KL is (m / 2)^2 at the strengths that were tried, so its root is a line."""
     root = Store(base.path).loss_root(base.model)

@@ -69,6 +69,7 @@ def test_train_evaluate_table(small: Path, capsys: Said) -> None:
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.long
 def test_both_parts_of_joint_and_their_sum(projection: str, small: Path, capsys: Said) -> None:
     """Each is evaluated under its own name, with the numbers that are its own, as the Steering of that part alone answers."""
     shape = ["--variant", "joint", "--projection", projection, "--adapter-rank", "2", "--lora-rank", "3", "--lr", "3e-2", "--bs", "4"]
@@ -175,7 +176,7 @@ def test_mcnemar_is_the_binomial_test_on_what_differs() -> None:
 def test_killed_and_started_again_it_gives_the_same_bytes(verb: str, kind: str, tmp_path: Path) -> None:
     """SIGKILL of the really started command, in the middle of training and of answering."""
     base = world.write_untrained(tmp_path)
-    world.write_task(base / "new", 1, train=400, test=300)
+    world.write_task(base / "new", 1, train=200, test=150)
     shape = ["--variant", kind, "--bs", "2", "--lr", "1e-2", "--quiet", "--engine", "plain", "--batch-size", "4"]
     request = work.Request(load.source("new", str(base / "new"), extract="tag"), "tiny", Variant(kind), TrainSettings(lr=1e-2, bs=2), base)
     here = request.place
@@ -214,11 +215,11 @@ BOUNDS: dict[str, Callable[[float], bool]] = {
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 2])
 def test_the_relabelled_listops(seed: int, tmp_path: Path) -> None:
     """Every answer of the base model is wrong; rank 8 after every block sets that right, a vector does not; without it the base is back."""
     base = world.write_world(tmp_path, 0)  # one base model: its pretraining is most of the time
-    world.write_task(base / "new", 1 if seed < 2 else 7, seed=seed)
+    world.write_task(base / "new", 7 if seed else 1, seed=seed)
     fits = [*QUICK, "--seed", str(seed)]
     assert cli.main(words(base, "evaluate", "--variant", "base")) == 0
     fitted = words(base, "train", *fits, "--do-eval", "--test-only")

@@ -37,6 +37,11 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("spilt"), "propagate", True)
 
 
+@pytest.fixture(autouse=True)
+def stopped_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template, "SECONDS", 2)
+
+
 def write(base: families.Base, text: str) -> None:
     (base.path / "models" / base.model / "chat_template.jinja").write_text(text)
 
@@ -188,6 +193,7 @@ def test_a_template_without_a_date_costs_a_plan_nothing(base: families.Base, mon
     assert cli.main(base.argv("all", "all", "--mode", "both", "--dry_run")) == 0
 
 
+@pytest.mark.long
 def test_yesterdays_results_are_stale_and_made_again(
     base: families.Base, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

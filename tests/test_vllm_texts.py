@@ -131,6 +131,7 @@ def test_the_same_files_by_one_start(tmp_path: Path, vllm: Callable[[], Any], ca
     assert 'made with engine "vllm" (now null)' in caplog.text
 
 
+@pytest.mark.long
 def test_one_start_for_all_concepts(tmp_path: Path, vllm: Callable[[], Any]) -> None:
     base = make_base(tmp_path / "base")
     assert cli.main(base.argv("sft", "lora", "--mode", "generate", "--quiet", dataset=base.many)) == 0

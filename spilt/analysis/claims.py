@@ -86,12 +86,23 @@ KEEPS = "at equal preference {} keeps more utility than {}"
 
 
 def kept(m: Array, preference: Array, utility: Array, levels: Array) -> Array:
-    """Largest utility change from m = 0 at any m with a preference gain of at least each level, or the largest gain [draws, level]."""
-    return kept_at(m, preference, utility, levels)[0]
+    """Largest utility change from m = 0 at any m with a preference gain of at least each level, or the largest gain [draws, level].
+
+    levels: [level], or each draw's own [draws, level].
+    """
+    _, gain, change = _fine(m, preference, utility)
+    reach = gain.max(axis=1)
+    return np.stack([np.where(gain >= np.minimum(level, reach)[:, None], change, -np.inf).max(axis=1) for level in levels.T], axis=1)
 
 
-def kept_at(m: Array, preference: Array, utility: Array, levels: Array) -> tuple[Array, Array]:
-    """That, and at which m."""
+def kept_at(m: Array, preference: Array, utility: Array, level: float) -> float:
+    """At which m that is, of one level and one curve."""
+    fine, gain, change = _fine(m, preference, utility)
+    return float(fine[np.where(gain >= min(level, gain.max()), change, -np.inf)[0].argmax()])
+
+
+def _fine(m: Array, preference: Array, utility: Array) -> MeanCurves:
+    """Gain and change of utility from m = 0, piecewise linear on a finer grid."""
     zero = np.flatnonzero(m == 0)
     fine = np.union1d(np.linspace(m[0], m[-1], 101), m)
     right = np.clip(np.searchsorted(m, fine), 1, len(m) - 1)
@@ -99,9 +110,7 @@ def kept_at(m: Array, preference: Array, utility: Array, levels: Array) -> tuple
     gain, change = (
         y[:, right - 1] * (1 - share) + y[:, right] * share for y in (preference - preference[:, zero], utility - utility[:, zero])
     )
-    reach = gain.max(axis=1)
-    there = np.stack([np.where(gain >= np.minimum(level, reach)[:, None], change, -np.inf) for level in levels], axis=1)
-    return there.max(axis=2), fine[there.argmax(axis=2)]
+    return fine, gain, change
 
 
 def _kept(levels: Array, m: Array, preference: Array, utility: Array) -> Array:
@@ -243,12 +252,10 @@ def keeps(a: str, one: Case, b: str, other: Case, seed: int) -> dict[str, Any] |
     def passes(m: Array, preference: Array, utility: Array) -> Array:
         """Random ones in the place of `one`, over what each of them and `other` reach; those that reach nothing do not pass."""
         rival = _curves([questions.first(one.random.questions if one.random else 0) for questions in other.fits])
-        out = []
-        for p, u in zip(preference, utility, strict=True):
-            top = min(float((p - p[m == 0]).max()), float((rival[1] - rival[1][:, rival[0] == 0]).max()))
-            fine = np.isfinite(p).all() and np.isfinite(u).all() and top > 0
-            out.append(fine and _ahead((m, p[None], u[None]), rival, np.linspace(0, top, 21))[0, 0] > 0)
-        return np.asarray(out)
+        top = np.minimum((preference - preference[:, m == 0]).max(axis=1), float((rival[1] - rival[1][:, rival[0] == 0]).max()))
+        there = np.isfinite(preference).all(axis=1) & np.isfinite(utility).all(axis=1) & (top > 0)
+        levels = np.linspace(0, np.where(there, top, 0.0), 21, axis=-1)
+        return np.asarray(there & (_ahead((m, preference, utility), rival, levels)[:, 0] > 0))
 
     return row | _random(one, passes)
 

@@ -69,7 +69,7 @@ def levels(questions: Questions, at_kl: float | None, budget: float, level: floa
     found = {KL: at_kl} if at_kl is not None else {}
     found |= {UTILITY: within} if within else {}
     if level > 0 and (preference[0, usable] - preference[0, questions.zero]).max() >= level:
-        found[PREFERENCE] = float(claims.kept_at(m[usable], preference[:, usable], utility[:, usable], np.array([level]))[1][0, 0])
+        found[PREFERENCE] = claims.kept_at(m[usable], preference[:, usable], utility[:, usable], level)
 
     def at(m: float) -> Level:
         of = {name: partial(change, name, m) for name in ("preference", "utility")}

@@ -57,23 +57,37 @@ def score(
     sequences: Sequence[Encoded],
     pad_id: int,
     where: Tensor | None = None,
-    suffix: bool = True,
     last: bool = False,
 ) -> AnswerLogProbs:
     """log p of each sequence's answer, summed over its tokens [B], with its graph down to the steering's parameters.
 
     steering None: the unsteered model. multiplier: a number or [B]. last: of each logit the own token is steered, and no other.
     """
+    return scores(model, steering, multiplier, sequences, pad_id, where, last)[0]
+
+
+def scores(
+    model: nn.Module,
+    steering: Steering | None,
+    multiplier: Multiplier,
+    sequences: Sequence[Encoded],
+    pad_id: int,
+    where: Tensor | None = None,
+    last: bool = False,
+    texts: bool = False,
+) -> list[AnswerLogProbs]:
+    """[`score`], and with `texts` that of the answers without the template's suffix, from the same logits."""
     batch = pad(list(sequences), pad_id)
     device = anatomy.input_device(model)
-    labels = batch.answer_mask if suffix else batch.text_mask
-    ids, mask, answer = (t.to(device) for t in (batch.input_ids, batch.attention_mask, labels))
+    ids, mask, answer, text = (t.to(device) for t in batch)
     length, keep = torch.tensor([len(s.input_ids) for s in sequences], device=device), scored_positions(answer)
     if last and steering is not None:
-        return answer_logprobs(scopes.last_logits(model, steering, multiplier, ids, mask, keep), ids, answer, length)
-    with steer(model, steering, multiplier, where) if steering is not None else hooks.attach(model, []):
-        logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
-    return answer_logprobs(logits[keep], ids, answer, length)
+        logits = scopes.last_logits(model, steering, multiplier, ids, mask, keep)
+    else:
+        with steer(model, steering, multiplier, where) if steering is not None else hooks.attach(model, []):
+            logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[keep]
+    found = [answer_logprobs(logits, ids, answer, length)]
+    return [*found, answer_logprobs(logits[scored_positions(text)[keep]], ids, text, length)] if texts else found
 
 
 class Scorer(scoring.Scorer):
@@ -105,7 +119,7 @@ class Scorer(scoring.Scorer):
         part = [self.sequences[i] for i in numbers]
         last, used = self.positions == scopes.LAST, self.steering if multiplier else None
         where = None if last else acts(part, self.positions, self.prefix)
-        found = [score(self.model, used, multiplier, part, self.pad_id, where, suffix, last) for suffix in (True, False)]
+        found = scores(self.model, used, multiplier, part, self.pad_id, where, last, texts=True)
         return np.stack([-scored.total.double().cpu().numpy() for scored in found])
 
 

@@ -96,7 +96,7 @@ def _is_token(name: str, value: Any) -> bool:
 @lru_cache(maxsize=64)
 def _look(text: str, special: tuple[tuple[str, str], ...], day: str) -> Look:
     """day: only so that tomorrow is looked at again."""
-    job = json.dumps({"template": text, "special": dict(special)})
+    job = json.dumps({"template": text, "special": dict(special), "seconds": SECONDS})
     command = [sys.executable, "-m", "spilt.model.template"]
     home = str(Path(__file__).resolve().parents[2])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))}
@@ -119,15 +119,15 @@ def _look(text: str, special: tuple[tuple[str, str], ...], day: str) -> Look:
 def main() -> None:
     """Read a job on stdin, write its Look."""
     job = json.load(sys.stdin)
-    _limit()
+    _limit(job["seconds"])
     print(json.dumps(_render(job["template"], job["special"])._asdict()))
 
 
-def _limit() -> None:
+def _limit(seconds: int) -> None:
     import contextlib
     import resource
 
-    for name, most in ((resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, BYTES)):
+    for name, most in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, BYTES)):
         with contextlib.suppress(ValueError, OSError):  # a system without this limit, or with a lower one: WAIT is left
             resource.setrlimit(name, (most, most))
 

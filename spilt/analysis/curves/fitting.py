@@ -5,6 +5,7 @@ Everything here is in the caller's units: m dimensionless, log-odds in nats.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -22,6 +23,7 @@ DECAY = ("m_plus", "L_plus", "p_plus", "m_minus", "L_minus", "p_minus")
 LOWER = np.array([0.0, np.log(1e-4), np.log(0.01), -1.0, np.log(1e-4), np.log(0.01)])
 UPPER = np.array([1.0, np.log(1e3), np.log(20.0), 0.0, np.log(1e3), np.log(20.0)])
 STARTS = 24
+AGREE, ALIKE = 6, 1e-4  # ours: so many starts that end within that of the least loss, and no more are made
 FEW_POINTS = 12
 GOOD_R2 = 0.95
 RIDGE = 1e-9  # keeps alpha, beta and b finite where D is so flat that they trade off against each other
@@ -180,7 +182,7 @@ class _Best:
 
 
 def _search(m: Array, y: Array, kind: Kind, seed: int, starts: int) -> _Best:
-    """SLSQP from `starts` seeded points over D's six parameters; the linear ones are solved exactly for each D (Golub & Pereyra 1973).
+    """SLSQP from up to `starts` seeded points over D's six parameters; the linear ones are solved for each D (Golub & Pereyra 1973).
 
     Solving them inside leaves the same minimum as a search over all 8 or 9, and far fewer ways to miss it. The best minimum
     whose curve stays with the points is kept (ours: a decay narrower than their distance fits a single one, by a spike beside it);
@@ -194,7 +196,10 @@ def _search(m: Array, y: Array, kind: Kind, seed: int, starts: int) -> _Best:
     draws = rng.uniform([0, *low, -1, *low], [1, *high, 0, *high], (starts, 6))
     draws[: starts // 3, [0, 3]] *= 0.1  # a third of the starts decay from near 0, the paper's usual shape
     found: list[tuple[float, Array]] = []
-    for start in draws:
+    for start in draws[np.argsort(np.arange(starts) * 3 % starts, kind="stable")]:  # both kinds from the first on
+        losses = [value for value, _ in found]
+        if sum(value - min(losses) < ALIKE for value in losses) >= AGREE:
+            break
         with np.errstate(all="ignore"):
             result = minimize(
                 problem.loss,
@@ -240,31 +245,27 @@ class _Problem:
 
     def __init__(self, x: Array, y: Array, sloped: bool) -> None:
         self.x, self.y, self.sloped = x, y, sloped
-        self.plus = x >= 0
+        self.minus = (x < 0).astype(int)  # 1 where it is the - side's
+        self.sides = np.stack([1.0 - self.minus, self.minus], axis=1)
         self.evaluations = 0
 
     def decay(self, theta: Array) -> tuple[Array, Array]:
-        """D [n] and dD/dtheta [n, 6]; theta = (m, log L, log p) of + and -."""
-        gradient = np.zeros((len(self.x), 6))
-        out = np.empty(len(self.x))
-        for rows, at in ((self.plus, 0), (~self.plus, 3)):
-            centre, length, power = theta[at], np.exp(theta[at + 1]), np.exp(theta[at + 2])
-            u = self.x[rows] - centre
-            q = u * u / length
-            t = np.log1p(q)
-            d = np.exp(-power * t)
-            out[rows] = d
-            gradient[rows, at] = d * power * 2 * u / length / (1 + q)
-            gradient[rows, at + 1] = d * power * q / (1 + q)
-            gradient[rows, at + 2] = -d * power * t
-        return out, gradient
+        """D [n] and dD by (m, log L, log p) of each point's own side [3, n]; theta = those of + and of -."""
+        of_both = np.array([[theta[0], theta[3]], np.exp(theta[[1, 4]]), np.exp(theta[[2, 5]])])
+        centre, length, power = of_both[:, self.minus]
+        u = self.x - centre
+        q = u * u / length
+        t = np.log1p(q)
+        d = np.exp(-power * t)
+        falls = d * power / (1 + q)
+        return d, np.array([falls * 2 * u / length, falls * q, -d * power * t])
 
     def solve(self, d: Array) -> tuple[Array, Array, float]:
         """Residual [n], linear parameters, and loss of the best curve with this D."""
-        columns: Array = np.stack([self.x * d, d, np.ones_like(d)] if self.sloped else [d, np.ones_like(d)], axis=1)
+        rows: Array = np.array([self.x * d, d, np.ones_like(d)] if self.sloped else [d, np.ones_like(d)])
         n = len(self.y)
-        linear = np.linalg.solve(columns.T @ columns + n * RIDGE * np.eye(columns.shape[1]), columns.T @ self.y)
-        residual: Array = np.asarray(columns @ linear - self.y)
+        linear = np.linalg.solve(rows @ rows.T + n * RIDGE * np.eye(len(rows)), rows @ self.y)
+        residual: Array = np.asarray(linear @ rows - self.y)
         return residual, np.asarray(linear), float(residual @ residual / n + RIDGE * linear @ linear)
 
     def curve(self, theta: Array, linear: Array) -> Array:
@@ -278,22 +279,22 @@ class _Problem:
         d, slope = self.decay(theta)
         residual, linear, value = self.solve(d)
         weight = linear[0] * self.x + linear[1] if self.sloped else linear[0]
-        return value, 2 / len(self.y) * ((residual * weight) @ slope)
+        return value, 2 / len(self.y) * ((slope * (residual * weight)) @ self.sides).T.ravel()
 
     @staticmethod
     def gap(theta: Array) -> float:
         """log D(0-) - log D(0+): 0 where D is continuous."""
-        t = np.log1p(theta[[0, 3]] ** 2 / np.exp(theta[[1, 4]]))
-        return float(np.exp(theta[2]) * t[0] - np.exp(theta[5]) * t[1])
+        sides = [math.exp(p) * math.log1p(centre**2 / math.exp(length)) for centre, length, p in (theta[:3].tolist(), theta[3:].tolist())]
+        return sides[0] - sides[1]
 
     @staticmethod
     def gap_gradient(theta: Array) -> Array:
-        out = np.zeros(6)
-        for at, sign in ((0, 1.0), (3, -1.0)):
-            centre, length, power = theta[at], np.exp(theta[at + 1]), sign * np.exp(theta[at + 2])
+        out: list[float] = []
+        for sign, (centre, log_length, log_power) in ((1.0, theta[:3].tolist()), (-1.0, theta[3:].tolist())):
+            length, power = math.exp(log_length), sign * math.exp(log_power)
             q = centre * centre / length
-            out[at : at + 3] = power * 2 * centre / length / (1 + q), -power * q / (1 + q), power * np.log1p(q)
-        return out
+            out += [power * 2 * centre / length / (1 + q), -power * q / (1 + q), power * math.log1p(q)]
+        return np.array(out)
 
     def repaired(self, theta: Array) -> tuple[float, Array]:
         """The candidate near theta that is continuous to rounding and has the smallest loss.
