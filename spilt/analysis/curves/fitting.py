@@ -23,7 +23,7 @@ DECAY = ("m_plus", "L_plus", "p_plus", "m_minus", "L_minus", "p_minus")
 LOWER = np.array([0.0, np.log(1e-4), np.log(0.01), -1.0, np.log(1e-4), np.log(0.01)])
 UPPER = np.array([1.0, np.log(1e3), np.log(20.0), 0.0, np.log(1e3), np.log(20.0)])
 STARTS = 24
-AGREE, ALIKE = 6, 1e-4  # ours: so many starts that end within that of the least loss, and no more are made
+AGREE, ALIKE = 6, 1e-4  # ours: so many starts that end within that of the least loss (y has variance 1: of R^2), and no more are made
 FEW_POINTS = 12
 GOOD_R2 = 0.95
 RIDGE = 1e-9  # keeps alpha, beta and b finite where D is so flat that they trade off against each other
@@ -197,8 +197,8 @@ def _search(m: Array, y: Array, kind: Kind, seed: int, starts: int) -> _Best:
     draws[: starts // 3, [0, 3]] *= 0.1  # a third of the starts decay from near 0, the paper's usual shape
     found: list[tuple[float, Array]] = []
     for start in draws[np.argsort(np.arange(starts) * 3 % starts, kind="stable")]:  # both kinds from the first on
-        losses = [value for value, _ in found]
-        if sum(value - min(losses) < ALIKE for value in losses) >= AGREE:
+        least = min((value for value, _ in found), default=np.inf)
+        if sum(value - least < ALIKE for value, _ in found) >= AGREE:
             break
         with np.errstate(all="ignore"):
             result = minimize(
