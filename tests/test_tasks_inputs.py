@@ -180,7 +180,7 @@ def test_of_a_single_file_it_is_said_what_part_was_evaluated(base: Path, capsys:
         ("train", ["--seed", "99999999999999999999999"], "--seed 99999999999999999999999: wanted 0"),
         ("train", ["--seed", "-1"], "--seed -1: wanted 0"),
         ("train", ["--alpha", "nan"], "alpha nan: wanted a finite number"),
-        ("train", ["--variant", "loreft", "--adapter-rank", "65"], "rank 65"),
+        ("train", ["--variant", "loreft", "--adapter-rank", "65", "--epochs", "2"], "loreft of rank 65"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
