@@ -71,6 +71,10 @@ def test_the_picture_shows_the_numbers() -> None:
     axes = picture.accuracy(values).axes[0]
     lines = {round(float(line.get_xdata()[0]), 6) for line in axes.lines if len(line.get_xdata()) == 1}
     assert lines == {round(100 * share, 6) for share in values["accuracy"]}
+    long = made()[0].values["variant"][1]
+    for narrow, most in ((True, 34), (False, 64)):
+        (cut,) = (text.get_text() for text in picture.accuracy(values, narrow).axes[0].texts if text.get_text().endswith("seed42"))
+        assert len(cut) <= most and long.startswith(cut.partition("…")[0])
     assert [text.get_text() for text in axes.texts][1::2] == ["", *(f"{share:.2%}" for share in values["share"][1:])]
 
 

@@ -148,6 +148,7 @@ def _stored(here: Place, name: str, parts: dict[str, Any], seen: int | None) -> 
         stored["seen_in_train"] = seen
         manifest.write(path, path.read_bytes(), parts, stored)
     _keep(here, name, stored)
+    here.outputs(name).unlink(missing_ok=True)  # of one that was killed after its last write
     return stored
 
 

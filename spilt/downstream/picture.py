@@ -28,7 +28,8 @@ def accuracy(values: pd.DataFrame, narrow: bool = False) -> Figure:
             low, high = (abs(row[end] - row["accuracy"]) * 100 for end in ("low", "high"))
             style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 5.5, "linewidth": 1.4, "zorder": 3}
             axes.errorbar(100 * row["accuracy"], i, xerr=[[low], [high]], **style)
-            axes.text(0, i - 0.34, str(row["variant"]), color=INK, va="center", ha="left", parse_math=False)
+            name = _short(str(row["variant"]), 34 if narrow else 64)
+            axes.text(1, i - 0.34, name, color=INK, va="center", ha="left", parse_math=False).set_in_layout(False)
             axes.text(100, i - 0.34, f"{row['share']:.2%}" if row["parameters"] else "", color=MUTED, va="center", ha="right")
         for share in values["accuracy"][(values["variant"] == values["reference"]) & (len(values) > 1)]:
             axes.axvline(100 * share, color=MUTED, linestyle=DASHED, linewidth=0.8, zorder=1)
@@ -38,3 +39,8 @@ def accuracy(values: pd.DataFrame, narrow: bool = False) -> Figure:
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("accuracy in percent")
         return figure
+
+
+def _short(name: str, most: int) -> str:
+    """Its beginning and its end, where it is longer: runs of one variant differ at the end."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most - most // 2 - 1) :]}"

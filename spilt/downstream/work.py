@@ -126,6 +126,7 @@ def train(request: Request, host: Host, say: Callable[[str], None], *, quiet: bo
     parts, path = request.train_parts(host, data.hash), artifact(request)
     standing = manifest.standing(path, parts)
     if standing == "done" and not request.force:
+        here.unfinished.unlink(missing_ok=True)  # of one that was killed after its last write
         return "already done"
     if standing not in ("missing", "done"):
         log.warning("%s: is %s, and made again", path, standing)
