@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from spilt.data.chat import Chat, Encoded
-from spilt.downstream import answering, load, training, variants, work
+from spilt.downstream import answering, evaluation, load, training, variants, work
 from spilt.downstream.encode import Encoding
 from spilt.downstream.loreft import LoReFT
 from spilt.downstream.places import summaries
@@ -206,9 +206,9 @@ def test_a_scope_is_trained_as_it_is_decoded(scope: str) -> None:
     """Of all tokens that could come last in a decoded text, the one that was chosen has the largest log p, as training scores it."""
     net = world.pretrained_shape()
     steering = moved(variants.make(net, Variant(rank=3, scope=scope), 0), 3)
-    how = work.evaluation.greedy(5, (), 0)
+    how = evaluation.greedy(5, (), 0)
     prompts = [tuple(row.input_ids[: row.prompt_length]) for row in encoded(6)]
-    rows = [work.evaluation.Row(prompt, 1.0, "") for prompt in prompts]
+    rows = [evaluation.Row(prompt, 1.0, "") for prompt in prompts]
     made = dict(scopes.generate(net, steering, rows, how, 3))
     learner = training.Steered(net, steering, 0)
     for number, new in made.items():
