@@ -17,9 +17,10 @@ from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from spilt.data.chat import Chat, Encoded
-from spilt.downstream import load, training, variants, work
+from spilt.downstream import answering, evaluation, load, training, variants, work
 from spilt.downstream.encode import Encoding
 from spilt.downstream.loreft import LoReFT
+from spilt.downstream.places import summaries
 from spilt.downstream.rows import Example
 from spilt.downstream.words import KINDS, PROJECTIONS, TrainSettings, Variant
 from spilt.engine import scopes, whole
@@ -205,9 +206,9 @@ def test_a_scope_is_trained_as_it_is_decoded(scope: str) -> None:
     """Of all tokens that could come last in a decoded text, the one that was chosen has the largest log p, as training scores it."""
     net = world.pretrained_shape()
     steering = moved(variants.make(net, Variant(rank=3, scope=scope), 0), 3)
-    how = work.evaluation.greedy(5, (), 0)
+    how = evaluation.greedy(5, (), 0)
     prompts = [tuple(row.input_ids[: row.prompt_length]) for row in encoded(6)]
-    rows = [work.evaluation.Row(prompt, 1.0, "") for prompt in prompts]
+    rows = [evaluation.Row(prompt, 1.0, "") for prompt in prompts]
     made = dict(scopes.generate(net, steering, rows, how, 3))
     learner = training.Steered(net, steering, 0)
     for number, new in made.items():
@@ -316,17 +317,17 @@ def test_a_stored_adapter_is_never_read_as_another(tmp_path: Path) -> None:
     assert work.train(linear, host, print, quiet=True) == "done"
     assert work.train(linear, host, print, quiet=True) == "already done"
     with pytest.raises(UserError, match="nothing was learned there yet"):
-        work.evaluate(silu, host, "test", print)
+        answering.evaluate(silu, host, "test")
     linear.place.folder.parent.rename(silu.place.folder.parent)
     with pytest.raises(UserError, match='was trained with nonlinearity "linear" \\(now "silu"\\)'):
-        work.evaluate(silu, host, "test", print)
+        answering.evaluate(silu, host, "test")
     vector = work.Request(source, "tiny", Variant("vector"), settings, base)
     silu.place.folder.parent.rename(vector.place.folder.parent)
     with pytest.raises(UserError, match="was trained with"):
-        work.evaluate(vector, host, "test", print)
+        answering.evaluate(vector, host, "test")
     vector.place.steering.write_bytes(vector.place.steering.read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(UserError, match="is not what its manifest speaks of"):
-        work.evaluate(vector, host, "test", print)
+        answering.evaluate(vector, host, "test")
 
 
 def work_host(base: Path) -> Host:
@@ -341,15 +342,15 @@ def test_rows_and_log_of_a_run(tmp_path: Path) -> None:
     source = load.source("new", str(world.write_task(tmp_path / "new", 1, train=33, test=20)), extract="tag", max_new_tokens=4)
     request = work.Request(source, "tiny", Variant(rank=2), TrainSettings(lr=1e-2, bs=4), tmp_path)
     work.train(request, host, print, quiet=True)
-    summary = work.evaluate(request, host, "test", print)
+    summary = answering.evaluate(request, host, "test")
     log = [json.loads(line) for line in request.place.log.read_text().splitlines()]
     assert [row["step"] for row in log] == list(range(5)) and log[0]["lr"] == 0 and sum(row["tokens"] for row in log) == 33 * 4
     rows = [json.loads(line) for line in request.place.results("test").read_text().splitlines()]
     assert [set(row) for row in rows] == [{"prompt", "output", "label", "eval"}] * 20
     assert summary["n"] == 20 and summary["accuracy"] == sum(row["eval"] for row in rows) / 20 and summary["parameters"] == 2 * 3 * 64 * 2
     assert 0 <= summary["low"] <= summary["accuracy"] <= summary["high"] <= 1
-    assert work.summaries(request.place)["test"] == summary == work.evaluate(request, host, "test", print)
+    assert summaries(request.place)["test"] == summary == answering.evaluate(request, host, "test")
     assert not list(request.place.folder.glob("unfinished*"))
-    at_0 = work.evaluate(request, host, "test", print, multiplier=0.0)
-    base = work.evaluate(request._replace(variant=Variant("base")), host, "test", print)
-    assert at_0["accuracy"] == base["accuracy"] and set(work.summaries(request.place)) == {"test", "test_m0"}
+    at_0 = answering.evaluate(request, host, "test", multiplier=0.0)
+    base = answering.evaluate(request._replace(variant=Variant("base")), host, "test")
+    assert at_0["accuracy"] == base["accuracy"] and set(summaries(request.place)) == {"test", "test_m0"}

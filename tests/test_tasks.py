@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from spilt import cli
-from spilt.downstream import load, table, work
-from spilt.downstream.places import runs
+from spilt.downstream import answering, load, table, work
+from spilt.downstream.places import Place, runs, summaries
 from spilt.downstream.words import PARTS, PROJECTIONS, TrainSettings, Variant, acting
 from spilt.engine import whole
 from spilt.errors import UserError
@@ -130,11 +130,11 @@ def test_what_is_learned_anew_takes_no_result_of_before(tmp_path: Path, capsys: 
     quick = ["--variant", "vector", "--lr", "1e-2", "--bs", "4", "--quiet"]
     assert cli.main(words(base, "train", *quick, "--do-eval", "--test-only")) == 0
     (place,) = runs(base)
-    assert work.summaries(place).keys() == {"test"} and table.read(place, "test") is not None
+    assert summaries(place).keys() == {"test"} and table.read(place, "test") is not None
     earlier = place.summary.read_bytes()
     other = [*quick, "--system-prompt", "Say less."]
     assert cli.main(words(base, "train", *other)) == 0
-    assert work.summaries(place) == {} and "test left out: of what was learned before" in caplog.text
+    assert summaries(place) == {} and "test left out: of what was learned before" in caplog.text
     assert cli.main(["tasks", "table", "--base_dir", str(base)]) == 2
     place.summary.write_bytes(earlier)  # as a kill between the two leaves it
     capsys.readouterr()
@@ -208,7 +208,7 @@ BOUNDS: dict[str, Callable[[float], bool]] = {
     "base": lambda accuracy: accuracy <= 0.02,
     "post_block_block_silu_r8": lambda accuracy: accuracy >= 0.99,
     "post_block_block_linear_r8": lambda accuracy: accuracy >= 0.98,
-    "post_block_block_silu_r1": lambda accuracy: 0.2 <= accuracy <= 0.9,
+    "post_block_block_silu_r1": lambda accuracy: 0.25 <= accuracy <= 0.75,  # after 250 steps it is on its way: benchmarks/RESULTS.md
     "vector_block": lambda accuracy: accuracy <= 0.2,
 }
 
@@ -227,7 +227,7 @@ def test_the_relabelled_listops(seed: int, tmp_path: Path) -> None:
     if seed == 0:
         assert cli.main([*fitted, "--linear"]) == 0
     places = [place for place in runs(base) if place.folder.parents[2].name == "new"]
-    found = {place.folder.parent.name: work.summaries(place)["test"] for place in places}
+    found = {place.folder.parent.name: summaries(place)["test"] for place in places}
     print(seed, {name: one["accuracy"] for name, one in found.items()})
     assert [name for name, one in found.items() if not BOUNDS[name](one["accuracy"])] == []
     assert found.keys() == BOUNDS.keys() - ({"post_block_block_linear_r8"} if seed else set())
@@ -245,19 +245,19 @@ def test_the_relabelled_listops(seed: int, tmp_path: Path) -> None:
     with whole.steer(host.model, Steering.load(path), 1.0):
         assert (host.model(input_ids=ids).logits - plain).abs().max() > 0.1
     assert torch.equal(host.model(input_ids=ids).logits, plain)
-    assert work.evaluate(request, host, "test", print)["accuracy"] >= 0.98
+    assert answering.evaluate(request, host, "test")["accuracy"] >= 0.98
     # loaded again by the plain engine, in rows: the same answers
     results = path.with_name("test.json")
     before = results.read_bytes()
     assert cli.main(words(base, "evaluate", *fits, "--engine", "plain", "--force")) == 0
     assert results.read_bytes() == before
     assert cli.main(words(base, "evaluate", *fits, "--multiplier", "0")) == 0
-    assert work.summaries(work.Place(path.parent))["test_m0"]["accuracy"] <= 0.02
+    assert summaries(Place(path.parent))["test_m0"]["accuracy"] <= 0.02
 
 
 def test_a_wrong_summary_is_told(small: Path, tmp_path: Path) -> None:
-    place = work.Place(tmp_path)
+    place = Place(tmp_path)
     place.summary.write_text("[1]")
     with pytest.raises(UserError, match="is no summary"):
-        work.summaries(place)
-    assert work.summaries(work.Place(tmp_path / "none")) == {}
+        summaries(place)
+    assert summaries(Place(tmp_path / "none")) == {}

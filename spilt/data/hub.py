@@ -6,6 +6,7 @@ From the local cache only, unless a download is asked for. No code of a dataset 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -18,9 +19,12 @@ from typing import Any, NamedTuple
 from spilt.data.sources import LARGEST, Record
 from spilt.errors import UserError
 
+log = logging.getLogger("spilt")
 SCHEME = "hf:"
 SPEC = re.compile(r"hf:(?P<name>[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?)(:(?P<config>[\w.-]*)(?=:))?(:(?P<split>[\w.-]+))?", re.ASCII)
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+NOTE = "spilt: "  # begins a line on stderr that is for the reader, where others are the library's
+NO_NAME = "default"  # what the library calls the configuration of a dataset that names none
 OLDEST = 4  # of `datasets`: the first version that runs no code of a dataset
 
 
@@ -58,6 +62,9 @@ def table(name: str, config: str, split: str, download: bool = False, said: str 
         raise UserError(
             f"{said}: {why[-1][:400]}" + ("" if download or done.returncode != ABSENT else "; --download fetches it from the hub")
         )
+    for line in done.stderr.splitlines():
+        if line.startswith(NOTE):
+            log.warning("%s: %s", said, line.removeprefix(NOTE))
     return tuple(Record(i, f"row {i} (0-based)", json.loads(line)) for i, line in enumerate(done.stdout.split("\n")[:-1]))
 
 
@@ -77,11 +84,14 @@ def main(name: str, config: str, split: str) -> int:
     datasets.disable_progress_bars()
     try:
         found = datasets.load_dataset(name, config or None, split=split)
+        if not config and (taken := found.info.config_name) != NO_NAME:  # from the cache any that alone is there, whatever the hub has
+            print(f"{NOTE}no configuration was named, and {taken} was taken", file=sys.stderr)
         for line in _lines(found):
             sys.stdout.write(line)
     except Exception as error:  # noqa: BLE001 - of the hub, the network, the cache, a damaged file: all are told in one line
         said = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, OSError):  # not there; ConnectionError where it was looked for on the hub
+        # not there; ConnectionError where it was looked for on the hub; ValueError where the cache has other configurations of it
+        if isinstance(error, OSError) or said.startswith("Couldn't find cache"):
             _refused(f"is not in the local cache of datasets, or cannot be reached: {said}")
             return ABSENT
         return _refused(f"cannot be read: {said}")

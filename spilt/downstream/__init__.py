@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -30,7 +31,7 @@ from spilt.terminal import complain, program, say
 if TYPE_CHECKING:
     from spilt.downstream.work import Request
 
-FORMATS = ("markdown", "csv", "latex")
+FORMATS = ("markdown", "csv", "latex", "html")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     table.add_argument("--base_dir", "--base-dir", default=".", type=Path)
     table.add_argument("--dataset-name", nargs="+", default=[], metavar="NAME", help="default: all tasks")
     table.add_argument("--model-name", nargs="+", default=[], metavar="NAME", help="default: all models")
-    table.add_argument("--split", default="test", help="default: test")
+    table.add_argument("--split", choices=SPLITS, default="test", help="default: test")
     table.add_argument("--reference", default="base", metavar="VARIANT", help="whose difference is shown (default base)")
     table.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=f"default {FORMATS[0]}")
     table.add_argument("--output", type=Path, metavar="FOLDER", help="write tasks.md, .tex, .html and a csv of each table there")
@@ -67,7 +68,8 @@ def _shared(one: argparse.ArgumentParser) -> None:
     s, add = TrainSettings(), one.add_argument
     add("--model-name", "--model_name", required=True, metavar="NAME", help="a folder below models/, a path, or a hub id")
     add("--dataset-name", required=True, metavar="NAME", help=f"{', '.join((*TASKS, *ALIASES))}; or, with --data, a task of your own")
-    add("--data", default="", metavar="FILE|FOLDER", help="rows of the published columns, or of your own: prompt, completion, label")
+    columns = "rows of the published columns, or of your own: prompt, completion, label"
+    add("--data", default="", metavar="FILE|FOLDER", help=f"{columns}; of a single file 80%% are train, 10%% validation, 10%% test")
     add("--extractor", default="", choices=("", *EXTRACTORS), help="of a task of your own: how an answer is read (default text)")
     add("--listops", default="", metavar="KEY=VALUE,...", help="operators=MIN+MAX,depth=,fewest=,most=,train=,test=,seed=")
     add("--base_dir", "--base-dir", default=".", type=Path)
@@ -194,17 +196,23 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    if not math.isfinite(args.multiplier):
+        raise UserError(f"--multiplier {args.multiplier:g}: wanted a finite number")
     return _each(args, False, list(dict.fromkeys(args.split)))
 
 
 def _each(args: argparse.Namespace, training: bool, splits: Sequence[str]) -> int:
     """Every run that the words name; a run whose numbers are not finite is told, and the others go on."""
-    from spilt.downstream import work
+    from spilt.downstream import answering, work
 
     asked = list(requests(args))
     if training and any(request.variant.kind == "base" for request in asked):
         raise UserError("--variant base learns nothing: spilt tasks evaluate --variant base measures it")
-    for split in ("train", *splits):  # before the model, which takes long
+    if training:  # all data before the model, which takes long
+        asked[0].source.split("train")
+    elif asked[0].source.train() is None:
+        complain(f"note: {args.data} has no training rows, so nobody tells whether a row of {', '.join(splits)} is one of them")
+    for split in splits:
         asked[0].source.split(split)
     told, failed, loaded = list[dict[str, Any]](), 0, _host(args)
     tell = complain if args.json else say
@@ -216,7 +224,7 @@ def _each(args: argparse.Namespace, training: bool, splits: Sequence[str]) -> in
                     found["train"] = work.train(request, loaded, tell, quiet=args.quiet)
                     tell(f"{found['train']}: {work.artifact(request)}")
                 for split in splits:
-                    summary = work.evaluate(request, loaded, split, tell, multiplier=getattr(args, "multiplier", 1.0))
+                    summary = answering.evaluate(request, loaded, split, multiplier=getattr(args, "multiplier", 1.0))
                     found[split] = summary
                     tell(line(summary))
             except NotFinite as error:
@@ -229,9 +237,19 @@ def _each(args: argparse.Namespace, training: bool, splits: Sequence[str]) -> in
     return int(failed > 0)
 
 
+# of a summary: what is said where there is any of it
+TOLD = ("no_answer", "cut_off", "prompts_truncated", "prompts_left_out", "rows_without_answer", "seen_in_train")
+
+
 def line(summary: dict[str, Any]) -> str:
     """One evaluation in a line."""
-    more = ", ".join(f"{summary[name]} {name.replace('_', ' ')}" for name in ("no_answer", "cut_off", "prompts_truncated") if summary[name])
+    more = ", ".join(
+        [
+            *(f"{summary[name]} {name.replace('_', ' ')}" for name in TOLD if summary.get(name)),
+            *(["every label is the same"] if summary.get("commonest") == 1 else []),
+            *filter(None, [summary.get("part_of_file")]),
+        ]
+    )
     accuracy, low, high = (f"{summary[name]:.3f}" for name in ("accuracy", "low", "high"))
     return (
         f"{summary['task']} {summary['split']} {summary['variant']}{acting(summary['multiplier'], summary.get('part', PARTS[0]))}: "
@@ -245,14 +263,14 @@ def _table(args: argparse.Namespace) -> int:
     from spilt.downstream import table
 
     made = table.collect(args.base_dir, args.dataset_name, args.model_name, args.split, args.reference)
+    written = {"markdown": table.markdown, "latex": table.latex, "html": table.html, "csv": lambda some: table.csv(some, some[0].name)}
+    assert set(written) == set(FORMATS)
     if args.output is None:
-        written = {"markdown": table.markdown, "latex": table.latex, "csv": lambda some: table.csv(some, some[0].name)}
-        text = written[args.format](made)
-        for one in text.splitlines():
+        for one in written[args.format](made).splitlines():
             say(one)
         return 0
     args.output.mkdir(parents=True, exist_ok=True)
-    files = {"tasks.md": table.markdown(made), "tasks.tex": table.latex(made), "tasks.html": table.html(made, __version__)}
+    files = {"tasks.md": table.markdown(made), "tasks.tex": table.latex(made), "tasks.html": table.html(made)}
     files |= {f"tasks_{name}.csv": table.csv(made, name) for name in dict.fromkeys(one.name for one in made)}
     for name, text in files.items():
         atomic_write(args.output / name, text)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from spilt.data.sources import seen
 from spilt.errors import unknown
 
 # 'Answer:', 'the answer is', 'answer choice -'; then what follows it on its line
@@ -112,18 +113,24 @@ class Extractor(NamedTuple):
 
 
 def _number_of(label: Any) -> float:
-    if isinstance(label, (int, float)):
-        return float(label)
-    found = numbers(str(label))
-    if len(found) != 1:
-        raise ValueError(f"{label!r} is not one number")
+    found = [] if isinstance(label, bool) else [float(label)] if isinstance(label, (int, float)) else numbers(str(label))
+    if len(found) != 1 or not math.isfinite(found[0]):
+        raise ValueError(f"{seen(label)} is not one number")
     return found[0]
+
+
+def _whole_of(label: Any) -> int:
+    if not isinstance(label, bool) and re.fullmatch(r"-?[0-9]{1,18}", said := str(label).strip()):
+        return int(said)
+    if (value := _number_of(label)) != int(value):
+        raise ValueError(f"{seen(label)} is no whole number")
+    return int(value)
 
 
 def _one_of(*words: str) -> Callable[[Any], str]:
     def check(label: Any) -> str:
         if (said := str(label).strip().lower()) not in words:
-            raise ValueError(f"{label!r} is none of {', '.join(words)}")
+            raise ValueError(f"{seen(label)} is none of {', '.join(words)}")
         return said
 
     return check
@@ -132,25 +139,32 @@ def _one_of(*words: str) -> Callable[[Any], str]:
 def _letter_of(label: Any) -> str:
     said = str(label).strip().strip("().").upper()
     if len(said) != 1 or said not in LETTERS:
-        raise ValueError(f"{label!r} is no letter from A to E")
+        raise ValueError(f"{seen(label)} is no letter from A to E")
     return said
 
 
 def _option_of(label: Any) -> int:
     if str(label).strip() not in ("1", "2"):
-        raise ValueError(f"{label!r} is neither 1 nor 2")
+        raise ValueError(f"{seen(label)} is neither 1 nor 2")
     return int(label)
+
+
+def _text_of(label: Any) -> str:
+    """As `text` finds it: what stands behind 'Answer:' in the label, too."""
+    if (found := text(str(label))) is None:
+        raise ValueError(f"{seen(label)} is no text")
+    return found
 
 
 NLI = ("entailment", "neutral", "contradiction")
 EXTRACTORS: dict[str, Extractor] = {
     "boolean": Extractor(_words("true", "false"), _one_of("true", "false"), "true or false"),
     "option": Extractor(option, _option_of, "Option1 or Option2"),
-    "tag": Extractor(tagged, lambda label: int(_number_of(label)), "the whole number in <answer></answer>"),
+    "tag": Extractor(tagged, _whole_of, "the whole number in <answer></answer>"),
     "number": Extractor(number, _number_of, "a number"),
     "letter": Extractor(letter, _letter_of, "a letter from A to E"),
     "nli": Extractor(_words(*NLI), _one_of(*NLI), ", ".join(NLI)),
-    "text": Extractor(text, lambda label: _plain(str(label)), "what follows 'Answer:', or the whole text"),
+    "text": Extractor(text, _text_of, "what follows 'Answer:', or the whole text"),
 }
 
 

@@ -6,6 +6,7 @@ What was generated is the tokens after the prompt's own, never a part of a text 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -100,7 +101,8 @@ def score(
 ) -> Scored:
     """Right or wrong of every example; one whose prompt was left out as too long is wrong, and counted.
 
-    no_answer: texts without an answer, which are wrong too. cut_off: texts that reached max_new_tokens before their end.
+    no_answer: texts without an answer, which are wrong too. cut_off: texts that reached max_new_tokens before their end. commonest: share
+    of the commonest label, which is what always saying it would get right.
     """
     if len(made) != len(prompted.ids):
         raise ValueError(f"{len(made)} texts for {len(prompted.ids)} prompts")
@@ -114,8 +116,9 @@ def score(
         cut += bool(ids) and ids[-1] not in how.eos
         rows.append({"prompt": example.prompt, "output": output, "label": example.label, "eval": bool(right)})
     found = intervals.share([row["eval"] for row in rows])
+    ((_, most),) = Counter(extract.label(example.label) for example in examples).most_common(1)
     summary = {
-        "accuracy": found.value, "low": found.low, "high": found.high, "n": found.n,
+        "accuracy": found.value, "low": found.low, "high": found.high, "n": found.n, "commonest": most / len(rows),
         "no_answer": none, "cut_off": cut, "prompts_truncated": prompted.truncated, "prompts_left_out": len(prompted.dropped),
     }  # fmt: skip
     return Scored(rows, summary)

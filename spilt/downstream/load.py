@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from spilt.artifacts.manifest import digest
 from spilt.data import hub
-from spilt.data.sources import READERS, Record, columns_of, ending_of, read_rows
+from spilt.data.sources import READERS, Record, columns_of, ending_of, read_rows, seen
 from spilt.downstream import listops, rows
 from spilt.downstream.answers import extractor
 from spilt.downstream.rows import OF_ONE, OWN, SPLITS, Example, Part, Task, of_listops
@@ -18,6 +18,10 @@ from spilt.errors import UserError, checked_name, half_pair, unknown
 
 SEED = 42  # of the cut of official splits: one for all runs, so that they share their test rows
 SIZES = {"train": 2000, "validation": 500, "test": 1000}  # of ListOps made here
+
+
+class NotThere(UserError):
+    """A split whose file is not in the folder."""
 
 
 class Data(NamedTuple):
@@ -66,8 +70,21 @@ class Source(NamedTuple):
         files = [file for file in sorted(path.iterdir()) if (end := ending_of(file)) and file.name[: -len(end)] == part.official]
         if len(files) != 1:
             what = "none" if not files else f"{len(files)}: {', '.join(file.name for file in files)}"
-            raise UserError(f"--data {self.said}: wanted one file {part.official}.jsonl ({', '.join(READERS)}); there is {what}")
+            kind = UserError if files else NotThere
+            raise kind(f"--data {self.said}: wanted one file {part.official}.jsonl ({', '.join(READERS)}); there is {what}")
         return _examples(self.task, _cut(read_rows(files[0]), part), files[0].name)
+
+    def train(self) -> Data | None:
+        """Its training rows; None where a folder has none: answers can be evaluated without them."""
+        try:
+            return self.split(SPLITS[0])
+        except NotThere:
+            return None
+
+    def part(self, name: str) -> str:
+        """What of a file that is cut a split is, in words; '' where it is a file of its own."""
+        share = OF_ONE[name]
+        return f"{name} is {share.start:.0%} to {share.end:.0%} of {Path(self.said).name}, shuffled" if Path(self.said).is_file() else ""
 
     def _made(self, name: str) -> list[Record]:
         """Expressions of one split, none of an earlier one."""
@@ -103,7 +120,7 @@ def _examples(task: Task, found: list[Record], where: str = "") -> Data:
         except KeyError as error:
             what = "nothing in" if error.args[0] in record.values else "no"
             raise UserError(f"{where} {record.where}: {what} column {error} of {task.name}; {columns_of(record.values)}") from None
-        except (ValueError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
             raise UserError(f"{where} {record.where}: is no row of {task.name}: {error}") from None
         if not example.prompt.strip() or not example.completion.strip():
             raise UserError(f"{where} {record.where}: its prompt or its completion is empty; write one or leave the row out")
@@ -169,13 +186,20 @@ def _listops(said: str) -> dict[str, Any]:
     return {"shape": shape, "sizes": sizes, "seed": seed}
 
 
+def misread(task: Task, data: Data) -> list[int]:
+    """The rows (by number, 0-based) whose own completion would not be counted as right: who learns them is wrong."""
+    score = extractor(task.extract).score
+    return [i for i, example in enumerate(data.examples) if score(example.completion, example.label) is not True]
+
+
+def says_misread(task: Task, example: Example) -> str:
+    """One such row: what is read in its completion, and its label."""
+    found = extractor(task.extract).find(example.completion)
+    what = "no answer is read" if found is None else f"{seen(found)} is read"
+    return f"in its completion {seen(example.completion)} {what} ({extractor(task.extract).says}), and its label is {seen(example.label)}"
+
+
 def seen_in(train: Data, other: Data) -> int:
     """How many rows have a prompt that is also one of train."""
     known = {example.prompt for example in train.examples}
     return sum(example.prompt in known for example in other.examples)
-
-
-def without(data: Data, train: Data) -> Data:
-    """The rows whose prompt is none of train."""
-    known = {example.prompt for example in train.examples}
-    return data._replace(examples=tuple(example for example in data.examples if example.prompt not in known))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from spilt.errors import UserError
 from spilt.steering.interventions import Intervention, Multiplier, PostBlock, Vector
 
 
@@ -16,6 +17,8 @@ class LoReFT(Intervention):
 
     def __init__(self, hidden: int, rank: int, write_point: str) -> None:
         super().__init__(None, write_point, 0.0)
+        if rank > hidden:
+            raise UserError(f"loreft of rank {rank} (--adapter-rank): R has orthonormal rows, at most {hidden} of {hidden} numbers")
         self.free = nn.Parameter(nn.init.orthogonal_(torch.empty(rank, hidden)))
         self.weight = nn.Parameter(self.rotation().detach().clone())
         self.bias = nn.Parameter(torch.zeros(rank))

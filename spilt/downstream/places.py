@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from spilt.errors import checked_name
+from spilt.errors import UserError, checked_name, first_line
 
 ROOT = "tasks"
 SUMMARY = "summary.json"
@@ -57,3 +58,16 @@ def place(base_dir: Path, task: str, model: str, variant: str, run: str) -> Plac
 def runs(base_dir: Path) -> list[Place]:
     """Every run that has been evaluated."""
     return [Place(path.parent) for path in sorted((base_dir / ROOT).glob(f"*/*/*/*/{SUMMARY}"))]
+
+
+def summaries(here: Place) -> dict[str, Any]:
+    """name -> summary of what was evaluated in a run's folder. Raises UserError for a file that is none."""
+    try:
+        found = json.loads(here.summary.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{here.summary}: cannot be read: {first_line(error)}; spilt tasks evaluate --force writes it anew") from None
+    if not isinstance(found, dict) or not all(isinstance(value, dict) for value in found.values()):
+        raise UserError(f"{here.summary}: is no summary; spilt tasks evaluate --force writes it anew")
+    return found

@@ -71,7 +71,7 @@ LISTOPS_SAYS = (
 
 
 def list_ops(row: Mapping[str, Any]) -> Example:
-    target = int(row["Target"])
+    target = extractor("tag").label(row["Target"])
     return Example(f"{LISTOPS_SAYS}\nExpression:\n{row['Source']}\n", f"<answer>{target}</answer>", target)
 
 
@@ -136,6 +136,8 @@ def own(row: Mapping[str, Any]) -> Example | None:
     label = row["label"]
     if label is None or label != label or not str(label).strip():  # null, nan: no answer to be right about
         return None
+    if not isinstance(label, str | bool | int | float):
+        raise ValueError(f"label is {seen(label)}; wanted a text, a number, true or false")
     return Example(_said(row, "prompt"), _said(row, "completion"), label)
 
 

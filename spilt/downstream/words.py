@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from spilt.cell import NONLINEARITIES
 from spilt.errors import UserError, unknown
 from spilt.settings.fields import WRITE_POINTS
+from spilt.settings.files import MAX_INT
 from spilt.settings.values import SCOPES
 
 
@@ -130,6 +131,8 @@ class TrainSettings:
         for name in ("epochs", "bs", "grad_accum"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted 1 or more")
+        if not 0 <= self.seed <= MAX_INT:
+            raise UserError(f"--seed {self.seed}: wanted 0 to {MAX_INT}")
         for name in ("lr", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted a number above 0")

@@ -1,4 +1,4 @@
-"""A run on a task: training what is learned, and its answers. A killed one goes on to the same bytes."""
+"""A run on a task: training what is learned. A killed one goes on to the same bytes."""
 
 from __future__ import annotations
 
@@ -12,28 +12,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from spilt.artifacts import manifest
 from spilt.artifacts.atomic import atomic_write, atomic_write_all
-from spilt.artifacts.journal import Journal
 from spilt.data.chat import Encoded
-from spilt.downstream import evaluation, load, training, variants
-from spilt.downstream.answers import extractor
+from spilt.downstream import load, training, variants
 from spilt.downstream.encode import Encoding
-from spilt.downstream.places import Place, place
-from spilt.downstream.rows import SPLITS
-from spilt.downstream.words import KINDS, OVERLONG, PARTS, TrainSettings, Variant, acting
+from spilt.downstream.places import Place, place, summaries
+from spilt.downstream.rows import OWN
+from spilt.downstream.words import OVERLONG, PARTS, TrainSettings, Variant
 from spilt.engine import choice, sampling
 from spilt.engine.train import check_usable
-from spilt.errors import UserError, first_line
+from spilt.errors import UserError
 from spilt.model.host import Host
 from spilt.model.identity import model_hash
-from spilt.steering import joint
 from spilt.steering.steering import SCOPE, Steering, base_model
 from spilt.tasks.context import check_context
 from spilt.tasks.fit import sealed, unsealed
@@ -84,23 +79,16 @@ class Request(NamedTuple):
             log.warning("%s has no end token: nothing teaches it to stop, so every answer is as long as --max-new-tokens", self.model)
         return Encoding(host.chat(self.use_chat_template, self.system_prompt), ends, self.source.task.max_length, self.overlong)
 
-    def train_parts(self, host: Host, data: load.Data) -> dict[str, Any]:
-        """What decides what is learned."""
+    def train_parts(self, host: Host, data: str) -> dict[str, Any]:
+        """What decides what is learned. data: hash of the training rows."""
         parts: dict[str, Any] = {
             "model": model_hash(host.path),
-            "data": data.hash,
+            "data": data,
             "variant": self.variant.as_dict(),
             "reading": self.reading(),
         }
         parts |= {"task": self.source.task.name, "limit": self.limit, "dtype": self.dtype}
         return parts | {"settings": self.settings.as_dict(), "verb": "tasks train"}
-
-
-class Trained(NamedTuple):
-    """What a run has learned, ready to act on its model: a Steering, or all weights."""
-
-    steering: Steering | None
-    weights: Mapping[str, Tensor] | None = None
 
 
 @contextmanager
@@ -134,9 +122,11 @@ def train(request: Request, host: Host, say: Callable[[str], None], *, quiet: bo
     if request.variant.kind == "base":
         raise UserError("--variant base learns nothing; spilt tasks evaluate measures it")
     data = cut(request.source.split("train"), request.limit)
-    parts, path = request.train_parts(host, data), artifact(request)
+    _check_read(request, data)
+    parts, path = request.train_parts(host, data.hash), artifact(request)
     standing = manifest.standing(path, parts)
     if standing == "done" and not request.force:
+        here.unfinished.unlink(missing_ok=True)  # of one that was killed after its last write
         return "already done"
     if standing not in ("missing", "done"):
         log.warning("%s: is %s, and made again", path, standing)
@@ -155,6 +145,19 @@ def train(request: Request, host: Host, say: Callable[[str], None], *, quiet: bo
         _store(request, host, learner, rows, parts, about, sequences, truncated, dropped)
     here.unfinished.unlink(missing_ok=True)
     return "done"
+
+
+def _check_read(request: Request, data: load.Data) -> None:
+    """Raises UserError where no training row's own completion would be counted as right; of some of them it warns."""
+    task = request.source.task
+    if not (wrong := load.misread(task, data)):
+        return
+    first = f"row {wrong[0]} (0-based): {load.says_misread(task, data.examples[wrong[0]])}"
+    if len(wrong) == len(data.examples):
+        way_out = "another --extractor reads it otherwise" if task.source == OWN else "mend the rows"
+        raise UserError(f"{task.name}: what is taught would be counted as wrong in every training row; {first}; {way_out}")
+    count = f"{len(wrong)} of {len(data.examples)}"
+    log.warning("%s: in %s training rows what is taught would be counted as wrong; %s", task.name, count, first)
 
 
 def counts(data: load.Data, truncated: int, dropped: int) -> list[tuple[int, str]]:
@@ -246,120 +249,3 @@ def _under_way(request: Request, here: Place, identity: str, quiet: bool) -> Ite
 
         resume = None if request.force else unsealed(here.unfinished, identity)
         yield {"resume": resume, "checkpoint": checkpoint, "progress": progress}
-
-
-def trained(request: Request, host: Host) -> Trained:
-    """What the run has learned. Raises UserError where nothing is stored, or what is stored is of another variant."""
-    path, v = artifact(request), request.variant.plain()
-    if v.kind == "base":
-        return Trained(None)
-    if not path.is_file():
-        raise UserError(f"{path}: nothing was learned there yet; spilt tasks train with the same words makes it")
-    record = manifest.read(path)
-    if record is None or not manifest.matches(path, record):
-        raise UserError(f"{path}: is not what its manifest speaks of; spilt tasks train makes it again")
-    if record["parts"]["model"] != model_hash(host.path):
-        raise UserError(f"{path}: was learned on another model than {host.path}; train it on this one")
-    if v.kind == "full":
-        try:
-            return Trained(None, load_file(path))
-        except SafetensorError as error:
-            raise UserError(f"{path}: cannot be read as safetensors: {first_line(error)}") from None
-    steering = Steering.load(path)
-    refuse_other(v, steering, str(path))
-    return Trained(steering.to(host.model))
-
-
-def refuse_other(v: Variant, steering: Steering, path: str) -> None:
-    """Raises UserError where a stored Steering is not the variant that is asked for: it is never read as another one."""
-    said = dict(steering.about.get("variant") or {})
-    wanted = json.loads(json.dumps(v.as_dict()))
-    if other := manifest.differences(said, wanted):
-        raise UserError(f"{path}: was trained with {other}; evaluate it as what it is")
-    options = {made.options().get("nonlinearity") for _, made in steering if made.form == "post_block"}
-    if "nonlinearity" in KINDS[v.kind].words and options != {v.nonlinearity}:
-        raise UserError(f"{path}: holds adapters that are {', '.join(map(str, options))}, not {v.nonlinearity}: the file was changed")
-
-
-def evaluate(request: Request, host: Host, split: str, say: Callable[[str], None], *, multiplier: float = 1.0) -> dict[str, Any]:
-    """The summary of a split, which is stored beside its rows; nothing is done again that is there."""
-    here, task = request.place, request.source.task
-    data = request.source.split(split)
-    train_data = request.source.split(SPLITS[0])
-    seen = load.seen_in(train_data, data)
-    data = cut(data, request.limit_eval)
-    known = None if request.variant.kind == "base" else manifest.read(artifact(request))
-    if request.part != PARTS[0] and request.variant.kind != "joint":
-        raise UserError(f"--part {request.part} is of --variant joint, which has two")
-    name = split + acting(multiplier, request.part)
-    path = here.results(name)
-    parts: dict[str, Any] = {
-        "verb": "tasks evaluate",
-        "task": task.name,
-        "data": data.hash,
-        "model": model_hash(host.path),
-        "dtype": request.dtype,
-    }
-    parts |= {"learned": known and known["identity"], "reading": request.reading(), "max_new_tokens": task.max_new_tokens}
-    parts |= {"multiplier": multiplier, "extract": task.extract, "part": request.part}
-    if manifest.standing(path, parts) == "done" and not request.force:
-        stored = dict((manifest.read(path) or {})["notes"])
-        _keep(here, name, stored)
-        return stored
-    learned = trained(request, host)
-    if known is not None:
-        now = json.loads(json.dumps(request.train_parts(host, cut(train_data, request.limit))))
-        if other := manifest.differences(known["parts"], now):
-            log.warning("%s: was learned with %s; spilt tasks train learns it again", artifact(request), other)
-    encoding = request.encoding(host)
-    prompted = encoding.prompts(data.examples)
-    base = sampling.decoding({"do_sample": False}, host.model, host.tokenizer)
-    how = evaluation.greedy(task.max_new_tokens, base.eos, base.pad, base.processors)
-    if learned.weights is not None and multiplier != 1.0:
-        raise UserError("--multiplier is a Steering's strength, and full fine-tuning has none")
-    steering = joint.part(learned.steering, request.part) if learned.steering and request.part != PARTS[0] else learned.steering
-    steering = steering or variants.nothing(host.model)
-    strength = multiplier if learned.steering else 0.0
-    asked = evaluation.Asked(host.model, steering, strength, how, request.variant.scope, request.engine, request.batch_size)
-    journal = Journal(here.outputs(name))
-    if request.force:
-        journal.remove()
-    with restored(host.model) if learned.weights is not None else nullcontext():
-        if learned.weights is not None:
-            put(host.model, learned.weights)
-        made = evaluation.answers(asked, prompted.ids, journal, manifest.identity(parts))
-    scored = evaluation.score(data.examples, prompted, made, how, extractor(task.extract), host.tokenizer)
-    summary = {**scored.summary, "seen_in_train": seen, "rows_without_answer": data.without_answer}
-    summary |= {name: known["notes"][name] if known else 0 for name in ("parameters", "share")}
-    if request.part != PARTS[0]:
-        summary |= counted(steering, host.model)
-    summary |= {"task": task.name, "split": split, "model": request.model, "variant": request.variant.plain().name, "run": here.folder.name}
-    summary |= {"multiplier": multiplier, "part": request.part, "max_new_tokens": task.max_new_tokens}
-    summary |= {"decoder": "fast" if not asked.why_plain else f"plain: {asked.why_plain}"}
-    manifest.write(path, scored.lines(), parts, summary)
-    _keep(here, name, summary)
-    journal.close()
-    journal.remove()
-    if seen:
-        say(f"{task.name}: {seen} prompts of {split} are also training prompts")
-    return json.loads(json.dumps(summary))  # type: ignore[no-any-return]
-
-
-def _keep(here: Place, name: str, summary: Mapping[str, Any]) -> None:
-    """In the run's summary.json, beside those of other splits."""
-    known = summaries(here)
-    if known.get(name) != summary:
-        atomic_write(here.summary, json.dumps({**known, name: summary}, indent=1, sort_keys=True) + "\n")
-
-
-def summaries(here: Place) -> dict[str, Any]:
-    """name -> summary of what was evaluated in a run's folder. Raises UserError for a file that is none."""
-    try:
-        found = json.loads(here.summary.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{here.summary}: cannot be read: {first_line(error)}; spilt tasks evaluate --force writes it anew") from None
-    if not isinstance(found, dict) or not all(isinstance(value, dict) for value in found.values()):
-        raise UserError(f"{here.summary}: is no summary; spilt tasks evaluate --force writes it anew")
-    return found

@@ -141,11 +141,11 @@ def _report(
     ]:
         wide, narrow = draw(of, split), draw(of, split, narrow=True)
         if wide is not None and narrow is not None:
-            pictures[name] = _picture(wide, narrow)
+            pictures[name] = page.picture(wide, narrow)
             atomic_write(here.with_name(f"{name}.svg"), pictures[name].drawn)
     for cell in measured:
         wide, narrow = figures.cell_figure(cell, split), figures.cell_figure(cell, split, narrow=True)
-        pictures[cell.name] = _picture(wide, narrow)
+        pictures[cell.name] = page.picture(wide, narrow)
         atomic_write(cell.place.folder / stored.CURVES_FILE, drawing.png_of(wide))
 
     for unread in filter(None, [*(stored.left_out_texts(cell.place) for cell in measured), *(said for _, said in scored.values())]):
@@ -194,11 +194,6 @@ def _report(
     out = freshness.write(base, model, dataset, html, parts, problems, best)
     about.write_indexes(base, model)
     return out
-
-
-def _picture(wide: Figure, narrow: Figure) -> page.Picture:
-    drawn = drawing.svg_of(wide)
-    return page.Picture(page.image(drawn), page.image(drawing.svg_of(narrow)), drawn)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -15,8 +15,11 @@ from markupsafe import Markup
 
 from spilt.artifacts.scores import MEASURES
 from spilt.errors import printable
-from spilt.report.drawing import adaptive
+from spilt.report.drawing import adaptive, svg_of
 from spilt.report.places import absent, anchor, shown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Image(NamedTuple):
@@ -56,6 +59,11 @@ def image(svg: str) -> Image:
     width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
     data = base64.b64encode(adaptive(svg).encode()).decode()
     return Image(f"data:image/svg+xml;base64,{data}", round(float(width)), round(float(height)))
+
+
+def picture(wide: Figure, narrow: Figure) -> Picture:
+    drawn = svg_of(wide)
+    return Picture(image(drawn), image(svg_of(narrow)), drawn)
 
 
 def columns(names: Iterable[str], unit: str, spec: str) -> list[Column]:
