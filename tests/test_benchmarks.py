@@ -141,6 +141,8 @@ def test_gpu_script_runs_on_the_cpu_at_small_size(tmp_path: Path) -> None:
         assert steps["correct"]["right"], steps["correct"]
         assert all(steps[name]["seconds"] > 0 for name in ("fit", "loss"))
         assert steps["generation"]["floor tokens/s"] > 0
+        assert "CUDA device" in steps["steps"]["captured"]
+        assert all(steps["steps"][f"{how} equal tokens"] == 1 for how in ("plain", "static", "compiled"))
     assert "tiny-gemma-2" in (tmp_path / "gpu.md").read_text()
 
 
