@@ -141,8 +141,8 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
         "--decode_step",
         choices=STEPS,
         default=PLAIN_STEP,
-        help="of making text: plain, of fixed shapes (static), those by torch.compile (compiled) or as a CUDA graph (captured); equal up to "
-        "rounding",
+        help="how text gets its next token: plain; static: in fixed shapes; compiled: those by torch.compile; captured: as a CUDA graph "
+        "(equal up to rounding)",
     )
     add("--deterministic", action="store_true", help="only algorithms that give the same bits every time (slower on a GPU)")
     if not verb:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import families
@@ -43,9 +44,9 @@ def texts(tiny: nn.Module, steering: Steering, asked: list[Row], decoding: Decod
     return dict(decode.generate(tiny, steering, asked, decoding, batch, step=step))
 
 
-def same(tiny: nn.Module, steering: Steering, asked: list[Row], drawn: str = "static", greedy: str = "captured") -> None:
+def same(tiny: nn.Module, steering: Steering, asked: list[Row], greedy: str = "captured") -> None:
     """Drawn texts that end apart (places are given on), greedy ones that end at once (all places are): those of the plain step."""
-    for step, decoding in ((drawn, how(sample=True)), (greedy, how(ends=()))):
+    for step, decoding in (("static", how(sample=True)), (greedy, how(ends=()))):
         plain = texts(tiny, steering, asked, decoding, 3, "plain")
         assert len(plain) == len(asked) and len({*map(tuple, plain.values())}) > 3
         assert texts(tiny, steering, asked, decoding, 3, step) == plain, step
@@ -144,32 +145,32 @@ def test_nothing_goes_between_host_and_device(family: str) -> None:
             return inner()
 
     step.run = watched
-    step.lengths = torch.zeros(4, dtype=torch.long, device="meta")
     assert step(torch.ones(3, 1, 1, device="meta"), torch.zeros(3, dtype=torch.long, device="meta"), [5, 6, 7]).shape == (3, VOCAB)
 
 
 def test_places_and_tensors_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One step and one set of stores for all rows of a stream, also when all places were empty in between."""
-    made: list[static.StaticStep] = []
-    own = static.StaticStep.__init__
-
-    def seen(self: static.StaticStep, *given: Any) -> None:
-        own(self, *given)
-        made.append(self)
-
-    monkeypatch.setattr(static.StaticStep, "__init__", seen)
+    """One step and one set of stores for all rows of a stream, also when all places were empty in between; then they are given back."""
+    given: list[tuple[Any, ...]] = []
+    steps: list[weakref.ref[static.StaticStep]] = []
     calls: list[tuple[int, ...]] = []
-    real = static.StaticStep.__call__
+    begin, call = static.StaticStep.__init__, static.StaticStep.__call__
 
-    def called(self: static.StaticStep, *given: Any) -> torch.Tensor:
-        layers: list[Any] = self.cache.layers
-        calls.append(tuple(store.data_ptr() for layer in layers for store in layer.stores) + (self.tokens.data_ptr(),))
-        return real(self, *given)
+    def begun(self: static.StaticStep, *how: Any) -> None:
+        given.append(how)
+        steps.append(weakref.ref(self))
+        begin(self, *how)
 
+    def called(self: static.StaticStep, *step: Any) -> torch.Tensor:
+        stores = [store for layer in given[0][2].layers for store in layer.stores]
+        calls.append(tuple(t.data_ptr() for t in (*stores, self.tokens, self.lengths, self.multiplier)))
+        return call(self, *step)
+
+    monkeypatch.setattr(static.StaticStep, "__init__", begun)
     monkeypatch.setattr(static.StaticStep, "__call__", called)
     texts(model("qwen2"), steering_of("vector", "qwen2"), rows(), how(ends=()), 3, "static")
-    assert len(made) == 1 and len(calls) == 2 * (NEW - 1) and len({*calls}) == 1
-    assert len(made[0].tokens) == 3 and len(made[0].columns) == max(LENGTHS) + NEW
+    assert [how[3:] for how in given] == [(3, max(LENGTHS) + NEW, "static")]
+    assert len(calls) == 2 * (NEW - 1) and len({*calls}) == 1
+    assert steps[0]() is None
 
 
 def test_the_model_is_given_back() -> None:

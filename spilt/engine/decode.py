@@ -84,9 +84,7 @@ def refuse_not_finite(scores: Tensor, rows: Sequence[Row]) -> None:
 class _Stream:
     """All rows of a request on their way: waiting, active, finished."""
 
-    def __init__(
-        self, model: nn.Module, make_sites: MakeSites, rows: Sequence[Row], how: Decoding, batch_size: int, step: str
-    ) -> None:
+    def __init__(self, model: nn.Module, make_sites: MakeSites, rows: Sequence[Row], how: Decoding, batch_size: int, step: str) -> None:
         self.model, self.make_sites, self.rows, self.how, self.batch_size, self.step = model, make_sites, rows, how, batch_size, step
         self.device = anatomy.input_device(model)
         self.new: dict[int, list[int]] = {i: [] for i in range(len(rows))}  # of rows that are not finished

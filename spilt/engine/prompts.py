@@ -72,7 +72,9 @@ def next_scores(model: nn.Module, tokens: Tensor, place: Tensor, columns: Tensor
         return (seen if window is None else seen & (columns > place - window))[:, None]
 
     masks = packing.attention_masks(model, visible)
-    out = model(input_ids=tokens[:, None], position_ids=place, attention_mask=masks, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    out = model(
+        input_ids=tokens[:, None], position_ids=place, attention_mask=masks, past_key_values=cache, use_cache=True, logits_to_keep=1
+    )
     return out.logits[:, -1].float()
 
 

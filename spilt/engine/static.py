@@ -14,6 +14,7 @@ Prompts, refill (in the same stores) and the choice of the token stay outside, s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -27,6 +28,7 @@ from spilt.engine import attention, choice, prompts
 from spilt.errors import UserError, first_line
 from spilt.steering import anatomy, hooks
 
+log = logging.getLogger("spilt")
 WARM = 3  # runs before a capture, in which libraries choose their kernels and take their memory
 Scores = Callable[[], Tensor]  # [B, V] of the next token, from the tensors that stay
 
@@ -34,26 +36,22 @@ Scores = Callable[[], Tensor]  # [B, V] of the next token, from the tensors that
 class StaticStep:
     """One decoding step of `capacity` rows, over a cache whose stores are there."""
 
-    def __init__(
-        self, model: nn.Module, make_sites: prompts.MakeSites, cache: DynamicCache, capacity: int, columns: int, how: str
-    ) -> None:
+    def __init__(self, model: nn.Module, make_sites: prompts.MakeSites, cache: DynamicCache, capacity: int, columns: int, how: str) -> None:
         """how: of choice.STEPS, but the plain one."""
         device = anatomy.input_device(model)
         layers: list[Any] = cache.layers
         if {layer.stores[0].device for layer in layers} != {device} or getattr(model, "tp_size", None):
             raise UserError(f"--decode_step {how}: it is for a model that is whole on one device; leave it out")
-        self.model, self.cache, self.how = model, cache, how
+        self.model, self.how = model, how
         self.tokens, self.lengths = (torch.zeros(capacity, dtype=torch.long, device=device) for _ in range(2))
         self.multiplier = torch.zeros(capacity, 1, 1, device=device)
-        self.columns = torch.arange(columns, device=device)
         self.sites = make_sites(self.multiplier)
         for layer in layers:
             layer.begin(self.lengths, columns)
-        self.run, self.ran = RUN[how](self.scores, device), False
-
-    def scores(self) -> Tensor:
-        """[B, V] of the token behind those that are there."""
-        return prompts.next_scores(self.model, self.tokens, self.lengths[:, None], self.columns, self.cache)
+        # it does not hold this object: who drops the step has its stores back at once
+        places = self.tokens, self.lengths[:, None], torch.arange(columns, device=device)
+        self.run, self.ran = RUN[how](lambda: prompts.next_scores(model, *places, cache), device), False
+        log.info("decoding step, %s: %d texts of up to %d tokens; its first run takes longer", how, capacity, columns)
 
     def __call__(self, multiplier: Tensor, tokens: Tensor, lengths: list[int]) -> Tensor:
         """Scores [rows, V] of the token after tokens [rows], behind `lengths` others each: a view, until the next call.
@@ -69,9 +67,8 @@ class StaticStep:
         except RuntimeError as error:
             if self.ran or self.how == choice.STATIC or memory.ran_out(error):
                 raise
-            raise UserError(
-                f"this model's decoding step cannot be {self.how} here: {type(error).__name__}: {first_line(error)}; leave --decode_step out"
-            ) from error
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"this model's decoding step cannot be {self.how} here: {why}; leave --decode_step out") from error
         self.ran = True
         return found
 
