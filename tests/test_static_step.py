@@ -137,7 +137,7 @@ def test_nothing_goes_between_host_and_device(family: str) -> None:
     cache, seen = DynamicCache(), model(family)(input_ids=torch.full((4, 5), 9)).past_key_values
     cache.layers = [PreallocatedKV(4, 40) for _ in range(LAYERS)]
     for layer, (keys, values) in zip(cache.layers, packing.pairs_of(seen).values(), strict=True):
-        layer.join(keys.to("meta"), values.to("meta"), 0)  # type: ignore[attr-defined]
+        layer.join(keys.to("meta"), values.to("meta"), 0)  # type: ignore[union-attr]
     step = static.StaticStep(tiny, steering.at, cache, 4, 40, "static")
     inner = step.run
 
