@@ -2,9 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/decoding.py --batch 8 32 64 --new_tokens 32
     OMP_NUM_THREADS=1 python benchmarks/decoding.py --against ../other-checkout
+    OMP_NUM_THREADS=1 python benchmarks/decoding.py --steps plain static compiled --batch 8 32
 
 Greedy, a vector, the same rows on both sides in turns; medians of processor seconds, prompts read included. Both must give the same texts.
---against: ours beside another checkout of this package instead, in processes of their own.
+--against: ours beside another checkout of this package instead, in processes of their own. --steps: the ways of --decode_step instead, in
+turns in one process; time of a step with its choice of tokens, prompts and the first step (which compiles) left out.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import benchmarks  # noqa: E402, F401 - the same world for both checkouts
@@ -30,7 +32,7 @@ import torch  # noqa: E402
 
 from benchmarks import inprocess, world  # noqa: E402
 from spilt.data.chat import Chat  # noqa: E402
-from spilt.engine import decode  # noqa: E402
+from spilt.engine import choice, decode  # noqa: E402
 from spilt.steering import anatomy  # noqa: E402
 from spilt.steering.interventions import Vector  # noqa: E402
 from spilt.steering.steering import Steering  # noqa: E402
@@ -74,6 +76,54 @@ def rows_of(shape: world.Shape, count: int, longer: int = 0) -> list[decode.Row]
     return [decode.Row((*range(100, 100 + longer), *chat.prompt_ids(question)), m, "") for question in asked for m in STRENGTHS][:count]
 
 
+class Timed(NamedTuple):
+    """first: seconds until the first step is done, prompts included. step: seconds of each after it (on a CPU, of the processor).
+    tokens: of each row."""
+
+    first: float
+    step: float
+    tokens: list[list[int]]
+
+
+@torch.no_grad()
+def timed(model: Any, steering: Steering, rows: Sequence[decode.Row], new: int, how: str) -> Timed:
+    """All rows side by side, greedy, until each has `new` tokens. how: of choice.STEPS."""
+
+    def now() -> float:
+        if anatomy.input_device(model).type == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    start = now()
+    stream = decode._Stream(model, steering.at, rows, decode.Decoding(new, False, (), 0, [], []), len(rows), how)
+    stream.advance()  # reads the prompts and takes the first step
+    begun = now()
+    for _ in range(new - 2):
+        stream.advance()
+    took = now() - begun
+    stream.advance()  # the last choice, without a step
+    return Timed(begun - start, took / (new - 2), [tokens for _, tokens in sorted(stream.finished)])
+
+
+def by_step(shape: world.Shape, new: int, batches: Sequence[int], steps: Sequence[str], repeats: int) -> None:
+    """A table of them, medians of runs in turns."""
+    model = world.model(shape)
+    steering = Steering.of({shape.layer: Vector(shape.config["hidden_size"])})
+    print("| batch | step | CPU ms a step | against plain | first step CPU s | equal texts |\n|---|---|---|---|---|---|")
+    for batch in batches:
+        rows = rows_of(shape, batch)
+        found: dict[str, list[Timed]] = {how: [] for how in steps}
+        for _ in range(repeats):
+            for how in steps:
+                found[how].append(timed(model, steering, rows, new, how))
+        ms = {how: 1000 * statistics.median(one.step for one in runs) for how, runs in found.items()}
+        for how, runs in found.items():
+            same = sum(a == b for a, b in zip(runs[0].tokens, found[steps[0]][0].tokens, strict=True))
+            cells = [how, f"{ms[how]:.1f}", f"{ms[how] / ms[steps[0]]:.2f}", f"{runs[0].first:.1f}", f"{same} of {len(rows)}"]
+            print(f"| {batch} | {' | '.join(cells)} |", flush=True)
+
+
 def cpu_seconds(work: Callable[[], Any]) -> tuple[float, Any]:
     start = time.process_time()
     found = work()
@@ -100,10 +150,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--longer", type=int, default=0, help="tokens that the template has more than its 38")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--against", type=Path, help="another checkout")
+    parser.add_argument("--steps", nargs="+", choices=choice.STEPS, help="ways of the decoding step, beside the first of them")
     parser.add_argument("--only", choices=["ours", "plain"], help="one run in this process; prints JSON")
     args = parser.parse_args(argv)
     if args.only:
         print(json.dumps(one(args.shape, args.rows, args.new_tokens, args.batch[0], args.only, args.longer)))
+        return 0
+    if args.steps:
+        by_step(world.SHAPES[args.shape], args.new_tokens, args.batch, args.steps, args.repeats)
         return 0
     other = "other checkout" if args.against else "plain hook"
     print(f"| batch | times faster | ours CPU s | {other} CPU s | ours MB | {other} MB | equal texts |\n|---|---|---|---|---|---|---|")

@@ -6,7 +6,8 @@
 
 Random weights, made on the device; nothing is downloaded. Correctness first: losses of the command line (recorded,
 suffix only, packed, batched) against plain forwards with hooks; texts of a full batch against one at a time. Then fit and
-loss against the card's measured matrix rate, generation against streaming the weights once per token, peak memory.
+loss against the card's measured matrix rate, generation against streaming the weights once per token, a decoding step in each way of
+--decode_step (plain, captured, compiled), peak memory.
 Writes gpu.json after every step (a call that is cut short keeps what it has), gpu.md, and a profile where a target is missed.
 """
 
@@ -28,10 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
-from benchmarks import flops, growth, world  # noqa: E402
+from benchmarks import decoding, flops, growth, world  # noqa: E402
 from benchmarks.inprocess import NAME, Session  # noqa: E402
 from spilt.data.chat import Chat  # noqa: E402
-from spilt.steering import hooks
+from spilt.engine import choice  # noqa: E402
+from spilt.errors import UserError  # noqa: E402
+from spilt.steering import hooks  # noqa: E402
+from spilt.steering.steering import Steering  # noqa: E402
 
 TARGETS = {"fit utilisation": 0.45, "loss utilisation": 0.45, "generation / floor": 0.5}
 STRENGTHS = (0.5, 1.0, 1.5, 2.0)
@@ -180,6 +184,24 @@ class Bench:
         whole = rows * new_tokens / took[new_tokens]
         return {"tokens/s decoding": rate, "tokens/s with prompts": whole, "floor tokens/s": floor, "generation / floor": rate / floor}
 
+    def steps(self, rows: int, new_tokens: int) -> dict[str, Any]:
+        """A decoding step in each way, with the choice of tokens; the first one of a way, which captures or compiles; equal tokens."""
+        steering = Steering.of({self.layer: self.stored()})
+        asked = decoding.rows_of(self.session.shape, rows)
+        decoding.timed(self.model, steering, asked[:2], 4, choice.PLAIN_STEP)  # warms up
+        found: dict[str, Any] = {}
+        plain: list[list[int]] = []
+        for how in (choice.PLAIN_STEP, choice.STATIC, choice.CAPTURED, choice.COMPILED):  # what may take long comes last
+            try:
+                took = decoding.timed(self.model, steering, asked, new_tokens, how)
+            except UserError as error:
+                found[how] = f"refused: {error}"
+                continue
+            plain = plain or took.tokens
+            same = [a == b for one, other in zip(took.tokens, plain, strict=True) for a, b in zip(one, other, strict=True)]
+            found |= {f"{how} ms a step": 1000 * took.step, f"{how} first step s": took.first, f"{how} equal tokens": sum(same) / len(same)}
+        return found
+
     def memory(self, length: int) -> dict[str, Any]:
         """Peak of fit above the weights, batch 4, sequences of about `length` tokens."""
         if not self.cuda:
@@ -228,6 +250,7 @@ def measure(shape: str, args: argparse.Namespace, device: str, rates: dict[str, 
             "generation": lambda: bench.generation(args.batch, args.new_tokens),
             "memory": lambda: bench.memory(512),
             "fit": lambda: bench.fit(args.rows),
+            "steps": lambda: bench.steps(args.batch, args.new_tokens),
         }
         for name, step in steps.items():
             if time.perf_counter() - report["started"] > args.limit:

@@ -45,7 +45,7 @@ log = logging.getLogger("spilt")
 # flags that are fields of a Request by the same name
 AS_GIVEN = (
     *("mode", "device", "base_dir", "limit", "split", "batch_size", "force", "checkpoint_seconds", "released_files", "control_pairs"),
-    *("judge", "judge_limit", "deterministic", "engine"),
+    *("judge", "judge_limit", "deterministic", "engine", "decode_step"),
 )
 
 

@@ -13,7 +13,7 @@ from spilt import __version__, judges, plan, reading, verbs
 from spilt.artifacts.losses import SPLITS
 from spilt.cell import FORMS
 from spilt.data import prompt_baseline
-from spilt.engine.choice import ENGINES, VLLM
+from spilt.engine.choice import ENGINES, PLAIN_STEP, STEPS, VLLM
 from spilt.methods import METHODS
 from spilt.settings.fields import DTYPES, INTERVENTION_ALIASES, METHOD_ALIASES
 
@@ -144,6 +144,13 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
         choices=(*ENGINES, VLLM),
         default=ENGINES[0],
         help="plain: hooks and the library's own forward (slower, the same results); vllm: texts of a lora by vLLM, on a GPU",
+    )
+    add(
+        "--decode_step",
+        choices=STEPS,
+        default=PLAIN_STEP,
+        help="how text gets its next token: plain; static: in fixed shapes; compiled: those by torch.compile; captured: as a CUDA graph "
+        "(equal up to rounding)",
     )
     add("--deterministic", action="store_true", help="only algorithms that give the same bits every time (slower on a GPU)")
     if not verb:

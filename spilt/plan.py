@@ -171,6 +171,8 @@ def make(request: Request, *, dry: bool = False) -> Plan:
         steps += made
     for said in {step.settings.anatomy for step in steps}:
         anatomy.parse(said)
+    texts = {str(step): step.engine or why_plain(step, request.engine) for step in steps if step.verb == "generate"}
+    choice.refuse_step(request.decode_step, texts, request.device)
     if request.own is None or not dry:  # before they are brought, own.py knows them
         refuse_rows(steps, {section: row.kind for section, fmt in formats.items() if (row := first_pair(fmt)) is not None})
     checkpoint.check(model, *({layer for step in steps if wants(step) for layer in _layers_of(step)} for wants in (bool, _wants_down)))

@@ -10,6 +10,7 @@ from typing import Any
 from spilt import __version__, plan, verbs
 from spilt.artifacts.store import Store
 from spilt.doubts import doubts_of
+from spilt.engine.choice import PLAIN_STEP
 from spilt.errors import UserError, printable
 from spilt.model.identity import Seen
 from spilt.run import ALREADY, DONE, FAILED, SKIPPED, Outcome, keeps_what_is_unusable
@@ -80,6 +81,7 @@ def planned(made: plan.Plan, request: verbs.Request) -> list[dict[str, Any]]:
                 "inputs": [{"path": path, "state": lacking.get(path, "there")} for path in step.inputs],
                 "outputs": [{"path": path, "state": state, "why": why.get(path)} for path, state in standing.items()],
                 "plain_engine": plan.why_plain(step, request.engine) or None,
+                "decode_step": request.decode_step if step.verb == "generate" else None,
                 "cost": None if guess is None else guess._asdict(),
                 "cost_in_words": None if guess is None else str(guess),
                 "notes": [*([f"will fail: {failing}"] if failing else []), *_doubts(step, request, seen), *filter(None, [step.lacks])],
@@ -124,6 +126,8 @@ def print_plan(rows: Sequence[Mapping[str, Any]], made: plan.Plan) -> None:
             say(f"            (widened by half while a tail still moves, up to {measure_verb.SWEEP_MOST} multipliers)")
         why = row["plain_engine"]
         say(f"   engine   {f'plain: {why}' if why else step.engine or 'fast'}")
+        if row["decode_step"] not in (None, PLAIN_STEP):
+            say(f"   decode   {row['decode_step']} step")
         say(f"   cost     {row['cost_in_words'] or 'unknown until model and data are there'}")
         for note in row["notes"]:
             say(f"   note     {note}")

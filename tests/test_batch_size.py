@@ -99,7 +99,7 @@ def test_the_plan_says_it(base: families.Base, capsys: pytest.CaptureFixture[str
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The batch sizes that texts are made with."""
     seen: list[int] = []
-    monkeypatch.setattr(decode, "generate", lambda *given, real=decode.generate: (seen.append(given[-1]), real(*given))[1])
+    monkeypatch.setattr(decode, "generate", lambda *given, real=decode.generate, **more: (seen.append(given[-1]), real(*given, **more))[1])
     return seen
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +132,11 @@ def test_naive_gemma_2_has_the_soft_cap_and_the_late_norm(tmp_path: Path, monkey
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_gpu_script_runs_on_the_cpu_at_small_size(tmp_path: Path) -> None:
+def test_gpu_script_runs_on_the_cpu_at_small_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import gpu
+    from spilt.engine import static
 
+    monkeypatch.setitem(static.RUN, "compiled", partial(static.compiled, backend="eager"))  # traced only: compiling takes a minute
     assert gpu.main(["--tiny", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert set(report["shapes"]) == {"tiny", "tiny-gemma-2"}
@@ -141,6 +144,8 @@ def test_gpu_script_runs_on_the_cpu_at_small_size(tmp_path: Path) -> None:
         assert steps["correct"]["right"], steps["correct"]
         assert all(steps[name]["seconds"] > 0 for name in ("fit", "loss"))
         assert steps["generation"]["floor tokens/s"] > 0
+        assert "CUDA device" in steps["steps"]["captured"]
+        assert all(steps["steps"][f"{how} equal tokens"] == 1 for how in ("plain", "static", "compiled"))
     assert "tiny-gemma-2" in (tmp_path / "gpu.md").read_text()
 
 

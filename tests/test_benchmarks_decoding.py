@@ -17,6 +17,11 @@ def test_the_plain_hook_makes_the_same_texts() -> None:
     assert ours == plain and [len(text) for text in ours] == [6] * 9
 
 
+def test_every_decoding_step_chooses_the_same_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--shape", "tiny", "--steps", "plain", "static", "--batch", "3", "--new_tokens", "6", "--repeats", "1"]
+    assert decoding.main(words) == 0 and capsys.readouterr().out.count("| 3 of 3 |") == 2
+
+
 def test_both_ways_choose_the_same_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     assert sampling.main(["--rows", "3", "--vocabulary", "1000", "--repeats", "1"]) == 0
     assert capsys.readouterr().out.count("\n") == 2 + len(sampling.WAYS)

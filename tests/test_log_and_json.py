@@ -154,7 +154,8 @@ def test_keys_of_the_environment_are_not_kept(monkeypatch: pytest.MonkeyPatch) -
 
 CELL = {"step", "verb", "model", "dataset", "method", "intervention", "layers", "concepts", "multipliers"}
 DONE = CELL | {"status", "seconds", "outputs", "error"}
-PLANNED = CELL | {"state", "command", "settings", "hparams", "inputs", "outputs", "plain_engine", "cost", "cost_in_words", "notes"}
+PLANNED = CELL | {"state", "command", "settings", "hparams", "inputs", "outputs", "plain_engine", "decode_step", "cost", "notes"}
+PLANNED |= {"cost_in_words"}
 HEAD = {"spilt", "schema", "exit_code", "error", "dry_run", "steps", "left_out"}
 
 

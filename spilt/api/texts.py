@@ -13,6 +13,7 @@ from spilt.data.chat import Chat, readable
 from spilt.engine import choice, decode, sampling, scopes, whole
 from spilt.errors import unknown
 from spilt.settings.fields import GenerationParams
+from spilt.steering import anatomy
 from spilt.steering.steering import Steering
 from spilt.tasks.context import texts_at_once
 
@@ -31,6 +32,7 @@ def generate(
     seed: int = 42,
     batch_size: int | None = None,
     engine: str = choice.FAST,
+    decode_step: str = choice.PLAIN_STEP,
     use_chat_template: bool = True,
     system_prompt: str = "",
     first: int = 0,
@@ -42,7 +44,7 @@ def generate(
     params: generation parameters (max_new_tokens 128, do_sample true, temperature, top_p ...), else the checkpoint's.
     A prompt's random numbers are its own: the same at every multiplier, whatever else is asked for. first: the number of the first
     prompt, which decides them: that of its row in a file gives the text of the command line. batch_size: texts made side by side; left
-    out: as many as memory allows.
+    out: as many as memory allows. decode_step: as --decode_step.
     """
     import pandas as pd
 
@@ -60,7 +62,7 @@ def generate(
         if name not in known:
             raise unknown("generation parameter", name, known)
     how = sampling.decoding(GenerationParams(**params).as_kwargs(), model, tokenizer)
-    made = new_tokens(model, placed, rows, how, engine, batch_size)
+    made = new_tokens(model, placed, rows, how, engine, batch_size, decode_step)
     out = [
         {"prompt": readable(questions[i]), "multiplier": m, "response": k, "text": tokenizer.decode(made[n], skip_special_tokens=True)}
         for n, (i, m, k) in enumerate(asked)
@@ -69,22 +71,38 @@ def generate(
 
 
 def new_tokens(
-    model: nn.Module, steering: Steering, rows: Sequence[decode.Row], how: sampling.Decoding, engine: str, batch_size: int | None
+    model: nn.Module,
+    steering: Steering,
+    rows: Sequence[decode.Row],
+    how: sampling.Decoding,
+    engine: str,
+    batch_size: int | None,
+    decode_step: str = choice.PLAIN_STEP,
 ) -> dict[int, list[int]]:
     """Row number -> new token ids, by the engine that runs it."""
-    return dict(token_stream(model, steering, rows, how, engine, batch_size))
+    return dict(token_stream(model, steering, rows, how, engine, batch_size, decode_step))
 
 
 def token_stream(
-    model: nn.Module, steering: Steering, rows: Sequence[decode.Row], how: sampling.Decoding, engine: str, batch_size: int | None
+    model: nn.Module,
+    steering: Steering,
+    rows: Sequence[decode.Row],
+    how: sampling.Decoding,
+    engine: str,
+    batch_size: int | None,
+    decode_step: str = choice.PLAIN_STEP,
 ) -> Iterator[tuple[int, list[int]]]:
     """(row number, new token ids) as texts are finished, by the engine that runs them."""
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     check_prompts(model, prompts, how.max_new_tokens)
     with frozen(model):
         at_once = texts_at_once(model, batch_size, prompts, how.max_new_tokens).texts
-        if steering.scope != "all":
-            yield from scopes.generate(model, steering, rows, how, at_once)
-            return
         plain = choice.why_plain(steering.places, "generate", family=family(model), engine=engine)
-        yield from whole.texts(model, steering, rows, how) if plain else decode.generate(model, steering, rows, how, at_once)
+        scoped = "" if steering.scope == "all" else f"scope = {steering.scope}"
+        choice.refuse_step(decode_step, {"this text": scoped or plain}, str(anatomy.input_device(model)))
+        if scoped:
+            yield from scopes.generate(model, steering, rows, how, at_once)
+        elif plain:
+            yield from whole.texts(model, steering, rows, how)
+        else:
+            yield from decode.generate(model, steering, rows, how, at_once, step=decode_step)

@@ -108,6 +108,9 @@ def attend(
     return out.reshape(rows, 1, -1, value.shape[-1]), None
 
 
+OWN = partial(attend, None)  # rows hold all that they see; one object, so that a compiled step knows it again
+
+
 @contextmanager
 def next_token(model: nn.Module, begun: Begun | None) -> Iterator[None]:
     """Inside: the model's attention is `attend`."""
@@ -116,7 +119,7 @@ def next_token(model: nn.Module, begun: Begun | None) -> Iterator[None]:
         return
     text: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
     own = text._attn_implementation
-    ALL_ATTENTION_FUNCTIONS[NAME] = partial(attend, begun)
+    ALL_ATTENTION_FUNCTIONS[NAME] = OWN if begun is None else partial(attend, begun)
     text._attn_implementation = NAME
     try:
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from importlib.util import find_spec
 
 from spilt.errors import UserError, unknown
@@ -12,6 +12,7 @@ from spilt.settings.fields import WRITE_POINTS
 from spilt.steering import anatomy
 
 FAST, PLAIN = ENGINES = ("fast", "plain")
+PLAIN_STEP, STATIC, COMPILED, CAPTURED = STEPS = ("plain", "static", "compiled", "captured")  # of decoding; engine.static has them
 VLLM = "vllm"  # another program's, for texts alone: tasks.generate asks it
 ASKED = "asked for with --engine plain"
 
@@ -66,3 +67,22 @@ def refuse_in_vllm(dtype: str, positions: str) -> None:
         raise UserError("--engine vllm: vLLM's LoRA does not compute in float32; --dtype bfloat16 or float16")
     if positions != "all":
         raise UserError(f"--engine vllm: steer_positions = {positions}, and a LoRA in vLLM acts on every token; leave --engine out")
+
+
+def refuse_step(step: str, texts: Mapping[str, str], device: str) -> None:
+    """Raises UserError where `--decode_step` cannot be meant.
+
+    texts: each piece of work that makes some -> why another engine than the fast one does it, or ''.
+    """
+    asked = f"--decode_step {step}"
+    if step not in STEPS:
+        raise unknown("decoding step", step, STEPS)
+    if step == PLAIN_STEP:
+        return
+    if not texts:
+        raise UserError(f"{asked}: it is about texts, and none are made here; leave it out")
+    if step == CAPTURED and not device.startswith(("cuda", "auto")):
+        raise UserError(f"{asked} --device {device}: a CUDA graph runs on a CUDA device; --decode_step {COMPILED}, or leave it out")
+    for name, why in texts.items():
+        if why:
+            raise UserError(f"{asked}: {name} is not done by the fast engine, which alone has it ({why}); leave it out")

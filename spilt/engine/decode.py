@@ -3,6 +3,7 @@
 Rows of any prompt and multiplier share a batch. A finished row leaves, waiting rows take its place (their keys and values
 go to free places beside the running ones), so the batch stays full until the stream ends. What a row gets does not
 depend on its company: what lies right of its tokens is masked, positions count its own tokens, random numbers belong to the row.
+The step itself is prompts.forward, or by `--decode_step` that of static.py, whose shapes stay.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from spilt import memory
+from spilt.engine.choice import PLAIN_STEP
 from spilt.engine.kv import PreallocatedKV
 from spilt.engine.prompts import MakeSites, Prompts, Row, Started, forward
 from spilt.engine.sampling import Decoding, choose
+from spilt.engine.static import StaticStep
 from spilt.errors import NotFinite
 from spilt.steering import anatomy
 from spilt.steering.steering import Steering
@@ -50,6 +53,10 @@ class Active:
             layer.keep(torch.tensor(holes), torch.tensor(movers), width)
         return index
 
+    def clear(self) -> None:
+        """All have gone; their places stay."""
+        self.rows, self.multiplier, self.scores = [], self.multiplier[:0], self.scores[:0]
+
     def join(self, started: Started) -> None:
         """Others come in, after those that are there."""
         for number, (keys, values) in enumerate(started.pairs):
@@ -77,16 +84,20 @@ def refuse_not_finite(scores: Tensor, rows: Sequence[Row]) -> None:
 class _Stream:
     """All rows of a request on their way: waiting, active, finished."""
 
-    def __init__(self, model: nn.Module, make_sites: MakeSites, rows: Sequence[Row], how: Decoding, batch_size: int) -> None:
-        self.model, self.make_sites, self.rows, self.how, self.batch_size = model, make_sites, rows, how, batch_size
+    def __init__(self, model: nn.Module, make_sites: MakeSites, rows: Sequence[Row], how: Decoding, batch_size: int, step: str) -> None:
+        self.model, self.make_sites, self.rows, self.how, self.batch_size, self.step = model, make_sites, rows, how, batch_size, step
         self.device = anatomy.input_device(model)
         self.new: dict[int, list[int]] = {i: [] for i in range(len(rows))}  # of rows that are not finished
         self.draws: dict[int, random.Random] = {}
         self.active: Active | None = None
+        self.static: StaticStep | None = None
         self.finished: list[tuple[int, list[int]]] = []
         self.columns = max((len(row.prompt) for row in rows), default=0) + how.max_new_tokens
         self.wait(range(len(rows)))
-        self.prompts = Prompts(model, make_sites, rows, how.pad, self.device)
+        self.prompts = self._prompts(rows)
+
+    def _prompts(self, rows: Sequence[Row]) -> Prompts:
+        return Prompts(self.model, self.make_sites, rows, self.how.pad, self.device, self.step == PLAIN_STEP)
 
     def wait(self, numbers: Iterable[int]) -> None:
         """Taken from the end: longest prompts first, all rows of a prompt beside each other."""
@@ -110,13 +121,21 @@ class _Stream:
             else:
                 keep.append(place)
         if not keep:
-            self.active = None
+            active.clear()
+            self.active = active if self.static else None
             return
         if len(keep) < len(active.rows):
             tokens = tokens[active.select(keep, max(self._held(active.rows[place]) for place in keep) - self.prompts.shared)]
-        lengths = [self._held(i) for i in active.rows]
-        begun = self.prompts.begun([self.rows[i] for i in active.rows])
-        active.scores = forward(self.model, self.make_sites(active.multiplier), tokens, lengths, active.cache, begun)
+        active.scores = self._step(active, tokens, [self._held(i) for i in active.rows])
+
+    def _step(self, active: Active, tokens: Tensor, lengths: list[int]) -> Tensor:
+        """Scores [B, V] of the tokens after these, each behind as many of its row."""
+        if self.step == PLAIN_STEP:
+            begun = self.prompts.begun([self.rows[i] for i in active.rows])
+            return forward(self.model, self.make_sites(active.multiplier), tokens, lengths, active.cache, begun)
+        if self.static is None:
+            self.static = StaticStep(self.model, self.make_sites, active.cache, *active.places, self.step)
+        return self.static(active.multiplier, tokens, lengths)
 
     def _held(self, i: int) -> int:
         """Tokens of a row whose keys and values are there: all but the last."""
@@ -153,19 +172,21 @@ class _Stream:
             "out of memory: text from %d prompts at once of up to %d tokens, steered at layer %s; going on with --batch_size %d",
             under_way, tokens, layers, self.batch_size,
         )  # fmt: skip
-        self.active = None
+        self.active = self.static = None
         self.new = {i: [] for i in self.new}
         self.wait(self.new)
-        self.prompts = Prompts(self.model, self.make_sites, [self.rows[i] for i in self.new], self.how.pad, self.device)
+        self.prompts = self._prompts([self.rows[i] for i in self.new])
 
 
 @torch.no_grad()
-def generate(model: nn.Module, steering: Steering, rows: Sequence[Row], how: Decoding, batch_size: int) -> Iterator[tuple[int, list[int]]]:
+def generate(
+    model: nn.Module, steering: Steering, rows: Sequence[Row], how: Decoding, batch_size: int, *, step: str = PLAIN_STEP
+) -> Iterator[tuple[int, list[int]]]:
     """Yields (row number, new token ids) as rows finish: at an end token (kept) or after max_new_tokens.
 
-    Out of memory: the rows under way begin again in batches half as large.
+    step: of choice.STEPS. Out of memory: the rows under way begin again in batches half as large.
     """
-    stream = _Stream(model, steering.at, rows, how, batch_size)
+    stream = _Stream(model, steering.at, rows, how, batch_size, step)
     while stream.new:
         try:
             stream.advance()

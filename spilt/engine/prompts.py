@@ -56,22 +56,26 @@ def forward(
     begun: the first of those, where the cache does not hold them.
     """
     width, place = max(lengths) + 1, torch.tensor(lengths, device=tokens.device)[:, None]
-    columns = torch.arange(width, device=tokens.device)
+    layers: list[Any] = cache.layers
+    shared = begun.length if begun else 0
+    for layer in layers:
+        layer.begin(place[:, 0] - shared, width - shared)
+    with hooks.attach(model, sites), attention.next_token(model, begun):
+        return next_scores(model, tokens, place, torch.arange(width, device=tokens.device), cache).to(tokens.device)
+
+
+def next_scores(model: nn.Module, tokens: Tensor, place: Tensor, columns: Tensor, cache: DynamicCache) -> Tensor:
+    """Scores [B, V] of the token after tokens [B] at place [B, 1], which see the columns (0, 1, ...) up to their own."""
 
     def visible(window: int | None) -> Tensor:
         seen = columns <= place
         return (seen if window is None else seen & (columns > place - window))[:, None]
 
-    layers: list[Any] = cache.layers
-    shared = begun.length if begun else 0
-    for layer in layers:
-        layer.begin(place[:, 0] - shared, width - shared)
     masks = packing.attention_masks(model, visible)
-    with hooks.attach(model, sites), attention.next_token(model, begun):
-        out = model(
-            input_ids=tokens[:, None], position_ids=place, attention_mask=masks, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-    return out.logits[:, -1].float().to(tokens.device)
+    out = model(
+        input_ids=tokens[:, None], position_ids=place, attention_mask=masks, past_key_values=cache, use_cache=True, logits_to_keep=1
+    )
+    return out.logits[:, -1].float()
 
 
 class Prompts:
@@ -80,7 +84,10 @@ class Prompts:
     What all prompts share (the template's beginning) is run once: below that block for all, above it once per multiplier.
     """
 
-    def __init__(self, model: nn.Module, make_sites: MakeSites, rows: Sequence[Row], pad: int, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, make_sites: MakeSites, rows: Sequence[Row], pad: int, device: torch.device, apart: bool = True
+    ) -> None:
+        """apart: a long prefix is not copied into the rows."""
         self.model, self.make_sites, self.pad, self.device = model, make_sites, pad, device
         sites = make_sites(torch.zeros(1, 1, 1, device=device))
         self.base = min(hooks.base(site.layer, site.intervention) for site in sites)
@@ -98,7 +105,8 @@ class Prompts:
             cache = packing.cache_of({})
             self.head = suffix.record(model, self.base, ids, self.read_points, past_key_values=cache, use_cache=True)
             self.below = packing.pairs_of(cache)
-        self.shared = self.prefix if self.prefix >= attention.LONG and attention.replaceable(model) else 0  # tokens that no row holds
+        apart = apart and self.prefix >= attention.LONG and attention.replaceable(model)
+        self.shared = self.prefix if apart else 0  # tokens that no row holds
 
     def begun(self, rows: Sequence[Row]) -> attention.Begun | None:
         """What these rows begin with, where they do not hold it themselves."""

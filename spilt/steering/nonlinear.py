@@ -179,7 +179,7 @@ class Chars(Nonlinear):
         stream, mass = h.float(), self.plan.sum(1)
         moves = self.plan @ self.target / mass[:, None].clamp(min=TINY) - self.source  # [k, D]: where each cluster goes
         far = torch.stack([(stream - a).pow(2).sum(-1) for a in self.source], -1)  # [B, T, k]
-        wide = self.bandwidth**2 if self.bandwidth > 0 else far.median(-1, keepdim=True).values
+        wide = torch.where(self.bandwidth > 0, self.bandwidth**2, far.median(-1, keepdim=True).values)
         near = (-far / (2 * wide).clamp(min=TINY) + mass.clamp(min=TINY).log()).softmax(-1)
         return self.c(multiplier) * (near @ moves)
 

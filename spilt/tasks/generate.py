@@ -133,7 +133,7 @@ def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinishe
             else:
                 batch = texts_at_once(run.host.model, run.request.batch_size or s.batch_size, ids, how.max_new_tokens)
                 log.info("apply %s: %s", cell, batch)
-                stream = generation.generate(run.host.model, steering, rows, how, batch.texts)
+                stream = generation.generate(run.host.model, steering, rows, how, batch.texts, step=run.request.decode_step)
             for number, new in stream:
                 texts[todo[number]] = new
                 unfinished.add(todo[number], new)

@@ -58,6 +58,7 @@ class Request:
     control_pairs: int = 32  # questions on which random interventions are measured after a sweep; 0: none are
     report: bool = True  # loss mode: draw the page
     engine: str = "fast"  # 'plain': hooks and the library's own forward everywhere
+    decode_step: str = "plain"  # of texts: how the next token's scores are computed (engine.choice.STEPS)
     judge: str | None = None  # of evaluate: judges.ENDPOINT, or a checkpoint; None: no judge
     rubrics: tuple[str, ...] = ()  # names or files; (): those of the dataset
     judge_limit: int | None = None  # prompts of each results file whose texts are judged, from the first
