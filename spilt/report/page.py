@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from spilt.artifacts.scores import MEASURES
 from spilt.errors import printable
-from spilt.report.drawing import adaptive, svg_of
+from spilt.report import drawing
 from spilt.report.places import absent, anchor, shown
 
 if TYPE_CHECKING:
@@ -57,13 +57,13 @@ class Column(NamedTuple):
 def image(svg: str) -> Image:
     """Of an SVG in light colours."""
     width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
-    data = base64.b64encode(adaptive(svg).encode()).decode()
+    data = base64.b64encode(drawing.adaptive(svg).encode()).decode()
     return Image(f"data:image/svg+xml;base64,{data}", round(float(width)), round(float(height)))
 
 
 def picture(wide: Figure, narrow: Figure) -> Picture:
-    drawn = svg_of(wide)
-    return Picture(image(drawn), image(svg_of(narrow)), drawn)
+    drawn = drawing.svg_of(wide)
+    return Picture(image(drawn), image(drawing.svg_of(narrow)), drawn)
 
 
 def columns(names: Iterable[str], unit: str, spec: str) -> list[Column]:
