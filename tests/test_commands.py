@@ -75,7 +75,7 @@ def test_each_program_runs_as_a_module_too(program: str, tmp_path: Path) -> None
 FLAGS = {
     "fit": {"--checkpoint_seconds"},
     "evaluate": {"--multipliers", "--judge", "--rubric", "--judge_limit", "--prompt_baseline"},
-    "generate": {"--multipliers", "--batch_size", "--prompt_baseline"},
+    "generate": {"--multipliers", "--batch_size", "--prompt_baseline", "--decode_step"},
     "measure": {
         "--multipliers",
         "--split",
@@ -99,6 +99,7 @@ def test_a_verb_takes_the_flags_that_mean_something_to_it(verb: str, base: famil
         "--rubric": ["power"],
         "--judge_limit": ["1", "--judge", "1"],
         "--prompt_baseline": [f"kind={__file__}"],
+        "--decode_step": ["static"],
         "--mode": ["loss"],
         "--split": ["train"],
         "--no_report": [],
