@@ -151,9 +151,9 @@ def test_a_disk_that_takes_half_a_line(here: Here) -> None:
     with pytest.MonkeyPatch.context() as patch:
         real_generate = generation.generate
 
-        def told(model: Any, sites: Any, rows: Any, *more: Any) -> Any:
+        def told(model: Any, sites: Any, rows: Any, *more: Any, **how: Any) -> Any:
             made.extend(row.seed for row in rows)
-            return real_generate(model, sites, rows, *more)
+            return real_generate(model, sites, rows, *more, **how)
 
         patch.setattr(generation, "generate", told)
         whole = 0 if not lines.exists() else sum(_is_json(line) for line in lines.read_bytes().splitlines())

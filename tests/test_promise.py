@@ -220,9 +220,9 @@ def test_each_token_is_what_its_number_picks(
     rows: list[generation.Row] = []
     real = generation.generate
 
-    def told(model: Any, sites: Any, asked: list[generation.Row], *rest: Any) -> Any:
+    def told(model: Any, sites: Any, asked: list[generation.Row], *rest: Any, **more: Any) -> Any:
         rows.extend(asked)
-        return real(model, sites, asked, *rest)
+        return real(model, sites, asked, *rest, **more)
 
     for name, stops in (("at_once", ()), ("stopped", (3, 2))):
         monkeypatch.setattr(generation, "generate", told)
