@@ -153,3 +153,14 @@ def test_configurations_and_splits_that_are_not_there(asked: list[str], caplog: 
     assert "Available configs in the cache: ['easy']" in said and said.endswith("--download fetches it from the hub")
     assert [record.values for record in hub.rows("hf:org/pairs")] == PAIRS
     assert "hf:org/pairs: no configuration was named, and easy was taken" in caplog.text and asked == []
+
+
+def test_folders_of_one_name_are_themselves_and_edits_are_seen(tmp_path: Path) -> None:
+    """What the library keeps of a folder goes by the folder's last name: none of it is taken."""
+    for place, text in {"a": "one", "b": "two"}.items():
+        folder = tmp_path / place / "scenes"
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text("---\nconfigs:\n- config_name: c\n  data_files:\n  - {split: s, path: x.jsonl}\n---\n")
+        for said in (text, f"{text} again"):
+            (folder / "x.jsonl").write_text(json.dumps({"text": said}) + "\n")
+            assert [row.values for row in hub.table(str(folder), "c", "s")] == [{"text": said}]

@@ -12,8 +12,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from spilt.data.sources import LARGEST, Record
@@ -83,7 +85,10 @@ def main(name: str, config: str, split: str) -> int:
         return _refused(f"datasets {datasets.__version__} may run a dataset's own code; wanted {OLDEST} or later: pip install -U datasets")
     datasets.disable_progress_bars()
     try:
-        found = datasets.load_dataset(name, config or None, split=split)
+        # what the library keeps of a folder goes by its last name and survives an edit: of a folder nothing is kept
+        with TemporaryDirectory() if Path(name).is_absolute() else nullcontext(None) as kept:
+            aside = {"cache_dir": kept, "keep_in_memory": True} if kept else {}
+            found = datasets.load_dataset(name, config or None, split=split, **aside)
         if not config and (taken := found.info.config_name) != NO_NAME:  # from the cache any that alone is there, whatever the hub has
             print(f"{NOTE}no configuration was named, and {taken} was taken", file=sys.stderr)
         for line in _lines(found):
