@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +75,16 @@ def trained(kind: str, seed: int, family: str = "llama") -> Trained:
     assert now.keys() == before.keys() and all(torch.equal(now[name], value) for name, value in before.items())
     assert not any(parameter.requires_grad for parameter in model.parameters()) and not hasattr(model, "peft_config")
     return Trained(folder, tau, theirs)
+
+
+def test_the_environment_stays_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """boft's CUDA extension is built with CC and CXX of its own, which peft leaves there where that fails."""
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
+    made, model = trained("boft", 1, "llama")
+    spilt.read_adapter(model, made.folder)
+    assert dict(os.environ) == before
 
 
 @pytest.mark.few(4)

@@ -8,6 +8,7 @@ never compared with itself. The model is borrowed: after it, it is as before, al
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -125,6 +126,18 @@ class Wrapped(NamedTuple):
 
 
 @contextmanager
+def _environment() -> Iterator[None]:
+    """Variables as they were afterwards: boft's CUDA extension, where it cannot be built, leaves CXX=gcc, with which nothing else links."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextmanager
 def wrapped(model: nn.Module, make: Callable[[], Any]) -> Iterator[Wrapped]:
     """make() puts an adapter into the model and returns peft's. After the `with` the model is as before, weights and modules."""
     blocks = anatomy.of(model).blocks  # before anything is in the way
@@ -133,7 +146,7 @@ def wrapped(model: nn.Module, make: Callable[[], Any]) -> Iterator[Wrapped]:
     kept = [(one, one.data if one.ndim > 1 else one.data.clone(), one.requires_grad) for one in model.parameters()]
     try:
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _environment():
                 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft asks for it
                 adapted = make()
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
