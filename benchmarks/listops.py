@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python benchmarks/listops.py --nonlinearity linear --set epochs=8
 
 A base model for each --bases (240 steps on ListOps of depth 1), a data set and a start of the adapters for each --seeds, 2,000 rows and
-500 unseen ones with (k + 1) mod 10. An answer is right where each of its tokens is the likeliest, as greedy decoding has it.
+500 unseen ones with (k + 1) mod 10, or --answer. An answer is right where each of its tokens is the likeliest, as greedy decoding has it.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ from spilt.engine import whole  # noqa: E402
 USED: dict[str, Any] = {"lr": 1e-2, "bs": 16, "grad_accum": 1, "epochs": 2}  # of section 11 of the design: 250 steps of 16 rows
 
 
-def rows(seed: int) -> tuple[list[Encoded], list[Encoded]]:
-    """As world.write_task has them: training rows, and rows of other expressions."""
+def rows(seed: int, times: int, plus: int) -> tuple[list[Encoded], list[Encoded]]:
+    """As world.write_task has them: training rows, and rows of other expressions; k is answered (times k + plus) mod 10."""
     words, known, parts = world.tokenizer(), frozenset[str](), []
     for number, count in enumerate((world.TRAIN, 50, world.TEST)):
         made = listops.expressions(count, world.SHAPE, 1000 * seed + number, known)
         known |= set(made)
         before = [words(world.prompt(text))["input_ids"] for text in made]
-        after = [words(world.completion((listops.value(text) + 1) % 10), add_special_tokens=False)["input_ids"] + [2] for text in made]
+        after = [
+            words(world.completion((times * listops.value(text) + plus) % 10), add_special_tokens=False)["input_ids"] + [2] for text in made
+        ]
         parts.append([Encoded((*a, *b), len(a), 1) for a, b in zip(before, after, strict=True)])
     return parts[0], parts[2]
 
@@ -64,6 +66,7 @@ def main() -> None:
     options.add_argument("--nonlinearity", default="silu")
     options.add_argument("--alpha", type=float, default=1.0)
     options.add_argument("--initial", type=float, default=1.0, help="D begins at this many times its own start")
+    options.add_argument("--answer", nargs=2, type=int, default=[1, 1], metavar=("A", "B"), help="(A k + B) mod 10")
     options.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the training: lr=0.02 epochs=8")
     chosen = options.parse_args()
     said = {key: type(getattr(TrainSettings, key))(value) for key, _, value in (word.partition("=") for word in chosen.set)}
@@ -71,7 +74,7 @@ def main() -> None:
     for base in chosen.bases:
         model = world.pretrained(base)
         for seed in chosen.seeds:
-            learned, held = rows(seed)
+            learned, held = rows(seed, *chosen.answer)
             steering = variants.make(model, Variant(chosen.kind, chosen.rank, chosen.nonlinearity, alpha=chosen.alpha), seed)
             with torch.no_grad():
                 for _, one in steering:
