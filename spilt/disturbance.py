@@ -22,11 +22,9 @@ from spilt.artifacts.losses import KL_COLUMNS, TRIED
 from spilt.artifacts.store import Store
 from spilt.cell import variant_of
 from spilt.data import readers
-from spilt.data.chat import Question
 from spilt.errors import NotFinite, UserError
 from spilt.model import host, identity
 from spilt.run import quiet_libraries
-from spilt.steering.steering import Steering
 from spilt.tasks.recordings import Run, stored
 from spilt.verbs import Step
 from spilt.verbs.base import parts_of
@@ -73,12 +71,13 @@ def calibrate(
             loaded = host.load(request.model_folder, s.dtype, device, s.anatomy)
         run = Run.alone(request, loaded, device, seen, tell)
         fmt = verbs.entry_of("generate", "prompts", base, dataset)
-        chat = {name: getattr(s, name) for name in ("use_chat_template", "system_prompt", "batch_size")}
-        at = partial(_mean, loaded, max_new_tokens=how.max_new_tokens, **chat)
+        chat: dict[str, Any] = {name: getattr(s, name) for name in ("use_chat_template", "system_prompt", "batch_size")}
         asked = [(stored(cell, s, run), [row.input for row in readers.read_prompts(fmt, cell.concept, how.prompts)]) for cell in step.cells]
-        table = api.both_sides(at, asked, (), how.budget, *map(max, zip(*(api.reach(steering) for steering, _ in asked), strict=True)))
+        chat |= {"max_new_tokens": how.max_new_tokens}
+        at = partial(_mean, [api.divergences(loaded.model, loaded.tokenizer, steering, prompts, **chat) for steering, prompts in asked])
+        table = api.both_sides(at, None, how.budget, *map(max, zip(*(api.reach(steering) for steering, _ in asked), strict=True)))
         own = (step.cells[0].method, step.cells[0].variant)
-        more = [_beside(at, asked, m) for m in also.get(own, ())]
+        more = [_beside(at, m) for m in also.get(own, ())]
         probes = pd.concat([table.attrs["probes"], *more], ignore_index=True).assign(status=TRIED)
         table = pd.concat([table, probes], ignore_index=True).assign(budget=how.budget)[[*KL_COLUMNS]]
         run.store_result(step, path, table.to_csv(index=False, lineterminator="\n"), parts, {"probes": len(probes)})
@@ -87,19 +86,18 @@ def calibrate(
     return len(todo)
 
 
-def _beside(at: Callable[..., pd.DataFrame], asked: Any, m: float) -> pd.DataFrame | None:
+def _beside(at: Callable[..., pd.DataFrame], m: float) -> pd.DataFrame | None:
     """A row more of what was tried; None where the model breaks down there."""
     try:
-        return at([m], asked).assign(side="negative" if m < 0 else "positive")
+        return at([m]).assign(side="negative" if m < 0 else "positive")
     except NotFinite:
         return None
 
 
-def _mean(loaded: host.Host, strengths: Sequence[float], asked: Sequence[tuple[Steering, Sequence[Question]]], **how: Any) -> pd.DataFrame:
+def _mean(concepts: Sequence[Callable[[Sequence[float]], pd.DataFrame]], strengths: Sequence[float]) -> pd.DataFrame:
     """As `api.divergence`: means over the concepts, of which each has its Steering and its prompts."""
-    each = [api.divergence(loaded.model, loaded.tokenizer, steering, prompts, strengths, **how) for steering, prompts in asked]
     merged = {"tokens": "sum", "kl_mean": "mean", "kl_p95": "mean", "kl_max": "max"}
-    return pd.concat(each).groupby("multiplier", sort=False).agg(merged).reset_index()
+    return pd.concat([at(strengths) for at in concepts]).groupby("multiplier", sort=False).agg(merged).reset_index()
 
 
 def steps(

@@ -357,13 +357,14 @@ def test_a_strength_at_which_the_model_breaks_down_is_told_and_no_traceback(monk
     from spilt.api import measuring
     from spilt.errors import NotFinite
 
-    measured = api.divergence
+    measured = api.divergences
 
-    def breaks(model: Any, tokenizer: Any, value: Any, prompts: Any, m: float, **how: Any) -> Any:
-        if prompts == ["other"]:
-            raise NotFinite("scores are not finite")
-        return measured(model, tokenizer, value, prompts, m, **how)
+    def broken(strengths: Any) -> Any:
+        raise NotFinite("scores are not finite")
 
-    monkeypatch.setattr(measuring, "divergence", breaks)
+    def breaks(model: Any, tokenizer: Any, value: Any, prompts: Any, **how: Any) -> Any:
+        return broken if prompts == ["other"] else measured(model, tokenizer, value, prompts, **how)
+
+    monkeypatch.setattr(measuring, "divergences", breaks)
     table = api.calibrate(families.model("qwen2"), families.tokenizer(), steering(), ["abc"], 0.3, audit=["other"], max_new_tokens=2)
     assert np.isinf(table["audit_kl_p95"]).all() and np.isfinite(table["kl_p95"]).all()

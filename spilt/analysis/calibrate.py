@@ -1,5 +1,8 @@
 """The multiplier at which a statistic of steering meets a budget: a bracket, then damped secant steps in logarithms.
 
+The bracket, from where the search begins: x_next = x (budget / statistic)^(1/2), since KL is quadratic in a small change; at most 8 times,
+and after LAW such steps at least twice. Within it:
+
 x_next = log x_a + (log x_b - log x_a) g_a / (g_a - g_b),  g = log(statistic / budget): regula falsi where a power law is a straight line,
 with the Illinois rule (an end that stays twice counts half), so that both ends close in.
 """
@@ -14,10 +17,12 @@ CONVERGED = "converged"
 BELOW = "below budget"  # at the strongest that may be tried
 ABOVE = "above budget"  # at the weakest
 NOT_MONOTONE = "not monotone"  # stronger was less somewhere: other strengths may meet the budget too
-JUMPS = "jumps over the budget"  # from below to above within a step of a thousandth
+JUMPS = "jumps over the budget"  # from below to above within a step of half a percent
 NOT_ZERO = "not the identity at 0"
 STEPS = 16
-CLOSED = 1e-3
+CLOSED = 5e-3
+LAW = 4
+TWICE, MOST = math.log(2), math.log(8)
 HIGH = 1e3  # the strongest that is tried
 
 
@@ -83,7 +88,8 @@ def search(
     last = probe = yield from at(min(max(start, low), high))
     weak = probe.statistic < budget
     while not met(probe) and (probe.statistic < budget) == weak:
-        size = min(max(probe.size * (2 if weak else 0.5), low), high)
+        step = min(max(abs(_height(probe, budget)) / 2, TWICE if len(probes) >= LAW else 0.0), MOST)
+        size = min(max(probe.size * math.exp(step if weak else -step), low), high)
         if size == probe.size:
             return ended(BELOW if weak else ABOVE)
         last, probe = probe, (yield from at(size))

@@ -8,6 +8,6 @@ with spilt.steer(model, steering, 2.0):
 
 from spilt.api.fitting import fit
 from spilt.api.given import frozen
-from spilt.api.measuring import WORST, both_sides, calibrate, divergence, measure, reach
+from spilt.api.measuring import WORST, both_sides, calibrate, divergence, divergences, measure, reach
 from spilt.api.models import in_place, load, read_adapter, read_post_block, steer
 from spilt.api.texts import generate, new_tokens, token_stream

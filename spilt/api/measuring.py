@@ -57,6 +57,24 @@ def divergence(
 
     Columns multiplier, tokens, kl_mean, kl_p95, kl_max. All tokens of all prompts are pooled; p95: what the worst twentieth reaches.
     """
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "engine": engine, "batch_size": batch_size}
+    how |= {"use_chat_template": use_chat_template, "system_prompt": system_prompt}
+    return divergences(model, tokenizer, steering, prompts, **how)(strengths_of(multipliers))
+
+
+def divergences(
+    model: nn.Module,
+    tokenizer: Any,
+    steering: Steering,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    max_new_tokens: int = 50,
+    engine: str = choice.FAST,
+    batch_size: int | None = None,
+    use_chat_template: bool = True,
+    system_prompt: str = "",
+) -> Callable[[Sequence[float]], pd.DataFrame]:
+    """`divergence` as a function of the multipliers: what is the same at all of them is looked at once."""
     import pandas as pd
 
     chat, placed = Chat.of(tokenizer, use_chat_template, system_prompt), steering.to(model)
@@ -64,14 +82,22 @@ def divergence(
     if not ids:
         raise UserError("there are no prompts; give at least one")
     how = sampling.decoding({"do_sample": False, "max_new_tokens": whole_number("max_new_tokens", max_new_tokens, 1)}, model, tokenizer)
-    out = []
-    strengths = strengths_of(multipliers)
-    rows = [decode.Row(prompt, m, "") for m in strengths for prompt in ids]
-    nats = _nats(model, placed, rows, how, host.pad_id(tokenizer), engine, batch_size)
-    for k, m in enumerate(strengths):
-        kl = torch.cat(nats[k * len(ids) : (k + 1) * len(ids)]).numpy()
-        out.append((m, len(kl), float(kl.mean()), float(np.quantile(kl, WORST)), float(kl.max())))
-    return pd.DataFrame(out, columns=["multiplier", "tokens", "kl_mean", "kl_p95", "kl_max"])
+    pad = host.pad_id(tokenizer)
+    check_prompts(model, ids, how.max_new_tokens)
+    with frozen(model):
+        plain = choice.why_plain(placed.places, "generate", family=family(model), engine=engine, positions=placed.scope)
+        beside = not plain and rests_at_0(model, placed, Encoded(ids[0], len(ids[0]), 0), pad)
+
+    def at(strengths: Sequence[float]) -> pd.DataFrame:
+        rows = [decode.Row(prompt, m, "") for m in strengths for prompt in ids]
+        nats = _nats(model, placed, rows, how, pad, engine, batch_size, beside)
+        out = []
+        for k, m in enumerate(strengths):
+            kl = torch.cat(nats[k * len(ids) : (k + 1) * len(ids)]).numpy()
+            out.append((m, len(kl), float(kl.mean()), float(np.quantile(kl, WORST)), float(kl.max())))
+        return pd.DataFrame(out, columns=["multiplier", "tokens", "kl_mean", "kl_p95", "kl_max"])
+
+    return at
 
 
 def _nats(
@@ -82,16 +108,13 @@ def _nats(
     pad: int,
     engine: str,
     batch_size: int | None,
+    beside: bool,
 ) -> list[torch.Tensor]:
-    """KL at each token of each row's greedy answer: while it is decoded, or read again afterwards where that cannot be done."""
-    prompts = list(dict.fromkeys(row.prompt for row in rows))
-    check_prompts(model, prompts, how.max_new_tokens)
+    """KL at each token of each row's greedy answer: while it is decoded, beside an unsteered row, or read again afterwards."""
+    # at 0 the answer is read twice in the same way, so that the KL is 0 to the bit
+    fast = [i for i, row in enumerate(rows) if beside and row.multiplier]
+    at_once = texts_at_once(model, batch_size, list(dict.fromkeys(row.prompt for row in rows)), how.max_new_tokens).texts
     with frozen(model):
-        plain = choice.why_plain(steering.places, "generate", family=family(model), engine=engine, positions=steering.scope)
-        beside = not plain and rests_at_0(model, steering, Encoded(prompts[0], len(prompts[0]), 0), pad)
-        # at 0 the answer is read twice in the same way, so that the KL is 0 to the bit
-        fast = [i for i, row in enumerate(rows) if beside and row.multiplier]
-        at_once = texts_at_once(model, batch_size, prompts, how.max_new_tokens).texts
         found = dict(zip(fast, while_decoding(model, steering, [rows[i] for i in fast], how, at_once), strict=True))
     rest = [i for i in range(len(rows)) if i not in found]
     made = new_tokens(model, steering, [rows[i] for i in rest], how, engine, batch_size) if rest else {}
@@ -124,11 +147,9 @@ def calibrate(
     if not 0 < budget < float("inf"):  # nan is not
         raise UserError(f"budget is {budget}; wanted nats above 0")
 
-    def at(strengths: Sequence[float], asked: Any) -> pd.DataFrame:
-        return divergence(model, tokenizer, steering, asked, strengths, **how)
-
     begin, high = reach(steering)
-    return both_sides(at, prompts, audit, budget, start or begin, high)
+    checked = divergences(model, tokenizer, steering, audit, **how) if audit else None
+    return both_sides(divergences(model, tokenizer, steering, prompts, **how), checked, budget, start or begin, high)
 
 
 def reach(steering: Steering) -> tuple[float, float]:
@@ -137,17 +158,16 @@ def reach(steering: Steering) -> tuple[float, float]:
 
 
 def both_sides(
-    at: Callable[[Sequence[float], Any], pd.DataFrame],
-    prompts: Any,
-    audit: Any,
+    at: Callable[[Sequence[float]], pd.DataFrame],
+    audit: Callable[[Sequence[float]], pd.DataFrame] | None,
     budget: float,
     start: float,
     high: float = calibrated.HIGH,
 ) -> pd.DataFrame:
-    """The table of `calibrate`, of any way to measure. at(multipliers, prompts): a row for each as of `divergence`, or NotFinite."""
+    """The table of `calibrate`, of any way to measure. at(multipliers), audit: a row for each as of `divergence`, or NotFinite."""
     import pandas as pd
 
-    told = at([0.0], prompts).assign(side="none")
+    told = at([0.0]).assign(side="none")
     rest = told["kl_max"][0] != 0
     tried, rows = [told], []
     signs = {"positive": 1.0, "negative": -1.0}
@@ -155,7 +175,7 @@ def both_sides(
     def p95(sizes: dict[str, float]) -> list[float]:
         """At a size of each side, together; alone where one breaks down."""
         try:
-            found = at([signs[side] * size for side, size in sizes.items()], prompts)
+            found = at([signs[side] * size for side, size in sizes.items()])
         except NotFinite:
             return [float("inf")] if len(sizes) == 1 else [p95({side: size})[0] for side, size in sizes.items()]
         tried.append(found.assign(side=list(sizes)))
@@ -167,9 +187,9 @@ def both_sides(
         row = {"side": side, "status": calibrated.NOT_ZERO if rest else found.status}
         row |= {**(there[0] if there else {**told.iloc[0], "multiplier": m, "kl_p95": np.inf}), "side": side}  # not finite there
         row["kl_floor"] = float(told["kl_p95"].iloc[0])
-        if audit:
+        if audit is not None:
             try:
-                other = dict(at([m], audit).iloc[0])
+                other = dict(audit([m]).iloc[0])
             except NotFinite:  # as a probe that breaks down
                 other = dict.fromkeys(told, np.inf)
             row |= {f"audit_{name}": other[name] for name in ("kl_mean", "kl_p95", "kl_max")}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,12 @@ def _of_arm(
             raise NotFinite(f"the model's numbers break down at {m:g}")
         return dict(known[m, which])
 
-    def at(strengths: Sequence[float], which: str) -> pd.DataFrame:
+    def at(which: str, strengths: Sequence[float]) -> pd.DataFrame:
         return pd.DataFrame([row(m, which) for m in strengths])
 
     start, high = api.reach(arm.steering)
-    sides = ("calibration", "audit" if asked["audit"] else "")
-    table = api.both_sides(at, *sides, run.words["target_kl"], 1.0 if arm.inside else start, high)
+    audit = partial(at, "audit") if asked["audit"] else None
+    table = api.both_sides(partial(at, "calibration"), audit, run.words["target_kl"], 1.0 if arm.inside else start, high)
     return [*map(_plain, table.to_dict("records"))], [*map(_plain, table.attrs["probes"].to_dict("records"))]
 
 
