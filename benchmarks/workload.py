@@ -1,14 +1,15 @@
 """One workload, both ways, in one run: the package's command line and `naive.py`, process starts included.
 
     python benchmarks/workload.py                            # Qwen2 12 x 512, 64 train / 32 test rows, medians of 3
-    python benchmarks/workload.py --stages fit apply         # some of fit, apply, loss, sweep
+    python benchmarks/workload.py --stages fit apply         # some of fit, apply, loss, all (fit, apply and loss in one process), sweep
     python benchmarks/workload.py --shape gemma-2-9b --train 500 --test 200 --sides ours
     python benchmarks/workload.py --against ../before --stages fit apply loss sweep   # another checkout in naive's place
     python benchmarks/workload.py --shape tiny --train 4 --test 2 --repeats 1      # does it run
 
 Both sides are interleaved (ours, naive, ours, ...) and their numbers compared: losses per step of fit, every text, every
 loss. Dropout is 0 on both sides, since its random numbers would depend on the batches; all else is as released. naive's
-share of `sweep` is not run but counted: its 42 processes each do what one process of its `loss` does. Loss mode's report
+share of `sweep` is not run but counted: its 42 processes each do what one process of its `loss` does; that of `all` is the sum of its
+fit, apply and loss. Loss mode's report
 (curves and pictures of all that is stored) is ours alone and is in ours' time.
 """
 
@@ -34,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import world  # noqa: E402
 
-STAGES = ("fit", "apply", "loss", "sweep")
+STAGES = ("fit", "apply", "loss", "all", "sweep")
+COUNTED = ("all", "sweep")  # of naive: from what its other stages cost
 MULTIPLIERS = (0.5, 1.0, 1.5, 2.0)  # all of one sign: with both, ours needs fewer passes
 SWEEP = tuple(round(0.2 * k, 6) for k in range(-10, 11))
 PREFERENCES = ("winning_only", "losing_only")
@@ -91,6 +93,7 @@ class Ours(Side):
             "fit": ["--mode", "generate", *self.settings],
             "apply": ["--mode", "apply", "--multipliers", *map(str, MULTIPLIERS)],
             "loss": ["--mode", "loss", "--split", "train", "--multipliers", *map(str, MULTIPLIERS)],
+            "all": ["--mode", "all", "--split", "train", "--multipliers", *map(str, MULTIPLIERS), *self.settings],
             "sweep": ["--mode", "loss", "--split", "train", "--multipliers", *map(str, SWEEP)],
         }[stage]
         return timed([sys.executable, str(self.repo / "run_spilt.py"), *common, *words], self.threads, self.base / "ours.log")
@@ -193,7 +196,7 @@ def table(costs: dict[str, dict[str, list[Cost]]]) -> list[str]:
     head += ["ours MB", "naive MB", "memory ratio"]
     lines = [f"| stage | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
     rows = {stage: {side: median(c) for side, c in sides.items() if c} for stage, sides in costs.items()}
-    full = [row for stage, row in rows.items() if stage != "sweep" and len(row) == 2]
+    full = [row for stage, row in rows.items() if stage not in COUNTED and len(row) == 2]
     if len(full) == 3:
         rows["all three"] = {side: together([row[side] for row in full]) for side in ("ours", "naive")}
     for stage, row in rows.items():
@@ -246,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
             rounds = {"ours": args.repeats, "naive": args.repeats if args.naive_repeats is None else args.naive_repeats}
             for number in range(max(rounds.values())):
                 for side, runner in (("ours", ours), ("naive", naive)):
-                    if side in args.sides and number < rounds[side] and (args.against or (side, stage) != ("naive", "sweep")):
+                    if side in args.sides and number < rounds[side] and (args.against or side == "ours" or stage not in COUNTED):
                         costs[stage][side].append(runner.run(stage))
                         cost = costs[stage][side][-1]
                         line = f"{stage} {side} {number + 1}: {cost.seconds:.1f} s, CPU {cost.cpu:.1f} s, {cost.peak_mb:.0f} MB"
@@ -254,6 +257,9 @@ def main(argv: list[str] | None = None) -> int:
         if "sweep" in costs and not args.against and costs.get("loss", {}).get("naive"):
             share = len(SWEEP) / len(MULTIPLIERS)
             costs["sweep"]["naive"] = [Cost(c.seconds * share, c.cpu * share, c.peak_mb) for c in costs["loss"]["naive"]]
+        three = [median(costs[stage]["naive"]) for stage in ("fit", "apply", "loss") if costs.get(stage, {}).get("naive")]
+        if "all" in costs and not args.against and len(three) == 3:
+            costs["all"]["naive"] = [together(three)]
         both = {"ours", "naive"} <= set(args.sides)
         found = compare(ours, naive, args.stages) if both else {}
     lines = [line.replace("naive", "before") if args.against else line for line in table(costs)]

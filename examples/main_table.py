@@ -1,8 +1,10 @@
-"""The paper's main table on one GPU: every method and form is fitted, measured and read on every data set, then `spilt table`.
+"""The paper's main table on one GPU: every method and form is fitted, measured, read and scored on every data set, then `spilt table`.
 
     python examples/main_table.py --dry_run                                 hours and memory, nothing is run
     python examples/main_table.py --model_name gemma-2-9b-it qwen2.5-7b-it  models/ and data/ as the README's "The paper's data" has them
     sh examples/main_table_small.sh                                         the same of a small model on a CPU, in minutes
+
+Accuracy (psychopathy) needs nobody; power and concept scores need a judge: --judge endpoint, or a local model, as `spilt evaluate` has it.
 
 It can be stopped at any moment: the same command goes on. Hours are what is computed by --tflops, those that the card sustains; texts,
 which wait for memory, are counted --text_factor times.
@@ -29,13 +31,23 @@ from spilt.methods import METHODS  # noqa: E402
 RELEASED = [name for name, row in METHODS.items() if row.in_all]
 
 
-def commands(options: argparse.Namespace) -> list[list[str]]:
-    """The runs, one for each model and data set: the paper's methods in all forms, the baselines as vectors."""
+def commands(options: argparse.Namespace, mode: str = "all") -> list[list[str]]:
+    """The runs, one for each model and data set: the paper's methods in all forms, the baselines as vectors.
+
+    mode apply: texts behind the prompts, beside the first method's; evaluate: scores of the texts at recommended strengths.
+    """
     cells = [(name, form) for name in options.method for form in (METHODS[name].forms if METHODS[name].in_all else ("vector",))]
     asked = options.form or [name for name, row in FORMS.items() if row.in_all]
-    chosen = [f"{name}_{form}" for name, form in cells if form in asked]
-    fixed = ["--intervention_method", "vector", "--mode", "all", "--device", options.device, "--base_dir", str(options.base_dir)]
-    more = ["--control_pairs", str(options.control_pairs), *(["--limit", str(options.limit)] if options.limit else [])]
+    chosen = [f"{name}_{form}" for name, form in cells if form in asked][: 1 if mode == "apply" else None]
+    recommended = ["--multipliers", "recommended", *(["--prompt_baseline", *options.prompt_baseline] if options.prompt_baseline else [])]
+    judge = [*(["--judge", options.judge] if options.judge else [])]
+    judge += ["--judge_limit", str(options.judge_limit)] if options.judge_limit else []
+    more = {
+        "all": ["--control_pairs", str(options.control_pairs), *(["--limit", str(options.limit)] if options.limit else [])],
+        "apply": recommended,
+        "evaluate": [*recommended, *judge, "--no_report"],
+    }[mode]
+    fixed = ["--intervention_method", "vector", "--mode", mode, "--device", options.device, "--base_dir", str(options.base_dir)]
     return [
         ["--dataset", dataset, "--model_name", model, "--method", *chosen, *fixed, *more, *options.words]
         for model in options.model_name
@@ -108,6 +120,8 @@ def main() -> int:
     parser.add_argument("--tflops", type=float, default=100.0, help="that the card sustains (default 100; a CPU core: 0.05)")
     parser.add_argument("--text_factor", type=float, default=10.0, help="how much slower text is made than read (default 10)")
     parser.add_argument("--prompt_baseline", nargs="+", default=[], metavar="NAME=FILE", help="prompts as rows beside the methods")
+    parser.add_argument("--judge", help="'endpoint' or a local model, which rates the texts as spilt evaluate does; default: nobody")
+    parser.add_argument("--judge_limit", type=int, metavar="N", help="rate texts to the first N prompts of each strength")
     parser.add_argument("--prompts", type=int, default=8, metavar="N", help="for equal KL: the data set's first N (default 8)")
     parser.add_argument("--max_new_tokens", type=int, default=32, metavar="N", help="for equal KL: of each answer (default 32)")
     parser.add_argument("--words", nargs=argparse.REMAINDER, default=[], help="more words of run_spilt.py, last: --words --layers 15")
@@ -115,7 +129,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.dry_run:
         return estimate(options)
-    failed = [words for words in commands(options) if run(*words)]
+    modes = ["all", *(["apply"] if options.prompt_baseline else []), "evaluate"]
+    failed = [words for mode in modes for words in commands(options, mode) if run(*words)]
     which = ["--base_dir", str(options.base_dir), "--model_name", *options.model_name, "--dataset", *options.dataset]
     table = ["table", *which, "--device", options.device, "--output", str(options.output)]
     found = ["--kl", str(options.kl), "--prompts", str(options.prompts), "--max_new_tokens", str(options.max_new_tokens)]
