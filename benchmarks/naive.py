@@ -187,6 +187,8 @@ def apply(job: Job) -> None:
     prompts = readers.read_prompts(dataset_format(job.args.base_dir, "psychopathy", "generation"), None, job.args.limit)
     job.wrapped.steer = (torch.tensor([job.args.multiplier]), None)
     rows = []
+    if job.model.generation_config.eos_token_id is None:  # a text ends where the tokenizer says, as ours does
+        job.model.generation_config.eos_token_id = job.tokenizer.eos_token_id
     for prompt in prompts:
         ids = torch.tensor([job.chat.prompt_ids(prompt.input)])
         with torch.no_grad():
