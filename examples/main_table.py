@@ -17,6 +17,7 @@ import csv
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +32,23 @@ from spilt.methods import METHODS  # noqa: E402
 RELEASED = [name for name, row in METHODS.items() if row.in_all]
 
 
-def commands(options: argparse.Namespace, mode: str = "all") -> list[list[str]]:
-    """The runs, one for each model and data set: the paper's methods in all forms, the baselines as vectors.
-
-    mode apply: texts behind the prompts, beside the first method's; evaluate: scores of the texts at recommended strengths.
-    """
+def commands(options: argparse.Namespace) -> list[list[str]]:
+    """The runs, one for each model and data set: the paper's methods in all forms, the baselines as vectors."""
     cells = [(name, form) for name in options.method for form in (METHODS[name].forms if METHODS[name].in_all else ("vector",))]
     asked = options.form or [name for name, row in FORMS.items() if row.in_all]
-    chosen = [f"{name}_{form}" for name, form in cells if form in asked][: 1 if mode == "apply" else None]
-    recommended = ["--multipliers", "recommended", *(["--prompt_baseline", *options.prompt_baseline] if options.prompt_baseline else [])]
-    judge = [*(["--judge", options.judge] if options.judge else [])]
-    judge += ["--judge_limit", str(options.judge_limit)] if options.judge_limit else []
-    more = {
-        "all": ["--control_pairs", str(options.control_pairs), *(["--limit", str(options.limit)] if options.limit else [])],
-        "apply": recommended,
-        "evaluate": [*recommended, *judge, "--no_report"],
-    }[mode]
-    fixed = ["--intervention_method", "vector", "--mode", mode, "--device", options.device, "--base_dir", str(options.base_dir)]
-    return [
-        ["--dataset", dataset, "--model_name", model, "--method", *chosen, *fixed, *more, *options.words]
-        for model in options.model_name
-        for dataset in options.dataset
-    ]
+    chosen = [f"{name}_{form}" for name, form in cells if form in asked]
+    more = ["--control_pairs", str(options.control_pairs), *limit(options)]
+    return [of(options, model, dataset, chosen, "all", more) for model in options.model_name for dataset in options.dataset]
+
+
+def of(options: argparse.Namespace, model: str, dataset: str, cells: list[str], mode: str, more: list[str]) -> list[str]:
+    """The words of one run."""
+    words = ["--dataset", dataset, "--model_name", model, "--method", *cells, "--intervention_method", "vector", "--mode", mode]
+    return [*words, "--device", options.device, "--base_dir", str(options.base_dir), *more, *options.words]
+
+
+def limit(options: argparse.Namespace) -> list[str]:
+    return ["--limit", str(options.limit)] if options.limit else []
 
 
 def planned(words: list[str]) -> list[dict[str, Any]]:
@@ -63,20 +59,38 @@ def planned(words: list[str]) -> list[dict[str, Any]]:
     return list(json.loads(done.stdout)["steps"])
 
 
+def strengths(path: Path, wanted: Callable[[dict[str, str]], str]) -> dict[tuple[str, str], dict[str, list[str]]]:
+    """Of a table as CSV: (model, data set) -> cell -> its strengths. wanted: a row's strength, or ''."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for row in csv.DictReader(path.open(encoding="utf-8")) if path.is_file() else ():
+        if m := wanted(row):
+            cell = f"{row['method']}_{row['intervention'].partition('@')[0]}"  # its layers and seed stand in --words
+            found.setdefault((row["model"], row["dataset"]), {}).setdefault(cell, []).append(m)
+    return found
+
+
 def at_equal_kl(options: argparse.Namespace) -> list[list[str]]:
     """The runs that measure each cell's losses at its own strengths of equal KL, beside those of its sweep."""
-    path = options.output / "strengths.csv"
-    found: dict[tuple[str, ...], list[str]] = {}
-    for row in csv.DictReader(path.open(encoding="utf-8")) if path.is_file() else ():
-        if row["status"] == "converged":
-            cell = f"{row['method']}_{row['intervention'].partition('@')[0]}"  # its layers and seed stand in --words
-            found.setdefault((row["dataset"], row["model"], cell), []).append(row["multiplier"])
-    fixed = ["--intervention_method", "vector", "--mode", "loss", "--no-released_files", "--no_report", "--device", options.device]
-    fixed += ["--base_dir", str(options.base_dir), *(["--limit", str(options.limit)] if options.limit else []), *options.words]
+    found = strengths(options.output / "strengths.csv", lambda row: row["multiplier"] if row["status"] == "converged" else "")
+    more = ["--no-released_files", "--no_report", *limit(options)]
     return [
-        ["--dataset", dataset, "--model_name", model, "--method", cell, "--multipliers", *strengths, *fixed]
-        for (dataset, model, cell), strengths in found.items()
+        of(options, *place, [cell], "loss", [*more, "--multipliers", *own]) for place, cells in found.items() for cell, own in cells.items()
     ]
+
+
+def scores(options: argparse.Namespace) -> list[list[str]]:
+    """The runs that make and score each cell's texts at its own strength of the main table; with the first also unsteered and prompts'."""
+    found = strengths(options.output / "main.csv", lambda row: row["value"] if row["measure"] == "m" else "")
+    prompts = ["--prompt_baseline", *options.prompt_baseline] if options.prompt_baseline else []
+    judge = ["--judge", options.judge] if options.judge else []
+    judge += ["--judge_limit", str(options.judge_limit)] if options.judge_limit else []
+    runs = []
+    for place, cells in found.items():
+        for number, (cell, own) in enumerate(cells.items()):
+            more = ["--multipliers", *(["0", *own, *prompts] if number == 0 else own)]
+            runs.append(of(options, *place, [cell], "apply", more))
+            runs.append(of(options, *place, [cell], "evaluate", [*more, *judge, "--no_report"]))
+    return runs
 
 
 def run(*words: str) -> int:
@@ -129,14 +143,13 @@ def main() -> int:
     options = parser.parse_args()
     if options.dry_run:
         return estimate(options)
-    modes = ["all", *(["apply"] if options.prompt_baseline else []), "evaluate"]
-    failed = [words for mode in modes for words in commands(options, mode) if run(*words)]
+    failed = [words for words in commands(options) if run(*words)]
     which = ["--base_dir", str(options.base_dir), "--model_name", *options.model_name, "--dataset", *options.dataset]
     table = ["table", *which, "--device", options.device, "--output", str(options.output)]
     found = ["--kl", str(options.kl), "--prompts", str(options.prompts), "--max_new_tokens", str(options.max_new_tokens)]
     found += ["--prompt_baseline", *options.prompt_baseline] if options.prompt_baseline else []
     done = run(*table, *found)
-    failed += [words for words in at_equal_kl(options) if run(*words)]
+    failed += [words for words in [*at_equal_kl(options), *scores(options)] if run(*words)]
     done = run(*table) or done
     for words in failed:
         print(f"not all was done: run_spilt.py {' '.join(words)}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -36,8 +37,16 @@ def test_the_dry_run_says_hours_and_memory(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_all_of_it_on_a_small_model(tmp_path: Path) -> None:
     base = families.make_base(tmp_path / "base", train=6)
+    (kind := tmp_path / "kind.txt").write_text("Be kind.", encoding="utf-8")
+    for path in (base.path / "data" / base.one).glob("*.jsonl"):  # answers of one word, so that accuracy is among the scores
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [{**row, **({"matching": "yes", "not_matching": "no"} if "matching" in row else {})} for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     words = ["--method", "sft", "spilt", "--form", "vector", "--control_pairs", "0", "--kl", "0.3", "--output", str(tmp_path / "tables")]
-    done = run(*of(base, *words))
+    done = run(*of(base, *words, "--prompt_baseline", f"kind={kind}"))
     assert done.returncode == 0, done.stderr
     said = (tmp_path / "tables" / "tables.md").read_text()
     assert "| spilt vector |" in said and "| KL |" in said and "strengths of equal KL" in said
+    head, _, *rows = [line for line in said.split("main results")[1].split("\n\n")[1].splitlines()]
+    assert "score: accuracy" in head and len(rows) == 4  # unsteered, the prompt, two methods
+    assert all(row.rstrip(" |").split("|")[-1].strip(" []")[0].isdigit() for row in rows), rows
