@@ -22,6 +22,7 @@ from spilt.artifacts.losses import KL_COLUMNS, TRIED
 from spilt.artifacts.store import Store
 from spilt.cell import variant_of
 from spilt.data import readers
+from spilt.engine import choice
 from spilt.errors import NotFinite, UserError
 from spilt.model import host, identity
 from spilt.run import quiet_libraries
@@ -73,6 +74,12 @@ def calibrate(
         fmt = verbs.entry_of("generate", "prompts", base, dataset)
         chat: dict[str, Any] = {name: getattr(s, name) for name in ("use_chat_template", "system_prompt", "batch_size")}
         asked = [(stored(cell, s, run), [row.input for row in readers.read_prompts(fmt, cell.concept, how.prompts)]) for cell in step.cells]
+        try:
+            for steering, _ in asked:
+                choice.refuse_positions(s.applied_positions, steering.scope)
+        except UserError as error:
+            tell(f"warning: {step.cells[0]}: no strength of equal KL: {error}")
+            continue
         chat |= {"max_new_tokens": how.max_new_tokens}
         at = partial(_mean, [api.divergences(loaded.model, loaded.tokenizer, steering, prompts, **chat) for steering, prompts in asked])
         table = api.both_sides(at, None, how.budget, *map(max, zip(*(api.reach(steering) for steering, _ in asked), strict=True)))

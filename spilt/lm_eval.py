@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _lm_eval(args: argparse.Namespace) -> int:
+    from spilt.engine import choice
+
     strengths = sorted({0.0, *(m + 0.0 for m in args.multipliers)})
     if not all(math.isfinite(m) and abs(m) <= STRONGEST for m in strengths):
         raise UserError(f"--multipliers: wanted finite numbers within +-{STRONGEST:g}")
@@ -84,6 +86,7 @@ def _lm_eval(args: argparse.Namespace) -> int:
     if unknown := [name for name in args.tasks if name not in tasks.all_tasks]:
         raise UserError(f"--tasks {' '.join(unknown)}: lm_eval has no such task; `lm_eval ls tasks` lists them")
     host, steering, s, _ = ready(args)
+    choice.refuse_positions(s.applied_positions, steering.scope)
     found: dict[float, dict[str, dict[str, Any]]] = {}
     for m in strengths:
         lm = lm_eval_model(host.model, host.tokenizer, steering, m, batch_size=args.batch_size)

@@ -60,6 +60,7 @@ def which_flags(parser: argparse.ArgumentParser) -> None:
 
 def _say(args: argparse.Namespace) -> int:
     from spilt import api
+    from spilt.engine import choice
     from spilt.memory import OutOfMemory
 
     if args.prompt is not None:
@@ -68,6 +69,7 @@ def _say(args: argparse.Namespace) -> int:
     if strengths and not all(abs(m) <= STRONGEST for m in strengths):  # nan is not
         raise UserError(f"--multipliers: wanted finite numbers within +-{STRONGEST:g}")
     host, steering, s, cell = ready(args, args.max_new_tokens)
+    choice.refuse_positions(s.applied_positions, steering.scope)
     strengths = [m + 0.0 for m in dict.fromkeys(strengths or (0.0, *s.multipliers))]
     params: GenerationParams = s.generation_params
     about = {name: getattr(s, name) for name in ("layers", *ABOUT)} | {"generation_params": params.as_kwargs()}

@@ -105,6 +105,7 @@ def test_tasks_with_local_data(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert list(found) == ["-40.0", "0.0", "40.0"]
     assert all(f"{metric},none" in at[name] for at in found.values() for name, (_, _, metric) in TASKS.items())
     assert len({at["choice"]["acc,none"] for at in found.values()}) > 1
+    assert cli.main([*words, "--set", "steer_positions=f5"]) == 2 and "every token is steered" in capsys.readouterr().err
     assert cli.main([*words, "--include_path", str(tmp_path / "none")]) == 2 and "no such folder" in capsys.readouterr().err
 
 

@@ -133,6 +133,7 @@ def test_mistakes_are_told(
         (["x", *given, "--model_name", "tinny"], "unknown model 'tinny'"),
         (["x", *given, "--set", "max_tokens=3"], "unknown"),
         (["x", *given, "--max_new_tokens", "0"], "max_new_tokens"),
+        (["x", *given, "--set", "steer_positions=f5"], "steer_positions = f5: here every token is steered"),
         (["x", *model, "--steering", str(tmp_path / "no.safetensors")], "no such file"),
         (["x", *given, "--steering", "a.safetensors", "--layers", "1", "2"], "leave --layers out"),
         (["x", *model, "--steering", folder, "--set", "lr=1"], "unknown setting of apply 'lr'"),

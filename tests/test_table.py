@@ -314,6 +314,15 @@ def test_strengths_of_equal_kl_are_found_once(tmp_path: Path, capsys: pytest.Cap
     assert cli.main([*words, "--mode", "generate", "--set", "lr=0.02"]) == 0
     assert cli.main(["table", "--base_dir", str(base.path), "--tables", "strengths"]) == 2
     assert set(TABLES) >= {"strengths"}
+    # texts that steer other tokens are another thing than what is measured here
+    (applied,) = base.path.glob(f"hparams/**/{base.one}/**/sft/apply_sft.yaml")
+    applied.write_text(applied.read_text() + "steer_positions: f5\n", encoding="utf-8")
+    assert cli.main([*words, "--mode", "loss", "--multipliers", "-8", "8", "--no-released_files", "--no_report"]) == 0
+    capsys.readouterr()
+    assert cli.main([*how, "--tables", "strengths"]) == 0
+    said = capsys.readouterr()
+    assert "no strength of equal KL: steer_positions = f5: here every token is steered" in said.err
+    assert "| spilt vector |" in said.out and "| sft vector |" not in said.out
 
 
 @pytest.mark.long

@@ -61,6 +61,13 @@ def refuse_vllm(verbs: Collection[str], device: str, dry: bool) -> None:
         raise UserError("--engine vllm: the package vllm is not installed here: pip install vllm, or leave --engine out")
 
 
+def refuse_positions(positions: str, scope: str) -> None:
+    """Raises UserError where the settings steer other tokens of a text (`applied_positions`) than a Steering alone does (its scope)."""
+    if positions != scope:
+        which = "every token" if scope == "all" else f"scope {scope}"
+        raise UserError(f"steer_positions = {positions}: here {which} is steered, another thing; --mode apply and evaluate obey it")
+
+
 def refuse_in_vllm(dtype: str, positions: str) -> None:
     """Raises UserError for settings that vLLM's LoRA does not do. What of a Steering can be a LoRA, the export says."""
     if dtype == "float32":  # its kernels assert it (vLLM issue 14827)
