@@ -6,10 +6,16 @@ from collections import Counter
 from itertools import groupby
 
 import pytest
-from command_line import base, clean  # noqa: F401
 from counts import CI
-from faults import bare, here, no_pictures, prepared  # noqa: F401
-from hparams_tree import tree  # noqa: F401
+
+FIXTURES = ("command_line", "faults", "hparams_tree")  # the files whose fixtures every test may ask for
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The process that only deals tests out to others (`-n 2`) needs none of the libraries that the fixtures import."""
+    if config.getoption("dist", "no") == "no":
+        for name in FIXTURES:
+            config.pluginmanager.import_plugin(name)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

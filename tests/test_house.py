@@ -7,6 +7,7 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -42,13 +43,19 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-TREES = {path: ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in sorted(PACKAGE.rglob("*.py"))}
-MODULES = {".".join(["spilt", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__"): path for path in TREES}
+PATHS = tuple(sorted(PACKAGE.rglob("*.py")))
+MODULES = {".".join(["spilt", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__"): path for path in PATHS}
 
 
-def imports_of(tree: ast.AST) -> Iterator[tuple[str, int]]:
+@cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """Every node of a file's syntax tree."""
+    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))))
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, int]]:
     """(dotted name, line) of every import, at the head, in functions and for type checking alike."""
-    for node in ast.walk(tree):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -64,10 +71,10 @@ def room(module: str) -> str:
     return module.split(".")[1] if "." in module else module
 
 
-def strings_of(tree: ast.AST) -> Iterator[ast.Constant]:
+def strings_of(path: Path) -> Iterator[ast.Constant]:
     """String constants that are no docstrings."""
-    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    yield from (n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in docs)
+    docs = {id(node.value) for node in nodes_of(path) if isinstance(node, ast.Expr)}
+    yield from (n for n in nodes_of(path) if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in docs)
 
 
 def test_every_room_has_a_floor() -> None:
@@ -79,7 +86,7 @@ def test_every_room_has_a_floor() -> None:
 def test_imports_go_down_only() -> None:
     wrong, seen = [], 0
     for name, path in MODULES.items():
-        for imported, line in imports_of(TREES[path]):
+        for imported, line in imports_of(path):
             if not imported.startswith("spilt.") or room(name) == "spilt":
                 continue
             seen += 1
@@ -91,7 +98,7 @@ def test_imports_go_down_only() -> None:
 def test_no_import_cycle() -> None:
     """Not at run time, not in functions, not for type checking. Found by taking away what imports nothing that is left."""
     graph = {
-        name: {imported for imported, _ in imports_of(TREES[path]) if imported in MODULES and imported not in (name, "spilt")}
+        name: {imported for imported, _ in imports_of(path) if imported in MODULES and imported not in (name, "spilt")}
         for name, path in MODULES.items()
     }
     assert sum(map(len, graph.values())) > 100
@@ -115,10 +122,10 @@ def test_no_import_cycle() -> None:
     + [(f"methods/{name}", {"torch"}) for name in METHODS],
 )
 def test_what_the_inner_rooms_import_from_outside(module: str, allowed: set[str]) -> None:
-    outside = {name.split(".")[0] for name, _ in imports_of(TREES[PACKAGE / f"{module}.py"])}
+    outside = {name.split(".")[0] for name, _ in imports_of(PACKAGE / f"{module}.py")}
     assert outside - set(sys.stdlib_module_names) - {"spilt"} <= allowed
     if module == "steering/interventions":
-        assert {name for name, _ in imports_of(TREES[PACKAGE / "steering/interventions.py"]) if name.startswith("spilt")} == {
+        assert {name for name, _ in imports_of(PACKAGE / "steering/interventions.py") if name.startswith("spilt")} == {
             "spilt.cell",
             "spilt.errors",
         }
@@ -127,8 +134,8 @@ def test_what_the_inner_rooms_import_from_outside(module: str, allowed: set[str]
 def test_only_hooks_and_suffix_touch_a_module() -> None:
     """Registering a hook, or setting `forward` on an instance."""
     found: dict[str, int] = {}
-    for path, tree in TREES.items():
-        for node in ast.walk(tree):
+    for path in PATHS:
+        for node in nodes_of(path):
             registers = isinstance(node, ast.Attribute) and node.attr.startswith("register_") and "hook" in node.attr
             replaces = isinstance(node, ast.Assign) and any(isinstance(t, ast.Attribute) and t.attr == "forward" for t in node.targets)
             if registers or replaces:
@@ -139,12 +146,12 @@ def test_only_hooks_and_suffix_touch_a_module() -> None:
 def test_only_the_store_knows_where_artifacts_lie() -> None:
     """No other file builds a path from 'vectors' or 'generation' (`/ "vectors"`, joinpath, Path("vectors/..."), globs)."""
     found = []
-    for path, tree in TREES.items():
-        for node in strings_of(tree):
+    for path in PATHS:
+        for node in strings_of(path):
             text = str(node.value)
             if text.startswith(("vectors/", "generation/")) or "/vectors/" in text or "/generation/" in text:
                 found.append((path.name, node.lineno))
-        for node in ast.walk(tree):
+        for node in nodes_of(path):
             parts: list[ast.expr] = []
             if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
                 parts = [node.left, node.right]
@@ -158,8 +165,8 @@ def test_only_the_store_knows_where_artifacts_lie() -> None:
 
 def test_torch_load_is_always_weights_only() -> None:
     seen = 0
-    for path, tree in TREES.items():
-        for node in ast.walk(tree):
+    for path in PATHS:
+        for node in nodes_of(path):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads"):
                 seen += 1
                 given = {k.arg: ast.unparse(k.value) for k in node.keywords}

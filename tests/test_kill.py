@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from counts import CI, count
 from tqdm import tqdm
@@ -267,10 +268,8 @@ def seen(stage: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     """The driver's findings, once per stage."""
     if stage not in _seen:
         folder = tmp_path_factory.mktemp(stage)
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-        done = subprocess.run(
-            [sys.executable, __file__, stage, str(folder)], capture_output=True, text=True, env=env, timeout=600, check=False
-        )
+        env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        done = forked.run([__file__, stage, folder], 600, env=env)
         _seen[stage] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"broken": done.stdout + done.stderr}
         print(stage, _seen[stage])
         shutil.rmtree(folder, ignore_errors=True)

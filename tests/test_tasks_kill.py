@@ -9,11 +9,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from test_weights_kill import child
 
@@ -68,8 +68,8 @@ def drive(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.long
 def test_killed_before_every_write_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    run = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, timeout=600, env=env)
+    env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    run = forked.run([__file__, tmp_path], 600, env=env)
     assert run.returncode == 0, run.stdout + run.stderr
     seen = json.loads(run.stdout.splitlines()[-1])
     assert seen["different"] == [] and seen["trouble"] == []
