@@ -78,11 +78,15 @@ def no_report(step: Any, *_: Any, **__: Any) -> runner.Outcome:
     return runner.Outcome("report", runner.DONE, "", 0.0, "")
 
 
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of a report's time and reads no file; test_report.py draws."""
+    patch.setattr(drawing, "png_of", lambda figure: b"")
+    patch.setattr(drawing, "svg_of", lambda figure: '<svg viewBox="0 0 10 10"></svg>')
+
+
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes most of a report's time and reads no file; test_report.py draws."""
-    monkeypatch.setattr(drawing, "png_of", lambda figure: b"")
-    monkeypatch.setattr(drawing, "svg_of", lambda figure: '<svg viewBox="0 0 10 10"></svg>')
+    draw_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -122,6 +122,7 @@ def test_a_verb_plans_what_its_mode_does(base: families.Base) -> None:
         assert {step.verb for step in plan.make(asked).steps} == {name}
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_verbs_run(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
     """fit, generate and measure one after the other, and all programs that read; a rerun with the released flags finds all done."""
     assert cli.main(["fit", *words(base)]) == 0

@@ -200,7 +200,7 @@ def test_every_objective_is_covered() -> None:
 
 @every_dataset
 @pytest.mark.parametrize("state", ["vector", "lora_mlp_mid", "local_weight_mlp_mid"])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_objectives_and_gradients(dataset: str, state: str) -> None:
     """Minibatch losses, their accumulated value, and the gradient before and after clipping, of every method and loss type."""
     stored, checked = golden.tensors("objectives.pt"), 0
@@ -249,7 +249,7 @@ def test_objectives_and_gradients(dataset: str, state: str) -> None:
 @pytest.mark.slow
 @every_dataset
 @pytest.mark.parametrize("job", ["spilt/add", "spilt/add_sub", "sft/add", "sft/add_sub"])
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_training_end_to_end(dataset: str, job: str) -> None:
     """local_weight from zero, 24 rows in one batch, 5 epochs, in the released order: losses, first gradient and weights."""
     want = golden.tensors("train_e2e.pt")[f"{dataset}/{job}"]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import families
+import forked
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "main_table.py"
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=300)
+    return forked.run([SCRIPT, *words], 300)
 
 
 def of(base: families.Base, *more: str) -> list[str]:

@@ -215,7 +215,8 @@ CHANGED: list[tuple[list[str], list[str], str]] = [
 ]
 
 
-@pytest.mark.parametrize("whole_one", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("whole_one", [False, True])
+@pytest.mark.long
 def test_scores_of_texts_made_otherwise_are_flagged(base: families.Base, capsys: pytest.CaptureFixture[str], whole_one: bool) -> None:
     """Two methods at their strengths; then one's texts are shorter, of fewer prompts, or scored of fewer."""
     words = ["table", "--base_dir", str(base.path), "--tables", "main", "--budget", "50"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import families
 import pytest
+from faults import draw_nothing
 
 from spilt import cli, look, plan, verbs
 from spilt.artifacts import texts
@@ -19,7 +20,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> families.Base:
     """One cell, fitted, applied and measured."""
     made = families.make_base(tmp_path_factory.mktemp("tables") / "base")
     assert cli.main([*made.argv("sft", "vector", "--multipliers", "-2", "0", "2"), "--quiet"]) == 0
-    assert cli.main([*made.argv("sft", "vector", "--mode", "loss", "--multipliers", "-2", "0", "2"), "--quiet"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        assert cli.main([*made.argv("sft", "vector", "--mode", "loss", "--multipliers", "-2", "0", "2"), "--quiet"]) == 0
     return made
 
 

@@ -6,7 +6,6 @@ As test_weights_kill.py: a driver imports everything once and forks; each child 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import sys

@@ -105,6 +105,7 @@ def different(base: families.Base, alone: families.Base, part: str = "") -> list
     return sorted(name for name in {*found, *wanted} if part in name and found.get(name) != wanted.get(name))
 
 
+@pytest.mark.long
 def test_two_processes_give_the_files_of_one(base: families.Base, alone: families.Base, tmp_path: Path) -> None:
     """Each adapter, arm and calibration whole by one of them, the answers in parts; what is said is what one process says."""
     log = tmp_path / "log"
