@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import traceback
@@ -19,7 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import forked
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,8 +108,8 @@ def drive(folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.long
 def test_killed_at_every_stage_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    run = forked.run([__file__, tmp_path], 900, env=env)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    run = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, timeout=900, env=env)
     assert run.returncode == 0, run.stdout + run.stderr
     seen = json.loads(run.stdout.splitlines()[-1])
     assert seen["different"] == [] and seen["trouble"] == []
