@@ -120,16 +120,16 @@ m.{name} = later
 @new_library
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize(("module", "name", "at", "rank"), [("train", "forward_backward", 3, 1), ("decode", "choose", 20, 0)])
+@pytest.mark.parametrize(("module", "name", "at", "rank"), [("train", "forward_backward", 7, 1), ("decode", "choose", 10, 0)])
 def test_one_process_is_lost(base: families.Base, tmp_path: Path, module: str, name: str, at: int, rank: int) -> None:
     """SIGKILL in the middle of a fit, of texts: all end; the same command goes on, also in one process, and nothing is left over."""
     whole = copied(base, tmp_path / "whole")
-    words = (*BOTH, "--checkpoint_seconds", "0", "--batch_size", "2")
+    words = (*BOTH, "--checkpoint_seconds", "0", "--batch_size", "2", "--set", "n_epochs=3")
     assert run(whole, words, 1)[0] == 0
     code, said = run(base, words, 2, KILLED.format(module=module, name=name, at=at, rank=rank))
     assert code != 0, said
     left = [path.name for path in base.path.rglob("*unfinished*") if path.is_file()]
-    assert bool(left) == (module == "decode") or left, (said, left)
+    assert left, said
     code, said = run(base, words, 2)
     assert code == 0, said
     assert not list(base.path.rglob("*unfinished*"))
@@ -280,11 +280,11 @@ def test_the_plan_shows_it(clean: families.Base, capsys: pytest.CaptureFixture[s
 def test_a_part_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check of a loaded model: what one process has otherwise than the first, or not in full width."""
     model: Any = families.build("llama")
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: tensor)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, **from_0: tensor)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: tensor)
     parts.check(model)
     assert parts.split(model) == 0
     seen: list[torch.Tensor] = []
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: seen.append(tensor) or tensor.mul_(1 if len(seen) < 9 else 2))
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, **from_0: seen.append(tensor) or tensor.mul_(1 + (len(seen) > 8)))
     with pytest.raises(UserError, match=r"mlp of block 1 and \d+ more: not whole and the same in every process"):
         parts.check(model)
