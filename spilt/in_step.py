@@ -73,33 +73,37 @@ class InStep(Team):
 
     def agree(self, trouble: str = "", what: str = "a piece of work") -> list[str]:
         """The trouble of every process at this place; '' of one that has none. Does not return where they are not at the same place."""
+        from torch.distributed import DistError
         from torch.distributed.distributed_c10d import _get_default_store
 
-        store, turn = _get_default_store(), next(_turns)
-        keys = [f"spilt/{turn}/{rank}" for rank in range(self.size)]
-        store.set(keys[self.rank], json.dumps([what, sums(), trouble]))
-        begun, pause = time.monotonic(), 0.001
-        while not store.check(keys):  # in Python, where ^C is heard
-            if trouble and time.monotonic() - begun > PATIENCE:
-                self._part(trouble, [key for key in keys if store.check([key])], store)
-            time.sleep(pause)
-            pause = min(2 * pause, 0.05)
-        said = [json.loads(store.get(key)) for key in keys]
-        if len({(about, count) for about, count, _ in said}) > 1:
-            self._part(trouble, keys, store)
-        return [told for _, _, told in said]
+        keys = [f"spilt/{next(_turns)}/{rank}" for rank in range(self.size)]
+        try:
+            store = _get_default_store()
+            store.set(keys[self.rank], json.dumps([what, sums(), trouble]))
+            begun, pause = time.monotonic(), 0.001
+            while not store.check(keys):  # in Python, where ^C is heard
+                if trouble and time.monotonic() - begun > PATIENCE:
+                    self._part(trouble, store)
+                time.sleep(pause)
+                pause = min(2 * pause, 0.05)
+            said = [json.loads(store.get(key)) for key in keys]
+            if len({(about, count) for about, count, _ in said}) == 1:
+                return [told for _, _, told in said]
+            if not any(told for _, _, told in said) and self.main:
+                trouble = "is at another place than the others, and none of them says why"
+            self._part(trouble, store)
+        except DistError as lost:  # the process, or the launcher, that held the store
+            self._part(trouble or f"{type(lost).__name__}: {first_line(lost)}", None)
 
     def all_ran_out(self, error: Exception) -> None:
         """They go on with smaller batches if all have run out, else all end."""
         way_out = "smaller from the start: --batch_size N (texts), --set batch_size=N (fits), --set output_length=N"
         self.agree(f"out of memory, and not all are: {first_line(error)}; {way_out}", "memory")
 
-    def _part(self, trouble: str, keys: Sequence[str], store: Any) -> NoReturn:
-        """The end of a run that is not in step any more. One speaks and exits with an error, for which a launcher ends the others."""
-        in_trouble = [key for key in keys if json.loads(store.get(key))[2]]
-        what = trouble or "is at another place than the others, and none of them says why"
-        if in_trouble[0].endswith(f"/{self.rank}") if in_trouble else self.main:
-            complain(f"error: process {self.rank}: {what}; a pass needs all processes, so all end; {GOES_ON}")
+    def _part(self, trouble: str, store: Any) -> NoReturn:
+        """The end of a run that is not in step any more. The first in trouble speaks and exits; a launcher ends the others then."""
+        if trouble and (store is None or store.add("spilt/spoken", 1) == 1):
+            complain(f"error: process {self.rank}: {trouble}; a pass needs all processes, so all end; {GOES_ON}")
         else:
             time.sleep(2 * PATIENCE)
         sys.stdout.flush()
