@@ -15,13 +15,14 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from spilt import __version__, complete, plan, reading, summary, verbs
 from spilt.artifacts.losses import SPLITS
@@ -30,13 +31,14 @@ from spilt.data import own, prompt_baseline
 from spilt.engine.choice import VLLM
 from spilt.errors import UserError, unknown
 from spilt.flags import ELSEWHERE, PROGRAMS, first_words, parser
+from spilt.in_step import InStep
 from spilt.model.identity import Changed
 from spilt.model.locate import link, locate
 from spilt.run import ALREADY, DONE, FAILED, Outcome, run_plan, with_recommended
 from spilt.settings import parse_overrides
 from spilt.settings.fields import STRONGEST
-from spilt.team import place
-from spilt.terminal import COMPLETING, complain, say, words_so_far
+from spilt.team import Team, place
+from spilt.terminal import COMPLETING, complain, say, spoken, words_so_far
 from spilt.terminal import program as speak
 from spilt.verbs.base import RECOMMENDED, layer_groups
 from spilt.verbs.measure import SWEEP
@@ -45,7 +47,7 @@ log = logging.getLogger("spilt")
 # flags that are fields of a Request by the same name
 AS_GIVEN = (
     *("mode", "device", "base_dir", "limit", "split", "batch_size", "force", "checkpoint_seconds", "released_files", "control_pairs"),
-    *("judge", "judge_limit", "deterministic", "engine", "decode_step"),
+    *("judge", "judge_limit", "deterministic", "engine", "decode_step", "tensor_parallel"),
 )
 
 
@@ -68,6 +70,7 @@ def request_of(args: argparse.Namespace, program: str = verbs.Request.program) -
         flags.append("--released_files" if args.released_files else "--no-released_files")
     if args.control_pairs != verbs.Request.control_pairs:
         flags += ["--control_pairs", str(args.control_pairs)]
+    flags += ["--tensor_parallel"] if args.tensor_parallel else []
     if args.engine == VLLM:  # its texts are its own; the others give the same
         flags += ["--engine", VLLM]
     layers = layer_groups(args.layers)
@@ -189,6 +192,25 @@ def console() -> int:
 
 def _run(args: argparse.Namespace, program: str, words: Sequence[str]) -> int:
     """Plan and run, or show the plan: as text, or as one document and nothing else."""
+    if not args.tensor_parallel or place()[1] == 1 or args.dry_run or args.inspect:
+        return _said(args, program, words)
+    return _in_step(args, partial(_said, args, program, words))
+
+
+def _in_step(args: argparse.Namespace, work: Callable[[Team], int]) -> NoReturn:
+    """One of the processes that hold parts of a model, to its end. Process 0 says what all know."""
+    team = InStep(args.device)
+    try:
+        code = spoken(lambda: work(team), lambda: team.speaks)
+    except Exception:  # noqa: BLE001 - not foreseen: where it was raised
+        if team.speaks:
+            traceback.print_exc()
+        code = 1
+    team.leave(code)
+
+
+def _said(args: argparse.Namespace, program: str, words: Sequence[str], team: Team | None = None) -> int:
+    """The exit code. team: of processes that do all of it in step."""
     rank, size = place()
     if rank > 0:  # process 0 speaks for all
         log.setLevel(logging.ERROR)
@@ -197,7 +219,7 @@ def _run(args: argparse.Namespace, program: str, words: Sequence[str]) -> int:
     shown: dict[str, Any] = {"dry_run": args.dry_run}
     try:
         with redirect_stdout(sys.stderr) if args.json else nullcontext():  # what else is printed
-            code = _plan_and_run(args, program, shown)
+            code = team.each(lambda: _plan_and_run(args, program, shown)) if team else _plan_and_run(args, program, shown)
     except (UserError, OSError) as error:
         if args.json and rank == 0:
             print(summary.document(shown, 2, str(error)))
@@ -205,7 +227,7 @@ def _run(args: argparse.Namespace, program: str, words: Sequence[str]) -> int:
     if args.json and rank == 0:
         print(summary.document(shown, code))
     log.info("exit code %d", code)
-    if size > 1 and not args.dry_run:
+    if size > 1 and not args.dry_run and team is None:
         # everything is written and everybody has said goodbye; the threads of the process group sometimes abort a normal exit
         sys.stdout.flush()
         sys.stderr.flush()
@@ -246,7 +268,7 @@ def _plan_and_run(args: argparse.Namespace, program: str, shown: dict[str, Any])
         if not args.json:
             summary.print_plan(shown["steps"], made)
         return 0
-    if request.folder is not None:
+    if request.folder is not None and not (request.tensor_parallel and rank):
         link(request.base_dir, request.model, request.folder)
     for number, step in enumerate(made.steps, 1):
         log.info("plan %d. %s: %s", number, step, step.command)
@@ -257,7 +279,8 @@ def _plan_and_run(args: argparse.Namespace, program: str, shown: dict[str, Any])
     if keys := {note.key for step in made.steps for note in step.notes}:
         log.warning("%d keys of the settings files have no effect here; --dry_run lists them", len(keys))
     try:
-        outcomes = run_plan(made, request, complain, quiet=args.quiet)
+        tell = (lambda text: None) if request.tensor_parallel and rank else complain  # all know what process 0 tells
+        outcomes = run_plan(made, request, tell, quiet=args.quiet)
     except Changed as error:  # the model, while it was loaded
         shown["error"] = str(error)
         complain(f"error: {error}")

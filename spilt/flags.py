@@ -152,6 +152,11 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
         help="how text gets its next token: plain; static: in fixed shapes; compiled: those by torch.compile; captured: as a CUDA graph "
         "(equal up to rounding)",
     )
+    add(
+        "--tensor_parallel",
+        action="store_true",
+        help="started by torchrun: each process holds a part of one model, by the library's own plan, for one that fits on no card",
+    )
     add("--deterministic", action="store_true", help="only algorithms that give the same bits every time (slower on a GPU)")
     if not verb:
         add("--verify", action="store_true", help="check every stored artifact under --base_dir instead, and say what is stale or damaged")

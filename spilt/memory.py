@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 log = logging.getLogger("spilt")
 Item = TypeVar("Item")
+agreed: Callable[[Exception], None] | None = None  # set by processes that hold parts of one model: all have run out here, or all end
 
 
 class OutOfMemory(MemoryError):
@@ -61,15 +62,19 @@ def _of_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether an exception is the device's or the host's 'out of memory'; its cached blocks are given back then."""
-    if isinstance(error, MemoryError) and not isinstance(error, OutOfMemory):
-        return True
-    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size  # slow to import, seldom needed
+    """Whether an exception is the device's or the host's 'out of memory'; its cached blocks are given back then.
 
-    if should_reduce_batch_size(error):
+    Of processes in step (in_step.py): whether it is so in all of them, at the same place; they go on together, or end.
+    """
+    if not isinstance(error, MemoryError) or isinstance(error, OutOfMemory):
+        from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size  # slow to import, seldom needed
+
+        if not should_reduce_batch_size(error):
+            return False
         clear_device_cache(garbage_collection=True)
-        return True
-    return False
+    if agreed is not None:
+        agreed(error)
+    return True
 
 
 def halved(work: Callable[[Sequence[Item]], None], items: Sequence[Item], what: str, smallest: str) -> None:

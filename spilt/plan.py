@@ -24,6 +24,7 @@ from spilt.reading import check_data, columns, concept_ids, entry, first_pair, r
 from spilt.settings.fields import intervention_name, method_name
 from spilt.settings.files import is_own
 from spilt.steering import anatomy
+from spilt.team import place
 from spilt.verbs import MODES, VERBS, Request, Step, Verb
 from spilt.verbs.base import RECOMMENDED, with_own
 from spilt.verbs.measure import SWEEP
@@ -118,6 +119,8 @@ def make(request: Request, *, dry: bool = False) -> Plan:
         raise unknown("mode", request.mode, MODES)
     # a closed form has nothing that a seed decides
     groups = _layers(request, store)
+    if request.tensor_parallel:
+        choice.refuse_in_parts(request, MODES[request.mode], checkpoint.config(request.model_folder), place()[1], dry)
     if request.engine == choice.VLLM:
         choice.refuse_vllm(MODES[request.mode], request.device, dry)
     wanted_cells = [
@@ -171,12 +174,25 @@ def make(request: Request, *, dry: bool = False) -> Plan:
         steps += made
     for said in {step.settings.anatomy for step in steps}:
         anatomy.parse(said)
+    for step in steps if request.tensor_parallel else ():
+        _refuse_in_parts(step)
     texts = {str(step): step.engine or why_plain(step, request.engine) for step in steps if step.verb == "generate"}
     choice.refuse_step(request.decode_step, texts, request.device)
     if request.own is None or not dry:  # before they are brought, own.py knows them
         refuse_rows(steps, {section: row.kind for section, fmt in formats.items() if (row := first_pair(fmt)) is not None})
     checkpoint.check(model, *({layer for step in steps if wants(step) for layer in _layers_of(step)} for wants in (bool, _wants_down)))
     return Plan(steps, left_out)
+
+
+def _refuse_in_parts(step: Step) -> None:
+    """Raises UserError for a step that needs what no process has whole."""
+    if step.prompt is not None:
+        return
+    cell = step.cells[0]
+    if METHODS[cell.method].adapters:
+        raise UserError(f"--tensor_parallel: {cell.method} changes the weights, and each process holds a part of them; --device auto")
+    if FORMS[cell.intervention].reads:
+        choice.refuse_split(step.settings.intervention_components)
 
 
 def _layers_of(step: Step) -> set[int]:
@@ -343,7 +359,7 @@ def _behind(request: Request, store: Store, verb: Verb, like: Wanted, data: dict
 def _command(request: Request, verb: Verb, group: tuple[Cell, ...], wanted: Wanted, multipliers: tuple[float, ...], word: str) -> str:
     """word: of --multipliers."""
     model = request.model_said or request.model
-    words = [*request.program.split(), "--dataset", request.dataset, "--method", wanted.method, "--model_name", model]
+    words = [*_program(request), "--dataset", request.dataset, "--method", wanted.method, "--model_name", model]
     words += ["--intervention_method", wanted.form, "--mode", verb.mode, "--device", request.device, "--base_dir", str(request.base_dir)]
     if not verb.fits and (multipliers or word):
         words += ["--multipliers", *([] if word == SWEEP else map(str, multipliers)), *([word] if word else [])]
@@ -354,6 +370,15 @@ def _command(request: Request, verb: Verb, group: tuple[Cell, ...], wanted: Want
     if group[0].concept is not None:
         words += ["--concepts", *(str(cell.concept) for cell in group)]
     return " ".join(map(_quoted, [*words, *request.flags]))
+
+
+def _program(request: Request) -> list[str]:
+    """The words before the flags; of a model in parts with the launcher: as many processes as now, else one for each card."""
+    words = request.program.split()
+    if not request.tensor_parallel:
+        return words
+    count = str(place()[1]) if place()[1] > 1 else "2" if request.device == "cpu" else "gpu"
+    return ["torchrun", "--nproc_per_node", count, *(words[1:] if words[0] == "python" else ["-m", *words])]
 
 
 def _quoted(word: str) -> str:

@@ -25,6 +25,7 @@ from spilt.steering.layer_file import beside
 from spilt.team import place
 
 DONE, ALREADY, SKIPPED, FAILED = "done", "already done", "skipped", "failed"
+LATE = 20.0  # seconds until another machine shows a file that was written on this one
 log = logging.getLogger("spilt")
 Tell = Callable[[str], None]
 
@@ -89,7 +90,8 @@ def _work(steps: list[verbs.Step], request: verbs.Request, quiet: bool) -> dict[
     flops = [cost.flops for cost in costs if cost]
     work = {str(step): (step.verb, flops[i] if len(flops) == len(steps) else 1.0) for i, step in enumerate(steps)}
     fits = [str(step) for step in steps if step.verb == "fit"]
-    return work | {name: ("fit", 0.0) for i, name in enumerate(fits) if i % place()[1]}  # those of other processes
+    dealt = 1 if request.tensor_parallel else place()[1]
+    return work | {name: ("fit", 0.0) for i, name in enumerate(fits) if i % dealt}  # those of other processes
 
 
 def keeps_what_is_unusable(step: verbs.Step, request: verbs.Request) -> str:
@@ -127,9 +129,10 @@ def _run_waiting(
 ) -> list[Outcome]:
     """The steps that are to run: fits dealt out over the processes, the others done together. made: is told what was waited for."""
     from spilt import tasks as stages
+    from spilt.in_step import InStep
     from spilt.team import Team
 
-    team = Team(request.device)
+    team = InStep(request.device) if request.tensor_parallel else Team(request.device)
     waiting, before = team.on_main(lambda: (waiting, before))
     request = replace(request, device=team.device)
     recordings = stages.Recordings(waiting, request.limit, request.engine)
@@ -137,7 +140,10 @@ def _run_waiting(
 
     def one(step: verbs.Step) -> Outcome:
         progress.begin(str(step))
-        outcome = _run_step(step, stages.Run(request, hosts.of(step), Store(request.base_dir), recordings, progress, team, seen))
+        together = team.of_one() if step.verb == "fit" else team
+        outcome = _run_step(step, stages.Run(request, hosts.of(step), Store(request.base_dir), recordings, progress, together, seen))
+        if failed := [f"process {rank}: {why}" for rank, why in enumerate(together.agree(outcome.reason)) if why]:
+            outcome = outcome if outcome.outcome == FAILED else outcome._replace(outcome=FAILED, reason="; ".join(failed))
         if outcome.outcome == FAILED and (team.main or outcome.trace):
             tell(outcome.trace or f"error: {step}: {outcome.reason}")
         progress.end(*outcome[:4])
@@ -214,7 +220,8 @@ class _Hosts:
             self.host, self.how = None, how
             self.recordings.clear()
             self.seen.of(step.model)
-            self.host = load(step.model, how[0], "cpu" if step.engine else self.request.device, how[1])  # the card is the other engine's
+            device = "cpu" if step.engine else self.request.device  # the card is the other engine's
+            self.host = load(step.model, how[0], device, how[1], in_parts=self.request.tensor_parallel)
             self.seen.again([step.model])
         return self.host
 
@@ -231,6 +238,8 @@ def _run_step(step: verbs.Step, here: Any) -> Outcome:
         return Outcome(str(step), FAILED, reason, time.monotonic() - start, "", wrong_request, trace)
 
     try:
+        if here.request.tensor_parallel:
+            _same_files(step, here)
         if lacking := stages.not_there(step):
             return Outcome(str(step), SKIPPED, f"no vector file {lacking[0]} (its fit failed)", 0.0, "")
         result = stages.run_step(step, here)
@@ -245,6 +254,22 @@ def _run_step(step: verbs.Step, here: Any) -> Outcome:
         layers = ", ".join(map(str, step.cells[0].layers))
         reason = f"one piece of work does not fit in memory at layer {layers}: {first_line(error)}"
         return failed(f"{reason}; fewer tokens (--set output_length=N), --dtype bfloat16 or --device auto")
+
+
+def _same_files(step: verbs.Step, here: Any) -> None:
+    """Every process sees the inputs that process 0 sees: a shared folder may show a new file late. Raises UserError where it does not."""
+    told = here.team.on_main(lambda: {path: here.seen.of(path) for path in step.inputs if path.exists()})
+
+    def look() -> None:
+        end = time.monotonic() + LATE
+        for path, wanted in told.items():
+            while not path.exists() or here.seen.of(path) != wanted:
+                if time.monotonic() > end:
+                    raise UserError(f"{path}: is another file here than process 0 sees; all need the same folder, or the same copy of it")
+                here.seen.forget([path])
+                time.sleep(0.2)
+
+    here.team.each(look)
 
 
 def _report(request: verbs.Request, tell: Tell, progress: Progress) -> Outcome:

@@ -81,6 +81,7 @@ def planned(made: plan.Plan, request: verbs.Request) -> list[dict[str, Any]]:
                 "inputs": [{"path": path, "state": lacking.get(path, "there")} for path in step.inputs],
                 "outputs": [{"path": path, "state": state, "why": why.get(path)} for path, state in standing.items()],
                 "plain_engine": plan.why_plain(step, request.engine) or None,
+                "tensor_parallel": request.tensor_parallel,
                 "decode_step": request.decode_step if step.verb == "generate" else None,
                 "cost": None if guess is None else guess._asdict(),
                 "cost_in_words": None if guess is None else str(guess),
@@ -126,6 +127,8 @@ def print_plan(rows: Sequence[Mapping[str, Any]], made: plan.Plan) -> None:
             say(f"            (widened by half while a tail still moves, up to {measure_verb.SWEEP_MOST} multipliers)")
         why = row["plain_engine"]
         say(f"   engine   {f'plain: {why}' if why else step.engine or 'fast'}")
+        if row["tensor_parallel"]:
+            say("   parts    of one model in each process (tensor parallel)")
         if row["decode_step"] not in (None, PLAIN_STEP):
             say(f"   decode   {row['decode_step']} step")
         say(f"   cost     {row['cost_in_words'] or 'unknown until model and data are there'}")

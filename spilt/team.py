@@ -115,6 +115,24 @@ class Team:
         """Whether an error is this process's to tell: process 0 tells what all know."""
         return self.main or not self.told
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process keeps what it makes of a piece of work that is under way."""
+        return True
+
+    @property
+    def parts(self) -> int:
+        """Into how many shares whole items are dealt."""
+        return self.size
+
+    def of_one(self) -> Team:
+        """The processes that do an item which was dealt out whole: this one."""
+        return Alone(self.device)
+
+    def agree(self, trouble: str = "") -> list[str]:
+        """What went wrong in each process that does the same work; ''s where all is well."""
+        return [trouble]
+
     def shard(self, items: Sequence[Value]) -> list[Value]:
         """The items dealt to this process, in order."""
         return list(items[self.rank :: self.size])
@@ -164,3 +182,10 @@ class Team:
             kinds = {type(error) for error in failed}
             raise (kinds.pop() if len(kinds) == 1 else TeamError)("; ".join(map(str, failed)))
         return [value for _, value in every]
+
+
+class Alone(Team):
+    """One process, whatever the launcher says: nobody is waited for."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.rank, self.size, self.device, self.told = 0, 1, device, False

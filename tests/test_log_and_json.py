@@ -155,7 +155,7 @@ def test_keys_of_the_environment_are_not_kept(monkeypatch: pytest.MonkeyPatch) -
 CELL = {"step", "verb", "model", "dataset", "method", "intervention", "layers", "concepts", "multipliers"}
 DONE = CELL | {"status", "seconds", "outputs", "error"}
 PLANNED = CELL | {"state", "command", "settings", "hparams", "inputs", "outputs", "plain_engine", "decode_step", "cost", "notes"}
-PLANNED |= {"cost_in_words"}
+PLANNED |= {"cost_in_words", "tensor_parallel"}
 HEAD = {"spilt", "schema", "exit_code", "error", "dry_run", "steps", "left_out"}
 
 

@@ -86,6 +86,7 @@ def test_its_make_targets_and_flags_exist() -> None:
         "--texts",
         "--picture",
         "--include_path",
+        "--nproc_per_node",
     }
     known |= {name for flag in flags.FLAGS for name in flag.names}
     used = set(re.findall(r"(?<![\w-])--[a-z_]+(?:-[a-z_]+)*", TEXT))

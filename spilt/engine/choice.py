@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from importlib.util import find_spec
+from typing import Any
 
 from spilt.errors import UserError, unknown
 from spilt.settings.fields import WRITE_POINTS
@@ -74,6 +75,43 @@ def refuse_in_vllm(dtype: str, positions: str) -> None:
         raise UserError("--engine vllm: vLLM's LoRA does not compute in float32; --dtype bfloat16 or float16")
     if positions != "all":
         raise UserError(f"--engine vllm: steer_positions = {positions}, and a LoRA in vLLM acts on every token; leave --engine out")
+
+
+def refuse_in_parts(request: Any, verbs: Collection[str], config: Mapping[str, Any], processes: int, dry: bool) -> None:
+    """Raises UserError where `--tensor_parallel` cannot be meant. config: config.json; processes: of the launcher; dry: nothing is run.
+
+    Whether the library has a plan for the model, model.host asks it.
+    """
+    asked = "--tensor_parallel"
+    if processes < 2 and not dry:
+        way_out = "torchrun --nproc_per_node N run_spilt.py ... starts N"
+        raise UserError(f"{asked}: each process holds a part of the model, and there is one process; {way_out}, or leave it out")
+    if "evaluate" in verbs:
+        raise UserError(f"{asked}: --mode evaluate is done by one process (a judge is asked once); leave it out, or --device auto")
+    if request.engine == VLLM:
+        raise UserError(f"{asked} --engine {VLLM}: vLLM splits a model by itself (--device auto); leave one of them out")
+    if request.decode_step != PLAIN_STEP:
+        raise UserError(f"{asked} --decode_step {request.decode_step}: that step is for a model that is whole on one device; leave one out")
+    if request.device not in ("cpu", "cuda", "cuda:0"):
+        way_out = "--device cuda: each process takes its own card; or cpu"
+        raise UserError(f"{asked} --device {request.device}: the parts are not placed so; {way_out}")
+    if config.get("quantization_config"):
+        raise UserError(f"{asked}: the model is quantised, and parts of such are not tested; --device auto, or the unquantised one")
+    text: Any = config.get("text_config") if isinstance(config.get("text_config"), Mapping) else config
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = text.get(name)
+        if isinstance(heads, int) and heads % processes:
+            fits = [str(n) for n in range(2, heads + 1) if heads % n == 0]
+            raise UserError(f"{asked}: {heads} {name} cannot be dealt out to {processes} processes; start {', '.join(fits) or 'one'}")
+
+
+def refuse_split(component: str) -> None:
+    """Raises UserError for a read point of which each process has but a part."""
+    if component == "mlp_mid":
+        raise UserError(
+            "--tensor_parallel: mlp_mid is read, and each process holds a part of it; --set intervention_components=mlp, attn or block "
+            "(whole everywhere), or --device auto"
+        )
 
 
 def refuse_step(step: str, texts: Mapping[str, str], device: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from spilt import memory
+from spilt import in_step, memory
 from spilt.engine.choice import PLAIN_STEP
 from spilt.engine.kv import PreallocatedKV
 from spilt.engine.prompts import MakeSites, Prompts, Row, Started, forward
@@ -112,7 +112,7 @@ class _Stream:
         draws = [self.draws[i].random() for i in active.rows] if self.how.sample else None
         uniform = None if draws is None else torch.tensor(draws, dtype=torch.float64)
         ids = [[*self.rows[i].prompt, *self.new[i]] for i in active.rows] if self.how.processors else []
-        tokens = choose(active.scores, self.how, uniform, ids)
+        tokens = in_step.same(self.model, choose(active.scores, self.how, uniform, ids))
         keep = []
         for place, (i, token) in enumerate(zip(active.rows, tokens.tolist(), strict=True)):
             self.new[i].append(token)

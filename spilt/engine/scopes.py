@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from spilt import memory
+from spilt import in_step, memory
 from spilt.engine import decode, packing, sampling, suffix
 from spilt.engine.prompts import Row
 from spilt.engine.sampling import Decoding
@@ -202,8 +202,8 @@ def generate(
 class _Texts:
     """What rows have so far, and how each goes on."""
 
-    def __init__(self, rows: Sequence[Row], how: Decoding) -> None:
-        self.rows, self.how = rows, how
+    def __init__(self, model: nn.Module, rows: Sequence[Row], how: Decoding) -> None:
+        self.model, self.rows, self.how = model, rows, how
         self.new: list[list[int]] = [[] for _ in rows]
         self.draws = [random.Random(row.seed) for row in rows]
         self.active = list(range(len(rows)))
@@ -213,7 +213,7 @@ class _Texts:
         decode.refuse_not_finite(scores, [self.rows[i] for i in self.active])
         uniform = torch.tensor([self.draws[i].random() for i in self.active], dtype=torch.float64) if self.how.sample else None
         ids = [[*self.rows[i].prompt, *self.new[i]] for i in self.active] if self.how.processors else []
-        tokens = sampling.choose(scores, self.how, uniform, ids)
+        tokens = in_step.same(self.model, sampling.choose(scores, self.how, uniform, ids))
         going = []
         for place, (i, token) in enumerate(zip(self.active, tokens.tolist(), strict=True)):
             self.new[i].append(token)
@@ -227,7 +227,7 @@ class _Texts:
 def _cached(model: nn.Module, steering: Steering, rows: Sequence[Row], how: Decoding, scope: str) -> list[list[int]]:
     """Prompts padded on the left, one cache. `last`: what is steered leaves the cache again, and is run once more unsteered."""
     device = anatomy.input_device(model)
-    width, texts, cache = max(len(row.prompt) for row in rows), _Texts(rows, how), DynamicCache()
+    width, texts, cache = max(len(row.prompt) for row in rows), _Texts(model, rows, how), DynamicCache()
     start = torch.tensor([width - len(row.prompt) for row in rows], device=device)[:, None]
     strength = torch.tensor([row.multiplier for row in rows], dtype=torch.float32, device=device)
     ids = torch.tensor([[how.pad] * (width - len(row.prompt)) + list(row.prompt) for row in rows], device=device)
@@ -266,7 +266,7 @@ def _cached(model: nn.Module, steering: Steering, rows: Sequence[Row], how: Deco
 def _uncached(model: nn.Module, steering: Steering, rows: Sequence[Row], how: Decoding, scope: str) -> list[list[int]]:
     """Every token from the whole text so far, padded on the right: the definition."""
     device = anatomy.input_device(model)
-    texts = _Texts(rows, how)
+    texts = _Texts(model, rows, how)
     while texts.active:
         so_far = [[*rows[i].prompt, *texts.new[i]] for i in texts.active]
         length = torch.tensor([len(text) for text in so_far], device=device)[:, None]

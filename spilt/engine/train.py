@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from spilt import memory
+from spilt import in_step, memory
 from spilt.data.batches import position_mask
 from spilt.data.chat import Encoded
 from spilt.engine import score
@@ -118,6 +118,7 @@ class Job:
     intervention: nn.Module  # whose parameters are found
     sequences: Sequence[Encoded]  # 2 i: matching answer of row i, 2 i + 1: not-matching
     device: torch.device
+    model: nn.Module
 
     def __init__(self, settings: FitSettings, method: Method) -> None:
         self.settings, self.method = settings, method
@@ -349,6 +350,7 @@ def fit(
                 for minibatch in minibatches:
                     loss, grads = job.gradients(minibatch, len(minibatches) * len(groups[place]))
                     total += loss
+                    grads = [in_step.same(job.model, grad) for grad in grads]
                     for parameter, grad in zip(intervention.parameters(), grads, strict=True):
                         parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
             norm = nn.utils.clip_grad_norm_(intervention.parameters(), s.max_grad_norm).item()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spilt import in_step
 from spilt.data.batches import pad, position_mask
 from spilt.data.chat import Encoded
 from spilt.engine import decode, sampling, scopes
@@ -191,7 +192,7 @@ def texts(
             cache, scores = out.past_key_values, out.logits[:, -1].float()
             decode.refuse_not_finite(scores, [row])
             uniform = torch.tensor([draw.random()], dtype=torch.float64) if how.sample else None
-            new += sampling.choose(scores, how, uniform, [[*row.prompt, *new]]).tolist()
+            new += in_step.same(model, sampling.choose(scores, how, uniform, [[*row.prompt, *new]])).tolist()
             ids = [*row.prompt, *new] if cache is None else new[-1:]  # state-space hybrids of transformers 4 make no cache by themselves
         yield number, new
 

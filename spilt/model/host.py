@@ -17,7 +17,7 @@ from torch import nn
 from spilt.data.chat import Chat
 from spilt.errors import UserError, first_line
 from spilt.memory import ran_out
-from spilt.model import checkpoint, template
+from spilt.model import checkpoint, parts, template
 from spilt.steering import anatomy
 
 log = logging.getLogger("spilt")
@@ -76,8 +76,10 @@ def tokenizer_of(path: Path) -> Any:
         raise UserError(_why(path, "", "cpu", error)) from error
 
 
-def load(path: Path, dtype: str, device: str, said: str = "") -> Host:
+def load(path: Path, dtype: str, device: str, said: str = "", *, in_parts: bool = False) -> Host:
     """The checkpoint in evaluation mode with frozen weights; 'auto' places it by accelerate's device map. said: anatomy.find.
+
+    in_parts: each process of a launcher holds a part of every matrix that the library's own tp_plan splits (parts.py).
 
     Local files only, no code from the checkpoint. Raises UserError for a folder that is no such checkpoint, for weights that are not
     those of its config.json, for too little memory, or a device that is not there.
@@ -96,7 +98,9 @@ def load(path: Path, dtype: str, device: str, said: str = "") -> Host:
         tokenizer = _tokenizer(path)
         # sdpa leaves out the soft cap on Gemma-2's attention scores
         eager = {"attn_implementation": "eager"} if getattr(config.get_text_config(), "attn_logit_softcapping", None) else {}
-        placed = {"device_map": "auto"} if device == "auto" else {"device_map": {"": device}}
+        if in_parts:
+            parts.check_plan(config, skeleton(config), device)
+        placed = parts.loading() if in_parts else {"device_map": "auto" if device == "auto" else {"": device}}
         given = {
             "config": config,
             "dtype": getattr(torch, dtype),
@@ -115,6 +119,8 @@ def load(path: Path, dtype: str, device: str, said: str = "") -> Host:
     model, found = loaded
     _check_keys(path, found, model)
     anatomy.declare(model, said)
+    if in_parts:
+        parts.check(model)
     if tokenizer.vocab_size > anatomy.vocabulary(model):
         raise UserError(
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, the model {anatomy.vocabulary(model)}; "

@@ -344,9 +344,10 @@ def read_width(model: nn.Module, layer: int, component: str) -> int:
 
 
 def read_widths(model: nn.Module, layer: int) -> dict[str, int]:
-    """F of every read point that block `layer` has."""
+    """F of every read point that block `layer` has, also of one that no process has whole."""
     parts = of(model).parts[layer]
-    return {name: read_width(model, layer, name) for name in COMPONENTS if name == "block" or getattr(parts, name) is not None}
+    there = [name for name in COMPONENTS if name == "block" or getattr(parts, name) is not None]
+    return {name: _widths(read_point(model, layer, name))[0] or hidden_size(model) for name in there}
 
 
 def write_width(model: nn.Module, layer: int, name: str) -> int:

@@ -55,7 +55,7 @@ def fit(step: Step, run: Run) -> str:
 def _fit(step: Step, outputs: dict[int, tuple[Path, dict[str, Any]]], run: Run) -> bool:
     """One fit, of one layer or of several together. outputs: layer -> file, what decides it. Returns whether anything was done."""
     (cell,) = step.cells
-    standing = {path: manifest.standing(path, parts) for path, parts in outputs.values()}
+    standing = run.team.on_main(lambda: {path: manifest.standing(path, parts) for path, parts in outputs.values()})
     if not run.request.force and set(standing.values()) <= {"done", "foreign"}:
         for path in (path for path, state in standing.items() if state == "foreign"):
             log.warning("%s has no manifest (made elsewhere): kept as it is; --force fits it again", run.store.relative(path))
@@ -76,16 +76,21 @@ def _fit(step: Step, outputs: dict[int, tuple[Path, dict[str, Any]]], run: Run) 
     text = readers.concepts(fmt).get(cell.concept) if cell.concept is not None else None
     # adapters are at every layer: there is no one direction to ask for
     directions = {} if adapters else {site.layer: {"direction": screen.tell(step, site.layer, run, fmt)} for site, _ in steering}
-    for layer in steering.layers:
-        path, parts = outputs[layer]
-        several = [made for _, made in steering.on(layer)]
-        run.seen.again(step.inputs)
-        atomic_write(run.store.metadata(cell, layer), metadata_line(several, cell.concept, text))
-        atomic_write(run.store.train_log(cell), _train_log(cell, layer, rows, run.store))
-        notes = {"layer": layer, "steps": len(rows), "last_loss": rows[-1]["loss"] if rows else None, **directions.get(layer, {}), **more}
-        content = dump_linears(several, cell.concept) if adapters else dump(several[0], cell.concept)
-        run.store_result(step, path, content, parts, notes)
-    run.store.checkpoint(cell, min(outputs)).unlink(missing_ok=True)
+
+    def write() -> None:
+        for layer in steering.layers:
+            path, parts = outputs[layer]
+            several = [made for _, made in steering.on(layer)]
+            run.seen.again(step.inputs)
+            atomic_write(run.store.metadata(cell, layer), metadata_line(several, cell.concept, text))
+            atomic_write(run.store.train_log(cell), _train_log(cell, layer, rows, run.store))
+            last = rows[-1]["loss"] if rows else None
+            notes = {"layer": layer, "steps": len(rows), "last_loss": last, **directions.get(layer, {}), **more}
+            content = dump_linears(several, cell.concept) if adapters else dump(several[0], cell.concept)
+            run.store_result(step, path, content, parts, notes)
+        run.store.checkpoint(cell, min(outputs)).unlink(missing_ok=True)
+
+    run.team.on_main(write)
     return True
 
 
@@ -125,12 +130,12 @@ def _adapters(step: Step, run: Run, fmt: readers.DatasetFormat, identity: str) -
 def _under_way(cell: Cell, layer: int, run: Run, identity: str) -> Iterator[dict[str, Any]]:
     """For a loop: resume (what a killed fit left), checkpoint (stores the state now and then) and progress (a bar)."""
     unfinished = run.store.checkpoint(cell, layer)
-    resume = None if run.request.force else unsealed(unfinished, identity)
+    resume = None if run.request.force else run.team.on_main(lambda: unsealed(unfinished, identity))
     saved = time.monotonic()
 
     def checkpoint(state: Callable[[], dict[str, Any]]) -> None:
         nonlocal saved
-        if time.monotonic() - saved >= run.request.checkpoint_seconds:
+        if run.team.writes and time.monotonic() - saved >= run.request.checkpoint_seconds:
             atomic_write(unfinished, sealed({"identity": identity, **state()}))
             saved = time.monotonic()
 

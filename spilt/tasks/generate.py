@@ -113,9 +113,10 @@ def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinishe
     way_out = "shorten the prompt or lower generation_params.max_new_tokens"
     check_context(run.host.model, f"apply {cell}, prompts", lengths, way_out, how.max_new_tokens)
 
+    known = run.team.on_main(unfinished.read)
+
     def work() -> dict[Text, list[int]]:
         mine = run.team.shard(every)
-        known = unfinished.read()
         texts = {text: known[text] for text in mine if text in known}
         todo = [text for text in mine if text not in texts]
         # the seed is the prompt's and the response's own: the same random numbers at every multiplier
@@ -136,7 +137,8 @@ def _texts(cell: Cell, step: Step, multipliers: list[float], run: Run, unfinishe
                 stream = generation.generate(run.host.model, steering, rows, how, batch.texts, step=run.request.decode_step)
             for number, new in stream:
                 texts[todo[number]] = new
-                unfinished.add(todo[number], new)
+                if run.team.writes:
+                    unfinished.add(todo[number], new)
                 bar.update()
         return texts
 

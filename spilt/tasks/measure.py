@@ -66,7 +66,7 @@ def _tables(step: Step, steering: Steering, run: Run, unfinished: Unfinished) ->
         if not step.sweep:
             tables.measure(step.multipliers)
             return True
-        multipliers = _sweep(step, steering, run)
+        multipliers = run.team.gather(lambda: _sweep(step, steering, run))[0]
         tables.measure(multipliers)
         if run.team.on_main(lambda: _still_moves(tables, multipliers)):
             tables.measure(measure_verb.widened(multipliers))

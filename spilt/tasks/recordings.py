@@ -196,6 +196,8 @@ class Run(NamedTuple):
     def store_result(self, step: Step, path: Path, data: bytes | str, parts: dict[str, Any], notes: dict[str, Any] | None = None) -> None:
         """Store a result of a step, unless an input was exchanged since it was read (Changed)."""
         self.seen.again(step.inputs)
+        if self.request.tensor_parallel:  # sums are split: other last digits, of the same result
+            notes = {**(notes or {}), "tensor_parallel": self.team.size}
         manifest.write(path, data, parts, notes)
         self.seen.forget([path])  # a vector that later steps read
 
@@ -259,6 +261,10 @@ def stored(cell: Cell, settings: Any, run: Run) -> Steering:
         else:
             several = [layer_file.load(path, cell.intervention, concept, hidden, widths, read, settings.site)]
         run.seen.again([path])
+        for made in several:  # of a model in parts, none may read or write what no process has whole
+            anatomy.write_width(run.host.model, layer, made.write_point)
+            if made.read_point:
+                anatomy.read_width(run.host.model, layer, made.read_point)
         entries += [(Site(layer, made.read_point, made.write_point), made.to(run.host.device(layer))) for made in several]
     for doubt, names in doubts.items():
         log.warning("%s%s: %s; --mode generate fits it again", names[0], f" and {len(names) - 1} more" if len(names) > 1 else "", doubt)

@@ -79,13 +79,14 @@ def shared_losses(
 
     identities: whose the losses of each multiplier are. Those that a killed run left are not scored again.
     """
-    share = slice(run.team.rank, None, run.team.size)
+    share = slice(run.team.rank % run.team.parts, None, run.team.parts)
+    known = run.team.on_main(lambda: unfinished.read(identities, len(scorer.sequences)))
 
     def keep(k: int, numbers: Sequence[int], scored: np.ndarray) -> None:
-        unfinished.add(identities[k], numbers, scored)
+        if run.team.writes:
+            unfinished.add(identities[k], numbers, scored)
 
     def work() -> score.Losses:
-        known = unfinished.read(identities, len(scorer.sequences))
         return score.losses(scorer, multipliers, progress=progress, share=share, known=known, keep=keep)
 
     found = run.team.gather(work)

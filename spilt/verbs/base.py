@@ -54,6 +54,7 @@ class Request:
     force: bool = False
     checkpoint_seconds: float = 60.0  # a fit or measurement under way is saved after this long
     deterministic: bool = False
+    tensor_parallel: bool = False  # the processes of a launcher hold parts of one model (in_step.py)
     released_files: bool | None = None  # of loss mode; None: where multipliers are given one by one
     control_pairs: int = 32  # questions on which random interventions are measured after a sweep; 0: none are
     report: bool = True  # loss mode: draw the page

@@ -49,7 +49,7 @@ def refuse_without_effect(s: Any) -> None:
 class Fit(Verb):
     name, mode = "fit", "generate"
     does = "find the parameters of interventions from pairs of answers"
-    flags = ("checkpoint_seconds",)
+    flags = ("checkpoint_seconds", "tensor_parallel")
     sections = {"train": "train", NEUTRAL: "neutral"}
     work = "spilt.tasks.fit:fit"
     fits = True

@@ -19,7 +19,7 @@ from spilt.verbs.estimate import TEMPLATE, Cost, Shape, side_by_side, tokens
 class Generate(Verb):
     name, mode = "generate", "apply"
     does = "produce text with them, at any strength"
-    flags = ("multipliers", "batch_size", "prompt_baseline", "decode_step")
+    flags = ("multipliers", "batch_size", "prompt_baseline", "decode_step", "tensor_parallel")
     sections = {"prompts": "generation"}
     work = "spilt.tasks.generate:generate"
     together = True

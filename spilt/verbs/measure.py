@@ -23,7 +23,7 @@ SWEEP_MOST = 31  # strengths of a widened sweep
 class Measure(Verb):
     name, mode = "measure", "loss"
     does = "measure preference and utility at every strength, and draw the curves"
-    flags = ("multipliers", "split", "checkpoint_seconds", "released_files", "control_pairs", "no_report")
+    flags = ("multipliers", "split", "checkpoint_seconds", "released_files", "control_pairs", "no_report", "tensor_parallel")
     sections = {"train": "train", "test": "valid", NEUTRAL: "neutral"}
     work = "spilt.tasks.measure:measure"
     words = (SWEEP,)
