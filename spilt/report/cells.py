@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,12 @@ class Measured:
         return dict(self.fit["splits"][self.split_for(split)])
 
     def rows(self, split: str) -> pd.DataFrame:
-        return self.summary[self.summary["split"] == self.split_for(split)]
+        return self._rows[self.split_for(split)]
+
+    @cached_property
+    def _rows(self) -> dict[str, pd.DataFrame]:
+        """By split; those of fit.json."""
+        return {split: self.summary[self.summary["split"] == split] for split in self.fit["splits"]}
 
     def curve(self, split: str, kind: str) -> CurveFit:
         """Over the whole sweep."""

@@ -41,6 +41,7 @@ STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
     "axes.titlepad": 9.0,
+    "axes.titley": 1.0,  # nothing above that it would have to clear, which is measured anew at every draw
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.unicode_minus": True,
@@ -104,7 +105,7 @@ def svg_of(figure: Figure) -> str:
     text = out.getvalue()
     text = re.sub(r"^\s+", "", text[text.index("<svg") :], flags=re.MULTILINE)
     # two decimals are a hundredth of a point; transforms keep theirs, glyphs are scaled by them
-    return re.sub(r' (d|x|y)="[^"]*"', lambda hit: re.sub(r"(\.\d\d)\d+", r"\1", hit[0]), text)
+    return re.sub(r' (d|x|y)="[^"]*\.\d\d\d[^"]*"', lambda hit: re.sub(r"(\.\d\d)\d+", r"\1", hit[0]), text)
 
 
 def png_of(figure: Figure, dpi: int = 160) -> bytes:
@@ -112,7 +113,9 @@ def png_of(figure: Figure, dpi: int = 160) -> bytes:
 
     out = io.BytesIO()
     _laid_out(figure).set(dpi=dpi, facecolor="white")
-    FigureCanvasAgg(figure).print_png(out, metadata={"Software": None})
+    FigureCanvasAgg(figure).print_png(
+        out, metadata={"Software": None}, pil_kwargs={"compress_level": 3}
+    )  # beyond, time grows and files do not shrink
     figure.set(facecolor="none")
     return out.getvalue()
 
