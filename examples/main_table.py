@@ -15,9 +15,12 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +35,19 @@ from spilt.methods import METHODS  # noqa: E402
 RELEASED = [name for name, row in METHODS.items() if row.in_all]
 
 
-def commands(options: argparse.Namespace) -> list[list[str]]:
-    """The runs, one for each model and data set: the paper's methods in all forms, the baselines as vectors."""
+def shares(options: argparse.Namespace) -> list[list[str]]:
+    """The cells (the paper's methods in all forms, the baselines as vectors), dealt out to the processes."""
     cells = [(name, form) for name in options.method for form in (METHODS[name].forms if METHODS[name].in_all else ("vector",))]
     asked = options.form or [name for name, row in FORMS.items() if row.in_all]
     chosen = [f"{name}_{form}" for name, form in cells if form in asked]
-    more = ["--control_pairs", str(options.control_pairs), *limit(options)]
-    return [of(options, model, dataset, chosen, "all", more) for model in options.model_name for dataset in options.dataset]
+    return [share for k in range(options.jobs) if (share := chosen[k :: options.jobs])]
+
+
+def commands(options: argparse.Namespace) -> list[list[str]]:
+    """The runs, one for each model, data set and process."""
+    more = ["--control_pairs", str(options.control_pairs), "--no_report", *limit(options)]
+    places = [(model, dataset) for model in options.model_name for dataset in options.dataset]
+    return [of(options, *place, share, "all", more) for place in places for share in shares(options)]
 
 
 def of(options: argparse.Namespace, model: str, dataset: str, cells: list[str], mode: str, more: list[str]) -> list[str]:
@@ -78,27 +87,45 @@ def at_equal_kl(options: argparse.Namespace) -> list[list[str]]:
     ]
 
 
-def scores(options: argparse.Namespace) -> list[list[str]]:
-    """The runs that make and score each cell's texts at its own strength of the main table; with the first also unsteered and prompts'."""
+def texts(options: argparse.Namespace, mode: str) -> list[list[str]]:
+    """The runs that make (apply) or score (evaluate) each cell's texts at its own strength of the main table.
+
+    With the first cell of a data set also the unsteered model's, and those behind prompts.
+    """
     found = strengths(options.output / "main.csv", lambda row: row["value"] if row["measure"] == "m" else "")
     prompts = ["--prompt_baseline", *options.prompt_baseline] if options.prompt_baseline else []
     judge = ["--judge", options.judge] if options.judge else []
     judge += ["--judge_limit", str(options.judge_limit)] if options.judge_limit else []
-    runs = []
-    for place, cells in found.items():
-        for number, (cell, own) in enumerate(cells.items()):
-            more = ["--multipliers", *(["0", *own, *prompts] if number == 0 else own)]
-            runs.append(of(options, *place, [cell], "apply", more))
-            runs.append(of(options, *place, [cell], "evaluate", [*more, *judge, "--no_report"]))
-    return runs
+    more = [*judge, "--no_report"] if mode == "evaluate" else []
+    return [
+        of(options, *place, [cell], mode, ["--multipliers", *(["0", *own, *prompts] if number == 0 else own), *more])
+        for place, cells in found.items()
+        for number, (cell, own) in enumerate(cells.items())
+    ]
 
 
-def run(*words: str) -> int:
+def run(words: Sequence[str]) -> int:
     """run_spilt.py with these words, in this process: torch is imported once."""
-    code = cli.main(words)
-    if code == 130:  # Ctrl-C stops all of it
-        raise SystemExit(code)
-    return code
+    return cli.main(words)
+
+
+def in_processes(jobs: int) -> Callable[[Sequence[list[str]]], list[int]]:
+    """What runs commands, jobs at a time, to their exit codes. Processes are forked before torch is there, with its share of cores."""
+
+    def begin() -> None:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), begin) if jobs > 1 else None
+
+    def run_all(several: Sequence[list[str]]) -> list[int]:
+        codes = []
+        for code in pool.map(run, several) if pool else map(run, several):
+            codes.append(code)
+            if code == 130:  # Ctrl-C stops all of it
+                raise KeyboardInterrupt
+        return codes
+
+    return run_all
 
 
 def estimate(options: argparse.Namespace) -> int:
@@ -139,22 +166,39 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=8, metavar="N", help="for equal KL: the data set's first N (default 8)")
     parser.add_argument("--max_new_tokens", type=int, default=32, metavar="N", help="for equal KL: of each answer (default 32)")
     parser.add_argument("--words", nargs=argparse.REMAINDER, default=[], help="more words of run_spilt.py, last: --words --layers 15")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that share the cells (default 1; on a CPU: its cores)")
     parser.add_argument("--dry_run", action="store_true", help="print hours and memory; run nothing")
     options = parser.parse_args()
     if options.dry_run:
         return estimate(options)
-    failed = [words for words in commands(options) if run(*words)]
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: wanted 1 or more")
+    run_all, failed = in_processes(options.jobs), list[list[str]]()
+
+    def do(several: list[list[str]]) -> None:
+        failed.extend(words for words, code in zip(several, run_all(several), strict=True) if code)
+
+    do(commands(options))
     which = ["--base_dir", str(options.base_dir), "--model_name", *options.model_name, "--dataset", *options.dataset]
     table = ["table", *which, "--device", options.device, "--output", str(options.output)]
     found = ["--kl", str(options.kl), "--prompts", str(options.prompts), "--max_new_tokens", str(options.max_new_tokens)]
+    if options.jobs > 1:
+        do([["table", *table[1:-2], "--tables", "strengths", *found, "--kl_of", *share] for share in shares(options)])
     found += ["--prompt_baseline", *options.prompt_baseline] if options.prompt_baseline else []
-    done = run(*table, *found)
-    failed += [words for words in [*at_equal_kl(options), *scores(options)] if run(*words)]
-    done = run(*table) or done
+    do([[*table, *found]])
+    do([*at_equal_kl(options), *texts(options, "apply")])
+    do(texts(options, "evaluate"))
+    do([table])
+    if "--no_report" not in options.words:
+        do([["report", "--base_dir", str(options.base_dir)]])
     for words in failed:
         print(f"not all was done: run_spilt.py {' '.join(words)}", file=sys.stderr)
-    return done or bool(failed)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)

@@ -7,6 +7,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
+JOBS=${JOBS:-$("$PYTHON" -c 'import os; print(os.cpu_count())')} # one thread each: twice as fast as one process with all cores
 case ${1:-real} in
 real) BASE_DIR=${BASE_DIR:-table-run} MODEL=smollm2-135m-it DATASET=${DATASET:-sea} FROM=examples/real ;;
 toy) BASE_DIR=${BASE_DIR:-table-run-toy} MODEL=demo-qwen2 DATASET=${DATASET:-psychopathy} FROM=examples/demo ;;
@@ -28,4 +29,4 @@ fi
 printf 'Answer in one sentence, and let it be about the sea.\n' >"$BASE_DIR/asked.txt"
 exec "$PYTHON" examples/main_table.py --base_dir "$BASE_DIR" --model_name "$MODEL" --dataset "$DATASET" --method caa sft reps spilt pca lda \
     --device cpu --kl 0.5 --prompts 4 --max_new_tokens 16 --prompt_baseline asked="$BASE_DIR/asked.txt" --output "$BASE_DIR/tables" \
-    --control_pairs 0 --limit "${ROWS:-12}" --words --no_report --set sweep_points=5 --set generation_data_size=4
+    --jobs "$JOBS" --control_pairs 0 --limit "${ROWS:-12}" --words --no_report --set sweep_points=5 --set generation_data_size=4

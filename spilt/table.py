@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from spilt import __version__
 from spilt.analysis.paper import TABLES
 from spilt.data import prompt_baseline
-from spilt.errors import UserError
+from spilt.errors import UserError, unknown
 from spilt.terminal import complain, program, say
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=0.5, help="utility that may be lost from m = 0, nats (default 0.5)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--kl", type=float, metavar="NATS", help="find the strengths of equal KL that are not stored yet; loads the model")
+    parser.add_argument("--kl_of", nargs="+", default=[], metavar="CELL", help="for --kl: of these alone, such as caa or spilt_lora")
     parser.add_argument("--prompts", type=int, default=8, metavar="N", help="for --kl: the data set's first N (default 8)")
     parser.add_argument("--max_new_tokens", type=int, default=32, metavar="N", help="for --kl: of each answer (default 32)")
     parser.add_argument(
@@ -79,6 +80,8 @@ def _table(args: argparse.Namespace) -> int:
         raise UserError("no cell could be read; spilt verify says what is wrong with each file")
     if args.kl is not None:
         _calibrate(args, sets)
+    elif args.kl_of:
+        raise UserError(f"--kl_of {' '.join(args.kl_of)}: goes with --kl NATS")
     failed = bool(prompts) and not _measure(args, sets, prompts)
     made = comparison.make(sets, args.tables, args.budget, args.seed)
     lacking = [name for name in args.tables if name not in {table.name for table in made}]
@@ -110,8 +113,13 @@ def _calibrate(args: argparse.Namespace, sets: Sequence[Set]) -> None:
     from spilt.report.comparison.disturbed import levels
 
     how = How(args.kl, args.prompts, args.max_new_tokens)
+    have = {word: None for one in sets for group in one.groups for word in (group.method, f"{group.method}_{group.cells[0].place.form}")}
+    for word in args.kl_of:
+        if word not in have:
+            raise unknown("cell with stored losses", word, have)
     for one in sets:
         places = [cell.place for group in one.groups for cell in group.cells]
+        places = [place for place in places if not args.kl_of or {place.method, f"{place.method}_{place.form}"} & {*args.kl_of}]
         asked = levels(one, args.budget, args.seed)
         also = {(place.method, place.intervention): [level.multiplier for level in asked[place.name][1].values()] for place in places}
         try:

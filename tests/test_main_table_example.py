@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import families
@@ -19,6 +20,11 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 def of(base: families.Base, *more: str) -> list[str]:
     return ["--base_dir", str(base.path), "--model_name", base.model, "--dataset", base.one, "--device", "cpu", *more]
+
+
+def results(base: families.Base) -> dict[str, str]:
+    """Without what says when they were made."""
+    return {name: content for name, content in families.listing(base.path / "vectors").items() if not name.endswith("manifest.json")}
 
 
 def test_the_dry_run_says_hours_and_memory(tmp_path: Path) -> None:
@@ -43,9 +49,14 @@ def test_all_of_it_on_a_small_model(tmp_path: Path) -> None:
         rows = [{**row, **({"matching": "yes", "not_matching": "no"} if "matching" in row else {})} for row in rows]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     words = ["--method", "sft", "spilt", "--form", "vector", "--control_pairs", "0", "--kl", "0.3", "--output", str(tmp_path / "tables")]
-    done = run(*of(base, *words, "--prompt_baseline", f"kind={kind}"))
+    words = of(base, *words, "--prompt_baseline", f"kind={kind}")
+    done = subprocess.run([sys.executable, str(SCRIPT), *words, "--jobs", "2"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     said = (tmp_path / "tables" / "tables.md").read_text()
+    before = results(base)
+    again = run(*words)  # in one process: all is there, and the tables are the same
+    assert again.returncode == 0 and (tmp_path / "tables" / "tables.md").read_text() == said, again.stderr
+    assert results(base) == before
     assert "| spilt vector |" in said and "| KL |" in said and "strengths of equal KL" in said
     head, _, *rows = [line for line in said.split("main results")[1].split("\n\n")[1].splitlines()]
     assert "score: accuracy" in head and len(rows) == 4  # unsteered, the prompt, two methods

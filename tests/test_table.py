@@ -293,9 +293,14 @@ def test_strengths_of_equal_kl_are_found_once(tmp_path: Path, capsys: pytest.Cap
     assert cli.main([*words, "--mode", "generate"]) == 0
     assert cli.main([*words, "--mode", "loss", "--multipliers", "-40", "-8", "8", "40", "--no-released_files", "--no_report"]) == 0
     how = ["table", "--base_dir", str(base.path), "--kl", "0.3", "--prompts", "2", "--max_new_tokens", "5", "--device", "cpu"]
+    assert cli.main([*how, "--kl_of", "sfd"]) == 2 and "did you mean 'sft'?" in capsys.readouterr().err
+    assert cli.main(["table", "--base_dir", str(base.path), "--kl_of", "sft"]) == 2 and "goes with --kl" in capsys.readouterr().err
+    assert cli.main([*how, "--tables", "strengths", "--kl_of", "sft_vector"]) == 0
+    said = capsys.readouterr()
+    assert "[1/1] mine sft vector" in said.err and "| sft vector |" in said.out and "| spilt vector |" not in said.out
     assert cli.main([*how, "--tables", "strengths", "equal"]) == 0
     said = capsys.readouterr()
-    assert "[2/2]" in said.err and said.out.count("KL p95") >= 2
+    assert "[1/1] mine spilt vector" in said.err and said.out.count("KL p95") >= 2
     path = Store(base.path).loss_root(base.model) / "spilt" / base.one / "spilt_vector" / Store.KL
     table: Any = pd.read_csv(path)
     assert list(table["side"][:2]) == ["positive", "negative"] and set(table["status"][2:]) == {TRIED}
