@@ -57,7 +57,7 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
         """A flag that means something here. offered: words for a shell that completes."""
         name = flag.removeprefix("--")
         if name in others:
-            made.set_defaults(**{name: given.get("default")})
+            made.set_defaults(**{name: given.get("default", False if given.get("action") == "store_true" else None)})
         else:
             words = tuple(offered)
             group.add_argument(flag, **given).completer = lambda **_: words  # type: ignore[attr-defined]

@@ -73,9 +73,9 @@ def test_each_program_runs_as_a_module_too(program: str, tmp_path: Path) -> None
 
 
 FLAGS = {
-    "fit": {"--checkpoint_seconds"},
+    "fit": {"--checkpoint_seconds", "--tensor_parallel"},
     "evaluate": {"--multipliers", "--judge", "--rubric", "--judge_limit", "--prompt_baseline"},
-    "generate": {"--multipliers", "--batch_size", "--prompt_baseline", "--decode_step"},
+    "generate": {"--multipliers", "--batch_size", "--prompt_baseline", "--decode_step", "--tensor_parallel"},
     "measure": {
         "--multipliers",
         "--split",
@@ -84,6 +84,7 @@ FLAGS = {
         "--control_pairs",
         "--released_files",
         "--no-released_files",
+        "--tensor_parallel",
     },
 }
 
@@ -105,6 +106,7 @@ def test_a_verb_takes_the_flags_that_mean_something_to_it(verb: str, base: famil
         "--no_report": [],
         "--released_files": [],
         "--no-released_files": [],
+        "--tensor_parallel": [],
     }
     for flag in every - FLAGS[verb] | {"--mode"}:
         assert cli.main([verb, *words(base, "--dry_run", flag, *value.get(flag, ["1"]))]) == 2
