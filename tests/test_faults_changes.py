@@ -163,8 +163,8 @@ def when_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, act: Callable[[], 
 
     real = host.load
 
-    def load(*args: Any) -> Any:
-        made = real(*args)
+    def load(*args: Any, **how: Any) -> Any:
+        made = real(*args, **how)
         act()
         return made
 
@@ -194,9 +194,9 @@ def test_the_model_vanishes_before_it_is_loaded(here: Here, monkeypatch: pytest.
 
     real = host.load
 
-    def load(*args: Any) -> Any:
+    def load(*args: Any, **how: Any) -> Any:
         shutil.rmtree(here.path("models/tiny"))
-        return real(*args)
+        return real(*args, **how)
 
     monkeypatch.setattr(host, "load", load)
     before = here.listing()

@@ -30,7 +30,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(REPO / "examples/demo", base)
     with pytest.MonkeyPatch.context() as patch:
         loads, drawn = [], []
-        patch.setattr(host, "load", lambda *given, load=host.load: (loads.append(given[1]), load(*given))[1])
+        patch.setattr(host, "load", lambda *given, load=host.load, **how: (loads.append(given[1]), load(*given, **how))[1])
         patch.setattr("spilt.report.update", lambda *given, **_: drawn.append(given))
         assert called(base, *NAMED, "--mode", "all") == 0
         assert loads == ["float32"] and len(drawn) == 1
