@@ -142,7 +142,8 @@ def _run_waiting(
         progress.begin(str(step))
         together = team.of_one() if step.verb == "fit" else team
         outcome = _run_step(step, stages.Run(request, hosts.of(step), Store(request.base_dir), recordings, progress, together, seen))
-        if failed := [f"process {rank}: {why}" for rank, why in enumerate(together.agree(outcome.reason)) if why]:
+        told = together.agree(outcome.reason if outcome.outcome == FAILED else "")
+        if failed := [f"process {rank}: {why}" for rank, why in enumerate(told) if why]:
             outcome = outcome if outcome.outcome == FAILED else outcome._replace(outcome=FAILED, reason="; ".join(failed))
         if outcome.outcome == FAILED and (team.main or outcome.trace):
             tell(outcome.trace or f"error: {step}: {outcome.reason}")
