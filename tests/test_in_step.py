@@ -288,11 +288,11 @@ def test_the_plan_shows_it(clean: families.Base, capsys: pytest.CaptureFixture[s
 def test_a_part_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check of a loaded model: what one process has otherwise than the first, or not in full width."""
     model: Any = families.build("llama")
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: tensor)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, **_: tensor)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: tensor)
     parts.check(model)
     assert parts.split(model) == 0
     seen: list[torch.Tensor] = []
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: seen.append(tensor) or tensor.mul_(1 + (len(seen) > 8)))
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, **_: seen.append(tensor) or tensor.mul_(1 + (len(seen) > 8)))
     with pytest.raises(UserError, match=r"mlp of block 1 and \d+ more: not whole and the same in every process"):
         parts.check(model)
