@@ -138,7 +138,7 @@ def same(model: Any, values: Any) -> Any:
     if (getattr(model, "tp_size", None) or 1) > 1:
         import torch
 
-        if torch.distributed.get_world_size() == model.tp_size:
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() == model.tp_size:
             values = values.contiguous()
             torch.distributed.broadcast(values, src=0)
     return values
