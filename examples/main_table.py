@@ -96,7 +96,7 @@ def texts(options: argparse.Namespace, mode: str) -> list[list[str]]:
     prompts = ["--prompt_baseline", *options.prompt_baseline] if options.prompt_baseline else []
     judge = ["--judge", options.judge] if options.judge else []
     judge += ["--judge_limit", str(options.judge_limit)] if options.judge_limit else []
-    more = [*judge, "--no_report"] if mode == "evaluate" else []
+    more = [*limit(options), *([*judge, "--no_report"] if mode == "evaluate" else [])]
     return [
         of(options, *place, [cell], mode, ["--multipliers", *(["0", *own, *prompts] if number == 0 else own), *more])
         for place, cells in found.items()
