@@ -185,8 +185,10 @@ def main() -> int:
     if options.jobs > 1:
         do([["table", *table[1:-2], "--tables", "strengths", *found, "--kl_of", *share] for share in shares(options)])
     found += ["--prompt_baseline", *options.prompt_baseline] if options.prompt_baseline else []
-    do([[*table, *found]])
-    do([*at_equal_kl(options), *texts(options, "apply")])
+    do([[*table, "--tables", "strengths", *found]])
+    do(at_equal_kl(options))
+    do([table])  # with what was measured there: a cell's own strength may be another
+    do(texts(options, "apply"))
     do(texts(options, "evaluate"))
     do([table])
     if "--no_report" not in options.words:

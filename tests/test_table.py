@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -283,6 +284,17 @@ def test_a_broken_cell_is_named_and_others_are_compared(base: families.Base, tmp
         assert err.count("warning: gemma-2-9b-it psychopathy") == number and str(path) in err
         assert out.count("main results") == (number < len(cells))
     assert "no cell could be read" in err
+
+
+def test_a_strength_of_equal_kl_is_measured_where_a_table_rounds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """examples/main_table.py measures losses there with the ten digits of strengths.csv; beyond what was measured there is none."""
+    from spilt.report.comparison import sets
+
+    for m in (14.03835355123, -13.28540678012):
+        monkeypatch.setattr(sets, "ended", lambda _, m=m: {"multiplier": m, "status": "converged"})
+        for end, wanted in ((float(f"{m:.10g}"), float(f"{m:.10g}")), (0.99 * m, None)):
+            cell: Any = SimpleNamespace(frame=pd.DataFrame({"multiplier": [0.0, end]}))
+            assert sets.at_kl(cell) == wanted
 
 
 @pytest.mark.long

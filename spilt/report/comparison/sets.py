@@ -216,9 +216,12 @@ def ended(cell: Measured) -> dict[str, Any]:
 
 
 def at_kl(cell: Measured) -> float | None:
-    """The multiplier there, if the budget was met within what was measured."""
+    """The multiplier there, if the budget was met within what was measured (with the digits that a table has of it)."""
     row, m = ended(cell), cell.frame["multiplier"]
-    return float(row["multiplier"]) if row and row["status"] == CONVERGED and m.min() <= row["multiplier"] <= m.max() else None
+    if not row or row["status"] != CONVERGED:
+        return None
+    inside = min(max(row["multiplier"], m.min()), m.max())
+    return float(inside) if math.isclose(inside, row["multiplier"], rel_tol=1e-6) else None
 
 
 def kl_at(cell: Measured, m: float) -> float:
@@ -227,4 +230,6 @@ def kl_at(cell: Measured, m: float) -> float:
     if table is None or not (tried := table[table["side"].isin([_side(m), "none"]) & (table["status"] == TRIED)]).size:
         return float("nan")
     tried = tried.assign(size=tried["multiplier"].abs()).sort_values("size")
-    return float(np.interp(abs(m), tried["size"], np.sqrt(tried["kl_p95"]), right=np.nan) ** 2)
+    most = tried["size"].max()
+    size = most if math.isclose(abs(m), most, rel_tol=1e-6) else abs(m)  # as a table rounds it
+    return float(np.interp(size, tried["size"], np.sqrt(tried["kl_p95"]), right=np.nan) ** 2)
