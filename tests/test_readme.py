@@ -82,6 +82,8 @@ def test_its_make_targets_and_flags_exist() -> None:
         "--advbench",
         "--strongreject",
         "--kl",
+        "--kl_of",
+        "--jobs",  # of examples/main_table.py
         "--tasks",
         "--texts",
         "--picture",
