@@ -76,7 +76,7 @@ def calibrate(
         asked = [(stored(cell, s, run), [row.input for row in readers.read_prompts(fmt, cell.concept, how.prompts)]) for cell in step.cells]
         try:
             for steering, _ in asked:
-                choice.refuse_positions(s.applied_positions, steering.scope)
+                choice.refuse_positions(s.steer_positions, steering.scope)
         except UserError as error:
             tell(f"warning: {step.cells[0]}: no strength of equal KL: {error}")
             continue

@@ -86,7 +86,7 @@ def _lm_eval(args: argparse.Namespace) -> int:
     if unknown := [name for name in args.tasks if name not in tasks.all_tasks]:
         raise UserError(f"--tasks {' '.join(unknown)}: lm_eval has no such task; `lm_eval ls tasks` lists them")
     host, steering, s, _ = ready(args)
-    choice.refuse_positions(s.applied_positions, steering.scope)
+    choice.refuse_positions(s.steer_positions, steering.scope)
     found: dict[float, dict[str, dict[str, Any]]] = {}
     for m in strengths:
         lm = lm_eval_model(host.model, host.tokenizer, steering, m, batch_size=args.batch_size)

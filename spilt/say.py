@@ -69,7 +69,7 @@ def _say(args: argparse.Namespace) -> int:
     if strengths and not all(abs(m) <= STRONGEST for m in strengths):  # nan is not
         raise UserError(f"--multipliers: wanted finite numbers within +-{STRONGEST:g}")
     host, steering, s, cell = ready(args, args.max_new_tokens)
-    choice.refuse_positions(s.applied_positions, steering.scope)
+    choice.refuse_positions(s.steer_positions, steering.scope)
     strengths = [m + 0.0 for m in dict.fromkeys(strengths or (0.0, *s.multipliers))]
     params: GenerationParams = s.generation_params
     about = {name: getattr(s, name) for name in ("layers", *ABOUT)} | {"generation_params": params.as_kwargs()}

@@ -11,11 +11,14 @@ from typing import Any
 import families
 import forked
 import pytest
+import torch
 
 import spilt
 from spilt import api, cli
 from spilt import say as program
 from spilt.errors import NotFinite
+from spilt.settings.values import SCOPES
+from spilt.steering import post_block
 
 ROOT = Path(__file__).resolve().parents[1]
 MULTIPLIERS = ("-2", "0", "3")
@@ -84,6 +87,25 @@ def test_a_steering_file(base: families.Base, tmp_path: Path, capsys: pytest.Cap
     spilt.Steering(spilt.Steering.load(stored), {"settings": {"use_chat_template": False}}).save(path)
     raw = said(capsys, "is 0 odd?", "--steering", str(path), *model)
     assert raw["use_chat_template"] is False and raw["texts"] != alone["texts"]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_steering_acts_in_its_own_scope(base: families.Base, scope: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That of its file: the texts of the Python face; settings that say another are refused."""
+    model, tokenizer = spilt.load(base.path / "models" / base.model)
+    made = post_block.build(model, rank=2, scope=scope)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.3)
+    made.save(tmp_path / "own.safetensors")
+    asked = ["hello", "--base_dir", str(base.path), "--model_name", base.model, "--device", "cpu", "--max_new_tokens", "4", "--json"]
+    asked += ["--multipliers", "0", "2", "--set", "generation_params.do_sample=false"]
+    capsys.readouterr()
+    assert cli.main(["say", *asked, "--steering", str(tmp_path / "own.safetensors")]) == 0
+    found = [row["text"] for row in json.loads(capsys.readouterr().out)["texts"]]
+    assert found == spilt.generate(model, tokenizer, made, "hello", [0, 2], max_new_tokens=4, do_sample=False)["text"].tolist()
+    other = "f5" if scope == "all" else "all"
+    assert cli.main(["say", *asked, "--steering", str(tmp_path / "own.safetensors"), "--set", f"steer_positions={other}"]) == 2
 
 
 def test_settings_of_the_command_line(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:

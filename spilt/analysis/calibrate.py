@@ -20,8 +20,8 @@ NOT_MONOTONE = "not monotone"  # stronger was less somewhere: other strengths ma
 JUMPS = "jumps over the budget"  # from below to above within a step of half a percent
 NOT_ZERO = "not the identity at 0"
 STEPS = 16
-CLOSED = 5e-3
-LAW = 4
+CLOSED = 5e-3  # a step of half a percent, of which JUMPS speaks
+LAW = 4  # tries by the quadratic law alone
 TWICE, MOST = math.log(2), math.log(8)
 HIGH = 1e3  # the strongest that is tried
 

@@ -57,9 +57,10 @@ def divergence(
 
     Columns multiplier, tokens, kl_mean, kl_p95, kl_max. All tokens of all prompts are pooled; p95: what the worst twentieth reaches.
     """
+    strengths = strengths_of(multipliers)
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "engine": engine, "batch_size": batch_size}
     how |= {"use_chat_template": use_chat_template, "system_prompt": system_prompt}
-    return divergences(model, tokenizer, steering, prompts, **how)(strengths_of(multipliers))
+    return divergences(model, tokenizer, steering, prompts, **how)(strengths)
 
 
 def divergences(

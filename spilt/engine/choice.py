@@ -63,8 +63,8 @@ def refuse_vllm(verbs: Collection[str], device: str, dry: bool) -> None:
 
 
 def refuse_positions(positions: str, scope: str) -> None:
-    """Raises UserError where the settings steer other tokens of a text (`applied_positions`) than a Steering alone does (its scope)."""
-    if positions != scope:
+    """Raises UserError where settings say (`steer_positions`; '': nothing) that other tokens are steered than a Steering alone does."""
+    if positions and positions != scope:
         which = "every token" if scope == "all" else f"scope {scope}"
         raise UserError(f"steer_positions = {positions}: here {which} is steered, another thing; --mode apply and evaluate obey it")
 

@@ -113,9 +113,8 @@ def png_of(figure: Figure, dpi: int = 160) -> bytes:
 
     out = io.BytesIO()
     _laid_out(figure).set(dpi=dpi, facecolor="white")
-    FigureCanvasAgg(figure).print_png(
-        out, metadata={"Software": None}, pil_kwargs={"compress_level": 3}
-    )  # beyond, time grows and files do not shrink
+    # beyond level 3 time grows and files do not shrink
+    FigureCanvasAgg(figure).print_png(out, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
     figure.set(facecolor="none")
     return out.getvalue()
 
