@@ -15,6 +15,7 @@ import pytest
 from test_report import DATASET, HOSTILE, Browser, browser, contrast, curves, sigmoid, text_of
 
 from spilt import report
+from spilt.analysis import freshness
 from spilt.artifacts import losses, manifest
 from spilt.artifacts.store import Store
 from spilt.report.places import anchor
@@ -107,6 +108,55 @@ def test_texts_stand_beside_the_unsteered_ones(base: Path, built: Path) -> None:
     for method in ("spilt", "sft"):
         assert f"{method} at {table.loc[(method, 'vector'), 'multiplier']:g}: &lt;/div&gt;" in found["across"]
     assert found["across"].count("not steered") == 3 and "at 10:" not in found["across"] and "<script>doc" not in found["across"]
+
+
+def behind_a_prompt(base: Path, name: str, gain: float, drop: float, **settings: Any) -> None:
+    """Losses behind a prompt as those of caa's vector at m = 0, with odds moved by gain and drop; and texts."""
+    cell = base / f"vectors/{MODEL}/get_sft_loss/caa/{DATASET}/caa_vector"  # the first: the real ones agree where nothing steers
+    for split in losses.PROMPTS:
+        plain = pd.read_csv(cell / losses.TABLES[split]).query("multiplier == 0")
+        p, n = (np.exp(-plain[plain["target"] == target].set_index("example")["answer_loss_sum"]) for target in losses.TARGETS)
+        mass, odds = sigmoid(np.log((p + n) / (1 - p - n)) - drop), np.log(p / n) + gain
+        moved = {losses.TARGETS[0]: -np.log(mass * sigmoid(odds)), losses.TARGETS[1]: -np.log(mass * sigmoid(-odds))}
+        plain["answer_loss_sum"] = [moved[row["target"]][row["example"]] for row in plain.to_dict("records")]
+        parts = {
+            "verb": "measure",
+            "split": split,
+            "settings": {**SETTINGS, **settings},
+            "model": "toy",
+            "data": "rows",
+            "prompt": [["user", name]],
+        }
+        path = Store(base).prompt_table(MODEL, DATASET, name, split)
+        manifest.write(path, plain.to_csv(index=False), parts)
+    write_texts(base, "prompt", name, [0.0])
+
+
+def test_prompts_stand_beside_the_cells(tmp_path: Path) -> None:
+    for method in ("spilt", "caa"):
+        write_cell(tmp_path, method, "vector")
+    m = float(report.recommend(tmp_path, MODEL, DATASET).set_index("method")["multiplier"]["spilt"])
+    write_texts(tmp_path, "spilt", "vector", [0.0, m])
+    page = report.update(tmp_path, MODEL, DATASET)
+    assert "Prompts as baselines" not in text_of(page)
+    behind_a_prompt(tmp_path, "asked", gain=0.5, drop=0.25)
+    behind_a_prompt(tmp_path, "other", gain=9.0, drop=9.0, dtype="float64")
+    assert freshness.problems_of_current(tmp_path, MODEL, DATASET) is None  # to be drawn again
+    found = sections(text_of(report.update(tmp_path, MODEL, DATASET)))
+    assert (
+        "Prompts as baselines" in found["recommended"] and "prompt other left out: of other questions, settings or model" in found["found"]
+    )
+    (row,) = pd.read_csv(page.parent / "prompts.csv").to_dict("records")
+    assert (row["prompt"], row["on"]) == ("asked", "test") and {"0.50", "0.25"} <= {*re.findall(r">(\d\.\d\d)", found["recommended"])}
+    for name in ("preference_gain", "gain_low", "gain_high"):
+        assert row[name] == pytest.approx(0.5)
+    for name in ("utility_drop", "drop_low", "drop_high"):
+        assert row[name] == pytest.approx(0.25)
+    best = pd.read_csv(page.parent / "recommendations.csv").set_index("method").loc["spilt"]
+    paired = pd.read_csv(page.parent / "against_prompts.csv").set_index(["method", "of"])
+    assert paired.loc[("spilt", "preference"), "difference"] == pytest.approx(best["preference_gain_test"] - 0.5)
+    assert paired.loc[("spilt", "utility"), "difference"] == pytest.approx(0.25 - best["utility_drop_test"])
+    assert found["across"].count("prompt at 0: ") == 3 and found["across"].count("prompt: asked") == 3  # its answers, beside the cell's
 
 
 @pytest.mark.long

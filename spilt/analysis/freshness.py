@@ -82,10 +82,11 @@ def _inputs(base_dir: Path, model: str, dataset: str) -> Iterator[Path]:
         vectors = store.vector_folder(Cell(model, folder, method, form, ())).glob("layer_*")
         yield from (path for path in vectors if ".unfinished." not in path.name)
         cells.setdefault(Cell(model, dataset, method, form, ()), []).append(leaf)
-    for cell, leaves in cells.items():
+    for leaves in cells.values():
         files = [path for leaf in leaves for path in leaf.rglob("*") if path.is_file() and path.suffix not in (".log", ".jsonl")]
         # a summary without loss rows (somebody's own) is used as it is
         yield from [path for path in files if path.name not in DERIVED] or [path for path in files if path.name == losses.SUMMARY_FILE]
+    for cell in dict.fromkeys([*cells, *store.behind_prompts(model, dataset)]):
         for _, path in [*store.generated(cell), *store.scored(cell)]:
             yield from (path, manifest.manifest_path(path))
 

@@ -25,6 +25,7 @@ from spilt.artifacts.store import Store
 from spilt.errors import UserError, unknown
 from spilt.report import about, drawing, figures, page, places, tables, words
 from spilt.report import cells as stored
+from spilt.report.comparison import made, sets
 from spilt.terminal import complain, program, say
 
 if TYPE_CHECKING:
@@ -117,6 +118,9 @@ def _report(
     here = freshness.page(base, model, dataset)
     scored = {cell.name: stored.scored(cell.place) for cell in measured}
     claimed, fits = tables.claimed(measured, split, seed), tables.fits(measured, model, dataset)
+    one = sets.Set(base, model, dataset, sets.grouped(measured), ())
+    against = made.against_prompts(one, seed)
+    paired = pd.DataFrame(columns=made.AGAINST) if against is None else against.values[made.AGAINST]
     frames = {
         "recommendations": (recommendations := tables.recommendations(measured, seed)),
         "makeup": tables.makeup(measured),
@@ -127,6 +131,8 @@ def _report(
         "readings": tables.readings(measured, split),
         "equal_preference": tables.trade_off(claimed),
         "control": tables.control(measured),
+        "prompts": made.prompts(one, seed),
+        "against_prompts": paired.rename(columns={"than": "prompt"}),
         "scores": tables.scores(measured, {name: table for name, (table, _) in scored.items()}),
         "claims": claimed,
     }
@@ -151,6 +157,8 @@ def _report(
     for unread in filter(None, [*(stored.left_out_texts(cell.place) for cell in measured), *(said for _, said in scored.values())]):
         problems = [*problems, unread]
         log.warning("report: %s", unread)
+    for name in sets.behind(one)[1]:
+        problems = [*problems, f"prompt {name} left out: of other questions, settings or model; --prompt_baseline measures it again"]
     told = {cell.name: about.facts(cell) for cell in measured}
     common = about.shared(told)
     first = words.winner(measured, recommendations)
@@ -185,7 +193,7 @@ def _report(
         files={cell.name: about.files(cell, here) for cell in measured},
         sheets={name: page.score_sheet(table) for name, (table, _) in scored.items() if len(table)},
         texts=texts,
-        asked=about.side_by_side(texts, first[0] if first else None),
+        asked=about.side_by_side(texts, first[0] if first else None, stored.samples_behind(base, model, dataset, SAMPLES)),
         shortfalls=tables.shortfalls(measured, split),
         problems=problems,
         remarks=[remark for remark in remarks if remark not in problems],

@@ -16,7 +16,7 @@ from spilt.analysis.provenance import Artifact
 from spilt.artifacts import losses, manifest
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.store import Store
-from spilt.cell import FORMS
+from spilt.cell import FORMS, PROMPT
 from spilt.errors import UserError
 from spilt.report import page
 from spilt.report.cells import CONTROL_FILE, FIT_FILE, Measured, Sample
@@ -74,7 +74,7 @@ def synthetic(base: Path, model: str) -> bool:
 
 
 class Answer(NamedTuple):
-    """One text of a prompt: the cell's name, as printed (empty: unsteered), its multiplier, the text."""
+    """One text of a prompt: the cell's name, as printed (empty: unsteered), its multiplier (0: behind a prompt), the text."""
 
     cell: str
     label: str
@@ -83,14 +83,17 @@ class Answer(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """One prompt with its unsteered text, then that of each cell at its recommended multiplier."""
+    """One prompt with its unsteered text, then that of each cell at its recommended multiplier, then those behind prompts."""
 
     sample: Sample
     answers: list[Answer]
 
 
-def side_by_side(texts: Sequence[tuple[Measured, list[Sample]]], first: Measured | None) -> list[Asked]:
-    """The prompts that the first cell was asked (any cell, where it has no texts at its multiplier), each with all cells' answers."""
+def side_by_side(texts: Sequence[tuple[Measured, list[Sample]]], first: Measured | None, behind: Mapping[str, list[Sample]]) -> list[Asked]:
+    """The prompts that the first cell was asked (any cell, where it has no texts at its multiplier), each with all cells' answers.
+
+    behind: name of a prompt that stands before them -> the unsteered model's texts, at m = 0.
+    """
     said = {cell.name: {sample.prompt: sample for sample in some if cell.best["multiplier"] in sample.texts} for cell, some in texts}
     steered = [cell for cell, _ in texts if cell.best["multiplier"] and said[cell.name]]
     out = []
@@ -98,7 +101,11 @@ def side_by_side(texts: Sequence[tuple[Measured, list[Sample]]], first: Measured
         own = [(cell, there) for cell in steered if (there := said[cell.name].get(sample.prompt))]
         plain = [Answer("", "", 0.0, there.texts[0.0]) for _, there in own if 0.0 in there.texts][:1]
         at = [(cell, cell.best["multiplier"], there) for cell, there in own]
-        out.append(Asked(sample, plain + [Answer(cell.name, cell.label, m, there.texts[m]) for cell, m, there in at]))
+        answers = [Answer(cell.name, cell.label, m, there.texts[m]) for cell, m, there in at]
+        for name, some in behind.items():
+            said_behind = [there.texts[0.0] for there in some if there.prompt == sample.prompt and 0.0 in there.texts]
+            answers += [Answer(f"{PROMPT} {name}", f"{PROMPT}: {name}", 0.0, text) for text in said_behind[:1]]
+        out.append(Asked(sample, plain + answers))
     return out
 
 

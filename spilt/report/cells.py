@@ -25,7 +25,7 @@ from spilt.artifacts import losses
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.manifest import digest, identity
 from spilt.artifacts.store import Store
-from spilt.cell import FORMS
+from spilt.cell import FORMS, PROMPT
 from spilt.errors import UserError
 from spilt.report.places import Place, label
 
@@ -290,6 +290,13 @@ def samples(place: Place, limit: int = 3) -> list[Sample]:
     # one prompt per concept first, then the second ones
     order = sorted(found, key=lambda key: (key[1], key[0]))
     return [dataclasses.replace(found[key], texts=dict(sorted(found[key].texts.items()))) for key in order[:limit]]
+
+
+def samples_behind(base: Path, model: str, dataset: str, limit: int = 3) -> dict[str, list[Sample]]:
+    """Name of a prompt -> texts of the unsteered model behind it."""
+    store = Store(base)
+    places = [Place(base, model, dataset, PROMPT, cell.intervention, Path()) for cell in store.behind_prompts(model, dataset)]
+    return {place.intervention: found for place in places if (found := samples(place, limit))}
 
 
 def scored(place: Place) -> tuple[pd.DataFrame, str]:

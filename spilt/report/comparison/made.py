@@ -101,6 +101,19 @@ def main(one: Set, seed: int) -> Table:
     return Table("main", f"{one.heading}: main results", note, pd.DataFrame(rows), one.named(pd.DataFrame(values, columns=VALUES)))
 
 
+AGAINST = ["method", "intervention", "than", *equal.COLUMNS[equal.COLUMNS.index("of") :]]
+PROMPTS = ["prompt", "on", "accuracy", "preference_gain", "gain_low", "gain_high", "utility_drop", "drop_low", "drop_high"]
+
+
+def prompts(one: Set, seed: int) -> pd.DataFrame:
+    """Every prompt by itself, on the questions that the cells are reported on: PROMPTS, in nats from the model without it."""
+    rows = []
+    for prompt in behind(one)[0]:
+        preferred, gain, drop = prompt.numbers(seed).values()
+        rows.append((prompt.name, told_on(one), preferred.value, *gain, *drop))
+    return pd.DataFrame(rows, columns=PROMPTS)
+
+
 def against_prompts(one: Set, seed: int) -> Table | None:
     """Every cell at its strength of the main table against each prompt, paired over questions; None where there are no prompts."""
     prompts, rows, values = behind(one)[0], list[dict[str, Any]](), list[dict[str, Any]]()
@@ -117,7 +130,7 @@ def against_prompts(one: Set, seed: int) -> Table | None:
                 if told := equal.compared(own, [(prompt.questions, partial(equal.change, of, 1.0))], seed):
                     values.append({"method": group.method, "intervention": group.variant, "than": prompt.name, "of": of, **told})
                     rows.append({"method": group.label, "against": prompt.label, "difference in": words})
-    table = pd.DataFrame(values, columns=["method", "intervention", "than", *equal.COLUMNS[equal.COLUMNS.index("of") :]])
+    table = pd.DataFrame(values, columns=AGAINST)
     for _, part in table.groupby("of"):
         table.loc[part.index, "p"] = claims.holm(part["p"].to_numpy(float))
     for row, line in zip(rows, table.to_dict("records"), strict=True):

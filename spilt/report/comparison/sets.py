@@ -118,19 +118,25 @@ def collect(base: Path, models: Sequence[str], datasets: Sequence[str], names: S
 
 
 def _set(base: Path, model: str, dataset: str, read: Callable[[places.Place], Measured]) -> Set:
-    groups: dict[tuple[str, str], list[Measured]] = {}
+    measured = []
     found, others = places.comparable(places.find(base, model, dataset))
     problems = [f"{model} {dataset} {other}" for other in others]
     for place in found:
         if why := found_unlike(base, place.folder / Store.KL):
             problems.append(f"{model} {dataset} {place.name}: strengths of equal KL left out: found with {why}; --kl finds them again")
         try:
-            one = read(place)
+            measured.append(read(place))
         except (UserError, OSError) as error:
             problems.append(f"{model} {dataset} {place.name}: {error}")
-            continue
-        groups.setdefault((place.method, place.fitted_as), []).append(one)
-    return Set(base, model, dataset, tuple(Group(tuple(same)) for same in groups.values()), tuple(problems))
+    return Set(base, model, dataset, grouped(measured), tuple(problems))
+
+
+def grouped(measured: Sequence[Measured]) -> tuple[Group, ...]:
+    """By method, form and layers."""
+    found: dict[tuple[str, str], list[Measured]] = {}
+    for cell in measured:
+        found.setdefault((cell.place.method, cell.place.fitted_as), []).append(cell)
+    return tuple(Group(tuple(same)) for same in found.values())
 
 
 def told_on(one: Set) -> str:
