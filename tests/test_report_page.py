@@ -111,7 +111,7 @@ def test_texts_stand_beside_the_unsteered_ones(base: Path, built: Path) -> None:
 
 
 def behind_a_prompt(base: Path, name: str, gain: float, drop: float, **settings: Any) -> None:
-    """Losses behind a prompt as those of caa's vector at m = 0, with odds moved by gain and drop; and texts."""
+    """Losses behind a prompt as those of caa's vector at m = 0, with odds moved by gain and drop."""
     cell = base / f"vectors/{MODEL}/get_sft_loss/caa/{DATASET}/caa_vector"  # the first: the real ones agree where nothing steers
     for split in losses.PROMPTS:
         plain = pd.read_csv(cell / losses.TABLES[split]).query("multiplier == 0")
@@ -129,7 +129,6 @@ def behind_a_prompt(base: Path, name: str, gain: float, drop: float, **settings:
         }
         path = Store(base).prompt_table(MODEL, DATASET, name, split)
         manifest.write(path, plain.to_csv(index=False), parts)
-    write_texts(base, "prompt", name, [0.0])
 
 
 def test_prompts_stand_beside_the_cells(tmp_path: Path) -> None:
@@ -140,6 +139,7 @@ def test_prompts_stand_beside_the_cells(tmp_path: Path) -> None:
     page = report.update(tmp_path, MODEL, DATASET)
     assert "Prompts as baselines" not in text_of(page)
     behind_a_prompt(tmp_path, "asked", gain=0.5, drop=0.25)
+    write_texts(tmp_path, "prompt", "asked", [0.0])
     behind_a_prompt(tmp_path, "other", gain=9.0, drop=9.0, dtype="float64")
     assert freshness.problems_of_current(tmp_path, MODEL, DATASET) is None  # to be drawn again
     found = sections(text_of(report.update(tmp_path, MODEL, DATASET)))
