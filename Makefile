@@ -6,7 +6,7 @@ OLDEST := transformers==4.57.6
 CONTRACT := families engines methods golden
 ALSO := interventions suffix generation api steering placed joint loading templates sampling kv export imports
 
-.PHONY: demo demo-small real-model test test-oldest check demo-model clean
+.PHONY: demo demo-small real-model test test-oldest test-more check demo-model clean
 
 .venv/.installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -34,10 +34,14 @@ real-model: .venv/.installed
 test: .venv/.tested
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n 2 --dist worksteal tests
 
-# the oldest transformers that is supported, over the libraries of .venv: engine, methods, goldens and what loads models
-.venv-oldest/.tested: .venv/.tested
-	$(PYTHON) -m venv .venv-oldest
-	$(PY) -c "import site; print(site.getsitepackages()[0])" > "$$(.venv-oldest/bin/python -c 'import site; print(site.getsitepackages()[0])')/newest.pth"
+# environments over the libraries of .venv: each has those besides what is installed in it
+.venv-%/.made: .venv/.tested
+	$(PYTHON) -m venv .venv-$*
+	$(PY) -c "import site; print(site.getsitepackages()[0])" > "$$(.venv-$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/newest.pth"
+	touch $@
+
+# the oldest transformers that is supported: engine, methods, goldens and what loads models
+.venv-oldest/.tested: .venv-oldest/.made
 	.venv-oldest/bin/python -m pip install --quiet "$(OLDEST)"
 	touch $@
 
@@ -45,6 +49,13 @@ test: .venv/.tested
 test-oldest: .venv-oldest/.tested
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(patsubst %,tests/test_%.py,$(CONTRACT))
 	CI= OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(patsubst %,tests/test_%.py,$(ALSO))
+
+# what needs a library that other tests do without: torchao slows every start of transformers, lm-evaluation-harness has 25 packages
+test-more: .venv-more/.made
+	.venv-more/bin/python -m pip install --quiet lm_eval==0.4.13
+	OMP_NUM_THREADS=1 CI=true .venv-more/bin/python -m pytest tests/test_lm_eval.py
+	.venv-more/bin/python -m pip install --quiet torchao==0.18.0
+	OMP_NUM_THREADS=1 CI=true .venv-more/bin/python -m pytest tests/test_quantised.py
 
 check: .venv/.tested
 	$(PY) -m ruff check .
@@ -56,4 +67,4 @@ demo-model: .venv/.installed
 	$(PY) tools/demo/build.py
 
 clean:
-	rm -rf .venv .venv-oldest demo-run demo-run-small
+	rm -rf .venv .venv-oldest .venv-more demo-run demo-run-small

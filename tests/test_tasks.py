@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -213,12 +214,19 @@ BOUNDS: dict[str, Callable[[float], bool]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One base model: its pretraining is most of the time."""
+    return world.write_world(tmp_path_factory.mktemp("taught"), 0)
+
+
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_relabelled_listops(seed: int, tmp_path: Path) -> None:
+def test_the_relabelled_listops(seed: int, taught: Path, tmp_path: Path) -> None:
     """Every answer of the base model is wrong; rank 8 after every block sets that right, a vector does not; without it the base is back."""
-    base = world.write_world(tmp_path, 0)  # one base model: its pretraining is most of the time
+    base = tmp_path / "base"
+    shutil.copytree(taught, base)
     world.write_task(base / "new", 7 if seed else 1, seed=seed)
     fits = [*QUICK, "--seed", str(seed)]
     assert cli.main(words(base, "evaluate", "--variant", "base")) == 0
