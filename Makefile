@@ -3,8 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 BASE ?= demo-run
 OLDEST := transformers==4.57.6
-CONTRACT := families engines methods golden
-ALSO := interventions suffix generation api steering placed joint loading templates sampling kv export imports
+TOUCHING := families engines methods golden interventions suffix generation api steering placed joint loading templates sampling kv export imports
 
 .PHONY: demo demo-small real-model test test-oldest test-more check demo-model clean
 
@@ -45,10 +44,9 @@ test: .venv/.tested
 	.venv-oldest/bin/python -m pip install --quiet "$(OLDEST)"
 	touch $@
 
-# with CI=true every case of the contract's matrix; what else touches the library has its quick cases
+# what touches the library: of each matrix as many cases as show every value of every parameter; all of them with CI=true
 test-oldest: .venv-oldest/.tested
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(patsubst %,tests/test_%.py,$(CONTRACT))
-	CI= OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(patsubst %,tests/test_%.py,$(ALSO))
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(patsubst %,tests/test_%.py,$(TOUCHING))
 
 # what needs a library that other tests do without: torchao slows every start of transformers, lm-evaluation-harness has 25 packages
 test-more: .venv-more/.made

@@ -55,6 +55,7 @@ def test_texts_are_those_of_the_command_line(base: Base, loaded: Any) -> None:
 @pytest.mark.parametrize("positions", ["all", "skip_prefix"])
 @pytest.mark.few(1)
 @pytest.mark.long
+@pytest.mark.usefixtures("no_pictures")
 def test_measured_preference_and_utility_are_those_of_the_command_line(base: Base, loaded: Any, positions: str) -> None:
     """As text is made (the table of losses), and in the released positions (the released files)."""
     import pandas as pd

@@ -62,6 +62,7 @@ def test_eval_data_hold_the_released_rows(base: Base) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("no_pictures")
 def test_losses_of_the_training_pairs(base: Base) -> None:
     assert run(base, "--mode", "generate", "--quiet", dataset="axbench") == 0
     assert run(base, "--mode", "loss", "--multipliers", "1", "--split", "train", "--concepts", "1", "--quiet", dataset="axbench") == 0

@@ -211,6 +211,7 @@ def test_bipo_raises_the_preference_and_is_fast_as_it_is_plain() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("no_pictures")
 def test_baselines_run_through_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By name, with the settings of caa for where they act; texts, losses, the page, verify; a rerun does nothing."""
     base = families.make_base(tmp_path / "base", train=8)

@@ -113,6 +113,7 @@ def lengthen(base: families.Base) -> None:
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize(("method", "mode"), [("sft", "generate"), ("caa", "generate"), ("sft", "loss")])
+@pytest.mark.usefixtures("no_pictures")
 def test_answers_beyond_a_table_of_positions(absolute: families.Base, capsys: pytest.CaptureFixture[str], method: str, mode: str) -> None:
     assert cli.main([*absolute.argv("sft", "vector", "--mode", "generate", "--quiet")]) == 0
     lengthen(absolute)

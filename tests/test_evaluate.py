@@ -413,6 +413,7 @@ def test_texts_of_another_vector_or_of_other_prompts_are_refused(base: families.
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("no_pictures")
 def test_the_page_has_a_table_of_the_scores(base: families.Base) -> None:
     evaluated(base)
     run(base, "--mode", "loss", "--multipliers", "0", "4", "--no-released_files", "--split", "train")

@@ -78,6 +78,7 @@ def test_layers_that_act_together_are_one_fit(base: families.Base, tmp_path: Pat
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("no_pictures")
 def test_all_layers_are_found_and_compared(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
     """A scan, its page with the heat map, the recommendation by layer; texts at what is recommended for each."""
     for method in ("sft", "caa"):

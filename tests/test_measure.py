@@ -92,6 +92,7 @@ def test_minus_m_is_the_other_side_of_m(base: families.Base, form: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.usefixtures("no_pictures")
 def test_a_sweep(base: families.Base) -> None:
     """21 strengths symmetric about 0, or 31 when a tail moves, and the one that meets the budget; 40 random directions beside them; caa on
     the scale of the trained vectors."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import families
 import pytest
+from faults import draw_nothing
 
 from spilt import cli, report, verify
 from spilt.analysis import freshness
@@ -21,6 +22,14 @@ def loss(base: families.Base, *words: str) -> int:
 def states(folder: Path) -> dict[str, tuple[int, int]]:
     """When each file below a folder was written."""
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undrawn() -> Iterator[None]:
+    """When it is drawn is asked here, not what."""
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

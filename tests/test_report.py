@@ -361,6 +361,7 @@ def test_released_losses_and_somebody_elses_csv(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("no_pictures")
 def test_concepts_are_averaged_into_one_cell(tmp_path: Path) -> None:
     for concept in (0, 3, 12):
         write_losses(
