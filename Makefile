@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 BASE ?= demo-run
+WORKERS ?= 2
 OLDEST := transformers==4.57.6
 TOUCHING := families engines methods golden interventions suffix generation api steering placed joint loading templates sampling kv export imports
 
@@ -31,7 +32,7 @@ real-model: .venv/.installed
 
 # with CI=true all cases of each matrix, and the full counts of fuzzing, kills and random sequences
 test: .venv/.tested
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n 2 --dist worksteal tests
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n $(WORKERS) --dist worksteal tests
 
 # environments over the libraries of .venv: each has those besides what is installed in it
 .venv-%/.made: .venv/.tested
@@ -46,7 +47,7 @@ test: .venv/.tested
 
 # what touches the library: of each matrix as many cases as show every value of every parameter; all of them with CI=true
 test-oldest: .venv-oldest/.tested
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(patsubst %,tests/test_%.py,$(TOUCHING))
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal $(patsubst %,tests/test_%.py,$(TOUCHING))
 
 # what needs a library that other tests do without: torchao slows every start of transformers, lm-evaluation-harness has 25 packages
 test-more: .venv-more/.made

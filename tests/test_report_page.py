@@ -131,6 +131,7 @@ def behind_a_prompt(base: Path, name: str, gain: float, drop: float, **settings:
         manifest.write(path, plain.to_csv(index=False), parts)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_prompts_stand_beside_the_cells(tmp_path: Path) -> None:
     for method in ("spilt", "caa"):
         write_cell(tmp_path, method, "vector")
