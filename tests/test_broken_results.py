@@ -171,6 +171,7 @@ def test_a_multiplier_with_fewer_rows(tree: Here, caplog: pytest.LogCaptureFixtu
 HOSTILE = "\x1b[31mred\x00\x07\x9b2J\u202eabc\r\nerror: fake"
 
 
+@pytest.mark.long
 def test_what_is_in_a_file_never_steers_the_terminal_or_the_page(tree: Here, caplog: pytest.LogCaptureFixture) -> None:
     for path in tree.base.path.rglob("*.manifest.json"):
         path.unlink()

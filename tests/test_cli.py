@@ -268,6 +268,7 @@ def test_a_relative_base_dir(base: Base, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_loss_mode_writes_the_files_of_the_contract(base: Base) -> None:
     """Rows in dataset order; winning_only scores matching at +m and not_matching at -m; at m = 0 the base model."""
     import csv

@@ -46,6 +46,7 @@ def test_a_failing_cell_does_not_stop_the_others(base: Base, capsys: Any) -> Non
     assert results_path(base, "sft", "lora", "m1.0").is_file()
 
 
+@pytest.mark.long
 def test_changed_settings_and_data_are_done_again(base: Base, capsys: Any) -> None:
     argv = base.argv("sft", "vector", "--mode", "generate")
     path = vector_path(base, "sft", "vector")

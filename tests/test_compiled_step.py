@@ -49,6 +49,7 @@ def test_it_is_one_graph(graphs: list[Any], family: str, form: str) -> None:
     assert len(graphs) == 1, "compiled again for another step"
 
 
+@pytest.mark.long
 def test_another_steering_has_a_graph_of_its_own(graphs: list[Any]) -> None:
     """What is traced of one is not run for the other, although hooks are not looked at again."""
     tiny, asked = families.build("llama", num_hidden_layers=2), rows()

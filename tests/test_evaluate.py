@@ -296,6 +296,7 @@ def test_a_kill_among_a_thousand_prompts(base: families.Base, tmp_path: Path, mo
     assert not list(base.path.rglob("unfinished*")) and not list(base.path.rglob("*.tmp-*"))
 
 
+@pytest.mark.long
 def test_a_run_that_is_stopped_goes_on(base: families.Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same without a process of its own: the endpoint refuses the key in the middle. What the model said of the texts is kept too."""
     many_texts(base, 100)
@@ -342,6 +343,7 @@ def test_the_plan_says_what_it_reads_writes_and_costs(
     assert "SPILT_JUDGE_MODEL is not set" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_scores_of_other_texts_or_judges_stand_in_no_table(base: families.Base, judge: Server, caplog: pytest.LogCaptureFixture) -> None:
     """The page and the tables read what `collect` gives: of the texts that lie there now, and each rating by who rated last."""
     store, cell = Store(base.path), Cell(base.model, base.one, "sft", "vector", ())

@@ -18,6 +18,7 @@ from faults import APPLY, FIT, LOSS, Here
 from spilt import plan, verify
 
 
+@pytest.mark.long
 def test_a_swapped_model(here: Here) -> None:
     """Everything made from it is stale: verify says so, and the same command makes it again."""
     folder = here.path("models/tiny")

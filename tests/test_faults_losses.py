@@ -157,6 +157,7 @@ def test_unfinished_losses_of_another_request(scored: Scored) -> None:
     assert again() == every
 
 
+@pytest.mark.long
 def test_losses_that_are_scored_and_cannot_be_written(scored: Scored) -> None:
     """The tables that are missing are made of what was kept, though fewer multipliers are asked for now."""
     assert scored.score() > 0

@@ -348,6 +348,7 @@ FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCh
 
 @FUZZ
 @given(changes=st.dictionaries(NAMES, VALUES, max_size=3), overrides=st.dictionaries(NAMES, VALUES, max_size=2))
+@pytest.mark.long
 def test_any_values_resolve_or_are_refused(tree: Tree, changes: dict[str, object], overrides: dict[str, object]) -> None:
     put_everywhere(tree, yaml.safe_dump({"layers": [3], **changes}))
     done = resolve_all(tree.base, overrides)

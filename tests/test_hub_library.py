@@ -155,6 +155,7 @@ def test_configurations_and_splits_that_are_not_there(asked: list[str], caplog: 
     assert "hf:org/pairs: no configuration was named, and easy was taken" in caplog.text and asked == []
 
 
+@pytest.mark.long
 def test_folders_of_one_name_are_themselves_and_edits_are_seen(tmp_path: Path) -> None:
     """What the library keeps of a folder goes by the folder's last name: none of it is taken."""
     for place, text in {"a": "one", "b": "two"}.items():

@@ -50,6 +50,7 @@ def texts(base: families.Base) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("form", ["vector", "lora", "local_weight"])
+@pytest.mark.few(1)
 def test_a_joint_fit_from_settings_to_texts_and_losses(base: families.Base, form: str) -> None:
     """The files are those of spilt.fit(joint=True), other than two fits alone give; everything after the fit uses both layers."""
     assert run(base, form, "generate", *JOINT) == 0

@@ -71,6 +71,7 @@ def steps_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.mark.long
 def test_a_sound_checkpoint_is_gone_on_from(
     cut_off: Here, checkpoint: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -84,6 +85,7 @@ def test_a_sound_checkpoint_is_gone_on_from(
     assert cut_off.vector().read_bytes() == checkpoint["vector"] and "begins again" not in caplog.text
 
 
+@pytest.mark.long
 def test_any_damage_of_a_checkpoint_begins_again(
     cut_off: Here, checkpoint: dict[str, bytes], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ def test_experts_in_every_mode(base: Base, capsys: pytest.CaptureFixture[str]) -
     assert read.entries[0][0].read_point == "attn"
 
 
+@pytest.mark.long
 def test_a_hybrid_in_every_mode(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """By the plain engine, which the plan says with the reason; the closed form too."""
     base = make_base(tmp_path / "base", "bamba", train=4)

@@ -35,6 +35,7 @@ def refit(base: Base) -> None:
     assert run(base, "--mode", "generate", "--quiet") == 0
 
 
+@pytest.mark.long
 def test_losses_of_two_vectors_are_not_one_curve(base: Base, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(base, "--mode", "generate", "--quiet") == 0
     assert run(base, "--mode", "loss", "--multipliers", *SWEEP, "--quiet", "--no_report") == 0

@@ -187,6 +187,7 @@ def test_another_prompt_under_the_name_is_made_anew_and_never_mixed(
     assert not row.rstrip("| ").endswith("–") and "another prompt" not in said
 
 
+@pytest.mark.long
 def test_the_main_table_has_them_beside_the_methods(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["table", "--base_dir", str(base.path), "--tables", "main"]
     assert cli.main([*words, "--format", "csv"]) == 0

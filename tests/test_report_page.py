@@ -132,6 +132,7 @@ def behind_a_prompt(base: Path, name: str, gain: float, drop: float, **settings:
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.long
 def test_prompts_stand_beside_the_cells(tmp_path: Path) -> None:
     for method in ("spilt", "caa"):
         write_cell(tmp_path, method, "vector")

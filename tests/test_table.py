@@ -140,6 +140,7 @@ def test_the_main_table_has_every_cell_and_the_papers_numbers(base: families.Bas
     assert found.loc[("spilt", "vector", "utility drop, nats"), "value"] == pytest.approx(0.5, abs=0.1)
 
 
+@pytest.mark.long
 def test_cells_of_other_rows_or_another_model_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A data file that was edited, or a model exchanged under its name, and one cell measured again: questions are paired by number."""
     base = families.Base(tmp_path, model="gemma-2-9b-it", one="psychopathy")
@@ -271,6 +272,7 @@ def test_wrong_words(base: families.Base, capsys: pytest.CaptureFixture[str], tm
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_broken_cell_is_named_and_others_are_compared(base: families.Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where none is left: what is wrong with it, and no table."""
     copy = base._replace(path=tmp_path / "base")
@@ -365,6 +367,7 @@ def test_equal_kl_of_concepts_is_one_strength_for_all(tmp_path: Path, capsys: py
     assert {found.state for found in verify.check(base.path)} == {verify.OK}
 
 
+@pytest.mark.long
 def test_the_main_table_has_stored_scores_at_its_strengths(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
     """Of the cell's own m and of m = 0; a cell that was scored elsewhere has none."""
     (one,) = comparison.collect(base.path, [], [], ["main"], 0.5, 0)

@@ -217,6 +217,7 @@ def test_yesterdays_results_are_stale_and_made_again(
     assert [state for state, _ in verified(base)] == ["stale", "stale"]
 
 
+@pytest.mark.long
 def test_on_the_same_day_and_with_a_fixed_date_it_is_already_done(
     base: families.Base, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -230,6 +231,7 @@ def test_on_the_same_day_and_with_a_fixed_date_it_is_already_done(
     assert not [text for text in caplog.messages if "date" in text]
 
 
+@pytest.mark.long
 def test_a_result_of_a_dated_template_without_its_text_is_stale(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
     """As versions before this one stored it: which day it was is not known."""
     write(base, DATED)

@@ -195,6 +195,7 @@ def test_what_is_no_frame_of_results_is_refused() -> None:
         tables.make(RESULTS, [scene._replace(loadings=()) for scene in SCENES], Plan(weighting=LOADING))
 
 
+@pytest.mark.long
 def test_what_is_written(tmp_path: Path) -> None:
     """CSV with everything, markdown whose cells stay cells, a picture with a marker for each method; the same bytes again."""
     odd = RESULTS.assign(method=RESULTS["method"].replace("prompt_only", "a|b\n<script>"))

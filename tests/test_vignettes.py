@@ -123,6 +123,7 @@ def folder(at: Path, header: str = "", other: list[dict[str, Any]] | None = None
     return at
 
 
+@pytest.mark.long
 def test_a_folder_is_joined_on_ids(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     scenes = read(folder(tmp_path / "a"), "c")
     assert [(one.id, one.condition) for one in scenes] == [(n, c) for n in "pq" for c in CONDITIONS] and not caplog.text
@@ -157,6 +158,7 @@ def test_a_folder_that_is_not_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("datasets") is None, reason="the datasets library is not installed here: pip install datasets")
+@pytest.mark.long
 def test_the_library_reads_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     for source, config in ((files.SHIPPED, files.CONFIG), (folder(tmp_path / "a"), "c")):

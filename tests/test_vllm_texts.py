@@ -113,6 +113,7 @@ def texts(base: Base) -> list[list[str]]:
     return [[row["pred"][0] for row in read_json(results_path(base, "sft", "lora", m))] for m in ("m-2.0", "m0.0", "m3.0")]
 
 
+@pytest.mark.long
 def test_the_same_files_by_one_start(tmp_path: Path, vllm: Callable[[], Any], caplog: pytest.LogCaptureFixture) -> None:
     base = make_base(tmp_path / "base")
     put(vector_path(base, "sft", "lora"), released_state("lora"))

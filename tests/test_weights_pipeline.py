@@ -120,6 +120,7 @@ def test_losses_are_those_of_the_library(done: families.Base) -> None:
                 assert found[f"loss_{side}"] == pytest.approx(float(loss), abs=2e-4)
 
 
+@pytest.mark.long
 def test_strengths_meet_the_budget_by_the_librarys_generate(done: families.Base) -> None:
     """KL(steered || base), p95 over the tokens of greedy answers, by merged weights, `generate` and a plain forward."""
     told = json.loads((small.folder(done) / "kl" / "lora.json").read_text())

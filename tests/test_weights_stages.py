@@ -259,6 +259,7 @@ def test_questions_that_look_alike_to_the_model_are_one(answered: families.Base,
     assert run.questions("audit")[-1].text == "c?\u200b"
 
 
+@pytest.mark.long
 def test_vignettes_are_those_that_were_asked_about(answered: families.Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a folder that was edited they are asked again; the stage table, which takes no --vignettes, has those of the evaluation."""
     import shutil
