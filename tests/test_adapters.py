@@ -113,6 +113,7 @@ def test_every_kind(kind: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lora", "oft"])
+@pytest.mark.few(1)
 def test_the_difference_of_two(kind: str) -> None:
     """dW(pos, pos) = 0; antisymmetric; theta_neg + dW = theta_pos; low-rank where both are, of rank 2 r at most."""
     model, pos, neg = families.model("llama"), trained(kind, 1).tau, trained(kind, 2).tau

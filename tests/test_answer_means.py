@@ -30,6 +30,7 @@ def test_several_blocks_in_one_pass(family: str, multiple_choice: bool, monkeypa
         assert torch.equal(means, alone[layer]) and means.shape == (len(sequences), means.shape[1])
 
 
+@pytest.mark.long
 def test_one_pass_for_all_methods_and_layers_and_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = families.make_base(tmp_path / "base", train=8)
     apart = base._replace(path=tmp_path / "apart")

@@ -35,6 +35,7 @@ def loaded(base: Base) -> Any:
 
 
 @pytest.mark.parametrize(("method", "form"), CELLS)
+@pytest.mark.few(3)
 def test_a_fit_is_that_of_the_command_line(base: Base, loaded: Any, method: str, form: str) -> None:
     assert run(base, "--mode", "generate", "--quiet", method=method, form=form) == 0
     how = {"batch_size": 4, "gradient_accumulation_steps": 2, "n_epochs": 1, "lr": 0.01, "seed": 42} if METHODS[method].loss else {}

@@ -102,6 +102,7 @@ class Plain:
 
 
 @pytest.mark.parametrize("form", ["vector", "lora"])
+@pytest.mark.few(1)
 def test_a_table_is_what_hooks_on_every_token_give(base: families.Base, form: str) -> None:
     assert run(base, "generate", form=form) == 0
     assert run(base, "loss", "--multipliers", "-2", "1.5", "--no-released_files", form=form) == 0
@@ -129,6 +130,7 @@ def test_the_released_files_leave_the_template_prefix_alone_and_say_nothing_else
     assert np.abs(np.array(everywhere) - released).max() > 1e-3, "the prefix matters here"
 
 
+@pytest.mark.long
 def test_the_dose_is_the_mean_of_delta_over_h(base: families.Base) -> None:
     for form in ("vector", "lora"):
         assert run(base, "generate", form=form) == 0
@@ -173,6 +175,7 @@ def test_one_setting_says_where_fits_losses_and_texts_are_steered(base: families
         assert made["pred"] == [plain.tokenizer.decode(new, skip_special_tokens=True)]
 
 
+@pytest.mark.long
 def test_a_table_grows_and_is_the_same_whatever_the_order(base: families.Base, tmp_path: Path) -> None:
     assert run(base, "generate") == 0
     for words in (["1"], ["-2", "3"], ["1"]):
@@ -208,6 +211,7 @@ def test_steer_positions_of_another_word_are_refused(base: families.Base, capsys
     assert "wanted all, skip_prefix, all_prompt" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_neutral_text_is_measured_beside_the_pairs(base: families.Base) -> None:
     texts = [("name a colour", "blue"), ("two and two", "four"), ("name a bird", "robin")]
     rows = [json.dumps({"input": asked, "reference_response": said}) for asked, said in texts]

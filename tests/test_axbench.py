@@ -39,6 +39,7 @@ def told(base: Base, m: str = "1.0") -> Any:
     return json.loads((folder / f"all_generation_results_m{m}.json").read_text())
 
 
+@pytest.mark.long
 def test_apply_alone_and_both_have_one_layout(base: Base, tmp_path: Path) -> None:
     assert run(base, "--mode", "generate", "--quiet", dataset="axbench") == 0
     for concept in CONCEPTS:

@@ -118,6 +118,7 @@ def test_an_ablation_is_stored_scaled_and_refused_as_weights(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("family", ("llama", "gemma2"))
+@pytest.mark.few(1)
 def test_an_ablation_is_fast_as_it_is_plain(family: str) -> None:
     """Fitted (it can be trained too), measured, and in texts at several strengths side by side."""
     model, tokenizer = families.model(family), families.tokenizer()

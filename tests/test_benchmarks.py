@@ -160,6 +160,7 @@ def test_gpu_script_says_when_there_is_no_gpu(tmp_path: Path, capsys: pytest.Cap
     assert "--tiny" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_growth_point() -> None:
     from benchmarks import growth
 

@@ -32,6 +32,7 @@ def steering(form: str = "vector", scale: float = 0.3) -> Steering:
 
 
 @pytest.mark.parametrize(("family", "form"), [("qwen2", "vector"), ("llama", "lora"), ("gemma2", "vector"), ("gpt2", "local_weight")])
+@pytest.mark.few(2)
 def test_kl_is_that_of_a_loop_over_the_library(family: str, form: str) -> None:
     """One prompt at a time: generate keeps its scores under steering, the unsteered model reads the same tokens once."""
     model, tokenizer, value, m, new = families.model(family), families.tokenizer(), steering(form), 1.5, 9
@@ -156,6 +157,7 @@ def test_what_does_something_at_zero_is_named_so(monkeypatch: pytest.MonkeyPatch
 # ---------------------------------------------------------------- the command
 
 
+@pytest.mark.long
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = families.make_base(tmp_path / "base", train=6, test=8)
     assert cli.main(base.argv("caa", "vector", "--mode", "generate", "--quiet")) == 0

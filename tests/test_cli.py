@@ -202,6 +202,7 @@ def test_multipliers_default_to_the_yaml_then_to_one(base: Base) -> None:
     assert {p.name for p in folder.glob("m*")} == {"m1.0", "m2.0", "m-0.5"}
 
 
+@pytest.mark.long
 def test_responses_and_the_unsteered_answer(base: Base) -> None:
     """num_responses texts each, sampled apart; orig_pred is the text at m = 0 and the same in every file."""
     put(vector_path(base, "sft", "lora"), released_state("lora", scale=1.0))
@@ -233,6 +234,7 @@ def test_spellings_of_the_original(base: Base) -> None:
     assert vector_path(base, "spilt", "local_weight").is_file() and results_path(base, "spilt", "local_weight", "m1.0").is_file()
 
 
+@pytest.mark.long
 def test_several_layers_act_together(base: Base) -> None:
     """Each layer gets a file, all are told in train.log, and both steer."""
     change(base, layers=[1, 3])

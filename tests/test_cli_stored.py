@@ -88,6 +88,7 @@ def test_texts_follow_their_vector(base: Base, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.few(1)
 def test_released_vectors_are_applied_and_kept(base: Base, form: str, capsys: Any, caplog: Any) -> None:
     """No manifest beside them: used by --mode apply, and not fitted over by --mode both."""
     path = vector_path(base, "sft", form)
@@ -104,6 +105,7 @@ def test_released_vectors_are_applied_and_kept(base: Base, form: str, capsys: An
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.few(1)
 def test_a_file_of_several_concepts_is_read_by_concept_id(base: Base, form: str) -> None:
     """[n, D], or a dict of dicts: the concept named in the YAML is taken, and equals a file of that concept alone."""
     states = [released_state(form, seed, scale=1.0) for seed in (1, 2, 3)]
@@ -127,6 +129,7 @@ def test_a_concept_that_a_file_lacks_is_named(base: Base, capsys: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vector", "lora_attn", "local_weight_mlp_mid"])
+@pytest.mark.few(1)
 def test_released_texts_through_the_command_line(tmp_path: Path, name: str) -> None:
     """The released code's own files in, its greedy texts out."""
     want = golden.numbers("generations.json")
@@ -155,6 +158,7 @@ def test_released_texts_through_the_command_line(tmp_path: Path, name: str) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.few(1)
 def test_concepts(base: Base, form: str, capsys: Any) -> None:
     """One folder of vectors per concept, one file of texts for all; negative examples (id < 0) left out."""
     argv = base.argv("sft", form, "--multipliers", "1", dataset=base.many)

@@ -72,6 +72,7 @@ class Asks(Vector):
         return super().delta(h, x, multiplier) if h.sum().item() > -1e9 else h
 
 
+@pytest.mark.long
 def test_what_cannot_be_compiled_is_said(graphs: list[Any]) -> None:
     tiny = families.build("llama", num_hidden_layers=2)
     steering = Steering.of({1: Asks(families.HIDDEN).requires_grad_(False)})

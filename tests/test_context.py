@@ -65,6 +65,7 @@ def test_which_families_have_a_table_of_positions() -> None:
         assert anatomy.of(model).absolute_positions == bool(tables), name
 
 
+@pytest.mark.long
 def test_a_table_of_positions_is_used_to_its_end_and_not_beyond(absolute: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
     """The last new token is never read: a prompt of p tokens leaves room for context - p + 1 new ones."""
     longest = max(tokens(row["question"]) for row in families.pairs(3))

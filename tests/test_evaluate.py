@@ -174,6 +174,7 @@ def test_a_limit_scores_the_first_of_texts_that_were_made_without(base: families
 # ---------------------------------------------------------------- with one
 
 
+@pytest.mark.long
 def test_axbench_ratings_and_their_harmonic_mean(base: families.Base, judge: Server, capsys: pytest.CaptureFixture[str]) -> None:
     evaluated(base, "--judge", "endpoint", "--multipliers", "4", dataset=base.many)
     found = table(base, 4.0, base.many, 0)
@@ -202,6 +203,7 @@ def test_axbench_ratings_and_their_harmonic_mean(base: families.Base, judge: Ser
     assert KEY not in everything
 
 
+@pytest.mark.long
 def test_a_rubric_of_ones_own_and_a_limit(base: families.Base, judge: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rubric = tmp_path / "oddness.yaml"
     rubric.write_text("scale: [0, 2]\nprompt: |\n  How odd?\n  {{answer}}\nparameters: {max_tokens: 9}\n")
@@ -215,6 +217,7 @@ def test_a_rubric_of_ones_own_and_a_limit(base: families.Base, judge: Server, tm
     assert "mine has no rubric of its own, so the judge is not asked" in caplog.text
 
 
+@pytest.mark.long
 def test_what_failed_is_asked_for_again(
     base: families.Base, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -378,6 +381,7 @@ def test_scores_of_other_texts_or_judges_stand_in_no_table(base: families.Base, 
     assert "texts at m = 0 were made otherwise" in caplog.text
 
 
+@pytest.mark.long
 def test_verify_checks_its_files(base: families.Base) -> None:
     evaluated(base)
     assert {found.state for found in verify.check(base.path)} == {verify.OK}

@@ -63,6 +63,7 @@ VALUES = {
 
 @pytest.mark.parametrize("kind", VALUES)
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.few(2)
 def test_the_logits_are_ours(tmp_path: Path, family: str, kind: str) -> None:
     """Control vector, LoRA and both, unsteered too."""
     (tmp_path / "models").mkdir()

@@ -35,6 +35,7 @@ def test_a_swapped_model(here: Here) -> None:
     assert all(after[name] != before[name] for name in before if name.endswith((".pt", ".csv")))
 
 
+@pytest.mark.long
 def test_one_weight_changed_in_a_model_file(here: Here) -> None:
     path = here.path("models/tiny/model.safetensors")
     data = bytearray(path.read_bytes())
@@ -93,6 +94,7 @@ def test_a_cell_fitted_again_makes_what_was_made_from_it_stale(here: Here) -> No
 # ---------------------------------------------------------------- clocks
 
 
+@pytest.mark.long
 def test_a_clock_that_goes_backwards(bare: Here, prepared: families.Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """No result and no decision depends on the time of day."""
     now = [2e9]

@@ -36,6 +36,7 @@ def test_a_fit_whose_write_fails(bare: Here, code: int, call: str, file: str) ->
 @pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["sft", "caa"])
 @pytest.mark.parametrize("file", ["layer_3.pt", "layer_3.manifest.json", "metadata_layer_3.jsonl"])
+@pytest.mark.long
 def test_a_fit_of_several_layers_that_stops_between_them(bare: Here, method: str, file: str) -> None:
     """The layers that are done are not fitted again, and train.log tells of all of them as without the stop."""
     words, folder = (*FIT, "--set", "layers=1,3,4"), bare.path(f"vectors/tiny/{method}/mine/{method}_vector")
@@ -181,6 +182,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=False)
 
 
+@pytest.mark.long
 def test_a_really_full_disk(here: Here, small_disk: Path) -> None:
     """No injection: the results lie on a file system with no byte left."""
     before = here.listing()
@@ -226,6 +228,7 @@ def read_only(folder: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("words", [FIT, APPLY, LOSS], ids=["fit", "generate", "loss"])
+@pytest.mark.few(1)
 def test_a_read_only_base_dir(here: Here, words: tuple[str, ...]) -> None:
     """What is done is found done; what is not fails with the reason; dry run and verify work."""
     before = here.listing()

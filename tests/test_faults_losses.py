@@ -198,6 +198,7 @@ def test_losses_under_way_on_a_full_disk(scored: Scored) -> None:
     assert scored.score() == every - 2 and scored.listing() == whole
 
 
+@pytest.mark.long
 def test_a_short_measurement_keeps_nothing(scored: Scored, monkeypatch: pytest.MonkeyPatch) -> None:
     """Saved after --checkpoint_seconds, not before."""
     monkeypatch.setattr(lines.Journal, "append", lambda *_: pytest.fail("wrote within the first minute"))
@@ -228,6 +229,7 @@ DAMAGES: dict[str, Callable[[list[Any]], list[Any]]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.few(1)
+@pytest.mark.long
 def test_damaged_unfinished_losses(scored: Scored, damage: str) -> None:
     """A line of ours that was changed counts for nothing: its batch is scored again."""
     every = scored.score()

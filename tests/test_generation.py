@@ -251,6 +251,7 @@ def test_sampling_leaves_the_global_generators_alone() -> None:
 
 
 @pytest.mark.parametrize("params", [{"repetition_penalty": 3.0}, {"no_repeat_ngram_size": 1}, {"no_repeat_ngram_size": 2}])
+@pytest.mark.few(1)
 def test_penalties_count_no_padding(params: dict[str, Any]) -> None:
     """The padding id is made the likeliest token, so that a penalty on padding would change the text."""
     tiny, made = build("qwen2"), intervention("vector", scale=0.3)

@@ -132,6 +132,7 @@ def test_losses_under_generation_hooks(dataset: str, state: str) -> None:
 @pytest.mark.slow
 @every_dataset
 @pytest.mark.parametrize(("batch_size", "rows_each"), [(1, 1), (8, 8)])
+@pytest.mark.long
 def test_greedy_texts(dataset: str, batch_size: int, rows_each: int) -> None:
     """New token ids, text and complete text of every name and strength; all strengths of a name share one stream.
 

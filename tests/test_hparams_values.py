@@ -359,6 +359,7 @@ def test_any_values_resolve_or_are_refused(tree: Tree, changes: dict[str, object
 @given(
     at=st.integers(0, len(RELEASED_FIT)), length=st.integers(0, 30), piece=st.text(alphabet=st.characters(), max_size=6) | SCALARS.map(str)
 )
+@pytest.mark.long
 def test_any_text_resolves_or_is_refused(tree: Tree, at: int, length: int, piece: str) -> None:
     text = RELEASED_FIT.replace("vector", "lora")
     put_everywhere(tree, text[:at] + piece + text[at + length :])

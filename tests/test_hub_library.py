@@ -103,6 +103,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]
     hub.rows.cache_clear()
 
 
+@pytest.mark.long
 def test_without_download_the_hub_is_asked_nothing(asked: list[str], tmp_path: Path) -> None:
     said = message(load.source("BoolQ").split, "train")
     assert said.startswith("hf:google/boolq:train: is not in the local cache of datasets, or cannot be reached: ")

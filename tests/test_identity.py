@@ -137,6 +137,7 @@ def at_call(monkeypatch: pytest.MonkeyPatch, where: Any, name: str, number: int,
 
 
 @pytest.mark.parametrize("exchange", [exchange_data, exchange_model], ids=["data", "model"])
+@pytest.mark.long
 def test_a_fit_of_later_cells_never_lies(
     base: Base, exchange: Callable[[Base], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -102,6 +102,7 @@ def test_one_layer_of_a_joint_fit_used_alone_is_told(base: families.Base, caplog
     assert "was fitted jointly with layer 1" in caplog.text
 
 
+@pytest.mark.long
 def test_a_stopped_joint_fit_goes_on_to_the_same_bytes(base: families.Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Stopped(BaseException):
         pass

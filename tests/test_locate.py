@@ -168,6 +168,7 @@ def as_gguf(folder: Path, path: Path) -> None:
     out.close()
 
 
+@pytest.mark.long
 def test_a_gguf_file_is_the_model_that_it_was_made_from(base: Base, capsys: pytest.CaptureFixture[str]) -> None:
     folder = base.path.parent / "files"
     folder.mkdir()

@@ -144,6 +144,7 @@ def broken_model(base: families.Base, value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.few(1)
 def test_a_model_of_nan_fails_by_name(here: Here, value: float) -> None:
     for path in (*here.path("generation").rglob("*.json"), *here.path("vectors/tiny/get_sft_loss").rglob("*.csv")):
         path.unlink()
@@ -159,6 +160,7 @@ def test_a_model_of_nan_fails_by_name(here: Here, value: float) -> None:
     assert here.run("--mode", "generate", "--force", method="caa")[0] in (0, 1)  # its blocks are sound: the last norm is behind them
 
 
+@pytest.mark.long
 def test_losses_that_overflow_at_one_multiplier(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sound multipliers are stored, the other is named; the command and --verify agree that nothing is damaged."""
     assert here.run("--mode", "loss", "--multipliers", "3", "1e6", "--dtype", "float16")[0] in (0, 1)
@@ -198,6 +200,7 @@ def test_a_fit_that_gives_nan_stores_nothing(bare: Here, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("error", [ValueError("odd"), KeyError("k"), RuntimeError("no memory matter"), ZeroDivisionError("z")])
+@pytest.mark.few(1)
 def test_an_error_in_one_fit_is_its_own(bare: Here, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     real = training.Fit.gradients
 

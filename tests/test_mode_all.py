@@ -124,6 +124,7 @@ def test_a_step_of_the_plan_alone(demo: Path, capsys: pytest.CaptureFixture[str]
     assert ["caa lora", "spilt vector"] == [item["name"] for item in found["left_out"]][:2]
 
 
+@pytest.mark.long
 def test_texts_at_the_recommended_strength_are_scored(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The unsteered texts and those at what the losses recommend, as `--mode apply --multipliers recommended` made them."""
     base = tmp_path / "demo"
@@ -139,6 +140,7 @@ def test_texts_at_the_recommended_strength_are_scored(demo: Path, tmp_path: Path
     assert len([*base.rglob("scores_*.csv")]) == 2
 
 
+@pytest.mark.long
 def test_what_is_not_recommended_is_not_applied(
     base: families.Base, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def test_a_family_that_transformers_does_not_have(base: Base, capsys: pytest.Cap
 
 
 @pytest.mark.usefixtures("no_weights")
+@pytest.mark.long
 def test_a_family_that_makes_no_text(base: Base, capsys: pytest.CaptureFixture[str]) -> None:
     (base.path / "models" / base.model / "config.json").write_text(json.dumps({"model_type": "vit"}))
     code, said = run(base, capsys)

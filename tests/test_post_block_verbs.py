@@ -87,6 +87,7 @@ def test_what_does_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_killed_fit_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after two steps with its state stored, the fit of several layers ends as one that was never stopped."""
     from spilt.engine import train

@@ -114,6 +114,7 @@ def test_losses_of_a_cell_do_not_depend_on_the_other_cells(fitted: tuple[familie
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("cell", [("caa", "vector"), ("sft", "lora"), ("spilt", "vector"), ("reps", "local_weight")], ids=" ".join)
+@pytest.mark.long
 def test_a_fit_does_not_depend_on_the_other_fits(fitted: tuple[families.Base, str], cell: tuple[str, str], tmp_path: Path) -> None:
     base, dtype = fitted
     alone = wide(tmp_path / "alone")
@@ -208,6 +209,7 @@ def texts(
 @pytest.mark.matrix
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.few(1)
+@pytest.mark.long
 def test_each_token_is_what_its_number_picks(
     fitted: tuple[families.Base, str], sampled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,6 +90,7 @@ def ids_of(base: families.Base, tokenizer: Any, name: str, question: str) -> lis
 
 
 @pytest.mark.parametrize("name", ["kind", "shots"])
+@pytest.mark.few(1)
 def test_texts_are_those_of_plain_transformers_behind_the_prompt(made: families.Base, name: str) -> None:
     model, tokenizer = spilt.load(made.path / "models" / made.model)
     rows = [json.loads(line) for line in made.data(made.one, "valid").read_text().splitlines()]

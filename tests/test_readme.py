@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_the_tables_are_made_from_the_code() -> None:
     """python tools/readme_tables.py --write makes them new."""
     assert subprocess.run([sys.executable, str(ROOT / "tools" / "readme_tables.py"), "--check"], timeout=120).returncode == 0

@@ -207,6 +207,7 @@ def test_behind_a_prompt_numbers_are_those_of_plain_forwards(turns: Any) -> None
     assert not asked.kept  # the answers without the prompt are others
 
 
+@pytest.mark.long
 def test_a_receipt_has_prompts_beside(base: families.Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "kind.txt").write_text("be <b>kind</b>\n")
     mine = str(base.path / "mine.yaml")

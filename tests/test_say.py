@@ -51,6 +51,7 @@ def said(capsys: pytest.CaptureFixture[str], *given: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("form", ["vector", "lora"])
+@pytest.mark.few(1)
 def test_the_texts_are_those_that_apply_stores(base: families.Base, form: str, capsys: pytest.CaptureFixture[str]) -> None:
     """For each prompt of the data, at each multiplier, sampled; and the prompts' texts differ."""
     every = set()

@@ -57,6 +57,7 @@ def test_foreign_names_are_text_and_nothing_is_asked_of_anybody() -> None:
     assert "Whether training prompts are among these rows was not counted for all" in page
 
 
+@pytest.mark.long
 def test_more_runs_than_are_drawn_are_told_and_one_alone_is_a_page() -> None:
     many = made(picture.MOST + 3)
     assert f"The first {picture.MOST} of {picture.MOST + 3} runs." in table.html(many)

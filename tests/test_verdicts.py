@@ -123,6 +123,7 @@ def control_of(rng: np.random.Generator, base: Array, own: Population, draws: in
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_more_random_intervention_is_beyond_chance_in_five_percent() -> None:
     said = []
     for seed in range(EXPERIMENTS):
@@ -186,6 +187,7 @@ def cells(rng: np.random.Generator, n: int, gains: dict[str, float]) -> dict[str
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ties_are_called_ties_and_a_clear_winner_is_not() -> None:
     tied, won, shares = 0, 0, []
     for seed in range(EXPERIMENTS // 2):

@@ -78,6 +78,7 @@ def test_what_is_made_of_the_two() -> None:
 
 
 @pytest.mark.parametrize("side", range(2))
+@pytest.mark.few(1)
 def test_a_killed_fit_goes_on_to_the_same(side: int) -> None:
     """From within the first adapter, and within the second one."""
     states: list[dict[str, Any]] = []

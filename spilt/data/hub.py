@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -53,10 +53,15 @@ def rows(said: str, download: bool = False) -> tuple[Record, ...]:
 
 def table(name: str, config: str, split: str, download: bool = False, said: str = "") -> tuple[Record, ...]:
     """All rows of a split. name: of the hub, or a folder as an absolute path. said: how messages call it."""
-    said = said or f"{name}, config {config}, split {split}"
+    return tables(name, config, (split,), download, said)[0]
+
+
+def tables(name: str, config: str, splits: Sequence[str], download: bool = False, said: str = "") -> list[tuple[Record, ...]]:
+    """Those of several splits, by one start of the library: that is what takes the time."""
+    said = said or f"{name}, config {config}, split {' and '.join(splits)}"
     home = str(Path(__file__).resolve().parents[2])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH")))), **({} if download else OFFLINE)}
-    command = [sys.executable, "-m", "spilt.data.hub", name, config, split]
+    command = [sys.executable, "-m", "spilt.data.hub", name, config, *splits]
     # not in the user's folder: a name must not mean what lies there
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=sys.prefix, env=env)
     if done.returncode:
@@ -67,7 +72,12 @@ def table(name: str, config: str, split: str, download: bool = False, said: str 
     for line in done.stderr.splitlines():
         if line.startswith(NOTE):
             log.warning("%s: %s", said, line.removeprefix(NOTE))
-    return tuple(Record(i, f"row {i} (0-based)", json.loads(line)) for i, line in enumerate(done.stdout.split("\n")[:-1]))
+    rows: list[list[Record]] = [[] for _ in splits]
+    for line in done.stdout.split("\n")[:-1]:
+        number, values = json.loads(line)
+        own = rows[number]
+        own.append(Record(len(own), f"row {len(own)} (0-based)", values))
+    return [tuple(own) for own in rows]
 
 
 # ---------------------------------------------------------------- in the other process
@@ -75,8 +85,8 @@ def table(name: str, config: str, split: str, download: bool = False, said: str 
 ABSENT = 3  # exit code
 
 
-def main(name: str, config: str, split: str) -> int:
-    """Write a row a line."""
+def main(name: str, config: str, *splits: str) -> int:
+    """Write a row a line, with the number of its split."""
     try:
         import datasets
     except ImportError:
@@ -88,8 +98,8 @@ def main(name: str, config: str, split: str) -> int:
         # what the library keeps of a folder goes by its last name and survives an edit: of a folder nothing is kept
         with TemporaryDirectory() if Path(name).is_absolute() else nullcontext(None) as kept:
             aside = {"cache_dir": kept, "keep_in_memory": True} if kept else {}
-            found = datasets.load_dataset(name, config or None, split=split, **aside)
-        if not config and (taken := found.info.config_name) != NO_NAME:  # from the cache any that alone is there, whatever the hub has
+            found = [datasets.load_dataset(name, config or None, split=split, **aside) for split in splits]
+        if not config and (taken := found[0].info.config_name) != NO_NAME:  # from the cache any that alone is there, whatever the hub has
             print(f"{NOTE}no configuration was named, and {taken} was taken", file=sys.stderr)
         for line in _lines(found):
             sys.stdout.write(line)
@@ -103,10 +113,10 @@ def main(name: str, config: str, split: str) -> int:
     return 0
 
 
-def _lines(found: Any) -> Iterator[str]:
+def _lines(found: Sequence[Any]) -> Iterator[str]:
     written = 0
-    for row in found:
-        line = json.dumps(row, default=str) + "\n"
+    for number, row in ((number, row) for number, split in enumerate(found) for row in split):
+        line = json.dumps([number, row], default=str) + "\n"
         written += len(line)
         if written > LARGEST:
             raise ValueError(f"it has more than {LARGEST:,} bytes; all rows are held in memory: give fewer")

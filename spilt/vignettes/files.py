@@ -48,8 +48,8 @@ def read(source: str | Path = SHIPPED, config: str = CONFIG, download: bool = Fa
     """Both conditions of the vignettes that have both, in the order of the first. source: a local folder, or a dataset of the hub (from
     the local cache; download fetches it). Raises UserError for what is not there or not of the schema.
     """
-    rows = {condition: checked(_rows(source, config, condition, download), condition, source) for condition in CONDITIONS}
-    by_id = {condition: {one.id: one for one in found} for condition, found in rows.items()}
+    rows = zip(CONDITIONS, _rows(source, config, download), strict=True)
+    by_id = {condition: {one.id: one for one in checked(found, condition, source)} for condition, found in rows}
     first, second = by_id.values()
     both = [name for name in first if name in second]
     if not both:
@@ -129,15 +129,16 @@ def _loadings(values: Mapping[str, Any], where: str) -> tuple[float, ...]:
 # ---------------------------------------------------------------- where the rows come from
 
 
-def _rows(source: str | Path, config: str, condition: str, download: bool) -> Iterable[Record]:
+def _rows(source: str | Path, config: str, download: bool) -> Iterable[Iterable[Record]]:
+    """Of each condition."""
     folder = Path(source)
-    if not folder.is_dir() and not hub.SPEC.fullmatch(f"{hub.SCHEME}{source}:{config}:{condition}"):
+    if not folder.is_dir() and not hub.SPEC.fullmatch(f"{hub.SCHEME}{source}:{config}:{CONDITIONS[0]}"):
         raise UserError(f"vignettes {printable(str(source))}: no such folder, and no name of a dataset of the hub, as org/name")
     if find_spec("datasets") is not None:
-        return hub.table(str(folder.resolve()) if folder.is_dir() else str(source), config, condition, download)
+        return hub.tables(str(folder.resolve()) if folder.is_dir() else str(source), config, CONDITIONS, download)
     if not folder.is_dir():
         raise UserError(f"vignettes {source}: no such folder, and a dataset of the hub needs the datasets library: pip install datasets")
-    return local(folder, config, condition)
+    return [local(folder, config, condition) for condition in CONDITIONS]
 
 
 def local(folder: Path, config: str, split: str) -> list[Record]:
