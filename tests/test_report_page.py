@@ -143,10 +143,14 @@ def test_prompts_stand_beside_the_cells(tmp_path: Path) -> None:
     behind_a_prompt(tmp_path, "asked", gain=0.5, drop=0.25)
     write_texts(tmp_path, "prompt", "asked", [0.0])
     behind_a_prompt(tmp_path, "other", gain=9.0, drop=9.0, dtype="float64")
+    behind_a_prompt(tmp_path, "damaged", gain=9.0, drop=9.0)
+    Store(tmp_path).prompt_table(MODEL, DATASET, "damaged", "test").write_bytes(b"\x00hello")
     assert freshness.problems_of_current(tmp_path, MODEL, DATASET) is None  # to be drawn again
     found = sections(text_of(report.update(tmp_path, MODEL, DATASET)))
     assert (
-        "Prompts as baselines" in found["recommended"] and "prompt other left out: of other questions, settings or model" in found["found"]
+        "Prompts as baselines" in found["recommended"]
+        and "prompt damaged left out: damaged, or of other questions" in found["found"]
+        and "prompt other left out: damaged, or of other questions, settings or model" in found["found"]
     )
     (row,) = pd.read_csv(page.parent / "prompts.csv").to_dict("records")
     assert (row["prompt"], row["on"]) == ("asked", "test") and {"0.50", "0.25"} <= {*re.findall(r">(\d\.\d\d)", found["recommended"])}

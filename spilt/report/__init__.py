@@ -158,7 +158,10 @@ def _report(
         problems = [*problems, unread]
         log.warning("report: %s", unread)
     for name in sets.behind(one)[1]:
-        problems = [*problems, f"prompt {name} left out: of other questions, settings or model; --prompt_baseline measures it again"]
+        problems = [
+            *problems,
+            f"prompt {name} left out: damaged, or of other questions, settings or model; --prompt_baseline measures it again",
+        ]
     told = {cell.name: about.facts(cell) for cell in measured}
     common = about.shared(told)
     first = words.winner(measured, recommendations)

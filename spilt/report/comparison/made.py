@@ -97,7 +97,8 @@ def main(one: Set, seed: int) -> Table:
         note += " The paper's power scores are on another scale (0 to 4)." if "power" in judged and measures else ""
     note += "".join(f" {said}" for said in found_scores.notes)
     if others:
-        note += f" Not shown, since of other questions, settings or model: prompt {', '.join(others)}; --prompt_baseline measures it again."
+        note += " Not shown, since damaged, or of other questions, settings or model: "
+        note += f"prompt {', '.join(others)}; --prompt_baseline measures it again."
     return Table("main", f"{one.heading}: main results", note, pd.DataFrame(rows), one.named(pd.DataFrame(values, columns=VALUES)))
 
 

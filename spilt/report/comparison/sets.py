@@ -18,6 +18,7 @@ from spilt.analysis import equal, odds
 from spilt.analysis.calibrate import CONVERGED
 from spilt.analysis.provenance import Artifact, found_unlike, of_one_vector
 from spilt.analysis.questions import Questions
+from spilt.artifacts import manifest
 from spilt.artifacts.losses import KL_COLUMNS, TRIED
 from spilt.artifacts.store import Store
 from spilt.cell import PROMPT
@@ -175,7 +176,8 @@ class Behind(NamedTuple):
 
 
 def behind(one: Set) -> tuple[list[Behind], list[str]]:
-    """The prompts measured on the questions of the cells, and the names of those that were measured on others or by another model."""
+    """The prompts measured on the questions of the cells, and the names of those that were measured on others or by another model, or are
+    damaged."""
     cell, split = one.groups[0].cells[0], told_on(one)
     here = next((Artifact(one.base, path).parts for path in cell.place.losses_of(split)), {})
     found, others = [], []
@@ -183,7 +185,8 @@ def behind(one: Set) -> tuple[list[Behind], list[str]]:
     for path in Store(one.base).prompt_tables(one.model, one.dataset, split):
         parts = Artifact(one.base, path).parts
         settings, asked = here.get("settings", {}), parts.get("settings", {})
-        same = {"model", "data"} <= parts.keys() and all(here.get(name, parts[name]) == parts[name] for name in ("model", "data"))
+        same = manifest.is_as_recorded(path) and {"model", "data"} <= parts.keys()
+        same = same and all(here.get(name, parts[name]) == parts[name] for name in ("model", "data"))
         if not same or any(settings.get(name, value) != value for name, value in asked.items()) or "example" not in plain:
             others.append(path.parent.name)
             continue
