@@ -12,11 +12,11 @@ TOUCHING := families engines methods golden interventions suffix generation api 
 .venv/.installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet -r requirements.txt
+	$(PY) -m pip install --quiet --no-compile -r requirements.txt
 	touch $@
 
 .venv/.tested: .venv/.installed requirements-test.txt
-	$(PY) -m pip install --quiet -r requirements-test.txt
+	$(PY) -m pip install --quiet --no-compile -r requirements-test.txt
 	touch $@
 
 # a real model: fits, texts, curves, a page, and what it showed; the small one where the real one cannot be had

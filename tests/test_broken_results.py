@@ -209,7 +209,7 @@ def odd_places(base: Path, rng: random.Random) -> list[tuple[str, Callable[[Path
     ]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.long
 def test_any_tree_gives_a_message_and_a_code(tree: Here, caplog: pytest.LogCaptureFixture, seed: int) -> None:
     """Four stored files at random hurt at random, three times over; each program ends with a code and no traceback."""

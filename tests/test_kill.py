@@ -28,7 +28,7 @@ from counts import CI, count
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-KILLS = {"fit": count(15, 4), "generate": count(15, 4), "loss": count(15, 3), "report": count(3, 1)}
+KILLS = {"fit": count(10, 4), "generate": count(10, 4), "loss": count(10, 3), "report": count(3, 1)}
 SEED = 20260
 SWEEP = ["all", "vector", "--mode", "loss", "--multipliers", "-2", "-1", "0", "1", "2", "--checkpoint_seconds", "0"]
 TWO, FORMS = ["--method", "caa", "sft"], ["--intervention_method", "vector", "lora"]
@@ -285,9 +285,9 @@ def test_the_kills_were_in_the_middle(stage: str, seen: dict[str, Any]) -> None:
     assert seen["kills"] >= KILLS[stage]
     if not CI or stage == "report":  # a page is drawn from nothing, and put in its place whole
         return
-    assert seen["partial"] >= 5  # some artifacts there, some not
-    assert seen["state"] >= 5  # a fit's checkpoint, or lines of texts or losses, lay there
-    assert seen["resumed"] >= 5  # and a rerun went on from them
+    assert seen["partial"] >= KILLS[stage] // 3  # some artifacts there, some not
+    assert seen["state"] >= KILLS[stage] // 3  # a fit's checkpoint, or lines of texts or losses, lay there
+    assert seen["resumed"] >= KILLS[stage] // 3  # and a rerun went on from them
 
 
 @pytest.mark.long
