@@ -2,8 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 BASE ?= demo-run
-# one more than cores: what waits for a clock, a signal or another process leaves its core to others
-WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8) + 1)')
+WORKERS ?= 2
 OLDEST := transformers==4.57.6
 TOUCHING := families engines methods golden interventions suffix generation api steering placed joint loading templates sampling kv export imports
 
