@@ -42,7 +42,7 @@ test: .venv/.tested
 
 # the oldest transformers that is supported: engine, methods, goldens and what loads models
 .venv-oldest/.tested: .venv-oldest/.made
-	.venv-oldest/bin/python -m pip install --quiet "$(OLDEST)"
+	.venv-oldest/bin/python -m pip install --quiet --no-compile "$(OLDEST)"
 	touch $@
 
 # what touches the library: of each matrix as many cases as show every value of every parameter; all of them with CI=true
@@ -51,9 +51,9 @@ test-oldest: .venv-oldest/.tested
 
 # what needs a library that other tests do without: torchao slows every start of transformers, lm-evaluation-harness has 25 packages
 test-more: .venv-more/.made
-	.venv-more/bin/python -m pip install --quiet lm_eval==0.4.13
+	.venv-more/bin/python -m pip install --quiet --no-compile lm_eval==0.4.13
 	OMP_NUM_THREADS=1 CI=true .venv-more/bin/python -m pytest tests/test_lm_eval.py
-	.venv-more/bin/python -m pip install --quiet torchao==0.18.0
+	.venv-more/bin/python -m pip install --quiet --no-compile torchao==0.18.0
 	OMP_NUM_THREADS=1 CI=true .venv-more/bin/python -m pytest tests/test_quantised.py
 
 check: .venv/.tested
