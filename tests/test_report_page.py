@@ -18,6 +18,7 @@ from spilt import report
 from spilt.analysis import freshness
 from spilt.artifacts import losses, manifest
 from spilt.artifacts.store import Store
+from spilt.cell import Cell
 from spilt.report.places import anchor
 
 __all__ = ["browser"]  # the fixture
@@ -141,7 +142,9 @@ def test_prompts_stand_beside_the_cells(tmp_path: Path) -> None:
     page = report.update(tmp_path, MODEL, DATASET)
     assert "Prompts as baselines" not in text_of(page)
     behind_a_prompt(tmp_path, "asked", gain=0.5, drop=0.25)
-    write_texts(tmp_path, "prompt", "asked", [0.0])
+    for name in ("asked", "broken"):
+        write_texts(tmp_path, "prompt", name, [0.0])
+    Store(tmp_path).results(Cell(MODEL, DATASET, "prompt", "broken", ()), 0.0).write_text("[")
     behind_a_prompt(tmp_path, "other", gain=9.0, drop=9.0, dtype="float64")
     behind_a_prompt(tmp_path, "damaged", gain=9.0, drop=9.0)
     Store(tmp_path).prompt_table(MODEL, DATASET, "damaged", "test").write_bytes(b"\x00hello")
@@ -149,6 +152,7 @@ def test_prompts_stand_beside_the_cells(tmp_path: Path) -> None:
     found = sections(text_of(report.update(tmp_path, MODEL, DATASET)))
     assert (
         "Prompts as baselines" in found["recommended"]
+        and "prompt broken: texts left out" in found["found"]
         and "prompt damaged left out: damaged, or of other questions" in found["found"]
         and "prompt other left out: damaged, or of other questions, settings or model" in found["found"]
     )

@@ -154,14 +154,14 @@ def _report(
         pictures[cell.name] = page.picture(wide, narrow)
         atomic_write(cell.place.folder / stored.CURVES_FILE, drawing.png_of(wide))
 
-    for unread in filter(None, [*(stored.left_out_texts(cell.place) for cell in measured), *(said for _, said in scored.values())]):
+    behind = stored.behind_prompts(base, model, dataset)
+    with_texts = [*(cell.place for cell in measured), *behind]
+    for unread in filter(None, [*map(stored.left_out_texts, with_texts), *(said for _, said in scored.values())]):
         problems = [*problems, unread]
         log.warning("report: %s", unread)
     for name in sets.behind(one)[1]:
-        problems = [
-            *problems,
-            f"prompt {name} left out: damaged, or of other questions, settings or model; --prompt_baseline measures it again",
-        ]
+        why = "damaged, or of other questions, settings or model; --prompt_baseline measures it again"
+        problems = [*problems, f"prompt {name} left out: {why}"]
     told = {cell.name: about.facts(cell) for cell in measured}
     common = about.shared(told)
     first = words.winner(measured, recommendations)
@@ -196,7 +196,9 @@ def _report(
         files={cell.name: about.files(cell, here) for cell in measured},
         sheets={name: page.score_sheet(table) for name, (table, _) in scored.items() if len(table)},
         texts=texts,
-        asked=about.side_by_side(texts, first[0] if first else None, stored.samples_behind(base, model, dataset, SAMPLES)),
+        asked=about.side_by_side(
+            texts, first[0] if first else None, {place.intervention: stored.samples(place, SAMPLES) for place in behind}
+        ),
         shortfalls=tables.shortfalls(measured, split),
         problems=problems,
         remarks=[remark for remark in remarks if remark not in problems],

@@ -292,11 +292,9 @@ def samples(place: Place, limit: int = 3) -> list[Sample]:
     return [dataclasses.replace(found[key], texts=dict(sorted(found[key].texts.items()))) for key in order[:limit]]
 
 
-def samples_behind(base: Path, model: str, dataset: str, limit: int = 3) -> dict[str, list[Sample]]:
-    """Name of a prompt -> texts of the unsteered model behind it."""
-    store = Store(base)
-    places = [Place(base, model, dataset, PROMPT, cell.intervention, Path()) for cell in store.behind_prompts(model, dataset)]
-    return {place.intervention: found for place in places if (found := samples(place, limit))}
+def behind_prompts(base: Path, model: str, dataset: str) -> list[Place]:
+    """Those of texts of the unsteered model behind a prompt, each with the prompt's name as the form."""
+    return [Place(base, model, dataset, PROMPT, cell.intervention, Path()) for cell in Store(base).behind_prompts(model, dataset)]
 
 
 def scored(place: Place) -> tuple[pd.DataFrame, str]:
