@@ -1,10 +1,12 @@
 """Decoding alone: this package's stream of rows beside a good plain way, batched `generate` with one hook and a multiplier per row.
 
     OMP_NUM_THREADS=1 python benchmarks/decoding.py --batch 8 32 64 --new_tokens 32
+    OMP_NUM_THREADS=1 python benchmarks/decoding.py --batch 8 32 64 --new_tokens 32 --equal_memory
     OMP_NUM_THREADS=1 python benchmarks/decoding.py --against ../other-checkout
     OMP_NUM_THREADS=1 python benchmarks/decoding.py --steps plain static compiled --batch 8 32
 
 Greedy, a vector, the same rows on both sides in turns; medians of processor seconds, prompts read included. Both must give the same texts.
+--equal_memory: ours with the largest batch (of LADDER) whose highest memory is not above the other side's; it is looked for first.
 --against: ours beside another checkout of this package instead, in processes of their own. --steps: the ways of --decode_step instead, in
 turns in one process; time of a step with its choice of tokens, prompts and the first step (which compiles) left out.
 """
@@ -12,6 +14,7 @@ turns in one process; time of a step with its choice of tokens, prompts and the 
 from __future__ import annotations
 
 import argparse
+import bisect
 import json
 import os
 import statistics
@@ -38,6 +41,7 @@ from spilt.steering.interventions import Vector  # noqa: E402
 from spilt.steering.steering import Steering  # noqa: E402
 
 STRENGTHS = (-1.0, 0.0, 1.0, 2.0)
+LADDER = tuple(range(8, 257, 8))  # batches of ours beside another's, at equal memory
 
 
 @torch.no_grad()
@@ -149,6 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--new_tokens", type=int, default=32)
     parser.add_argument("--longer", type=int, default=0, help="tokens that the template has more than its 38")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--equal_memory", action="store_true", help="ours with as many rows at once as the other's memory holds")
     parser.add_argument("--against", type=Path, help="another checkout")
     parser.add_argument("--steps", nargs="+", choices=choice.STEPS, help="ways of the decoding step, beside the first of them")
     parser.add_argument("--only", choices=["ours", "plain"], help="one run in this process; prints JSON")
@@ -160,31 +165,35 @@ def main(argv: list[str] | None = None) -> int:
         by_step(world.SHAPES[args.shape], args.new_tokens, args.batch, args.steps, args.repeats)
         return 0
     other = "other checkout" if args.against else "plain hook"
-    print(f"| batch | times faster | ours CPU s | {other} CPU s | ours MB | {other} MB | equal texts |\n|---|---|---|---|---|---|---|")
-    for batch in args.batch:
-        found: dict[str, list[dict[str, Any]]] = {"ours": [], other: []}
+
+    def run(name: str, batch: int) -> dict[str, Any]:
+        checkout = args.against.resolve() if args.against and name == other else HERE
+        words = ["--shape", args.shape, "--rows", args.rows, "--batch", batch, "--new_tokens", args.new_tokens, "--longer", args.longer]
+        words += ["--only", "plain" if name == "plain hook" else "ours"]
+        done = subprocess.run(
+            [sys.executable, __file__, *map(str, words)],
+            env={**os.environ, "SPILT_CHECKOUT": str(checkout)}, stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    print(f"| {other}'s batch | ours | times faster | ours CPU s | {other} CPU s | ours MB | {other} MB | equal texts |")
+    print("|---|---|---|---|---|---|---|---|")
+    for theirs in args.batch:
+        mine = theirs
+        if args.equal_memory:
+            room = run(other, theirs)["mb"]
+            fit = bisect.bisect_right(LADDER, room, hi=args.rows // LADDER[0], key=lambda batch: run("ours", batch)["mb"])
+            mine = LADDER[max(0, fit - 1)]
+        runs: dict[str, list[dict[str, Any]]] = {"ours": [], other: []}
         for _ in range(args.repeats):
-            for name in found:
-                checkout = args.against.resolve() if args.against and name == other else HERE
-                words = ["--shape", args.shape, "--rows", args.rows, "--batch", batch, "--new_tokens", args.new_tokens]
-                words += ["--longer", args.longer]
-                words += ["--only", "plain" if name == "plain hook" else "ours"]
-                done = subprocess.run(
-                    [sys.executable, __file__, *map(str, words)],
-                    env={**os.environ, "SPILT_CHECKOUT": str(checkout)}, stdout=subprocess.PIPE, text=True, check=True,
-                )  # fmt: skip
-                found[name].append(json.loads(done.stdout.splitlines()[-1]))
-        took = {name: statistics.median(run["seconds"] for run in runs) for name, runs in found.items()}
-        mb = {name: statistics.median(run["mb"] for run in runs) for name, runs in found.items()}
-        same = sum(a == b for a, b in zip(found["ours"][0]["texts"], found[other][0]["texts"], strict=True))
-        cells = [
-            f"**{took[other] / took['ours']:.2f}**",
-            f"{took['ours']:.1f}",
-            f"{took[other]:.1f}",
-            f"{mb['ours']:.0f}",
-            f"{mb[other]:.0f}",
-        ]
-        print(f"| {batch} | {' | '.join(cells)} | {same} of {args.rows} |", flush=True)
+            for name, batch in (("ours", mine), (other, theirs)):
+                runs[name].append(run(name, batch))
+        took, mb = ({name: statistics.median(one[what] for one in made) for name, made in runs.items()} for what in ("seconds", "mb"))
+        same = sum(a == b for a, b in zip(runs["ours"][0]["texts"], runs[other][0]["texts"], strict=True))
+        cells = [theirs, mine, f"**{took[other] / took['ours']:.2f}**", *(f"{took[name]:.1f}" for name in took)]
+        cells += [f"{mb[name]:.0f}" for name in mb]
+        print(f"| {' | '.join(map(str, cells))} | {same} of {args.rows} |", flush=True)
     return 0
 
 

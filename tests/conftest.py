@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from itertools import groupby
 
@@ -13,9 +14,17 @@ FIXTURES = ("command_line", "faults", "hparams_tree")  # the files whose fixture
 
 def pytest_configure(config: pytest.Config) -> None:
     """The process that only deals tests out to others (`-n 2`) needs none of the libraries that the fixtures import."""
+    gc.disable()  # until all is imported, which stays
     if config.getoption("dist", "no") == "no":
         for name in FIXTURES:
             config.pluginmanager.import_plugin(name)
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now is not looked through at each collection of garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

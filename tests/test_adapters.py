@@ -87,7 +87,7 @@ def test_the_environment_stays_the_callers(monkeypatch: pytest.MonkeyPatch) -> N
     assert dict(os.environ) == before
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("kind", "family"), [*((kind, "llama") for kind in KINDS), ("ia3", "gpt2"), ("dora", "gpt2")])
 def test_every_kind(kind: str, family: str) -> None:
     """Trained, stored, read again: tau is merged minus base by peft itself, and steers to the adapter's logits."""

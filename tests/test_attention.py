@@ -60,16 +60,17 @@ def test_a_long_beginning_is_read_where_it_is(family: str, monkeypatch: pytest.M
     """The same texts as one row after the other by the plain engine; batches with refill; no row holds the beginning."""
     tiny = model(family, "eager" if family in attention.ARGUMENTS else None)
     draw, held = torch.Generator().manual_seed(1), set[int]()
-    begin = tokens(draw, attention.LONG)
+    monkeypatch.setattr(attention, "MANY", 3 * 64)
+    begin = tokens(draw, 64)
     strengths = (1.0, -1.0, 0.0, 2.5, -0.5, 0.0, 1.0)
     rows = [Row(begin + tokens(draw, n), m, "") for n, m in zip((3, 31, 12, 7, 20, 5, 9), strengths, strict=True)]
     steering = Steering.of({LAYERS // 2: intervention("lora", "mlp", scale=0.5)})
     how = Decoding(8, False, (), 0, [], [])
     own = decode.Active.__init__
 
-    def seen(self: Any, started: Any, capacity: int, columns: int) -> None:
+    def seen(self: Any, capacity: int, columns: int) -> None:
         held.add(columns)
-        own(self, started, capacity, columns)
+        own(self, capacity, columns)
 
     monkeypatch.setattr(decode.Active, "__init__", seen)
     alone = dict(whole.texts(tiny, steering, rows, how))
@@ -79,6 +80,27 @@ def test_a_long_beginning_is_read_where_it_is(family: str, monkeypatch: pytest.M
     assert attention.replaceable(tiny) and held == {31 + 8}
     assert tiny.config.get_text_config()._attn_implementation == implementation  # type: ignore[union-attr,operator]
     assert alone != dict(decode.generate(tiny, steering, [row._replace(multiplier=0.0) for row in rows], how, len(rows)))
+
+
+@pytest.mark.parametrize("place", [0, LAYERS // 2], ids=["inside the first block", "between"])
+def test_prompts_are_read_few_at_a_time(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their tokens, whatever the batch, and the texts are those of one row after the other."""
+    tiny, draw, read = model("llama"), torch.Generator().manual_seed(2), list[int]()
+    begin = tokens(draw, 5)
+    rows = [Row(begin + tokens(draw, n), m, "") for n in (3, 30, 12, 7, 20, 5) for m in (1.0, 0.0, -1.5)]
+    steering = Steering.of({place: intervention("lora", "mlp")})
+    how = Decoding(6, False, (), 0, [], [])
+    alone = dict(whole.texts(tiny, steering, rows, how))
+    own = decode.Prompts.start
+
+    def seen(self: Any, rows: Any, numbers: list[int]) -> Any:
+        read.append(len(numbers) * max(len(rows[i].prompt) - self.prefix for i in numbers))
+        return own(self, rows, numbers)
+
+    monkeypatch.setattr(decode.Prompts, "start", seen)
+    monkeypatch.setattr("spilt.memory.max_tokens", lambda _: 64)
+    assert dict(decode.generate(tiny, steering, rows, how, len(rows))) == alone
+    assert len(read) > 4 and 32 < max(read) <= 64
 
 
 def test_the_attention_is_given_back_after_an_exception() -> None:

@@ -122,7 +122,7 @@ def bound(*words, timeout=60, memory=6 * 2**30):
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=env, preexec_fn=limit)
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".parquet"])
 @pytest.mark.parametrize(
     ("kind", "made"), [("a pipe", os.mkfifo), ("a device", lambda p: p.symlink_to("/dev/zero")), ("a folder", Path.mkdir)]

@@ -86,7 +86,7 @@ def test_losses_where_tokens_are_steered(form: str, positions: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_losses_in_bfloat16(family: str) -> None:
     """Equal up to that dtype's rounding: as far from each other as either is from float32."""
     for form, read_point in reads_of(family):
@@ -134,7 +134,7 @@ def test_greedy_texts(family: str, use_cache: bool) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_greedy_texts_in_bfloat16(family: str) -> None:
     """Each token is the likeliest of a plain uncached forward over what came before it, up to what that dtype rounds."""
     wanted = rows()

@@ -85,7 +85,7 @@ GARBLED: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("how", GARBLED)
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_a_garbled_manifest(here: Here, how: str) -> None:
     """Not believed: the artifact is made again to the same bytes, without a traceback. A folder in its place fails that cell."""
     before, path = here.listing(), manifest.manifest_path(here.vector("lora"))
@@ -110,7 +110,7 @@ def test_without_its_manifest_a_vector_is_the_released_codes(here: Here) -> None
 
 
 @pytest.mark.parametrize("line", LINES, ids=[line[:12].decode("latin1") for line in LINES])
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_garbage_among_unfinished_texts(here: Here, line: bytes) -> None:
     """Lines that no run of ours wrote count for nothing."""
     before = here.listing()

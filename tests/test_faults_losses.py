@@ -206,7 +206,7 @@ def test_a_short_measurement_keeps_nothing(scored: Scored, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("line", LINES, ids=[line[:12].decode("latin1") for line in LINES])
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_garbage_among_unfinished_losses(here: Here, line: bytes) -> None:
     before = here.listing()
     folder = here.losses(1.0).parents[1]

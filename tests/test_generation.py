@@ -120,7 +120,7 @@ def test_a_batch_equals_the_rows_alone(family: str, form: str) -> None:
 
 
 @pytest.mark.parametrize(("form", "read_point"), READS)
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_every_read_point_in_a_refilled_batch(form: str, read_point: str | None) -> None:
     tiny, wanted, made = model("gemma2"), rows(1), intervention(form, read_point, scale=0.5)
     full = slow_texts(tiny, made, wanted)
@@ -270,7 +270,7 @@ def test_penalties_count_no_padding(params: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_unsteered_texts_are_those_of_the_library(family: str) -> None:
     tiny, wanted = model(family), [row._replace(multiplier=0.0) for row in rows()]
     found = texts(tiny, intervention("vector"), wanted, how(), 4)

@@ -86,7 +86,7 @@ def test_unsteered_losses(dataset: str) -> None:
 
 @every_dataset
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 def test_losses_of_loss_mode(dataset: str, state: str) -> None:
     """Trainer semantics: a vector acts from the template prefix on. m = 0 of a vector removes it there and is the identity here."""
     want = golden.numbers("losses.json")[f"{dataset}/{state}/trainer"]

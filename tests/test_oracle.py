@@ -29,6 +29,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_by_block(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is added but behind block 1, by as much rank as the change has; from there on all is put right."""
     (tmp_path / "texts.txt").write_text("so is it odd?\nabc\n")

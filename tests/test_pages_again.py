@@ -49,6 +49,7 @@ def current(base: families.Base) -> bool:
     return freshness.problems_of_current(base.path, base.model, base.one) is not None
 
 
+@pytest.mark.long
 def test_nothing_is_written_when_nothing_has_changed(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
     before = states(base.path)
     capsys.readouterr()

@@ -148,7 +148,7 @@ def test_the_published_rows_have_these_answers(name: str) -> None:
     assert all(find.score(example.completion, example.label) is True for example in found.examples)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_from_its_files_to_an_accuracy(name: str, base: families.Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Trained one epoch and evaluated on both splits; what the tokens teach is read back as the right label."""

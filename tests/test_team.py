@@ -70,6 +70,7 @@ def ended(run: Any) -> tuple[int, str]:
 
 @pytest.mark.parametrize("launched", [False, True])
 @pytest.mark.few(1)
+@pytest.mark.long
 def test_there_really_are_two(tmp_path: Path, launched: bool) -> None:
     """Else all of the below would hold for the wrong reason."""
     line = 'f\'rank {os.environ["RANK"]} of {os.environ["WORLD_SIZE"]}\\n\'.encode()'  # in one write: two processes share the pipe

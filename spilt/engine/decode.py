@@ -32,13 +32,12 @@ log = logging.getLogger("spilt")
 class Active:
     """The rows that are being decoded, their cache, and the scores of their next tokens."""
 
-    def __init__(self, started: Started, capacity: int, columns: int) -> None:
+    def __init__(self, capacity: int, columns: int) -> None:
         self.rows: list[int] = []
-        self.multiplier, self.scores = started.multiplier[:0], started.scores[:0]
+        self.multiplier, self.scores = torch.zeros(0, 1, 1), torch.zeros(0, 0)
         self.places = capacity, columns
         self.layers: list[PreallocatedKV] = []
         self.cache = DynamicCache()
-        self.join(started)
 
     def select(self, keep: list[int], width: int) -> Tensor:
         """Only these rows stay, the last ones in the places of those that go: returns their order."""
@@ -64,7 +63,9 @@ class Active:
                 self.layers.append(PreallocatedKV(*self.places))
             self.layers[number].join(keys, values, len(self.rows))
         self.cache.layers = list(self.layers)  # every layer keeps all positions: windows are masks
-        self.multiplier, self.scores = torch.cat([self.multiplier, started.multiplier]), torch.cat([self.scores, started.scores])
+        before = [(self.multiplier, self.scores)] if self.rows else []
+        both = zip(*before, (started.multiplier, started.scores), strict=True)
+        self.multiplier, self.scores = map(torch.cat, both)
         self.rows = self.rows + started.rows
 
 
@@ -97,7 +98,8 @@ class _Stream:
         self.prompts = self._prompts(rows)
 
     def _prompts(self, rows: Sequence[Row]) -> Prompts:
-        return Prompts(self.model, self.make_sites, rows, self.how.pad, self.device, self.step == PLAIN_STEP)
+        together = min(self.batch_size, len(rows)) if self.step == PLAIN_STEP else 0
+        return Prompts(self.model, self.make_sites, rows, self.how.pad, self.device, together)
 
     def wait(self, numbers: Iterable[int]) -> None:
         """Taken from the end: longest prompts first, all rows of a prompt beside each other."""
@@ -149,10 +151,9 @@ class _Stream:
         fresh = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
         if self.how.sample:
             self.draws.update({i: random.Random(self.rows[i].seed) for i in fresh})
-        started = self.prompts.start(self.rows, fresh)
         if self.active is None:
-            self.active = Active(started, min(self.batch_size, len(self.rows)), self.columns - self.prompts.shared)
-        else:
+            self.active = Active(min(self.batch_size, len(self.rows)), self.columns - self.prompts.shared)
+        for started in self.prompts.few_at_a_time(self.rows, fresh):
             self.active.join(started)
 
     def halve(self, error: Exception) -> None:

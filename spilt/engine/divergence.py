@@ -141,9 +141,11 @@ def _side_by_side(model: nn.Module, steering: Steering, rows: Sequence[Row], how
     n = len(rows)
     both = [*rows, *(row._replace(multiplier=0.0) for row in rows)]  # row i + n follows row i
     device = anatomy.input_device(model)
-    prompts = Prompts(model, steering.at, both, how.pad, device)
+    prompts = Prompts(model, steering.at, both, how.pad, device, 2 * n)
     columns = max(len(row.prompt) for row in rows) + how.max_new_tokens - prompts.shared
-    active = Active(prompts.start(both, list(range(2 * n))), 2 * n, columns)
+    active = Active(2 * n, columns)
+    for started in prompts.few_at_a_time(both, range(2 * n)):
+        active.join(started)
     new: list[list[int]] = [[] for _ in rows]
     kl: list[list[float]] = [[] for _ in rows]
     while True:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
+from spilt import memory
+from spilt.data.batches import by_length
 from spilt.data.chat import Encoded
 from spilt.engine import attention, packing, suffix
 from spilt.engine.activations import prefix_pairs
@@ -85,9 +87,9 @@ class Prompts:
     """
 
     def __init__(
-        self, model: nn.Module, make_sites: MakeSites, rows: Sequence[Row], pad: int, device: torch.device, apart: bool = True
+        self, model: nn.Module, make_sites: MakeSites, rows: Sequence[Row], pad: int, device: torch.device, together: int = 0
     ) -> None:
-        """apart: a long prefix is not copied into the rows."""
+        """together: rows that will be decoded at once, without a copy of the prefix in each if attention reads it faster (0: with one)."""
         self.model, self.make_sites, self.pad, self.device = model, make_sites, pad, device
         sites = make_sites(torch.zeros(1, 1, 1, device=device))
         self.base = min(hooks.base(site.layer, site.intervention) for site in sites)
@@ -105,7 +107,7 @@ class Prompts:
             cache = packing.cache_of({})
             self.head = suffix.record(model, self.base, ids, self.read_points, past_key_values=cache, use_cache=True)
             self.below = packing.pairs_of(cache)
-        apart = apart and self.prefix >= attention.LONG and attention.replaceable(model)
+        apart = self.prefix * together >= attention.MANY and attention.replaceable(model)
         self.shared = self.prefix if apart else 0  # tokens that no row holds
 
     def begun(self, rows: Sequence[Row]) -> attention.Begun | None:
@@ -158,6 +160,12 @@ class Prompts:
                 keys, values = zip(*(one[layer] for one in each), strict=True)
                 self.heads[layer] = torch.cat(keys), torch.cat(values)
         return self.heads
+
+    def few_at_a_time(self, rows: Sequence[Row], numbers: Sequence[int]) -> Iterator[Started]:
+        """`start` of all these, so many at once as a device reads well: what it needs for that does not grow with their number."""
+        lengths = [len(rows[i].prompt) - self.prefix for i in numbers]
+        for part in by_length(lengths, memory.max_tokens(self.device.type)):
+            yield self.start(rows, [numbers[i] for i in part])
 
     def start(self, rows: Sequence[Row], numbers: list[int]) -> Started:
         """These rows with their prompts read: cache and the next token's scores."""
