@@ -222,7 +222,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_the_relabelled_listops(seed: int, taught: Path, tmp_path: Path) -> None:
     """Every answer of the base model is wrong; rank 8 after every block sets that right, a vector does not; without it the base is back."""
     base = tmp_path / "base"

@@ -113,9 +113,10 @@ class Questions:
         with np.errstate(invalid="ignore", divide="ignore"):
             for concept in np.unique(self.concept):
                 own = self.concept == concept
-                there = used[own].any(axis=0)
-                sums, n = weights[:, own] @ np.where(used[own], values[own], 0.0), weights[:, own] @ used[own].astype(float)
-                total += np.where(there, sums / n, 0.0)
+                drawn, has = weights[:, own], used[own]
+                there = has.any(axis=0)
+                n = drawn.sum(1, keepdims=True) if has.all() else drawn @ has.astype(float)
+                total += np.where(there, drawn @ np.where(has, values[own], 0.0) / n, 0.0)
                 counted += there
             return np.asarray(total / counted) + 0.0  # -0.0 is 0.0
 

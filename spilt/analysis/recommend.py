@@ -90,7 +90,7 @@ def _vertex(x: Array, y: Array, at: npt.NDArray[np.int64]) -> Array:
 
 def split_of(frame: pd.DataFrame) -> str | None:
     """The split that a choice is made on: training items where they were measured."""
-    have = list(dict.fromkeys(frame["split"]))
+    have = [str(split) for split in frame["split"].unique()]
     return "train" if "train" in have else (have[0] if have else None)
 
 
