@@ -98,7 +98,7 @@ def test_prompts_are_read_few_at_a_time(place: int, monkeypatch: pytest.MonkeyPa
         return own(self, rows, numbers)
 
     monkeypatch.setattr(decode.Prompts, "start", seen)
-    monkeypatch.setattr("spilt.memory.max_tokens", lambda _: 64)
+    monkeypatch.setattr("spilt.memory.max_tokens", lambda _: 128)
     assert dict(decode.generate(tiny, steering, rows, how, len(rows))) == alone
     assert len(read) > 4 and 32 < max(read) <= 64
 

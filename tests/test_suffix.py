@@ -159,7 +159,7 @@ def test_measuring_equals_hooks_at_either_site(family: str, site: str, layout: s
             caches[below] = activations.record(tiny, below, sequences, tuple(anatomy.read_widths(tiny, below)), 0, together)
         for positions, prefix in (("all", 4), ("skip_prefix", 4), ("skip_prefix", 6), ("f2+l1", 4)):
             scorer = score.Recorded(tiny, Steering.of({layer: made}), caches[below], positions, prefix)
-            strengths = [1.0, -0.5] if prefix == 6 else [1.0, 0.0, -0.5]
+            strengths = [1.0, 0.0, -0.5] if positions == "all" else [1.0, -0.5] if prefix == 6 else [1.0]
             found = score.losses(scorer, strengths)
             where = None if positions == "all" else position_mask(sequences, positions, prefix)
             for k, m in enumerate(strengths):

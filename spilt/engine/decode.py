@@ -124,7 +124,6 @@ class _Stream:
                 keep.append(place)
         if not keep:
             active.clear()
-            self.active = active if self.static else None
             return
         if len(keep) < len(active.rows):
             tokens = tokens[active.select(keep, max(self._held(active.rows[place]) for place in keep) - self.prompts.shared)]

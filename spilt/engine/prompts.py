@@ -164,7 +164,7 @@ class Prompts:
     def few_at_a_time(self, rows: Sequence[Row], numbers: Sequence[int]) -> Iterator[Started]:
         """`start` of all these, so many at once as a device reads well: what it needs for that does not grow with their number."""
         lengths = [len(rows[i].prompt) - self.prefix for i in numbers]
-        for part in by_length(lengths, memory.max_tokens(self.device.type)):
+        for part in by_length(lengths, memory.max_tokens(self.device.type) // 2):  # what is read is held twice until it lies in its place
             yield self.start(rows, [numbers[i] for i in part])
 
     def start(self, rows: Sequence[Row], numbers: list[int]) -> Started:
