@@ -4,6 +4,7 @@ PY := .venv/bin/python
 BASE ?= demo-run
 WORKERS ?= 2
 OLDEST := transformers==4.57.6
+IN_MEMORY := sh tools/in_memory.sh
 TOUCHING := families engines methods golden interventions suffix generation api steering placed joint loading templates sampling kv export imports
 
 .PHONY: demo demo-small real-model test test-oldest test-more check demo-model clean
@@ -32,7 +33,7 @@ real-model: .venv/.installed
 
 # with CI=true all cases of each matrix, and the full counts of fuzzing, kills and random sequences
 test: .venv/.tested
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n $(WORKERS) --dist worksteal tests
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(IN_MEMORY) $(PY) -m pytest -n $(WORKERS) --dist worksteal tests
 
 # environments over the libraries of .venv: each has those besides what is installed in it
 .venv-%/.made: .venv/.tested
@@ -47,14 +48,14 @@ test: .venv/.tested
 
 # what touches the library: of each matrix as many cases as show every value of every parameter; all of them with CI=true
 test-oldest: .venv-oldest/.tested
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal $(patsubst %,tests/test_%.py,$(TOUCHING))
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(IN_MEMORY) .venv-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal $(patsubst %,tests/test_%.py,$(TOUCHING))
 
 # what needs a library that other tests do without: torchao slows every start of transformers, lm-evaluation-harness has 25 packages
 test-more: .venv-more/.made
 	.venv-more/bin/python -m pip install --quiet --no-compile lm_eval==0.4.13
-	OMP_NUM_THREADS=1 CI=true .venv-more/bin/python -m pytest tests/test_lm_eval.py
+	OMP_NUM_THREADS=1 CI=true $(IN_MEMORY) .venv-more/bin/python -m pytest tests/test_lm_eval.py
 	.venv-more/bin/python -m pip install --quiet --no-compile torchao==0.18.0
-	OMP_NUM_THREADS=1 CI=true .venv-more/bin/python -m pytest tests/test_quantised.py
+	OMP_NUM_THREADS=1 CI=true $(IN_MEMORY) .venv-more/bin/python -m pytest tests/test_quantised.py
 
 check: .venv/.tested
 	$(PY) -m ruff check .
