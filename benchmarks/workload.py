@@ -11,6 +11,9 @@ loss. Dropout is 0 on both sides, since its random numbers would depend on the b
 share of `sweep` is not run but counted: its 42 processes each do what one process of its `loss` does; that of `all` is the sum of its
 fit, apply and loss. Loss mode's report
 (curves and pictures of all that is stored) is ours alone and is in ours' time.
+
+What importing the libraries and loading the model takes is measured beside them, for it says more of the machine and of the libraries'
+release than of either side; the last column leaves it out of both, as often as each side starts.
 """
 
 from __future__ import annotations
@@ -41,6 +44,12 @@ MULTIPLIERS = (0.5, 1.0, 1.5, 2.0)  # all of one sign: with both, ours needs few
 SWEEP = tuple(round(0.2 * k, 6) for k in range(-10, 11))
 PREFERENCES = ("winning_only", "losing_only")
 NAME = "model"
+START = (
+    "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+    "[kind.from_pretrained(sys.argv[1]) for kind in (M, T)]"
+)
+STARTS = {"fit": 1, "apply": len(MULTIPLIERS), "loss": len(MULTIPLIERS) * len(PREFERENCES)}  # processes of naive; ours is one of each
+STARTS["all"] = sum(STARTS.values())
 
 
 class Cost(NamedTuple):
@@ -84,6 +93,10 @@ class Side:
     def run(self, stage: str) -> Cost:
         raise NotImplementedError(f"no stage {stage}")
 
+    def start(self) -> Cost:
+        """The libraries and the model, and nothing done with them."""
+        return timed([sys.executable, "-c", START, str(self.base / "models" / NAME)], self.threads, self.base / "start.log")
+
 
 class Ours(Side):
     def run(self, stage: str) -> Cost:
@@ -112,7 +125,7 @@ class Ours(Side):
 
 
 class Naive(Side):
-    processes = len(MULTIPLIERS) * len(PREFERENCES)  # of loss: so many are run, the others counted as their mean
+    processes = STARTS["loss"]  # of loss: so many are run, the others counted as their mean
 
     def one(self, mode: str, name: str, *words: str) -> Cost:
         script = [sys.executable, str(Path(__file__).with_name("naive.py")), mode, "--base_dir", str(self.base), "--model_name", NAME]
@@ -190,10 +203,13 @@ def median(costs: list[Cost]) -> Cost:
     return Cost(*(statistics.median(column) for column in zip(*costs, strict=True)))
 
 
-def table(costs: dict[str, dict[str, list[Cost]]]) -> list[str]:
-    """Markdown rows: stage, then both sides and their ratio, for wall seconds, processor seconds and peak memory."""
+def table(costs: dict[str, dict[str, list[Cost]]], begin: Cost, starts: dict[str, int]) -> list[str]:
+    """Markdown rows: stage, then both sides and their ratio, for wall seconds, processor seconds and peak memory; then without starts.
+
+    begin: what a start takes; starts: how many the other side has of each stage.
+    """
     head = [f"{what}{side}" for what in ("", "CPU ") for side in ("ours s", "naive s", "times faster")]
-    head += ["ours MB", "naive MB", "memory ratio"]
+    head += ["ours MB", "naive MB", "memory ratio", "CPU times faster besides starts"]
     lines = [f"| stage | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
     rows = {stage: {side: median(c) for side, c in sides.items() if c} for stage, sides in costs.items()}
     full = [row for stage, row in rows.items() if stage not in COUNTED and len(row) == 2]
@@ -206,6 +222,9 @@ def table(costs: dict[str, dict[str, list[Cost]]]) -> list[str]:
             a, b = (getattr(cost, field) if cost else None for cost in (ours, naive))
             cells += [format(a, form) if a else "", format(b, form) if b else ""]
             cells.append("" if not a or not b else f"{a / b:.2f}" if field == "peak_mb" else f"{b / a:.2f}")
+        three = [starts[name] for name in ("fit", "apply", "loss")] if stage == "all three" else []
+        net = [cost.cpu - n * begin.cpu for cost, n in ((ours, len(three) or 1), (naive, sum(three) or starts.get(stage, 0))) if cost and n]
+        cells.append(f"{net[1] / net[0]:.2f}" if len(net) == 2 and min(net) > 0 else "")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -245,7 +264,9 @@ def main(argv: list[str] | None = None) -> int:
             if args.against:
                 naive.run("fit")
         costs: dict[str, dict[str, list[Cost]]] = {stage: {"ours": [], "naive": []} for stage in args.stages}
+        begins: list[Cost] = []
         for stage in args.stages:
+            begins += [ours.start() for _ in range(args.repeats)]
             rounds = {"ours": args.repeats, "naive": args.repeats if args.naive_repeats is None else args.naive_repeats}
             for number in range(max(rounds.values())):
                 for side, runner in (("ours", ours), ("naive", naive)):
@@ -262,12 +283,15 @@ def main(argv: list[str] | None = None) -> int:
             costs["all"]["naive"] = [together(three)]
         both = {"ours", "naive"} <= set(args.sides)
         found = compare(ours, naive, args.stages) if both else {}
-    lines = [line.replace("naive", "before") if args.against else line for line in table(costs)]
+    begin = median(begins)
+    lines = table(costs, begin, dict.fromkeys(STARTS, 1) if args.against else STARTS)
+    lines = [line.replace("naive", "before") if args.against else line for line in lines]
     print("\n".join(lines))
+    print(f"a start, libraries and model: {begin.seconds:.1f} s, CPU {begin.cpu:.1f} s, {begin.peak_mb:.0f} MB (median of {len(begins)})")
     if both:
         print(("same numbers: " if agree(found) else "THE NUMBERS DIFFER: ") + json.dumps(found))
     words = {k: v for k, v in vars(args).items() if k not in ("out", "base_dir")}
-    record = {"device": device(), "arguments": words, "costs": costs, "check": found, "table": lines}
+    record = {"device": device(), "arguments": words, "starts": begins, "costs": costs, "check": found, "table": lines}
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")

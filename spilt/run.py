@@ -5,10 +5,12 @@ A step that fails is its outcome and the others go on; what is raised from here 
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -128,7 +130,8 @@ def _run_waiting(
     seen: Seen,
 ) -> list[Outcome]:
     """The steps that are to run: fits dealt out over the processes, the others done together. made: is told what was waited for."""
-    from spilt import tasks as stages
+    with _uncollected():
+        from spilt import tasks as stages
     from spilt.in_step import InStep
     from spilt.team import Team
 
@@ -178,6 +181,18 @@ def _run_waiting(
     return [*before, *(after[str(step)] for step in waiting)]
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No search for garbage while libraries are imported: of their million objects all stay, and looking through them takes a second."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def with_recommended(request: verbs.Request) -> verbs.Request:
     """The request with what the stored losses recommend."""
     from spilt.report import recommend
@@ -216,13 +231,15 @@ class _Hosts:
 
             from spilt.model.host import load
 
-            torch.use_deterministic_algorithms(self.request.deterministic)
+            if torch.are_deterministic_algorithms_enabled() != self.request.deterministic:  # the call loads torch's compiler
+                torch.use_deterministic_algorithms(self.request.deterministic)
             quiet_libraries()
             self.host, self.how = None, how
             self.recordings.clear()
             self.seen.of(step.model)
             device = "cpu" if step.engine else self.request.device  # the card is the other engine's
-            self.host = load(step.model, how[0], device, how[1], in_parts=self.request.tensor_parallel)
+            with _uncollected():
+                self.host = load(step.model, how[0], device, how[1], in_parts=self.request.tensor_parallel)
             self.seen.again([step.model])
         return self.host
 

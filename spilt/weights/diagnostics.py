@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +14,9 @@ from spilt.steering.inplace import by_place, change, lost
 from spilt.steering.interventions import Intervention, LocalWeight
 from spilt.steering.steering import Steering
 from spilt.weights.arithmetic import combined, difference, inner, norm
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def geometry(pos: Steering, neg: Steering) -> dict[str, float]:
@@ -44,6 +46,8 @@ def by_module(steering: Steering, model: nn.Module | None = None) -> pd.DataFram
 
     effective_rank exp(-sum p log p), p = sigma^2 / sum sigma^2. With a model also relative, |dW| / |W| of the map.
     """
+    import pandas as pd  # slow to load, and fits need no table
+
     summed = combined(steering)
     whole, rows = norm(summed) ** 2, []
     for site, made in summed:
