@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shlex
@@ -119,6 +120,7 @@ def test_a_rerun_says_already_done_and_rewrites_nothing(full: tuple[Base, subpro
     assert listing(base.path) == before and {path: path.stat().st_mtime_ns for path in base.path.rglob("*")} == times
     # one more multiplier: only that one is made
     assert cli.main(base.argv("caa", "vector", "--mode", "apply", "--multipliers", "1", "3")) == 0
+    assert gc.isenabled()  # again: not while libraries are imported
     after = listing(base.path)
     assert {name: after[name] for name in before} == before
     assert sorted(Path(name).name for name in after.keys() - before.keys()) == sorted(

@@ -28,7 +28,7 @@ from counts import CI, count
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-KILLS = {"fit": count(10, 4), "generate": count(10, 4), "loss": count(10, 3), "report": count(3, 1)}
+KILLS = {"fit": count(6, 4), "generate": count(6, 4), "loss": count(6, 3), "report": count(3, 1)}
 SEED = 20260
 SWEEP = ["all", "vector", "--mode", "loss", "--multipliers", "-2", "-1", "0", "1", "2", "--checkpoint_seconds", "0"]
 TWO, FORMS = ["--method", "caa", "sft"], ["--intervention_method", "vector", "lora"]

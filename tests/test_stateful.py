@@ -2,7 +2,7 @@
 
 A kill is simulated in the process: from a drawn moment on every change of a file raises, as if the process were gone, so that no
 clean-up can happen either (test_kill.py kills real processes). An exchange in the middle of a run happens at such a moment too.
-4 sequences, 30 with CI=true; `SPILT_SEQUENCES=3000 python -m pytest tests/test_stateful.py` runs more.
+4 sequences, 20 with CI=true; `SPILT_SEQUENCES=3000 python -m pytest tests/test_stateful.py` runs more.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from spilt import cli, report, verify
 from spilt.artifacts import manifest
 
-SEQUENCES = int(os.environ.get("SPILT_SEQUENCES", count(30, 4)))
+SEQUENCES = int(os.environ.get("SPILT_SEQUENCES", count(20, 4)))
 STEPS = 8
 CELLS = (("sft", "vector"), ("spilt", "lora"), ("caa", "vector"))
 # what changes files, and where work is done between the changes: the moments at which a run can be killed

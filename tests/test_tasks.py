@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -214,35 +213,23 @@ BOUNDS: dict[str, Callable[[float], bool]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One base model: its pretraining is most of the time."""
-    return world.write_world(tmp_path_factory.mktemp("taught"), 0)
-
-
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_relabelled_listops(seed: int, taught: Path, tmp_path: Path) -> None:
+def test_the_relabelled_listops(tmp_path: Path) -> None:
     """Every answer of the base model is wrong; rank 8 after every block sets that right, a vector does not; without it the base is back."""
-    base = tmp_path / "base"
-    shutil.copytree(taught, base)
-    world.write_task(base / "new", 7 if seed else 1, seed=seed)
-    fits = [*QUICK, "--seed", str(seed)]
+    base = world.write_world(tmp_path / "base", 0)  # with the base model, whose pretraining is most of the time
+    fits = [*QUICK, "--seed", "0"]
     assert cli.main(words(base, "evaluate", "--variant", "base")) == 0
     fitted = words(base, "train", *fits, "--do-eval", "--test-only")
     assert cli.main([*fitted, "--variant", "post_block", "vector", "--adapter-rank", "8", "1"]) == 0
-    if seed == 0:
-        assert cli.main([*fitted, "--linear"]) == 0
+    assert cli.main([*fitted, "--linear"]) == 0
     places = [place for place in runs(base) if place.folder.parents[2].name == "new"]
     found = {place.folder.parent.name: summaries(place)["test"] for place in places}
-    print(seed, {name: one["accuracy"] for name, one in found.items()})
+    print({name: one["accuracy"] for name, one in found.items()})
     assert [name for name, one in found.items() if not BOUNDS[name](one["accuracy"])] == []
-    assert found.keys() == BOUNDS.keys() - ({"post_block_block_linear_r8"} if seed else set())
+    assert found.keys() == BOUNDS.keys()
     assert all(one["seen_in_train"] == 0 and one["no_answer"] == 0 for one in found.values())
     assert found["post_block_block_silu_r8"]["accuracy"] - found["vector_block"]["accuracy"] >= 0.6
-    if seed:
-        return
     # off: the base model to the bit, and its old task
     host = hosts.load(base / "models" / "tiny", "float32", "cpu", "")
     source = load.source("old", str(base / "old"), extract="tag", max_new_tokens=6, max_length=64)
