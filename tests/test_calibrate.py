@@ -131,9 +131,11 @@ def test_both_sides_meet_the_budget_and_methods_compare_there() -> None:
         for row in table.to_dict("records"):
             assert row["status"] in (c.CONVERGED, c.NOT_MONOTONE, c.JUMPS)  # of a tiny model another first token may jump
             again = spilt.divergence(model, tokenizer, steering(form), PROMPTS, row["multiplier"], max_new_tokens=8).iloc[0]
-            assert again["kl_p95"] == row["kl_p95"] and (row["status"] != c.CONVERGED or abs(row["kl_p95"] - 0.5) <= 0.025)
+            # the search decodes several strengths in one batch, and a matrix product's last digit is its batch's on some processors
+            assert again["kl_p95"] == pytest.approx(row["kl_p95"], rel=1e-5)
+            assert row["status"] != c.CONVERGED or abs(row["kl_p95"] - 0.5) <= 0.025
             other = spilt.divergence(model, tokenizer, steering(form), ["other", "words"], row["multiplier"], max_new_tokens=8).iloc[0]
-            assert other["kl_p95"] == row["audit_kl_p95"]
+            assert other["kl_p95"] == pytest.approx(row["audit_kl_p95"], rel=1e-5)
         probes = table.attrs["probes"]
         assert set(probes["side"]) == {"none", "positive", "negative"} and probes["kl_max"][0] == 0
     with pytest.raises(UserError, match="budget is 0; wanted nats above 0"):

@@ -208,7 +208,7 @@ BOUNDS: dict[str, Callable[[float], bool]] = {
     "base": lambda accuracy: accuracy <= 0.02,
     "post_block_block_silu_r8": lambda accuracy: accuracy >= 0.99,
     "post_block_block_linear_r8": lambda accuracy: accuracy >= 0.98,
-    "post_block_block_silu_r1": lambda accuracy: 0.25 <= accuracy <= 0.75,  # after 250 steps it is on its way: benchmarks/RESULTS.md
+    "post_block_block_silu_r1": lambda accuracy: 0.03 <= accuracy <= 0.9,  # 28 runs: .07 to .76 (benchmarks/RESULTS.md)
     "vector_block": lambda accuracy: accuracy <= 0.2,
 }
 
