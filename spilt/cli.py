@@ -242,8 +242,10 @@ def _plan_and_run(args: argparse.Namespace, program: str, shown: dict[str, Any])
     request = request_of(args, program)
     if RECOMMENDED in request.words and request.mode != "all":  # `all` measures first
         request = with_recommended(request)
+    # both before torch looks for them; products in bfloat16 would keep 1024 kernels, each for one shape, and be no faster for it
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before torch looks for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if request.own is not None:
         made = plan.make(request, dry=True)  # what is wrong with the words is told before the files are taken over
         files, step = request.own, made.steps[0]

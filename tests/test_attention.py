@@ -1,14 +1,19 @@
-"""Attention of the next token against its equation written out, and a long shared beginning that is read where it is."""
+"""Attention by products against its equation written out, and a long shared beginning that is read where it is."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILY_NAMES, LAYERS, VOCAB, intervention, model
 from torch import Tensor
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from spilt.engine import attention, decode, whole
 from spilt.engine.decode import Row
@@ -20,34 +25,81 @@ GROUPS = [0, 2, 0, 0, 2]  # of five rows; nobody is of group 1
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softcap: float | None, sinks: Tensor | None) -> Tensor:
-    """Row by row and head by head, in float64: [B, 1, H G, d]."""
-    out = torch.zeros(len(q), 1, q.shape[1], WIDTH, dtype=torch.float64)
-    for b in range(len(q)):
-        for h in range(q.shape[1]):
-            scores = k[b, h // GROUP].double() @ q[b, h, 0].double() * WIDTH**-0.5
-            scores = (scores if softcap is None else softcap * torch.tanh(scores / softcap)) + mask[b, 0, 0].double()
-            weights = scores if sinks is None else torch.cat([scores, sinks[h : h + 1].double()])
-            out[b, 0, h] = weights.softmax(0)[: len(scores)] @ v[b, h // GROUP].double()
+    """Row by row, token by token and head by head, in float64: [B, Q, H G, d]."""
+    out = torch.zeros(len(q), q.shape[2], q.shape[1], WIDTH, dtype=torch.float64)
+    for b, t, h in np.ndindex(*out.shape[:3]):
+        scores = k[b, h // GROUP].double() @ q[b, h, t].double() * WIDTH**-0.5
+        scores = (scores if softcap is None else softcap * torch.tanh(scores / softcap)) + mask[b, 0, t].double()
+        weights = scores if sinks is None else torch.cat([scores, sinks[h : h + 1].double()])
+        out[b, t, h] = weights.softmax(0)[: len(scores)] @ v[b, h // GROUP].double()
     return out
 
 
-@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("queries", "begun"), [(1, False), (1, True), (4, False)])
 @pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (0.7, False), (None, True)])
-def test_the_equation(begun: bool, softcap: float | None, sinks: bool) -> None:
+def test_the_equation(queries: int, begun: bool, softcap: float | None, sinks: bool, dtype: torch.dtype) -> None:
     draw = torch.Generator().manual_seed(0)
     rows, length = len(GROUPS), OWN + (BEGUN if begun else 0)
-    q = torch.randn(rows, HEADS * GROUP, 1, WIDTH, generator=draw)
-    k, v = (torch.randn(rows, HEADS, OWN, WIDTH, generator=draw) for _ in range(2))
-    mask = torch.zeros(rows, 1, 1, length).masked_fill(torch.rand(rows, 1, 1, length, generator=draw) < 0.2, torch.finfo(torch.float32).min)
-    aux = torch.randn(HEADS * GROUP, generator=draw) if sinks else None
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw).to(dtype)
+
+    q = normal(rows, HEADS * GROUP, queries, WIDTH)
+    k, v = (normal(rows, HEADS, OWN, WIDTH) for _ in range(2))
+    hidden = torch.rand(rows, 1, queries, length, generator=draw) < 0.2
+    mask = torch.zeros(rows, 1, queries, length, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
+    aux = normal(HEADS * GROUP) if sinks else None
     for alike in (False, True) if begun else (False,):
-        pair = tuple(torch.randn(1 if alike else 3, HEADS, BEGUN, WIDTH, generator=draw) for _ in range(2))
+        pair = tuple(normal(1 if alike else 3, HEADS, BEGUN, WIDTH) for _ in range(2))
         groups = [attention.Groups.of(group, n, q.device) for group, n in ((GROUPS, 3), ([0] * rows, 1))]
         given = attention.Begun({4: pair}, *groups) if begun else None  # type: ignore[dict-item]
         which = [0] * rows if alike else GROUPS
         whole_k, whole_v = (torch.cat([p[which], own], 2) if begun else own for p, own in zip(pair, (k, v), strict=True))
         found, _ = attention.attend(given, SimpleNamespace(layer_idx=4), q, k, v, mask, None, softcap, aux)  # type: ignore[arg-type]
-        torch.testing.assert_close(found.double(), written_out(q, whole_k, whole_v, mask, softcap, aux), atol=2e-6, rtol=0)
+        assert found.dtype == dtype
+        wanted = written_out(q, whole_k, whole_v, mask, softcap, aux)
+        torch.testing.assert_close(found.double(), wanted, atol=2e-6 if dtype == torch.float32 else 0.03, rtol=0)
+
+
+@pytest.mark.parametrize("keys", [attention.LONGEST, attention.LONGEST + 1])
+def test_whole_sequences_in_bfloat16(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and gradients are as near float64's as those of the library's own products (eager); above so many keys it is sdpa."""
+    monkeypatch.setattr(attention, "_has_bfloat16", lambda: True)
+    draw = torch.Generator().manual_seed(3)
+    made = [torch.randn(2, n, keys, WIDTH, generator=draw).bfloat16() for n in (HEADS * GROUP, HEADS, HEADS)]
+    seen = torch.ones(keys, keys, dtype=torch.bool).tril().expand(2, 1, -1, -1).clone()
+    seen[1] &= torch.ones(keys, keys, dtype=torch.bool).triu(-20)  # a window
+    mask = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill(~seen, torch.finfo(torch.bfloat16).min)
+    pull = torch.randn(2, keys, HEADS * GROUP, WIDTH, generator=draw).bfloat16()
+    module: Any = SimpleNamespace(num_key_value_groups=GROUP, training=False)
+
+    def through(attend: Callable[..., Tensor], dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+        given = [one.to(dtype).requires_grad_() for one in made]
+        out = attend(*given, mask.to(dtype))
+        return [out.detach(), *torch.autograd.grad(out, given, pull.to(dtype))]
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    exact, ours = through(sdpa, torch.float64), through(lambda *given: attention.attend(None, module, *given)[0])
+    eager, fused = through(lambda *given: eager_attention_forward(module, *given, WIDTH**-0.5)[0]), through(sdpa)
+    for true, a, b, c in zip(exact, ours, eager, fused, strict=True):
+        off = [float((one.double() - true).norm() / true.norm()) for one in (a, b)]
+        assert off[0] < 0.01 and off[0] < 1.05 * off[1]
+        assert torch.equal(a, c) == (keys > attention.LONGEST)
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_whole_sequences_are_the_librarys_but_in_bfloat16_with_a_mask(able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_has_bfloat16", lambda: able)
+    for dtype in (torch.float32, torch.bfloat16):
+        tiny = copy.deepcopy(model("llama")).to(dtype)
+        for mask in (None, torch.zeros(1, 1, 3, 3)):
+            with attention.sequences(tiny, {"attention_mask": mask}):
+                name = tiny.config._attn_implementation  # type: ignore[union-attr]
+                assert (name == attention.NAME) == (able and dtype == torch.bfloat16 and mask is not None)
+            assert tiny.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
 
 
 def tokens(draw: torch.Generator, count: int) -> tuple[int, ...]:

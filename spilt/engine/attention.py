@@ -1,17 +1,20 @@
-"""Attention of the next token of each row: softmax(cap(q K^T s) + mask) V over what the row begins with and its own tokens.
+"""Attention by two matrix products: softmax(cap(q K^T s) + mask) V.
 
 Keys and values stay as few as the model has: the G query heads of each are rows of one product, where the library repeats them
-(its eager attention, and sdpa until transformers 5). What rows begin with (a long template) is read once for all rows of a
-multiplier, not once for each row:
+(its eager attention, and sdpa until transformers 5). Of the next token of each row, what rows begin with (a long template) is read once
+for all rows of a multiplier, not once for each row:
 
     K = [K_m, K_b]     K_m [H, P, d] of the rows of multiplier m,   K_b [H, T, d] of row b alone
+
+Of whole sequences it is the library's sdpa but in bfloat16 on a CPU that has its arithmetic, where the products take a half to a
+quarter of sdpa's time (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from spilt.engine.packing import KeysValues
 
 NAME = "spilt_next_token"
+LONGEST = 256  # keys up to which whole sequences are attended by products: their scores [queries, keys] are kept for the backward pass
 MANY = 1024  # shared tokens times rows from which reading them once is no slower: 0.9 of the time (benchmarks/RESULTS.md)
 ARGUMENTS = ("gemma2", "gpt_oss")  # their own attention is sdpa with a soft cap or sinks, which they hand over
 
@@ -33,6 +37,17 @@ def replaceable(model: nn.Module) -> bool:
         return False
     capped = getattr(text, "attn_logit_softcapping", None) is not None
     return text._attn_implementation == "eager" if text.model_type in ARGUMENTS else text._attn_implementation == "sdpa" and not capped
+
+
+def products_win(like: Tensor) -> bool:
+    """Whether two products of such tensors are faster than sdpa, as long as the scores between them are few."""
+    return like.dtype == torch.bfloat16 and like.device.type == "cpu" and _has_bfloat16()
+
+
+@cache
+def _has_bfloat16() -> bool:
+    """Whether this CPU has the arithmetic of bfloat16, by the library of torch's products."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Groups(NamedTuple):
@@ -80,16 +95,19 @@ def attend(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """One query per row [B, H G, 1, d], keys and values [B, H, T, d], mask [B, 1, 1, P + T]: [B, 1, H G, d], as the library wants it.
+    """Queries [B, H G, Q, d], keys and values [B, H, T, d], mask [B, 1, Q, P + T]: [B, Q, H G, d], as the library wants it.
 
-    s_aux: scores of a key without a value (sinks).
+    begun: of one query per row alone. s_aux: scores of a key without a value (sinks).
     """
     rows, heads, own = key.shape[:3]
-    q = query.reshape(rows, heads, -1, query.shape[-1])
-    if begun is None and softcap is None and s_aux is None:
-        out = functional.scaled_dot_product_attention(q, key, value, attn_mask=attention_mask, scale=scaling)
-        return out.reshape(rows, 1, -1, value.shape[-1]), None
-    scores = q @ key.mT
+    count = query.shape[2]
+    products = products_win(query) and (count == 1 or own <= LONGEST)
+    if begun is None and softcap is None and s_aux is None and not products:
+        q = query.reshape(rows, heads, -1, query.shape[-1]) if count == 1 else query
+        out = functional.scaled_dot_product_attention(q, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=q.shape[1] > heads)
+        return _by_token(out, count), None
+    q = query.reshape(rows, heads, -1, query.shape[-1])  # G queries of the first token, or of all tokens G times
+    scores = q @ (key.contiguous() if products else key).mT  # products in bfloat16 copy what is not, and transposed, which is slow
     if begun is not None:
         keys, values = begun.pairs[module.layer_idx]  # type: ignore[index]
         groups = begun.all if len(keys) == 1 else begun.groups
@@ -97,15 +115,20 @@ def attend(
     scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores + attention_mask
+    scores = (scores.unflatten(2, (-1, count)) + attention_mask[:, :, None]).flatten(2, 3)
     if s_aux is not None:
-        scores = torch.cat([scores, s_aux.view(1, heads, -1, 1).expand(*q.shape[:3], 1)], -1)
+        scores = torch.cat([scores, s_aux.view(1, heads, -1, 1, 1).expand(rows, -1, -1, count, 1).flatten(2, 3)], -1)
     weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
     begins = attention_mask.shape[-1] - own
     out = weights[..., begins : begins + own] @ value
     if begun is not None:
         out = out + groups.product(weights[..., :begins], values)
-    return out.reshape(rows, 1, -1, value.shape[-1]), None
+    return _by_token(out, count), None
+
+
+def _by_token(out: Tensor, count: int) -> Tensor:
+    """[B, H, G Q, d] as [B, Q, H G, d]."""
+    return out.reshape(len(out), -1, count, out.shape[-1]).transpose(1, 2).contiguous()
 
 
 OWN = partial(attend, None)  # rows hold all that they see; one object, so that a compiled step knows it again
@@ -126,3 +149,12 @@ def next_token(model: nn.Module, begun: Begun | None) -> Iterator[None]:
     finally:
         text._attn_implementation = own
         del ALL_ATTENTION_FUNCTIONS[NAME]
+
+
+def sequences(model: nn.Module, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Inside: attention of whole sequences is `attend` where that can be faster, else the model's own.
+
+    inputs: of the library's forward; without a mask that is written out, it is the library that knows who sees whom.
+    """
+    able = inputs.get("attention_mask") is not None and products_win(next(model.parameters()))
+    return next_token(model, None) if able else nullcontext()

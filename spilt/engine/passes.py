@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spilt.data.batches import Batch
-from spilt.engine import packing, suffix
+from spilt.engine import attention, packing, suffix
 from spilt.methods.scoring import AnswerLogProbs, answer_logprobs, scored_positions
 from spilt.steering import hooks
 from spilt.steering.interventions import Intervention, Multiplier
@@ -77,20 +77,22 @@ def forward_backward(given: ForwardInput) -> ForwardResult:
     """All rows in one batch through the suffix, and back."""
     device, stream = given.stream.device, given.stream.detach()
     inputs: dict[str, Any] = {}
-    if given.start:
+    if given.start or attention.products_win(stream):
         place = torch.arange(given.start, given.start + stream.shape[1], device=device).expand(len(stream), -1)
         branch = torch.where(given.tokens.attention_mask, packing.SHARED, packing.PADDING)
         inputs = packing.attention_inputs(given.model, packing.Rows(given.tokens.input_ids, place, branch), given.start)
-        inputs["past_key_values"] = packing.given(given.prefix_kv, torch.zeros(len(stream), dtype=torch.long, device=device))
+        before = packing.given(given.prefix_kv, torch.zeros(len(stream), dtype=torch.long, device=device)) if given.start else None
+        inputs |= {"past_key_values": before, "use_cache": before is not None}
     leaf = stream.requires_grad_(given.inside is None)
     saving = suffix.checkpointed(given.model, given.layer) if given.checkpointed else recompute_activations()
-    with saving, hooks.attach(given.model, [] if given.inside is None else [given.inside]):
-        logits = suffix.logits(given.model, given.layer, stream, scored_positions(given.tokens.answer_mask), **inputs)
-    scored = answer_logprobs(logits, given.tokens.input_ids, given.tokens.answer_mask, given.length.to(logits.device))
-    steered = given.stream
-    if given.inside is not None:
-        cut = given.inside.intervention
-        assert isinstance(cut, Cut)
-        leaf, steered = cut.leaf, cut.steered
-    (slope,) = torch.autograd.grad(scored.total.sum(), [leaf])
+    with attention.sequences(given.model, inputs):  # what runs again in the backward pass, too
+        with saving, hooks.attach(given.model, [] if given.inside is None else [given.inside]):
+            logits = suffix.logits(given.model, given.layer, stream, scored_positions(given.tokens.answer_mask), **inputs)
+        scored = answer_logprobs(logits, given.tokens.input_ids, given.tokens.answer_mask, given.length.to(logits.device))
+        steered = given.stream
+        if given.inside is not None:
+            cut = given.inside.intervention
+            assert isinstance(cut, Cut)
+            leaf, steered = cut.leaf, cut.steered
+        (slope,) = torch.autograd.grad(scored.total.sum(), [leaf])
     return ForwardResult(AnswerLogProbs(*(column.detach() for column in scored)), steered, slope)

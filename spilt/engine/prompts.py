@@ -60,6 +60,8 @@ def forward(
     width, place = max(lengths) + 1, torch.tensor(lengths, device=tokens.device)[:, None]
     layers: list[Any] = cache.layers
     shared = begun.length if begun else 0
+    if attention.products_win(layers[0].stores[0]) and layers[0].columns + shared <= 2 * width:
+        width = layers[0].columns + shared  # stores as they lie: copying their first columns costs more than masking the others
     for layer in layers:
         layer.begin(place[:, 0] - shared, width - shared)
     with hooks.attach(model, sites), attention.next_token(model, begun):

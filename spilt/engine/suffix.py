@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from spilt.engine import attention
 from spilt.steering import anatomy, hooks
 
 _returns_tuple: dict[type, bool] = {}  # class of a block -> what its forward returns, learnt once
@@ -169,5 +170,5 @@ def logits(model: nn.Module, layer: int, stream: Tensor, keep: Tensor, **inputs:
     # what enters the model is never looked at: block `layer` gives the stream; a zero-stride tensor carries the shape
     nothing = torch.zeros((), dtype=stream.dtype, device=stream.device).expand(stream.shape)
     inputs.setdefault("use_cache", False)
-    with replay(model, layer, stream), last_mlp_rows(model, keep), head_rows(model, keep):
+    with attention.sequences(model, inputs), replay(model, layer, stream), last_mlp_rows(model, keep), head_rows(model, keep):
         return model(inputs_embeds=nothing, **inputs).logits[0]
