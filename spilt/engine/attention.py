@@ -46,8 +46,8 @@ def products_win(like: Tensor) -> bool:
 
 @cache
 def _has_bfloat16() -> bool:
-    """Whether this CPU has the arithmetic of bfloat16, by the library of torch's products."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether this CPU has the arithmetic of bfloat16, by the library that torch's products are from; some builds are without."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Groups(NamedTuple):
