@@ -75,13 +75,14 @@ def exact(family: str, form: str, kind: str) -> dict[str, str]:
 @pytest.mark.matrix
 @pytest.mark.parametrize("form", KINDS)
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_peft_loads_the_adapter(folder: Callable[[str], Path], family: str, form: str) -> None:
-    """AutoPeftModelForCausalLM on the folder alone: LoRA, a vector as a bias, a local weight as both."""
+def test_peft_loads_the_adapter(folder: Callable[[str], Path], family: str, form: str, recwarn: pytest.WarningsRecorder) -> None:
+    """AutoPeftModelForCausalLM on the folder alone: LoRA, a vector as a bias, a local weight as both. No library's warning is shown."""
     from peft import AutoPeftModelForCausalLM
 
     value = steering(form, **exact(family, form, "peft"))
     base = folder(family)
     assert run(base, family, value, "peft") == 0
+    assert not [str(one.message) for one in recwarn]
     theirs = AutoPeftModelForCausalLM.from_pretrained(base / "out", dtype=torch.float32, attn_implementation="eager").eval()
     assert_same(logits(theirs), wanted(family, value))
     config = json.loads((base / "out" / "adapter_config.json").read_text())

@@ -66,9 +66,12 @@ def write(job: Job, folder: Path) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the library's warnings about a bias of lora_B: it can't be merged, which the card says, and is no matrix that was cut off."""
+    """Without the library's warnings about a bias of lora_B: it can't be merged, which the card says, and is no matrix that was cut off.
+
+    And without one about a name of transformers' that PEFT asks for.
+    """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(?s).*(lora_bias|lora_B.bias)")
+        warnings.filterwarnings("ignore", message="(?s).*(lora_bias|lora_B.bias|is_gradient_checkpointing)")
         yield
 
 
