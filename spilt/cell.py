@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -108,6 +108,17 @@ LAYER, SEED = "@layer", "@seed"
 VARIANT = re.compile(rf"(?P<form>[^@]+)(?:{LAYER}(?P<layers>[0-9]{{1,5}}(?:\+[0-9]{{1,5}})*))?(?:{SEED}(?P<seed>[0-9]{{1,9}}))?", re.ASCII)
 
 
+def spans(layers: Sequence[int]) -> str:
+    """Layers that act together, as they are shown: (5, 9, 10, 11) -> '5+9–11'."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return "+".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else "+".join(map(str, run)) for run in runs)
+
+
 class Variant(NamedTuple):
     """What `Cell.variant` says."""
 
@@ -117,7 +128,7 @@ class Variant(NamedTuple):
 
     def __str__(self) -> str:
         """What follows the form when it is shown."""
-        layers = "" if self.layers is None else f", layer {'+'.join(map(str, self.layers))}"
+        layers = "" if self.layers is None else f", layer {spans(self.layers)}"
         return layers + ("" if self.seed is None else f", seed {self.seed}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import families
@@ -12,8 +14,8 @@ from faults import fresh
 
 from spilt import cli, verify
 from spilt.artifacts.store import Store
-from spilt.cell import Cell, Variant, variant_of
-from spilt.report import cells, figures, places, tables
+from spilt.cell import Cell, Variant, spans, variant_of
+from spilt.report import cells, drawing, figures, places, tables
 from spilt.report.places import find
 
 SWEEP = ("--mode", "loss", "--multipliers", "sweep", "--set", "sweep_points=5", "--control_pairs", "0", "--split", "train")
@@ -43,6 +45,7 @@ def test_the_name_of_a_folder_is_read_back() -> None:
         assert variant_of(cell.variant) == Variant("vector", layers, seed)
     assert cell.leaf == "sft_vector@seed7" and variant_of("odd@layer1,2") == Variant("odd@layer1,2")
     assert str(Variant("vector", (10, 14), 2)) == ", layer 10+14, seed 2"
+    assert spans((5, 9, 10, 11, 14, 15)) == "5+9–11+14+15"
 
 
 def test_each_layer_alone_beside_the_settings_own(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,7 +101,18 @@ def test_all_layers_are_found_and_compared(base: families.Base, capsys: pytest.C
     assert [cell.place.method for cell in some] == ["caa", "sft"]
     best = table[table["method"] == "sft"].sort_values(["recommended", "gain"], ascending=False).iloc[0]
     assert some[1].name == best["cell"] and f"({len(some)} of 10 cells)" in " ".join(page.split())
-    assert figures.layers_figure(measured[:1], "train") is None and figures.layers_figure(measured, "train", narrow=True) is not None
+    assert figures.layers_figure(measured[:1], "train") is None
+    for joint in ("+".join(map(str, range(9, 24))), "+".join(map(str, range(0, 30, 2)))):
+        at = [replace(place, intervention=f"vector@layer{name}") for place, name in zip(places, (joint, "5+15+25"), strict=False)]
+        several = [replace(cell, place=place) for cell, place in zip(measured, [*at, *places[2:7]], strict=False)]
+        for narrow in (False, True):
+            figure = figures.layers_figure(several, "train", narrow=narrow)
+            assert figure is not None
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # a layout that finds no room says so
+                drawing.svg_of(figure)
+            labels = [text.get_text().replace("\n", "") for text in figure.axes[0].get_yticklabels() + figure.axes[0].get_xticklabels()]
+            assert {"5+15+25", spans([*map(int, joint.split("+"))])} <= {*labels}
     capsys.readouterr()
     assert cli.main(["recommend", "--base_dir", str(base.path), "--model_name", base.model, "--dataset", base.one]) == 0
     assert "sft vector, layer 4" in capsys.readouterr().out

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spilt.cell import FORMS
+from spilt.cell import FORMS, spans
 from spilt.report.cells import KINDS, Measured
 from spilt.report.drawing import (
     BAND,
@@ -70,10 +71,10 @@ def _style_keys(cells: Sequence[Measured], split: str, names: Sequence[str]) -> 
     return keys
 
 
-def _shade(axes: Axes, spans: dict[str, list[list[float]]]) -> None:
+def _shade(axes: Axes, regions: dict[str, list[list[float]]]) -> None:
     """The three regions as tints, named along the top edge."""
     low, high = axes.get_xlim()
-    for name, intervals in spans.items():
+    for name, intervals in regions.items():
         for a, b in intervals:
             if name in TINTS:
                 axes.axvspan(a, b, color=TINTS[name], linewidth=0, zorder=0)
@@ -270,7 +271,10 @@ def layers_figure(cells: Sequence[Measured], split: str, narrow: bool = False) -
     if len(columns) < 2 or not (top := np.nanmax(np.abs(grids[0].to_numpy()), initial=0.0)):
         return None
     gain, bold = (grid[columns].T if narrow else grid[columns] for grid in grids)
-    size = (NARROW, 1.6 + 0.26 * len(columns)) if narrow else (max(5.5, 2.2 + 0.34 * len(columns)), 1.6 + 0.45 * len(grids[0]))
+    called = [re.sub(r"(.{4,}?\+)", r"\1\n", spans([int(n) for n in name.split("+")])) for name in columns]  # broken, where it is long
+    lines = [name.count("\n") + 1 for name in called]
+    tall = 2.2 + 0.26 * sum(lines) if narrow else 1.5 + 0.45 * len(grids[0]) + 0.15 * max(lines)
+    size = (NARROW if narrow else max(5.5, 2.2 + 0.34 * len(columns) + 0.1 * sum(len(name) > 2 for name in called)), tall)
     with drawing("layers", narrow, size) as figure:
         axes = figure.subplots()
         mesh = axes.pcolormesh(gain.to_numpy(), cmap="RdBu", vmin=-top, vmax=top, edgecolors=GROUND, linewidth=0.8)
@@ -278,8 +282,9 @@ def layers_figure(cells: Sequence[Measured], split: str, narrow: bool = False) -
             style: dict[str, Any] = {"color": "white" if abs(value) > 0.6 * top else "black", "weight": "bold" if bold.iloc[y, x] else None}
             if np.isfinite(value):
                 axes.text(x + 0.5, y + 0.5, shown(value, ".1f"), ha="center", va="center", fontsize="x-small", **style)
-        axes.set_xticks(np.arange(gain.shape[1]) + 0.5, list(gain.columns), rotation=30 if narrow else 0)
-        axes.set_yticks(np.arange(len(gain)) + 0.5, list(gain.index))
+        across, down = (gain.columns, called) if narrow else (called, gain.index)
+        axes.set_xticks(np.arange(gain.shape[1]) + 0.5, list(across), rotation=30 if narrow else 0, ha="right" if narrow else "center")
+        axes.set_yticks(np.arange(len(gain)) + 0.5, list(down))
         axes.invert_yaxis()
         axes.grid(visible=False)
         (axes.set_ylabel if narrow else axes.set_xlabel)("steered layer")
