@@ -145,6 +145,62 @@ def test_mistakes_are_messages(loaded: Any, words: dict[str, Any], said: str) ->
         spilt.fit(*loaded, given.pop("pairs", PAIRS), **given)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ([], "there are no prompts; give at least one"),
+        (None, "prompts are a NoneType; wanted texts, or conversations"),
+        (3, "prompts are a int; wanted texts"),
+        ([3], "prompt 0"),
+        ([("user",)], "prompt 0"),
+        ([("user", "hi", "more")], "prompt 0"),
+        ([{"role": "user"}], "prompt 0"),
+    ],
+)
+def test_wrong_prompts_are_messages(loaded: Any, prompts: Any, said: str) -> None:
+    value = spilt.fit(*loaded, PAIRS, layer=2, method="caa")
+    for call in (spilt.generate, spilt.divergence):
+        with pytest.raises(UserError, match=said):
+            call(*loaded, value, prompts)
+
+
+def test_a_conversation_is_a_prompt(loaded: Any) -> None:
+    """As lists of role and content and as pairs of them, alone and among others."""
+    value = spilt.fit(*loaded, PAIRS, layer=2, method="caa")
+    turns = [("user", "one"), ("assistant", "two"), ("user", "three")]
+    said = [{"role": role, "content": text} for role, text in turns]
+    wanted = list(spilt.generate(*loaded, value, [said], max_new_tokens=3)["text"])
+    for prompts in (said, tuple(turns), turns, [tuple(turns)], [turns]):
+        assert list(spilt.generate(*loaded, value, prompts, max_new_tokens=3)["text"]) == wanted, prompts
+    assert len(spilt.generate(*loaded, value, ["one", tuple(turns)], max_new_tokens=3)) == 2
+
+
+def test_what_is_no_steering_and_what_are_no_pairs(loaded: Any, tmp_path: Path) -> None:
+    value = spilt.fit(*loaded, PAIRS, layer=2, method="caa")
+    where = value.save(tmp_path / "a.safetensors")
+    for wrong in (where, str(where), None, [value], {"layer": 2}):
+        said = pytest.raises(UserError, match=f"steering is a {type(wrong).__name__}; wanted a Steering")
+        with said, spilt.steer(loaded[0], wrong):
+            pass
+        with said, spilt.in_place(loaded[0], wrong):
+            pass
+        with said:
+            spilt.generate(*loaded, wrong, "one")
+        with said:
+            spilt.divergence(*loaded, wrong, "one")
+        with said:
+            spilt.calibrate(*loaded, wrong, "one")
+        with said:
+            spilt.measure(*loaded, wrong, PAIRS)
+    for wrong in (None, 3, "abc", value, PAIRS[0] if isinstance(PAIRS[0], dict) else {"question": "x"}):
+        with pytest.raises(UserError, match=f"pairs are a {type(wrong).__name__}; wanted a list of"):
+            spilt.fit(*loaded, wrong, layer=2)
+        with pytest.raises(UserError, match="pairs are"):
+            spilt.measure(*loaded, value, wrong)
+    with pytest.raises(UserError, match="pair 0 is 3; wanted the texts"):
+        spilt.fit(*loaded, [3], layer=2)
+
+
 def test_importing_is_fast_and_lists_the_face() -> None:
     code = "import sys, spilt; print('torch' in sys.modules, sorted(set(spilt.__all__) - {'__version__'}), len(dir(spilt)) > 6)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])

@@ -17,6 +17,7 @@ from spilt.data.readers import ASKED, PAIR_FIELDS, PAIRS, DatasetFormat, Pair, R
 from spilt.data.sources import Record
 from spilt.errors import UserError
 from spilt.settings.fields import STRONGEST
+from spilt.steering.steering import Steering
 from spilt.tasks.context import check_context
 
 Pairs = Iterable[Pair | Mapping[str, Any] | tuple[str, str, str]]
@@ -47,26 +48,49 @@ def strengths_of(given: Any) -> list[float]:
     return [m + 0.0 for m in values]
 
 
+def steering_of(model: nn.Module, steering: Any) -> Steering:
+    """At this model's blocks. Raises UserError, also for what is no Steering."""
+    if not isinstance(steering, Steering):
+        raise UserError(f"steering is a {type(steering).__name__}; wanted a Steering (spilt.fit gives one, spilt.Steering.load reads one)")
+    return steering.to(model)
+
+
+def several(name: str, given: Any, wanted: str) -> list[Any]:
+    """Of anything that can be gone through. Raises UserError."""
+    if isinstance(given, str | bytes | Mapping | Steering) or not isinstance(given, Iterable):
+        raise UserError(f"{name} are a {type(given).__name__}; wanted {wanted}")
+    return list(given)
+
+
 def questions_of(prompts: Prompt | Sequence[Prompt]) -> list[Question]:
     """One prompt or several, checked as those of a file are."""
-    given: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-    if given and all(isinstance(turn, Mapping) for turn in given):
+    given = [prompts] if isinstance(prompts, str) else several("prompts", prompts, "texts, or conversations as lists of role and content")
+    if given and (all(isinstance(turn, Mapping) for turn in given) or all(map(_turn, given))):
         given = [given]
-    turns = [[dict(zip(("role", "content"), t, strict=True)) for t in p] if isinstance(p, tuple) else p for p in given]
+    if not given:
+        raise UserError("there are no prompts; give at least one")
+    turns = [[{"role": t[0], "content": t[1]} if _turn(t) else t for t in p] if isinstance(p, list | tuple) else p for p in given]
     return [Row(NO_PROMPTS, Record(number, f"{number}", {"question": asked})).asked("question") for number, asked in enumerate(turns)]
+
+
+def _turn(given: Any) -> bool:
+    """Is it (role, content), as a Conversation has them?"""
+    return isinstance(given, tuple) and len(given) == 2 and all(isinstance(text, str) for text in given)
 
 
 def pairs_of(pairs: Pairs) -> list[Pair]:
     """Pairs of any kind as Pair, numbered in their order."""
     out = []
-    for row, given in enumerate(pairs):
+    for row, given in enumerate(several("pairs", pairs, f"a list of ({', '.join(PAIR_FIELDS)})")):
         if isinstance(given, Pair):
             out.append(given)
             continue
         if isinstance(given, Mapping) and (isinstance(given.get("question"), list) or not set(ASKED).isdisjoint(given)):
             out += readers.pairs_of([Row(NO_FILE, Record(row, f"{row}", {**dict.fromkeys(PAIR_FIELDS[1:]), **given}))])
             continue
-        values = [given.get(name) for name in PAIR_FIELDS] if isinstance(given, Mapping) else list(given)
+        values = (
+            [given.get(name) for name in PAIR_FIELDS] if isinstance(given, Mapping) else [*given] if isinstance(given, Iterable) else []
+        )
         if len(values) != len(PAIR_FIELDS) or not all(isinstance(value, str) for value in values):
             raise UserError(f"pair {row} is {str(given)[:80]}; wanted the texts {', '.join(PAIR_FIELDS)}, as a dict or in this order")
         question, matching, not_matching = map(str, values)

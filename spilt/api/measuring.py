@@ -20,6 +20,7 @@ from spilt.api.given import (
     frozen,
     pairs_of,
     questions_of,
+    steering_of,
     strengths_of,
     whole_number,
 )
@@ -78,10 +79,8 @@ def divergences(
     """`divergence` as a function of the multipliers: what is the same at all of them is looked at once."""
     import pandas as pd
 
-    chat, placed = Chat.of(tokenizer, use_chat_template, system_prompt), steering.to(model)
+    chat, placed = Chat.of(tokenizer, use_chat_template, system_prompt), steering_of(model, steering)
     ids = [tuple(chat.prompt_ids(question)) for question in questions_of(prompts)]
-    if not ids:
-        raise UserError("there are no prompts; give at least one")
     how = sampling.decoding({"do_sample": False, "max_new_tokens": whole_number("max_new_tokens", max_new_tokens, 1)}, model, tokenizer)
     pad = host.pad_id(tokenizer)
     check_prompts(model, ids, how.max_new_tokens)
@@ -148,7 +147,7 @@ def calibrate(
     if not 0 < budget < float("inf"):  # nan is not
         raise UserError(f"budget is {budget}; wanted nats above 0")
 
-    begin, high = reach(steering)
+    begin, high = reach(steering_of(model, steering))
     checked = divergences(model, tokenizer, steering, audit, **how) if audit else None
     return both_sides(divergences(model, tokenizer, steering, prompts, **how), checked, budget, start or begin, high)
 
@@ -228,10 +227,10 @@ def measure(
     chat = Chat.of(tokenizer, use_chat_template, system_prompt)
     tokens = [chat.encode(question, text, output_length, p.row) for p in rows for question, text in p.sides]
     check_lengths(model, "measure", tokens)
-    placed, pad = steering.to(model), host.pad_id(tokenizer)
+    placed, pad = steering_of(model, steering), host.pad_id(tokenizer)
     positions = positions or placed.scope
     if multipliers is None:
-        multipliers = measure_verb.sweep_multipliers(steering.entries[0][1].factors, 11)
+        multipliers = measure_verb.sweep_multipliers(placed.entries[0][1].factors, 11)
     strengths = sorted({0.0, *strengths_of(multipliers)})
     prefix = chat.prefix_length
     with frozen(model):

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from spilt.api.given import frozen, strengths_of
+from spilt.api.given import frozen, steering_of, strengths_of
 from spilt.engine import whole
-from spilt.errors import UserError, unknown
+from spilt.errors import unknown
 from spilt.model import host
 from spilt.model.identity import model_hash
 from spilt.settings.fields import DTYPE_ALIASES, DTYPES
@@ -48,11 +48,9 @@ def steer(model: nn.Module, steering: Steering, multiplier: Multiplier = 1.0) ->
 
     multiplier: strength m, a number or a tensor [B] with one for each row of the batch. Works with `model.generate` and pipelines.
     """
-    if not isinstance(steering, Steering):
-        raise UserError(f"steering is a {type(steering).__name__}; wanted a Steering (spilt.fit gives one, spilt.Steering.load reads one)")
-    strengths = strengths_of(multiplier)
+    placed, strengths = steering_of(model, steering), strengths_of(multiplier)
     one = isinstance(multiplier, int | float) or not getattr(multiplier, "ndim", len(strengths))
-    with whole.steer(model, steering.to(model), strengths[0] if one else torch.tensor(strengths, dtype=torch.float32)):
+    with whole.steer(model, placed, strengths[0] if one else torch.tensor(strengths, dtype=torch.float32)):
         yield model
 
 
@@ -63,7 +61,7 @@ def in_place(model: nn.Module, steering: Steering, multiplier: float = 1.0) -> I
     For what can be weights: changes of linear maps, and constants. Raises UserError for the rest, before any weight is touched.
     """
     one = getattr(multiplier, "ndim", 0 if isinstance(multiplier, int | float) else 1) == 0  # also a number of numpy or torch
-    with inplace.in_place(model, steering, strengths_of(multiplier)[0] if one else multiplier):
+    with inplace.in_place(model, steering_of(model, steering), strengths_of(multiplier)[0] if one else multiplier):
         yield model
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from spilt.api.given import Prompt, check_prompts, family, frozen, questions_of, strengths_of, whole_number
+from spilt.api.given import Prompt, check_prompts, family, frozen, questions_of, steering_of, strengths_of, whole_number
 from spilt.data.chat import Chat, readable
 from spilt.engine import choice, decode, sampling, scopes, whole
 from spilt.errors import unknown
@@ -53,7 +53,7 @@ def generate(
     for name, value in (("num_responses", num_responses), ("batch_size", 1 if batch_size is None else batch_size)):
         whole_number(name, value, 1)
     chat = Chat.of(tokenizer, use_chat_template, system_prompt)
-    placed = steering.to(model)
+    placed = steering_of(model, steering)
     asked = [(i, m, k) for i in range(len(questions)) for m in strengths for k in range(num_responses)]
     ids = [chat.prompt_ids(question) for question in questions]
     rows = [decode.Row(tuple(ids[i]), m, f"{seed}/{first + i}/{k}") for i, m, k in asked]

@@ -247,7 +247,9 @@ def block(model: nn.Module, layer: int) -> nn.Module:
 def check_layer(layer: int, count: int) -> None:
     """Raises UserError for a layer that a model of `count` blocks does not have."""
     if not 0 <= layer < count:
-        raise UserError(f"layer {layer} does not exist: the model has {count} blocks, 0 to {count - 1}; set `layers` in the YAML")
+        raise UserError(
+            f"layer {layer} does not exist: the model has {count} blocks, 0 to {count - 1}; choose one of these (`layers` in the YAML)"
+        )
 
 
 def read_point(model: nn.Module, layer: int, component: str) -> nn.Module:
