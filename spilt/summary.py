@@ -138,7 +138,8 @@ def print_plan(rows: Sequence[Mapping[str, Any]], made: plan.Plan) -> None:
         say(f"no effect: {', '.join(keys)} ({files} file{'s' if files > 1 else ''}): {reason}")
     for item in made.left_out:
         say(f"left out: {item.name}: {item.why}")
-    say(f"{len(made.steps)} steps, {len(made.left_out)} combinations left out; nothing was run or written")
+    steps, out = len(made.steps), len(made.left_out)
+    say(f"{steps} step{'s' * (steps != 1)}, {out} combination{'s' * (out != 1)} left out; nothing was run or written")
 
 
 def _doubts(step: verbs.Step, request: verbs.Request, seen: Seen) -> list[str]:

@@ -152,6 +152,19 @@ def test_the_cost_is_of_the_rows_that_are_read(base: families.Base, mode: str, m
     assert cost(base, mode, method, **{key: 999}) == all_of_them == cost(base, mode, method, **{key: None})
 
 
+def test_the_cost_of_a_fit_is_of_all_its_layers(base: families.Base) -> None:
+    """Trained layers are a fit each, a joint one is one fit; closed forms read all from one pass, up to the highest."""
+    one, three = (cost(base, "generate", layers=f"[{layer}]") for layer in (1, 3))
+    both = cost(base, "generate", layers="[1, 3]")
+    assert both.flops == one.flops + three.flops and both.tokens == one.tokens + three.tokens and both.cache == one.cache + three.cache
+    assert both.peak == max(one.peak, three.peak) + one.cache, "all that is recorded is kept until the step is over"
+    assert one.flops <= cost(base, "generate", layers="[1, 3]", joint="true").flops < both.flops
+    low, high = (cost(base, "generate", "caa", layers=f"[{layer}]") for layer in (1, 3))
+    several = cost(base, "generate", "caa", layers="[1, 3]")
+    assert several.flops == high.flops > low.flops and several.tokens == high.tokens and several.cache == 2 * high.cache < one.cache
+    assert cost(base, "generate", "caa", layers="[1]", direction_layer="3", intervention_method="vector") == high
+
+
 def test_the_cost_of_a_model_that_also_sees_is_of_its_language_model(tmp_path: Path) -> None:
     flat = {"num_hidden_layers": 34, "hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 8, "num_key_value_heads": 4}
     flat |= {"head_dim": 256, "vocab_size": 262208}

@@ -51,12 +51,12 @@ class Shape(NamedTuple):
         """FLOP of the output head, per scored token."""
         return 2 * self.vocab * self.hidden
 
-    def below(self, settings: Any) -> int:
+    def below(self, layers: Sequence[int]) -> int:
         """Blocks up to the lowest layer."""
-        return min(settings.layers) + 1
+        return min(layers) + 1
 
-    def above(self, settings: Any) -> int:
-        return self.layers - self.below(settings)
+    def above(self, layers: Sequence[int]) -> int:
+        return self.layers - self.below(layers)
 
     def size(self, settings: Any) -> int:
         """Bytes of a number."""
@@ -146,14 +146,14 @@ def shape_from(content: Any) -> Shape | None:
         return None
 
 
-def recording(step: Any, shape: Shape, pairs: Sequence[Any], kind: str) -> tuple[Cost, float, float]:
-    """Of the blocks up to the layer, once per sequence; and the tokens of all questions, and of all answers."""
+def recording(step: Any, shape: Shape, pairs: Sequence[Any], kind: str, blocks: int | None = None) -> tuple[Cost, float, float]:
+    """Of so many blocks (those up to the lowest layer), once per sequence; and the tokens of all questions, and of all answers."""
     s = step.settings
     questions = sum(tokens(readable(question)) + TEMPLATE for pair in pairs for question in set(pair.questions))
     answers = sum(tokens(text) + 3 for pair in pairs for _, text in pair.sides)
     recorded, size = questions + answers, shape.size(s)
     batch = max_tokens(kind) * (12 * shape.hidden + 2 * shape.intermediate) * size + 64 * shape.vocab * 6
-    flops = shape.run(recorded, shape.below(s), recorded / len(pairs))
+    flops = shape.run(recorded, blocks or shape.below(s.layers), recorded / len(pairs))
     return Cost(recorded, flops, recorded * (shape.hidden + shape.read(step)) * size, batch), questions, answers
 
 

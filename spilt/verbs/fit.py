@@ -87,19 +87,29 @@ class Fit(Verb):
         ]
 
     def cost(self, step: Step, shape: Shape, rows: Sequence[Any], request: Request) -> Cost:
-        """One pass below the layer, then forward and backward above it for every pair that is shown."""
+        """Of a closed form one pass up to the highest layer; else a fit at each layer, or one at all of them together."""
         s, kind = step.settings, request.device.split(":")[0]
-        recorded, questions, answers = recording(step, shape, rows, kind)
         method = METHODS[step.cells[0].method]
         if method.estimate is not None:
-            return recorded
-        above, size = shape.above(s), shape.size(s)
+            at = s.layers if s.direction_layer is None else [s.direction_layer]
+            recorded, _, _ = recording(step, shape, rows, kind, max(at) + 1)
+            return recorded._replace(cache=len(at) * 2 * len(rows) * shape.hidden * 4)  # a mean of each answer
+        groups = [s.layers] if s.joint or method.adapters else [[layer] for layer in s.layers]
+        fits = [self._trained(step, shape, rows, kind, group) for group in groups]
+        tokens, flops, cache, peak, _ = zip(*fits, strict=True)
+        return Cost(sum(tokens), sum(flops), sum(cache), max(peak))
+
+    def _trained(self, step: Step, shape: Shape, rows: Sequence[Any], kind: str, layers: Sequence[int]) -> Cost:
+        """One pass below the layer, then forward and backward above it for every pair that is shown."""
+        s, method = step.settings, METHODS[step.cells[0].method]
+        recorded, questions, answers = recording(step, shape, rows, kind, shape.below(layers))
+        above, size = shape.above(layers), shape.size(s)
         length = recorded.tokens / len(rows)
         sides = 2 if method.needs_losing(s) else 1
         times = s.n_epochs * (1 if method.adapters or method.one_side else len(s.preference_pairs)) * sides
         shown = times * (questions + answers / 2)
         flops = recorded.flops + 2 * shape.run(shown, above, length) + 2 * shape.head * times * answers / 2
         shapes = FORMS[step.cells[0].intervention].shapes(shape.hidden, shape.read(step), s.rank)
-        adam = 4 * 4 * sum(map(math.prod, shapes.values()))  # parameter, gradient, two moments, float32
+        adam = 4 * 4 * len(layers) * sum(map(math.prod, shapes.values()))  # parameter, gradient, two moments, float32
         at_once = min(s.batch_size * sides * length, max(length, max_tokens(kind, backward=True)))
         return Cost(recorded.tokens + shown, flops, recorded.cache, adam + above * shape.kept(at_once, length, size))

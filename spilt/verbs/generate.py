@@ -48,7 +48,9 @@ class Generate(Verb):
         length = sum(prompts) / len(prompts)
         new = texts * s.generation_params.max_new_tokens
         whole = length + s.generation_params.max_new_tokens
-        flops = shape.run(sum(prompts), shape.below(s), length) + shape.run(texts * length, shape.above(s), length) + texts * head
+        flops = (
+            shape.run(sum(prompts), shape.below(s.layers), length) + shape.run(texts * length, shape.above(s.layers), length) + texts * head
+        )
         flops += shape.run(new, shape.layers, whole) + new * head
         kind, size, longest, each = request.device.split(":")[0], shape.size(s), max(prompts), s.generation_params.max_new_tokens
         free = memory.free() - shape.weights * size if kind == "cpu" else None

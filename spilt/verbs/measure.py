@@ -70,7 +70,7 @@ class Measure(Verb):
         """One pass below the layer, one above it for each multiplier and sign."""
         recorded, _, answers = recording(step, shape, rows, request.device.split(":")[0])
         strengths = len({abs(m) for m in step.multipliers}) * 2
-        again = shape.run(recorded.tokens, shape.above(step.settings), recorded.tokens / len(rows)) + answers * shape.head
+        again = shape.run(recorded.tokens, shape.above(step.settings.layers), recorded.tokens / len(rows)) + answers * shape.head
         return recorded._replace(tokens=recorded.tokens * (1 + strengths), flops=recorded.flops + strengths * again)
 
 
