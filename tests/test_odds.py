@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from spilt.analysis.odds import collect, preference_log_odds, read_summary, summarise, utility_log_odds, write_summary
+from spilt.analysis.odds import collect, preference_log_odds, read_summary, read_table, summarise, utility_log_odds, write_summary
+from spilt.analysis.questions import EXACT
 from spilt.errors import UserError
 
 
@@ -192,6 +193,16 @@ def test_concepts_are_averaged_last() -> None:
     one, two = frame_of(np.full((1, 1), 1.0), np.full((1, 1), 3.0), [1.0]), frame_of(np.full((9, 1), 2.0), np.full((9, 1), 2.0), [1.0])
     summary = summarise(pd.concat([one.assign(concept=0), two.assign(concept=1)]))
     assert summary["preference"].tolist() == [1.0] and summary["n"].tolist() == [10]  # (2 + 0) / 2, not 2 / 10
+
+
+def test_every_digit_of_a_number_is_read(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    values = draw.normal(size=20_000) * 10.0 ** draw.integers(-12, 12, 20_000)
+    (tmp_path / "x.csv").write_text("x\n" + "\n".join(map(repr, values.tolist())))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = read_table(tmp_path / "x.csv", ["x"], "", **EXACT)
+    assert (table["x"].to_numpy() == values).all()
 
 
 def test_summary_file_round_trip(tmp_path: Path) -> None:

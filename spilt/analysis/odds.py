@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from spilt.analysis.provenance import of_one_request, of_one_vector
-from spilt.analysis.questions import DRAWS, Array, Questions
+from spilt.analysis.questions import DRAWS, EXACT, Array, Questions
 from spilt.artifacts.atomic import atomic_write
 from spilt.artifacts.losses import APPLIED, LOSS, NEUTRAL, NEUTRAL_TARGET, PREFERENCE_TYPES, SPLITS, SUMMARY, TABLE, TABLES, TARGETS
 from spilt.errors import UserError, first_line
@@ -123,7 +123,7 @@ def per_question(rows: pd.DataFrame, split: str) -> pd.DataFrame:
 def losses_table(path: Path) -> pd.DataFrame:
     """A cell's table of losses, every number as it was written. Raises UserError."""
     way_out = "measure this cell again with --force"
-    table = read_table(path, TABLE, way_out, float_precision="round_trip")
+    table = read_table(path, TABLE, way_out, **EXACT)
     for name in TABLE:
         if name not in ("positions", "target", "dose"):
             _numbers(table, name, path, least=-np.inf if name == "multiplier" else 0, way_out=way_out)

@@ -18,6 +18,8 @@ Mask = npt.NDArray[np.bool_]
 DRAWS = 1000
 NO_VALUES = ("split", "concept", "example", "multiplier")
 LEFT_OUT = ("utility", "dose", "moved_wrong", "value")  # what is not finite leaves its question out of this mean; elsewhere it shows
+# read_csv: every digit counts; pandas from 3.1 on reads so unasked, and will refuse to be asked
+EXACT: dict[str, Any] = {} if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1) else {"float_precision": "round_trip"}
 
 
 @dataclass(frozen=True)

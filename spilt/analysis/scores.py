@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from spilt.analysis.provenance import Artifact, of_one_vector
-from spilt.analysis.questions import Questions
+from spilt.analysis.questions import EXACT, Questions
 from spilt.artifacts import manifest
 from spilt.artifacts.scores import HARMONIC, TABLE, UNPARSABLE
 from spilt.artifacts.store import Store
@@ -25,7 +25,7 @@ def read(path: Path) -> pd.DataFrame:
     """The rows of one file. Raises UserError for a file that is not one of ours."""
     try:
         kinds = {"measure": str, "reason": str, "value": float, "multiplier": float, "concept": int, "item": int, "response": int}
-        table = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values={"value": [""]}, float_precision="round_trip")
+        table = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values={"value": [""]}, **EXACT)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as scores ({first_line(error)}); --mode evaluate makes it again") from None
     if tuple(table.columns) != TABLE:
