@@ -99,7 +99,7 @@ class Cell:
     def __str__(self) -> str:
         concept = "" if self.concept is None else f" concept {self.concept}"
         seed = "" if self.seed is None else f" seed {self.seed}"
-        layers = f" layer {'+'.join(map(str, self.layers))}" if self.apart else ""
+        layers = f" layer {spans(self.layers)}" if self.apart else ""
         return f"{self.dataset}{concept} {self.method} {self.intervention}{layers}{seed}"
 
 

@@ -46,6 +46,7 @@ def test_the_name_of_a_folder_is_read_back() -> None:
     assert cell.leaf == "sft_vector@seed7" and variant_of("odd@layer1,2") == Variant("odd@layer1,2")
     assert str(Variant("vector", (10, 14), 2)) == ", layer 10+14, seed 2"
     assert spans((5, 9, 10, 11, 14, 15)) == "5+9–11+14+15"
+    assert str(Cell("m", "d", "sft", "vector", (9, 10, 11, 12), apart=True)) == "d sft vector layer 9–12"
 
 
 def test_each_layer_alone_beside_the_settings_own(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:

@@ -248,6 +248,10 @@ def test_a_wrong_file_gives_one_good_message(name: str, base: families.Base, tmp
         (("--layers", "9"), "layer"),
         (("--layers", "1,2"), "wanted block numbers from 0 such as 10 14, 10+14"),
         (("--layers", "1+1"), "names a block twice"),
+        (
+            ("--layers", "+".join(map(str, range(130)))),
+            "130 blocks that act together give a folder a name that is too long; name them in the settings",
+        ),
         (("--layers", "1", "--set", "layers=2"), "give one of them"),
         (("--method", "stf"), "did you mean 'sft'?"),
     ],

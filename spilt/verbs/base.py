@@ -95,6 +95,9 @@ def adapted_layers(blocks: int) -> tuple[int, ...]:
     return tuple(range(round(0.3 * blocks), max(round(0.8 * blocks), round(0.3 * blocks) + 1)))
 
 
+LONGEST = 200  # characters of --layers in a folder's name, which has at most 255 of them, with method, form and seed
+
+
 def layer_groups(words: Sequence[str] | None) -> tuple[tuple[int, ...], ...] | None:
     """The words of --layers: `10 14+18` -> ((10,), (14, 18)); () of `all`."""
     if words is None or list(words) == ["all"]:
@@ -106,6 +109,10 @@ def layer_groups(words: Sequence[str] | None) -> tuple[tuple[int, ...], ...] | N
         layers = tuple(map(int, word.split("+")))
         if len(set(layers)) < len(layers):
             raise UserError(f"--layers {word}: names a block twice")
+        if len(word) > LONGEST:
+            why = f"{len(layers)} blocks that act together give a folder a name that is too long"
+            way = f"--set layers=[{layers[0]},{layers[1]},...], with --set joint=true where they are trained"
+            raise UserError(f"--layers {word[:40]}...: {why}; name them in the settings: {way}")
         found.append(tuple(sorted(layers)))
     return tuple(dict.fromkeys(found))
 
