@@ -103,7 +103,7 @@ def parser(base_dir: Path = Path("."), program: str = verbs.Request.program, ver
     add("--limit", type=_positive, help="rows of each data file, from the first")
     add("--anatomy", metavar="PART=PATH,...", help="where the model's blocks, attn, mlp, mlp_mid are; default: found by structure")
     add("--seed", type=int, help="over the YAML's")
-    add("--seeds", nargs="+", type=_count, metavar="N", help="a fit with each of these seeds, in folders of their own (closed forms, which have none: once)")
+    add("--seeds", nargs="+", type=_count, metavar="N", help="a fit with each of these seeds, in folders of their own; closed forms once")
     add("--concepts", nargs="+", type=int, metavar="ID", help=f"ids of a dataset with concepts; default: first {reading.FIRST_CONCEPTS}")
     splits = ", ".join(SPLITS)
     add("--split", help=f"{'' if verb else 'loss mode: '}{splits} or both; default: what dataset_format.yaml has")
