@@ -256,3 +256,30 @@ def test_wrong_words(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="peft cannot put"), adapters.wrapped(model, lambda: peft.get_peft_model(model, wrong)):  # type: ignore[arg-type]
         pass
     assert model.state_dict().keys() == before.keys()
+
+
+STARTS = ("pissa", "olora", "orthogonal", "gaussian")
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_starts_of_lora_leave_the_model_and_its_random_numbers_alone(start: str, tmp_path: Path) -> None:
+    """Each start is drawn and put in place by peft; olora subtracts it from the very weights that are lent. tau is what peft gives."""
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=start)  # type: ignore[arg-type]
+    torch.manual_seed(1)
+    theirs = peft.get_peft_model(families.build("llama"), config)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter += 0.05 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path)
+    wanted = logits(peft.PeftModel.from_pretrained(families.build("llama"), tmp_path).eval())
+    model = families.build("llama")
+    plain, before = logits(model), {name: (value.data_ptr(), value.clone()) for name, value in model.named_parameters()}
+    random = torch.get_rng_state()
+    tau = spilt.read_adapter(model, tmp_path)
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, value in model.named_parameters():
+        assert value.data_ptr() == before[name][0] and torch.equal(value, before[name][1]), name
+    with spilt.steer(model, tau, 1.0):
+        torch.testing.assert_close(logits(model), wanted, atol=2e-5, rtol=1e-4)
+    assert (wanted - plain).abs().max() > 0.01

@@ -28,8 +28,20 @@ from spilt.steering.interventions import Intervention, LoRA, Vector
 Found = list[tuple[int, Intervention]]
 ADAPTER = "adapter_config.json"
 KEEPS_WEIGHTS = ("gaussian", "eva", "mica", "orthogonal")  # words of init_lora_weights; others put something else in place of W
+NO_UPDATE = {  # entries of a LoRA's configuration with which it is no change of the model's weights, read in any way
+    "alora_invocation_tokens": "it acts after its invocation tokens alone (aLoRA), and a Steering at every token",
+    "layer_replication": "it makes other blocks than the model has (layer_replication)",
+}
+# switches and tables of a LoRA's configuration with which it is still W + s B A; those of a later kind are not among them
+STILL_A_SUM = (
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "bias", "lora_bias", "fan_in_fan_out"),
+    *("inference_mode", "auto_mapping", "megatron_config", "runtime_config", "ensure_weight_tying", "trainable_token_indices"),
+    "target_parameters",
+)
 INSIDE = ("layer_activations", "directions")  # where libraries keep {block: vector}
 PART = re.compile(r"(?:.{0,200}\.)?(?:layers|h|blk)\.(\d{1,9})\.((?:\w{1,50}\.){1,5})lora_([ab])(?:\.(weight|bias))?", re.I)
+TOWER = re.compile(r"(?:.*\.)?(?:[av]|\w*(?:vision|visual|image|audio|speech|tower)\w*)\.(?:\w+\.)*?(?:layers|h|blk)\.\d.*", re.I)
 DOWN = ("ffn_down.weight", "mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc2")  # down projections, by their names
 LAYER_KEY = re.compile(r"(?:layers?|blocks?|direction|v)?[._ ]?(\d{1,9})")
 WANTED = re.compile(r"direction\.|.*\.lora_[ab]$")  # tensors of a GGUF file
@@ -168,6 +180,11 @@ def peft_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / ADAPTER}: is no PEFT configuration ({type(error).__name__}: {first_line(error)})") from None
 
 
+def no_update(config: Mapping[str, Any]) -> str:
+    """Why a PEFT adapter is no change of the model's weights, which its library could merge; '' where it may be."""
+    return next((why for name, why in NO_UPDATE.items() if config.get(name)), "")
+
+
 def refuses(config: Mapping[str, Any]) -> str:
     """Why a PEFT adapter is not the sum W + s B A with the published W; '' where it is."""
     kind, start = config["peft_type"], config.get("init_lora_weights")
@@ -176,6 +193,9 @@ def refuses(config: Mapping[str, Any]) -> str:
         return f"a PEFT adapter of another kind ({what}); only LoRA is linear in its strength"
     if isinstance(start, str) and start.lower() not in KEEPS_WEIGHTS:
         return f"a LoRA that begins with {start!r}, which changes the weights that it is added to"
+    for name, value in config.items():
+        if name not in STILL_A_SUM and (value is True or (isinstance(value, list | dict) and value)):
+            return f"a LoRA with {name}, which makes it another sum than W + s B A"
     return ""
 
 
@@ -188,6 +208,8 @@ def _peft(folder: Path) -> Found:
         raise UserError(f"{folder / ADAPTER}: is no PEFT configuration ({type(error).__name__}: {first_line(error)})") from None
     if not all(re.fullmatch(r"[\w.]*", key) for key in numbers):
         raise UserError(f"{folder}: alpha_pattern has regular expressions, which are not followed; write names of modules")
+    if why := no_update(config):
+        raise UserError(f"{folder}: {why}")
     if why := refuses(config):
         raise UserError(f"{folder}: {why}; spilt.read_adapter(model, folder) reads it as a change of its base model's weights")
     file = next((path for name in ("adapter_model.safetensors", "adapter_model.bin") if (path := folder / name).is_file()), None)
@@ -210,10 +232,14 @@ def _pairs(path: Path, tensors: Mapping[str, Tensor], scale: Any) -> Found:
     for name in tensors:
         hit = PART.fullmatch(name)
         where = hit[2].removesuffix(".") if hit else ""
-        if hit is None or ".experts." in name or (where.endswith(".weight") and where not in DOWN):  # GGUF has rows of q and k elsewhere
+        elsewhere = where.endswith(".weight") and where not in DOWN  # GGUF has rows of q and k in another order
+        if hit is None or TOWER.fullmatch(name) or ".experts." in name or elsewhere:
             others.append(name)
         else:
-            places.setdefault((int(hit[1]), where), {})[hit[3].lower() + (hit[4] or "weight")] = name
+            held, part = places.setdefault((int(hit[1]), where), {}), hit[3].lower() + (hit[4] or "weight")
+            if part in held:
+                raise UserError(f"{path}: two places are called block {hit[1]}, {where}: {held[part]} and {name}")
+            held[part] = name
     if others or not places:
         shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "") or "none"
         raise UserError(f"{path}: adapts places that a Steering can't: {shown}; wanted LoRA of linear maps inside the decoder blocks")

@@ -138,12 +138,15 @@ def _environment() -> Iterator[None]:
 
 
 @contextmanager
-def wrapped(model: nn.Module, make: Callable[[], Any]) -> Iterator[Wrapped]:
-    """make() puts an adapter into the model and returns peft's. After the `with` the model is as before, weights and modules."""
+def wrapped(model: nn.Module, make: Callable[[], Any], *, written: bool = False) -> Iterator[Wrapped]:
+    """make() puts an adapter into the model and returns peft's. After the `with` the model is as before, weights and modules.
+
+    written: peft may write into the weights themselves, as olora does; they are copied meanwhile.
+    """
     blocks = anatomy.of(model).blocks  # before anything is in the way
     names = {id(module): name for name, module in model.named_modules()}
-    # a new tensor takes the place of a weight, biases are written into
-    kept = [(one, one.data if one.ndim > 1 else one.data.clone(), one.requires_grad) for one in model.parameters()]
+    # a new tensor takes the place of a weight; biases are written into
+    kept = [(one, one.data, one.data.clone() if written or one.ndim < 2 else one.data, one.requires_grad) for one in model.parameters()]
     try:
         try:
             with warnings.catch_warnings(), _environment():
@@ -151,7 +154,7 @@ def wrapped(model: nn.Module, make: Callable[[], Any]) -> Iterator[Wrapped]:
                 adapted = make()
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
             raise UserError(f"peft cannot put this adapter into the model: {first_line(error)}") from None
-        data = {id(parameter): before for parameter, before, _ in kept}
+        data = {id(parameter): before for parameter, _, before, _ in kept}
         found, before, mapped = dict[Place, Any](), dict[Place, tuple[Tensor, Tensor | None]](), set[int]()
         for module in _adapted(model).values():
             base = module.get_base_layer()
@@ -162,7 +165,7 @@ def wrapped(model: nn.Module, make: Callable[[], Any]) -> Iterator[Wrapped]:
             found[int(number), path] = module
             before[int(number), path] = data[id(base.weight)], None if base.bias is None else data[id(base.bias)]
             mapped.add(id(base.bias))
-        if any(not torch.equal(parameter.data, was) for parameter, was, _ in kept if parameter.ndim < 2 and id(parameter) not in mapped):
+        if any(not torch.equal(parameter.data, was) for parameter, _, was, _ in kept if parameter.ndim < 2 and id(parameter) not in mapped):
             raise UserError("the adapter also changes what is no linear map of a block, such as the bias of a norm")
         yield Wrapped(adapted, found, before)
     finally:
@@ -171,8 +174,8 @@ def wrapped(model: nn.Module, make: Callable[[], Any]) -> Iterator[Wrapped]:
             setattr(model.get_submodule(above), leaf, module.get_base_layer())
         if hasattr(model, "peft_config"):
             del model.peft_config
-        for parameter, data_before, wanted in kept:
-            parameter.data = data_before
+        for parameter, own, data_before, wanted in kept:
+            parameter.data = own if own is data_before else own.copy_(data_before)
             parameter.requires_grad_(wanted)
 
 
@@ -232,13 +235,22 @@ def read(model: nn.Module, folder: str | Path) -> Steering:
     folder = Path(folder)
     said = foreign.peft_config(folder)
     about = {"adapter": folder.name, "kind": said["peft_type"].lower()}
+    if why := foreign.no_update(said):
+        raise UserError(f"{folder}: {why}")
     if not foreign.refuses(said) and said.get("bias", "none") == "none":
         return Steering(Steering.load(folder).entries, about)
     if said.get("modules_to_save") or said.get("trainable_token_indices"):
         raise UserError(f"{folder}: the adapter has whole modules or tokens of its own ({_shown(said)}), no linear maps of blocks")
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: has {foreign.ADAPTER} but no {WEIGHTS}")
-    with wrapped(model, lambda: peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu")) as held:  # type: ignore[arg-type]
+    starts = said.get("init_lora_weights")
+    written = isinstance(starts, str) and starts.lower() not in foreign.KEEPS_WEIGHTS
+
+    def make() -> Any:
+        return peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu")  # type: ignore[arg-type]
+
+    # peft draws what it then replaces
+    with torch.random.fork_rng(devices=[]), wrapped(model, make, written=written) as held:
         if not held.maps:
             raise UserError(
                 f"{folder}: an adapter of kind {about['kind']} changes no linear map of a block; wanted one such as {', '.join(KINDS)}"
