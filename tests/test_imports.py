@@ -199,14 +199,72 @@ def test_adapters_that_are_none_of_these(tmp_path: Path) -> None:
             ({"target_modules": ["lm_head"], "layers_to_transform": None}, "adapts places that a Steering can't.*lm_head"),
             ({"use_dora": True}, "of another kind .DoRA."),
             ({"modules_to_save": ["lm_head"]}, "with whole modules"),
+            ({"alora_invocation_tokens": [5, 6]}, "acts after its invocation tokens alone"),
+            ({"layers_to_transform": None, "layer_replication": [[0, 3], [2, 5]]}, "other blocks than the model has"),
         ]
     ):
         folder, _ = adapter(tmp_path / str(number), **words)
         with pytest.raises(UserError, match=said):
             Steering.load(folder)
+        with pytest.raises(UserError):  # and not read as something else with its model
+            read = spilt.read_adapter(AutoModelForCausalLM.from_pretrained(checkpoint("qwen2"), dtype=torch.float32), folder)
+            assert words == {"use_dora": True}
+            raise UserError(f"read as {read}")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds neither layer_{id}.pt nor adapter_config.json"):
         Steering.load(tmp_path / "empty")
+
+
+def test_no_adapter_of_a_newer_kind_is_read_as_lora(tmp_path: Path) -> None:
+    """What this file does not know of a configuration changes the sum, or may: it is refused by its name, unless it is off."""
+    folder, _ = adapter(tmp_path / "adapter")
+    words = json.loads((folder / "adapter_config.json").read_text())
+    own = Steering.load(folder)
+    for name, value in {"kasa_config": {"a": 1}, "use_bdlora": {"nblocks": 2}, "of_next_year": True}.items():
+        (folder / "adapter_config.json").write_text(json.dumps({**words, name: value}))
+        with pytest.raises(UserError, match=f"{name}.*read_adapter"):
+            Steering.load(folder)
+        (folder / "adapter_config.json").write_text(json.dumps({**words, name: None}))
+        assert Steering.load(folder) == own
+
+
+def test_a_towers_layers_are_no_blocks(tmp_path: Path) -> None:
+    """An adapter of a model of images and text has layers 1 of both: one of them is in the decoder."""
+    text, tower = "base_model.model.model.language_model.layers.1.", "base_model.model.model.vision_tower.vision_model.encoder.layers.1."
+    both = {f"{place}self_attn.q_proj.lora_{x}.weight": torch.ones(2, 2) for place in (text, tower) for x in "AB"}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    for name, tensors, said in (
+        ("both", both, "vision_tower"),
+        ("tower", {key: value for key, value in both.items() if key.startswith(tower)}, "vision_tower"),
+        ("twice", {key.replace("vision_tower.vision_model.encoder", "other"): value for key, value in both.items()}, "two places"),
+    ):
+        (folder := tmp_path / name).mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        save_file(tensors, folder / "adapter_model.safetensors")
+        with pytest.raises(UserError, match=said):
+            Steering.load(folder)
+
+
+STORED = {
+    "safetensors": lambda to: Steering.load(LAYERED["a dict by layer"](to)).save(to / "mine.safetensors"),
+    "PEFT": lambda to: adapter(to / "adapter")[0],
+    "released": lambda to: [torch_file(to / f"layer_{n}.pt", v) for n, v in V.items()][0].parent,
+    "GGUF": lambda to: gguf_file(
+        to / "l.gguf",
+        {f"blk.{n}.ffn_down.weight.lora_{x}": torch.ones(*s) for n in (1, 3) for x, s in (("a", (2, MIDDLE)), ("b", (HIDDEN, 2)))},
+        "qwen2",
+        adapter__type="lora",
+    ),
+}  # each with layers 1 and 3
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_one_layer_of_what_says_its_layers(tmp_path: Path, kind: str) -> None:
+    path = STORED[kind](tmp_path)
+    value = Steering.load(path)
+    assert value.layers == (1, 3) and Steering.load(path, 3) == value.on(3)
+    with pytest.raises(UserError, match="has the layers 1, 3, not 2"):
+        Steering.load(path, 2)
 
 
 # ---------------------------------------------------------------- wrong ones

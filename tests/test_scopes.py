@@ -188,6 +188,13 @@ def test_nothing_steers_every_token_in_silence() -> None:
     steering = built(model)
     with pytest.raises(UserError, match="scope 'last' alone.*scopes"), spilt.steer(model, steering):
         pass
+    with pytest.raises(UserError, match="scope 'last' alone"), spilt.in_place(families.build("llama"), steering):
+        pass
+    everywhere = Steering(steering.entries)
+    for sum_of in (lambda: steering + everywhere, lambda: everywhere - steering, lambda: sum([steering, everywhere])):
+        with pytest.raises(UserError, match="'last' and 'all'|'all' and 'last'"):
+            sum_of()
+    assert (steering + steering).scope == "last" and (steering * 2).scope == "last"
     with pytest.raises(UserError, match="scope 'last' alone"):
         spilt.measure(model, tokenizer, steering, PAIRS, [1.0], positions="all", engine="plain")
     with pytest.raises(UserError, match="no mask says it"):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import HIDDEN, LAYERS, READS, intervention, make_base, model, token_rows
@@ -125,6 +126,21 @@ def test_sum_begins_with_nothing() -> None:
     for wrong in (1, -0.5, None):
         with pytest.raises(TypeError, match="unsupported operand"):
             wrong + one  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("half", [np.float64(0.5), np.float32(0.5), np.array(0.5), torch.tensor(0.5), 0.5], ids=lambda x: type(x).__name__)
+def test_a_factor_is_a_number_of_any_library(half: Any) -> None:
+    """On either side; an array of several is none."""
+    value = every()
+    assert value * half == value * 0.5 and half * value == value * 0.5
+    for several in (np.ones(2), torch.ones(2), "2", None):
+        with pytest.raises(TypeError):
+            value * several
+
+
+def test_the_norm_is_that_of_the_lowest_layer() -> None:
+    low, high = Steering([(Site(1), intervention("vector", seed=1))]), Steering([(Site(3), intervention("vector", seed=2))]) * 5
+    assert (low + high).norm() == (high + low).norm() == low.norm() != high.norm()
 
 
 def test_damaged_and_missing_files(tmp_path: Path) -> None:

@@ -248,7 +248,8 @@ def check_layer(layer: int, count: int) -> None:
     """Raises UserError for a layer that a model of `count` blocks does not have."""
     if not 0 <= layer < count:
         raise UserError(
-            f"layer {layer} does not exist: the model has {count} blocks, 0 to {count - 1}; choose one of these (`layers` in the YAML)"
+            f"layer {layer} does not exist: the model has {count} blocks, 0 to {count - 1}; choose one of these (--layers N, "
+            "or `layers` in the YAML)"
         )
 
 

@@ -29,6 +29,7 @@ def in_place(model: nn.Module, steering: Steering, multiplier: float = 1.0) -> I
     """
     if not isinstance(multiplier, int | float):
         raise UserError(f"weights have one strength for all rows, not a {type(multiplier).__name__}; {HOOKS}, each row at its own")
+    steering.at(multiplier)  # refused where it acts on some tokens alone
     found = by_place(model, steering.to(model))
     with ExitStack() as back:
         for where, made in found.items():

@@ -125,8 +125,8 @@ class Steering:
         return all(made.identity for _, made in self.entries)
 
     def norm(self) -> float:
-        """Of the update at the lowest layer."""
-        return self.entries[0][1].norm()
+        """Of the update at the lowest layer, the first there."""
+        return min(self.entries, key=lambda entry: entry[0].layer)[1].norm()
 
     def to(self, model: nn.Module) -> Steering:
         """A copy whose parameters lie where the model's blocks compute. Raises UserError where it does not fit the model."""
@@ -159,9 +159,17 @@ class Steering:
         return f"Steering({sites}{known})"
 
     def __add__(self, other: Steering) -> Steering:
-        """Both act, this one first. At one site deltas add up; an ablation and nonlinear forms read what those before them wrote there."""
+        """Both act, this one first. At one site deltas add up; an ablation and nonlinear forms read what those before them wrote there.
+
+        Raises UserError where one acts on other tokens than the other.
+        """
         if not isinstance(other, Steering):
             return NotImplemented
+        if self.scope != other.scope:
+            raise UserError(
+                f"the scopes of these Steerings are {self.scope!r} and {other.scope!r}, and their sum has one, at whose tokens all of it "
+                f"acts; where that is meant, give both the same: steering.about[{SCOPE!r}]"
+            )
         about = {key: value for key, value in self.about.items() if key != RECOMMENDED and other.about.get(key) == value}
         return Steering(((site, _copy(made)) for site, made in (*self.entries, *other.entries)), about)
 
@@ -177,6 +185,8 @@ class Steering:
 
     def __mul__(self, factor: float) -> Steering:
         """delta at m of the result is delta at factor m of this one: exact, every form holds its strength as a factor."""
+        if getattr(factor, "ndim", 1) == 0:  # a number of numpy or torch
+            factor = factor.item()  # type: ignore[attr-defined]
         if not isinstance(factor, int | float):
             return NotImplemented
         if not math.isfinite(factor):
@@ -187,6 +197,7 @@ class Steering:
         return Steering(((site, _copy(made).scaled(float(factor))) for site, made in self.entries), about)
 
     __rmul__ = __mul__
+    __array_ufunc__ = None  # numpy leaves number * Steering to __rmul__, and makes no array of entries
 
     def __neg__(self) -> Steering:
         return self * -1.0
@@ -234,6 +245,13 @@ class Steering:
         Raises UserError for anything else, with what was found.
         """
         path = Path(path)
+        whole = cls._load(path, layer)
+        if layer is not None and layer not in whole.layers:
+            raise UserError(f"{path}: has the layers {', '.join(map(str, whole.layers))}, not {layer}")
+        return whole if layer is None else whole.on(layer)
+
+    @classmethod
+    def _load(cls, path: Path, layer: int | None) -> Steering:
         files = {int(hit[1]): file for file in sorted(path.iterdir()) if (hit := LAYER_FILE.fullmatch(file.name))} if path.is_dir() else {}
         if files:
             parts = [cls.load(files[layer]) for layer in sorted(files)]
