@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from spilt import cli
 from spilt.engine import whole
+from spilt.export import FORMATS
+from spilt.settings.values import SCOPES
 from spilt.steering.anatomy import FAMILIES
 from spilt.steering.steering import Site, Steering
 
@@ -153,6 +155,31 @@ def test_safetensors_hold_everything(folder: Callable[[str], Path], family: str)
     assert run(base, family, value, "safetensors", multiplier=None) == 0
     again = Steering.load(base / "out" / "steering.safetensors")
     assert again == value and again.about["recommended_multiplier"] == M
+
+
+def test_a_strength_that_is_asked_for_is_not_recommended(folder: Callable[[str], Path]) -> None:
+    """What the file recommends stays as it was, or unsaid."""
+    base, known = folder("qwen2"), {"method": "sft", "recommended_multiplier": 3.0}
+    for about in ({"method": "sft"}, known):
+        assert run(base, "qwen2", Steering(steering("lora"), about), "safetensors") == 0
+        assert Steering.load(base / "out" / "steering.safetensors").about == about
+        assert f"multiplier: `{M:g}`" in (base / "out" / "README.md").read_text()
+        shutil.rmtree(base / "out")
+
+
+@pytest.mark.parametrize("scope", SCOPES[1:])
+def test_some_tokens_alone(folder: Callable[[str], Path], scope: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Our own file holds it, and what it does there is compared; a file that cannot say it is refused."""
+    base, value = folder("qwen2"), Steering(steering("lora"), {"scope": scope})
+    assert run(base, "qwen2", value, "safetensors") == 0
+    assert f"the tokens of scope {scope} alone are steered" in capsys.readouterr().out
+    again = Steering.load(base / "out" / "steering.safetensors")
+    assert again == value and again.scope == scope and "spilt.generate(" in (base / "out" / "README.md").read_text()
+    shutil.rmtree(base / "out")
+    for kind in FORMATS.keys() - {"safetensors"}:
+        assert run(base, "qwen2", value, kind) == 2
+        assert f"scope '{scope}' alone" in (said := capsys.readouterr().err) and "--format safetensors" in said
+        assert not (base / "out").exists()
 
 
 def test_several_entries_become_one_adapter(folder: Callable[[str], Path]) -> None:

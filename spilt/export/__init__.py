@@ -7,6 +7,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,10 +36,11 @@ class Format(NamedTuple):
 
     module: str
     does: str
+    scopes: bool = False  # whether it can say that some tokens alone are steered
 
 
 FORMATS: dict[str, Format] = {
-    "safetensors": Format("stored", "the Steering itself with all that is known of it; exact for every form and family"),
+    "safetensors": Format("stored", "the Steering itself with all that is known of it; exact for every form and family", scopes=True),
     "released": Format("released", "layer_{id}.pt, as fits are stored: put where a fit would lie, it is applied and measured"),
     "peft": Format("peft", "an adapter for PEFT: LoRA at linear maps, constants as its biases"),
     "merged": Format("merged", "a checkpoint in float32 with the update in its weights"),
@@ -73,6 +75,10 @@ def _export(args: argparse.Namespace) -> int:
     multiplier = args.multiplier if args.multiplier is not None else _recommended(args, steering, cell)
     from spilt.export.folding import Job
     from spilt.report.cells import CURVES_FILE
+    from spilt.steering.steering import RECOMMENDED, Steering
+
+    if args.multiplier is None:
+        steering = Steering(steering, {**steering.about, RECOMMENDED: multiplier})
 
     base = args.base_model or str(Store(args.base_dir).model(args.model_name).resolve())
     job = Job(host.model, host.tokenizer, steering.to(host.model), multiplier, base, args.output.resolve(), host.path)
@@ -114,19 +120,25 @@ def export(job: Any, kind: str, facts: dict[str, Any], picture: Path | None = No
     """The folder job.place, whole or not at all: written beside it, loaded again, compared, then renamed. Returns what to tell."""
     import torch
 
-    from spilt.engine import whole
     from spilt.export import card
+    from spilt.steering.steering import Steering
 
     module: Any = import_module(f"spilt.export.{FORMATS[kind].module}")
+    scope = job.steering.scope
+    if scope != "all" and not FORMATS[kind].scopes:
+        raise UserError(
+            f"--format {kind}: this Steering acts on the tokens of scope {scope!r} alone, which no file of this kind can say; "
+            "--format safetensors holds any Steering"
+        )
     plain = logits(job.model, job.tokenizer)
-    with whole.steer(job.model, job.steering, job.multiplier):
-        ours = logits(job.model, job.tokenizer)
+    ours = logits(job.model, job.tokenizer, job.steering, job.multiplier)
     job.place.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{job.place.name}.", dir=job.place.parent))
     try:
         loading = module.write(job, folder)
-        with module.reload(job, folder) as model:
-            theirs = logits(model, job.tokenizer)
+        with module.reload(job, folder) as found:
+            ours_again = isinstance(found, Steering)
+            theirs = logits(job.model, job.tokenizer, found, job.multiplier) if ours_again else logits(found, job.tokenizer)
         size = float(ours.abs().max())
         error, effect = (float((ours - other).abs().max()) / size for other in (theirs, plain))
         if not (error <= CLOSE and effect >= VISIBLE * error and effect > 0) or not torch.isfinite(theirs).all():
@@ -148,16 +160,23 @@ def export(job: Any, kind: str, facts: dict[str, Any], picture: Path | None = No
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return [f"{job.place}: multiplier {job.multiplier:g}, every token is steered", checked, "README.md in it says how it is loaded"]
+    return [f"{job.place}: multiplier {job.multiplier:g}, {card.steered(scope)}", checked, "README.md in it says how it is loaded"]
 
 
-def logits(model: Any, tokenizer: Any) -> Tensor:
-    """[tokens, vocabulary] of all TEXTS, one after the other."""
+def logits(model: Any, tokenizer: Any, steering: Any = None, multiplier: float = 1.0) -> Tensor:
+    """[tokens, vocabulary] of all TEXTS, one after the other, steered at the tokens of its scope; half of a text is its prompt."""
     import torch
 
+    from spilt.engine import scopes, whole
+
     found = []
-    with torch.no_grad():
+    with torch.no_grad(), whole.steer(model, steering, multiplier) if steering and steering.scope == "all" else nullcontext():
         for text in TEXTS:
             ids = torch.tensor([tokenizer(text)["input_ids"]], device=model.device)
-            found.append(model(input_ids=ids, use_cache=False).logits[0].float().cpu())
+            if steering is None or steering.scope == "all":
+                made = model(input_ids=ids, use_cache=False).logits[0]
+            else:
+                every = torch.ones_like(ids, dtype=torch.bool)
+                made = scopes.logits(model, steering, multiplier, ids, every, torch.tensor([ids.shape[1] // 2]), every)
+            found.append(made.float().cpu())
     return torch.cat(found)

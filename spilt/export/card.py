@@ -30,7 +30,7 @@ def text(job: Job, kind: str, loading: str, facts: Mapping[str, Any], checked: s
             "---",
             f"# A steered `{_code(name)}`",
             "",
-            f"Made by spilt {__version__}, `--format {kind}`. Every token is steered.",
+            f"Made by spilt {__version__}, `--format {kind}`. {steered(job.steering.scope).capitalize()}.",
             "",
             *(f"- {name}: `{_code(value)}`" for name, value in known.items() if value not in (None, "")),
             "",
@@ -50,6 +50,11 @@ def text(job: Job, kind: str, loading: str, facts: Mapping[str, Any], checked: s
             "",
         ]
     )
+
+
+def steered(scope: str) -> str:
+    """Which tokens, in words."""
+    return "every token is steered" if scope == "all" else f"the tokens of scope {scope} alone are steered"
 
 
 def _code(value: Any) -> str:
