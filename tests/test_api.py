@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from families import PAIRS as CELLS
@@ -199,6 +201,25 @@ def test_what_is_no_steering_and_what_are_no_pairs(loaded: Any, tmp_path: Path) 
             spilt.measure(*loaded, value, wrong)
     with pytest.raises(UserError, match="pair 0 is 3; wanted the texts"):
         spilt.fit(*loaded, [3], layer=2)
+
+
+def test_numbers_are_those_of_any_library(loaded: Any) -> None:
+    """Settings, layers and multipliers as numpy, pandas and torch hold them; what is no number is refused as before."""
+    how: dict[str, Any] = {"method": "sft", "intervention": "lora", "seed": 3}
+    plain = spilt.fit(*loaded, PAIRS, layer=[1, 2], **how, n_epochs=1, lr=0.5, rank=2, steering_factors=[1.0, 2.0], batch_size=4)
+    numbers: dict[str, Any] = {"n_epochs": np.int64(1), "lr": np.float32(0.5), "rank": torch.tensor(2), "batch_size": np.array(4)}
+    for layers, factors in ((np.array([1, 2]), np.array([1.0, 2.0])), (torch.tensor([1, 2]), [np.float32(1), torch.tensor(2.0)])):
+        assert spilt.fit(*loaded, PAIRS, layer=layers, **how, **numbers, steering_factors=factors) == plain
+    assert spilt.fit(*loaded, PAIRS, layer=np.int64(1), method="caa") == spilt.fit(*loaded, PAIRS, layer=1, method="caa")
+    for name, value in {"n_epochs": np.float64(1.5), "lr": np.array([0.1, 0.2]), "rank": np.bool_(True)}.items():
+        with pytest.raises(UserError, match=name):
+            spilt.fit(*loaded, PAIRS, layer=1, **how, **{name: value})
+    filtered = pd.Series([0.0, 1.0, 2.0])[lambda m: m > 0]  # its index begins at 1
+    wanted = spilt.measure(*loaded, plain, PAIRS, [1.0, 2.0])
+    pd.testing.assert_frame_equal(spilt.measure(*loaded, plain, PAIRS, filtered), wanted)
+    for wrong in (pd.Series(["1"]), "1", pd.Series([], dtype=float)):
+        with pytest.raises(UserError, match="multipliers are"):
+            spilt.measure(*loaded, plain, PAIRS, wrong)
 
 
 def test_importing_is_fast_and_lists_the_face() -> None:

@@ -261,6 +261,20 @@ def test_wrong_words(words: tuple[str, ...], wanted: str, base: families.Base, m
     assert wanted in capsys.readouterr().err and not (base.path / "data").exists()
 
 
+def test_what_is_drawn_must_prefer_something_and_nothing_is_written_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two of four questions have one answer twice: a file that prefers something, and a draw of it that does not."""
+    path = tmp_path / "rows.csv"
+    path.write_text(text_of([{"question": f"{n}?", "matching": "x", "not_matching": "xy"[n > 1]} for n in range(4)]))
+    found = set()
+    for seed in range(12):
+        words = ["prepare", "--input", str(path), "--test", "0.5", "--base_dir", str(tmp_path), "--seed", str(seed), "--name", f"d{seed}"]
+        found.add(code := cli.main(words))
+        said = capsys.readouterr()
+        assert (tmp_path / "data" / f"d{seed}").exists() == (code == 0)
+        assert code == 0 or "of what is drawn for" in said.err and "another --seed draws others" in said.err
+    assert found == {0, 2}
+
+
 def test_words_that_need_a_file(base: families.Base, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--method", "sft", "--intervention_method", "vector", "--model_name", base.model, "--base_dir", str(base.path)]
     assert cli.main(given) == 2 and "which data? give --dataset NAME, or --train FILE" in capsys.readouterr().err

@@ -379,8 +379,9 @@ def test_concepts_are_averaged_into_one_cell(tmp_path: Path) -> None:
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.main(["--base_dir", str(tmp_path)]) == 2
-    assert "no stored losses below" in capsys.readouterr().err
+    for words in ([], ["--model_name", "tiny"]):
+        assert report.main(["--base_dir", str(tmp_path), *words]) == 2
+        assert "no stored losses below" in capsys.readouterr().err
     write_losses(tmp_path, "caa", "vector", 2.0, {"train": 4, "test": 4}, model="tiny", points=3)
     assert report.main(["--base_dir", str(tmp_path), "--split", "test", "--norm", "sum", "--budget", "1"]) == 0
     out = Path(capsys.readouterr().out.strip())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -52,7 +52,8 @@ def fit(
     settings: keys of the YAML files, such as lr, n_epochs, batch_size, rank; left out: the released defaults.
     Raises UserError for names and values that do not exist.
     """
-    layers = tuple(whole_number("layer", n, 0) for n in (layer if isinstance(layer, Sequence) and not isinstance(layer, str) else [layer]))
+    several = isinstance(layer, Iterable) and not isinstance(layer, str) and getattr(layer, "ndim", 1) > 0
+    layers = tuple(whole_number("layer", n, 0) for n in (layer if several else [layer]))  # type: ignore[union-attr]
     s = _settings(method, intervention, layers, settings)
     fit_verb.refuse_without_effect(s)
     rows = pairs_of(pairs)

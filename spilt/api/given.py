@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -40,7 +41,8 @@ def whole_number(name: str, value: Any, least: int) -> int:
 def strengths_of(given: Any) -> list[float]:
     """One strength or several, of Python, numpy or torch, as the command line takes them. Raises UserError."""
     try:
-        values = torch.as_tensor(given, dtype=torch.float64).flatten().tolist()
+        array = np.asarray(given) if hasattr(given, "__array__") and not isinstance(given, torch.Tensor) else given  # pandas, any index
+        values = torch.as_tensor(array, dtype=torch.float64).flatten().tolist()
     except (TypeError, ValueError, RuntimeError):
         values = []
     if not values or not all(abs(m) <= STRONGEST for m in values):  # nan is not

@@ -215,8 +215,9 @@ def measure(
 ) -> pd.DataFrame:
     """Preference and utility log-odds (nats) at each multiplier, means over the pairs with 95% bootstrap intervals: odds.SUMMARY.
 
-    positions: which tokens are steered; left out, those it was fitted for (`Steering.scope`), as `generate` does; skip_prefix is as the
-    released losses.
+    positions: which tokens are steered, a word of `steer_positions`; left out, `Steering.scope`, as `generate` does: every token, unless
+    it was fitted for last, last_cached, prompt or generated. What else it was fitted at (f5+l5, all_prompt ...) says where the fit trains,
+    and is asked for here by its word; skip_prefix is as the released losses.
     multipliers: left out, 11 points over the range in which the form is trained. 0, the unsteered model, is always among them.
     """
     import pandas as pd

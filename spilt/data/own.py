@@ -143,7 +143,15 @@ def parts(own: Own, name: str) -> dict[str, list[dict[str, Any]]]:
     rows = {"train": _rows(own.train, own, name, "train")}
     if isinstance(own.test, tuple):
         return rows | ({"test": _rows(own.test, own, name, "test")} if own.test else {})
-    return dict(zip(SECTION, _split(rows["train"], own), strict=True))
+    drawn = dict(zip(SECTION, _split(rows["train"], own), strict=True))
+    for part, found in drawn.items():  # the file as a whole may prefer something where what is drawn of it does not
+        fmt = DatasetFormat(name, SECTION[part], own.train[0], own.columns, False)
+        if whole := [row for row in found if not own.writer or row[LOSING] is not None]:
+            try:
+                sense.refuse_useless(fmt, _pairs(whole))
+            except UserError as error:
+                raise UserError(f"--test {own.test:g}: of what is drawn for {part}.jsonl: {error}; another --seed draws others") from None
+    return drawn
 
 
 def section(own: Own, name: str, section: str) -> list[Pair] | list[Prompt]:

@@ -229,9 +229,10 @@ def _rebuild(options: argparse.Namespace) -> int:
     base = Path(options.base_dir)
     if not options.budget >= 0:
         raise UserError(f"--budget {options.budget:g}: nats of utility to spend, 0 or more")
-    if options.model_name and options.model_name not in places.models(base):
-        raise unknown("model", options.model_name, places.models(base))
-    names = [options.model_name] if options.model_name else places.models(base)
+    have = places.models(base)
+    if options.model_name and have and options.model_name not in have:
+        raise unknown("model with stored losses", options.model_name, have)
+    names = [name for name in have if options.model_name in (None, name)]
     jobs = [(m, d) for m in names for d in ([options.dataset] if options.dataset else places.datasets(base, m))]
     if not options.model_name and options.dataset:
         jobs = [(m, d) for m, d in jobs if d in places.datasets(base, m)]

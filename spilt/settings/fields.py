@@ -15,7 +15,7 @@ from typing import Any
 
 from spilt.cell import FORMS, NONLINEARITIES
 from spilt.errors import UserError
-from spilt.settings.values import Bad, Reader, choice, flag, many, number, optional, positions, steered, text, whole, whole_or_all
+from spilt.settings.values import Bad, Reader, choice, flag, many, number, optional, plain, positions, steered, text, whole, whole_or_all
 
 POINTS = ("mlp_mid", "mlp", "attn", "block")  # read points of lora and local_weight
 ANATOMY = ("blocks", "attn", "mlp", "mlp_mid")  # what of a model has a place that can be told
@@ -82,7 +82,7 @@ class Checked:
 
     def __post_init__(self) -> None:
         for key in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
-            value, by = getattr(self, key.name), key.metadata["by"]
+            value, by = plain(getattr(self, key.name)), key.metadata["by"]
             if by and value is None:
                 value = by(getattr(self, "method", ""), getattr(self, "intervention_method", ""))
             object.__setattr__(self, key.name, read_field(key, value))

@@ -19,6 +19,13 @@ class Bad(ValueError):
     """What is wrong with one value, worded to follow `file: key = value`."""
 
 
+def plain(value: Any) -> Any:
+    """What Python users have of numpy, pandas or torch, as YAML would have it."""
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def number(low: float = -math.inf, high: float = math.inf, *, above: float | None = None, below: float | None = None) -> Reader:
     """A finite float in [low, high], and strictly beyond `above` / `below` if given. `1e-2`, a string for YAML 1.1, is a number."""
 
