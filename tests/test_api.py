@@ -203,6 +203,7 @@ def test_what_is_no_steering_and_what_are_no_pairs(loaded: Any, tmp_path: Path) 
         spilt.fit(*loaded, [3], layer=2)
 
 
+@pytest.mark.filterwarnings("error")
 def test_numbers_are_those_of_any_library(loaded: Any) -> None:
     """Settings, layers and multipliers as numpy, pandas and torch hold them; what is no number is refused as before."""
     how: dict[str, Any] = {"method": "sft", "intervention": "lora", "seed": 3}

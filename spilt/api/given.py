@@ -41,7 +41,7 @@ def whole_number(name: str, value: Any, least: int) -> int:
 def strengths_of(given: Any) -> list[float]:
     """One strength or several, of Python, numpy or torch, as the command line takes them. Raises UserError."""
     try:
-        array = np.asarray(given) if hasattr(given, "__array__") and not isinstance(given, torch.Tensor) else given  # pandas, any index
+        array = np.array(given) if hasattr(given, "__array__") and not isinstance(given, torch.Tensor) else given  # pandas, any index
         values = torch.as_tensor(array, dtype=torch.float64).flatten().tolist()
     except (TypeError, ValueError, RuntimeError):
         values = []
