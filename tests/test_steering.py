@@ -138,6 +138,13 @@ def test_a_factor_is_a_number_of_any_library(half: Any) -> None:
             value * several
 
 
+def test_what_is_recommended_for_the_whole_is_not_for_a_part() -> None:
+    value = every()
+    assert value.about == value.on(1).about | {"recommended_multiplier": 3.5} != value.on(1).about
+    alone = Steering([value.entries[0]], value.about)
+    assert alone.on(alone.layers[0]).about == value.about
+
+
 def test_the_norm_is_that_of_the_lowest_layer() -> None:
     low, high = Steering([(Site(1), intervention("vector", seed=1))]), Steering([(Site(3), intervention("vector", seed=2))]) * 5
     assert (low + high).norm() == (high + low).norm() == low.norm() != high.norm()

@@ -116,8 +116,10 @@ class Steering:
         return [Applied(site.layer, made, multiplier, positions) for site, made in self.entries]
 
     def on(self, layer: int) -> Steering:
-        """The part of it at one layer."""
-        return Steering(((site, made) for site, made in self.entries if site.layer == layer), self.about)
+        """The part of it at one layer; a recommended multiplier is that of the whole."""
+        part = [(site, made) for site, made in self.entries if site.layer == layer]
+        whole = len(part) == len(self.entries)
+        return Steering(part, {key: value for key, value in self.about.items() if whole or key != RECOMMENDED})
 
     @property
     def identity(self) -> bool:
