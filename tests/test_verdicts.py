@@ -341,6 +341,20 @@ def test_chosen_on_train_and_reported_on_test() -> None:
     assert next_multiplier(train, 0.5) == 1.5 and recommendation(train, budget=0.0)["multiplier"] == 0
 
 
+def test_one_held_out_question_says_nothing_of_a_gain() -> None:
+    """It has no interval: what is reported is the training items', and of one question alone it is said that nobody knows."""
+    people = Population(np.random.default_rng(1), 24), Population(np.random.default_rng(2), 1, gain=-0.5)
+    train, against = people[0].frame(), people[1].frame(split="test")
+    found, wanted = recommendation(pd.concat([train, against])), recommendation(train)
+    assert found["reported_on"] is None and found["multiplier"] == wanted["multiplier"] > 0 and found["chosen"]["gain_low"] > 0
+    few = Population(np.random.default_rng(1), 3)
+    few.gain = np.array([[0.3], [-0.2], [0.05]])
+    unsure = recommendation(pd.concat([few.frame(), Population(np.random.default_rng(2), 1).frame(split="test")]))
+    assert unsure["multiplier"] == 0.0 and "no gain beyond chance" in unsure["reason"]
+    alone = recommendation(Population(np.random.default_rng(3), 1).frame())
+    assert alone["chosen"]["gain_low"] is None and "how sure that is is not known" in alone["reason"]
+
+
 def test_without_a_base_or_with_undefined_utilities() -> None:
     assert recommendation(averages("train", [1, 2], [1, 2], [1, 1]))["multiplier"] is None
     most = averages("train", [0, 1, 2], [0, 1, 2], [1, 1, 1])

@@ -139,7 +139,7 @@ def _has_base(questions: Questions) -> bool:
 
 
 def recommendation(frame: pd.DataFrame, budget: float = BUDGET, seed: int = 0, chance: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What is recommended for one cell, chosen on training items, reported on test items where they were measured.
+    """What is recommended for one cell, chosen on training items, reported on test items where two or more were measured.
 
     solved: m*, with its 95% interval low..high (m* solved again in every resample of the questions). multiplier: m*, 0 where no
     gain can be told from 0, None where nothing can be said or the cell is not beyond chance. usable: the m around m* at which the
@@ -152,7 +152,7 @@ def recommendation(frame: pd.DataFrame, budget: float = BUDGET, seed: int = 0, c
     questions = Questions.of(frame[frame["split"] == split])
     out["left_out"] = [float(m) for m in questions.multipliers[~questions.usable]]
     if questions.zero < 0:
-        return {**out, "reason": "m = 0 was not measured: no gain or drop to compare"}
+        return {**out, "reason": "m = 0 was not measured: no gain or drop to compare; --mode loss --multipliers sweep measures it"}
     if not _has_base(questions):
         return {**out, "reason": "at m = 0 there is no preference, or no utility for most questions: no drop to compare"}
     star = solve(frame, budget)
@@ -165,6 +165,8 @@ def recommendation(frame: pd.DataFrame, budget: float = BUDGET, seed: int = 0, c
     out |= {"solved": star, "low": _number(low), "high": _number(high), "measured": bool(np.isin(star, questions.multipliers))}
     test = Questions.of(frame[frame["split"] == "test"]) if split == "train" and "test" in set(frame["split"]) else None
     told = test if test is not None and _has_base(test) and test.multipliers[0] <= star <= test.multipliers[-1] else questions
+    if told.freedom < 1 <= questions.freedom:  # one held-out question has no interval, and would pass for a gain whatever it says
+        told = questions
     out["chosen"] = numbers(questions, star, weights)
     if told is test:
         out |= {"reported_on": "test", "reported": numbers(told, star, told.resamples(seed))}
@@ -182,6 +184,7 @@ def recommendation(frame: pd.DataFrame, budget: float = BUDGET, seed: int = 0, c
     if star in (questions.multipliers[0], questions.multipliers[-1]):
         reason = "the largest gain within the budget lies at the end of the sweep: a wider sweep may find more"
     reason += "" if out["measured"] else "; between two measured multipliers: --mode loss measures it"
+    reason += "; how sure that is is not known: one question, or stored means, have no interval" if judged["gain_low"] is None else ""
     return {**out, "multiplier": star, "reason": reason + ("" if chance else "; not tested against chance")}
 
 
