@@ -21,7 +21,7 @@ class Bad(ValueError):
 
 def plain(value: Any) -> Any:
     """What Python users have of numpy, pandas or torch, as YAML would have it."""
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and any(hasattr(one, "tolist") for one in value):
         return [plain(one) for one in value]
     return value.tolist() if hasattr(value, "tolist") else value
 
