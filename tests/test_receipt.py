@@ -16,6 +16,7 @@ import torch
 import spilt
 from spilt import cli
 from spilt.analysis import behaviour as rules
+from spilt.analysis.chosen import Chosen
 from spilt.behaviour import files
 from spilt.behaviour import receipt as r
 from spilt.behaviour.probe import Probe
@@ -139,6 +140,13 @@ def test_every_failure_is_a_row_with_its_number_and_what_it_is_of() -> None:
     assert {row.name for row, finding in bare.failures if finding.bad is None and "--prefix" in finding.note} == {
         "damage on long contexts", "no effect on long contexts"
     }  # fmt: skip
+
+
+def test_the_chosen_strength_is_in_the_table_whatever_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(r, "FAILURES", ())
+    monkeypatch.setattr(r, "choose", lambda *_: Chosen(1.25, "chosen", (), ()))
+    found = r.write_down(probe(), behaviour(), multiplier=2.0, more=[0.5])
+    assert found.multiplier == 2.0 and list(found.rows) == [-2.0, 0.0, 0.5, 1.25, 2.0]
 
 
 # ---------------------------------------------------------------- the commands

@@ -307,7 +307,7 @@ def write_down(
     ends = [end for edge in found.edges for end in (edge.works, edge.fails) if end is not None]
     rows, samples = {}, []
     reported = [asked.text for asked in behaviour.reported_on]
-    for strength in sorted({0.0, m, -m + 0.0, *ends, *more}):
+    for strength in sorted({0.0, found.multiplier, m, -m + 0.0, *ends, *more}):
         try:
             probe.fetch(
                 [(reported, False), (on.benign, True), *(_asked(on) if strength in (0.0, m) else [])], strength, behaviour.max_new_tokens
