@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spilt import plan, verbs
 from spilt.analysis import freshness
@@ -22,9 +22,11 @@ from spilt.artifacts.manifest import manifest_path
 from spilt.artifacts.store import Store
 from spilt.errors import NotFinite, UserError, first_line
 from spilt.model.identity import Changed, Seen
-from spilt.progress import Progress, Work
 from spilt.steering.layer_file import beside
 from spilt.team import place
+
+if TYPE_CHECKING:
+    from spilt.progress import Progress, Work
 
 DONE, ALREADY, SKIPPED, FAILED = "done", "already done", "skipped", "failed"
 LATE = 20.0  # seconds until another machine shows a file that was written on this one
@@ -46,6 +48,8 @@ class Outcome(NamedTuple):
 
 def run_plan(made: plan.Plan, request: verbs.Request, tell: Tell = lambda text: None, *, quiet: bool = True) -> list[Outcome]:
     """The outcome of every step. tell: hears of what fails, and unless quiet of what is done; quiet: no progress bars either."""
+    from spilt.progress import Progress
+
     quiet = quiet or place()[0] > 0
     outcomes, waiting, seen = [], [], Seen()
     coming = {path for step in made.steps if step.verb == "fit" for path in step.outputs}

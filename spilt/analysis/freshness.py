@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +93,8 @@ def _inputs(base_dir: Path, model: str, dataset: str) -> Iterator[Path]:
 @lru_cache(maxsize=1)
 def _code() -> str:
     """Of all that draws: an edited template is another page."""
+    from importlib import metadata
+
     folder = Path(spilt.__file__).parent
     files = [path for room in ("analysis", "report") for path in (folder / room).rglob("*") if path.suffix != ".pyc"]
     return manifest.identity({**_hashes(folder, files), "pictures": metadata.version("matplotlib")})

@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,6 +103,8 @@ def identity(parts: dict[str, Any]) -> str:
 @lru_cache(maxsize=1)
 def versions() -> tuple[tuple[str, str], ...]:
     """(library, version) of those that a result may depend on."""
+    from importlib import metadata  # brings the e-mail parser, a tenth of --help
+
     return tuple((name, metadata.version(name)) for name in KNOWN_BY)
 
 

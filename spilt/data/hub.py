@@ -9,13 +9,11 @@ import json
 import logging
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from spilt.data.sources import LARGEST, Record
@@ -58,6 +56,8 @@ def table(name: str, config: str, split: str, download: bool = False, said: str 
 
 def tables(name: str, config: str, splits: Sequence[str], download: bool = False, said: str = "") -> list[tuple[Record, ...]]:
     """Those of several splits, by one start of the library: that is what takes the time."""
+    import subprocess
+
     said = said or f"{name}, config {config}, split {' and '.join(splits)}"
     home = str(Path(__file__).resolve().parents[2])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH")))), **({} if download else OFFLINE)}
@@ -87,6 +87,8 @@ ABSENT = 3  # exit code
 
 def main(name: str, config: str, *splits: str) -> int:
     """Write a row a line, with the number of its split."""
+    from tempfile import TemporaryDirectory
+
     try:
         import datasets
     except ImportError:

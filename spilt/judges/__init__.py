@@ -8,8 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from spilt.errors import UserError
-from spilt.judges import endpoint
-from spilt.judges.base import Judge, Messages, Reply, Tally
+from spilt.judges.base import NEEDED, Judge, Messages, Reply, Tally
 from spilt.judges.rubric import BUILT_IN, Rubric, of_dataset, rubrics_of
 from spilt.model import checkpoint
 from spilt.model.identity import model_hash
@@ -17,7 +16,7 @@ from spilt.model.locate import locate
 
 ENDPOINT = "endpoint"  # a word for --judge; any other is a checkpoint
 HOW = (
-    f"--judge {ENDPOINT} asks an OpenAI-compatible one ({', '.join(endpoint.NEEDED)} in the environment), --judge MODEL a local model "
+    f"--judge {ENDPOINT} asks an OpenAI-compatible one ({', '.join(NEEDED)} in the environment), --judge MODEL a local model "
     "(a folder under models/, a path, or a hub id)"
 )
 
@@ -25,6 +24,8 @@ HOW = (
 def name_of(word: str, base_dir: Path) -> str:
     """How a judge is known, in results and in what it has answered before. Raises UserError for one that cannot be asked."""
     if word == ENDPOINT:
+        from spilt.judges import endpoint  # brings threads, for --help nothing
+
         return endpoint.name()
     try:
         name, folder = locate(base_dir, word)
@@ -40,6 +41,8 @@ def judge_of(word: str, base_dir: Path, kept: Path | None, device: str = "cpu", 
     """The judge that --judge names. kept: the folder of its replies. dtype: of a local model. Raises UserError as `name_of`."""
     name = name_of(word, base_dir)
     if word == ENDPOINT:
+        from spilt.judges import endpoint
+
         return endpoint.from_environment(kept)
     from spilt.judges.local import Local  # brings torch
 

@@ -15,6 +15,8 @@ from spilt.artifacts.manifest import identity
 from spilt.errors import UserError
 
 Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}
+MODEL, KEY, URL, PRICES = "SPILT_JUDGE_MODEL", "OPENAI_API_KEY", "OPENAI_BASE_URL", "SPILT_JUDGE_PRICES"
+NEEDED = (MODEL, URL, KEY)  # of an endpoint, in the environment; the last two as the client itself reads them
 MALFORMED = "malformed reply"
 UNPLACED = "SPILT_JUDGE_UNPLACED"  # in the environment
 log = logging.getLogger("spilt")

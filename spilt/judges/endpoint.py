@@ -13,10 +13,8 @@ from urllib.parse import urlsplit
 
 from spilt.artifacts.manifest import digest
 from spilt.errors import UserError
-from spilt.judges.base import MALFORMED, UNPLACED, Judge, Messages, Reply, reply_of
+from spilt.judges.base import KEY, MALFORMED, MODEL, PRICES, UNPLACED, URL, Judge, Messages, Reply, reply_of
 
-MODEL, KEY, URL, PRICES = "SPILT_JUDGE_MODEL", "OPENAI_API_KEY", "OPENAI_BASE_URL", "SPILT_JUDGE_PRICES"
-NEEDED = (MODEL, URL, KEY)  # the last two as the client itself reads them
 AT_ONCE, RETRIES, SECONDS, PAUSE = 8, 5, 60.0, 0.5  # requests under way; more tries of each; that one may take; before the second
 OPENAI = "api.openai.com"  # where the client asks by itself
 GIVE_UP = 32  # failures in a row, after which no more is asked

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spilt import judges
 from spilt.artifacts import manifest
 from spilt.artifacts.losses import NEUTRAL
 from spilt.artifacts.store import Store
@@ -44,6 +43,8 @@ class Evaluate(Verb):
 
     def filled(self, step: Step, request: Request, store: Store) -> Step:
         """The multipliers that have texts, unless some are asked for; the judge and its rubrics. Those of a recommendation have some."""
+        from spilt import judges
+
         if step.prompt is None and request.multipliers is None and not request.words and (there := store.generated(step.cells[0])):
             step = step._replace(multipliers=tuple(multiplier for multiplier, _ in there))
         rubrics = judges.rubrics_of(request.rubrics) if request.rubrics else judges.of_dataset(request.dataset)
