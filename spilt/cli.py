@@ -24,11 +24,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from spilt import __version__, complete, plan, reading, summary, verbs
+from spilt import __version__, complete, lean, plan, reading, summary, verbs
 from spilt.artifacts.losses import SPLITS
 from spilt.artifacts.manifest import versions
 from spilt.data import own, prompt_baseline
-from spilt.engine.choice import VLLM
+from spilt.engine.choice import PLAIN_STEP, VLLM
 from spilt.errors import UserError, unknown
 from spilt.flags import ELSEWHERE, PROGRAMS, first_words, parser
 from spilt.in_step import InStep
@@ -165,6 +165,8 @@ def _multipliers(given: Sequence[str] | None, mode: str) -> tuple[tuple[float, .
 def main(argv: Sequence[str] | None = None, base_dir: Path = Path("."), program: str = verbs.Request.program) -> int:
     """Run; returns the exit code. base_dir: where the words name none. program: what was called."""
     asked = words_so_far() if argv is None else None  # by a shell that completes
+    if argv is None:  # a process of its own
+        lean.arm()
     words = list(asked if asked is not None else sys.argv[1:] if argv is None else argv)
     if words and words[0].startswith("-") and "--verify" in words:  # needs no dataset or method
         words = ["verify", *(word for word in words if word != "--verify")]
@@ -244,6 +246,8 @@ def _plan_and_run(args: argparse.Namespace, program: str, shown: dict[str, Any])
         request = with_recommended(request)
     # both before torch looks for them; products in bfloat16 would keep 1024 kernels, each for one shape, and be no faster for it
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+    if request.tensor_parallel or request.engine == VLLM or request.decode_step != PLAIN_STEP:
+        lean.disarm()
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if request.own is not None:

@@ -27,7 +27,7 @@ REPO = PACKAGE.parent
 
 # Lowest first. A room imports its own floor or a lower one, and there is no cycle. Programs of the package are at the top.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("cell", "errors", "in_step", "memory", "progress", "settings", "team", "terminal"),
+    ("cell", "errors", "in_step", "lean", "memory", "progress", "settings", "team", "terminal"),
     ("artifacts",),
     ("steering", "data"),
     ("methods", "model"),

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy import special
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -133,6 +132,8 @@ class Questions:
 
         A draw that holds no question with a value has no mean; at least 9 of 10 draws must have one. Of one question: nan.
         """
+        from scipy import special  # a run that only measures does without
+
         out = np.full((2, *drawn.shape[1:]), np.nan)
         enough = np.isfinite(drawn).mean(axis=0) >= 0.9
         if self.freedom >= 1 and enough.any():

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy import special
 
 from spilt.analysis.questions import Array, Questions, interpolate, on_shared
 from spilt.errors import UserError
@@ -259,6 +258,8 @@ def choice(frames: Mapping[str, pd.DataFrame], budget: float = BUDGET, seed: int
 
 def with_the_best(questions: Questions, value: Array, drawn: Array) -> npt.NDArray[np.bool_]:
     """Which of the cells cannot be told from the best: value [cell], drawn [cell, draws]. The best itself is among them when it ties."""
+    from scipy import special  # a run that only measures does without
+
     ahead, noise = value[None] - value[:, None], drawn[None] - drawn[:, None]  # [cell, other, ...]: the other's lead
     spread = questions.spread(np.moveaxis(noise, -1, 0))
     with np.errstate(invalid="ignore", divide="ignore"):

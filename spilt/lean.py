@@ -1,0 +1,201 @@
+"""What the libraries import and no run calls, left out: a third of a start, and 110 MB.
+
+For any model transformers imports what other programs use: tensors in pieces on several machines (torch.distributed.tensor, and with it
+sympy), torch's compiler, scipy's optimizers for finding things in pictures. pandas imports pyarrow. Both have ways of their own for a place
+without these; a process that is this tool's alone takes them. Of the compiler a library wants the words that mark a function for it, which
+change nothing until something is compiled, and torch asks of every size whether it is a symbol: LATER answers both. Whoever asks a module
+of LATER for anything else gets the real one, in its place.
+
+Not for notebooks, whose imports are their own, nor for several processes, nor where something is compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import copy
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec, module_from_spec
+from threading import RLock
+from types import ModuleType
+from typing import Any, TypeVar
+
+Marked = TypeVar("Marked", bound=Callable[..., Any])
+LIBRARY, COMPILER = "transformers", "torch._dynamo"
+SYMBOLS = "torch.fx.experimental.symbolic_shapes"
+INDEXING = f"{COMPILER}._trace_wrapped_higher_order_op"
+WITHOUT = {LIBRARY: "scipy", "pandas": "pyarrow"}  # what a library uses where it is installed, and it has its own way without
+WANTED = ("AutoModelForCausalLM", "AutoTokenizer", "GenerationMixin", "PreTrainedModel")  # bring everything that families share
+
+# what torch asks of every size: the answers for numbers
+OF_NUMBERS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(
+        ("expect_true", "guard_int", "guard_or_false", "guard_or_true", "guard_size_oblivious", "guarding_hint_or_throw"), lambda size: size
+    ),
+    "has_guarding_hint": lambda size: True,
+    "is_nested_int": lambda size: False,
+    "statically_known_true": lambda known: known,
+    "sym_and": lambda *known: all(known),
+    "sym_eq": lambda size, other: list(size) == list(other) if isinstance(size, tuple | list) else size == other,
+    "sym_or": lambda *known: any(known),
+}
+
+
+def _mark(function: Marked | None = None, *_: Any, **__: Any) -> Any:
+    """What `disable`, `allow_in_graph` and the like make of a function where nothing is compiled: the function."""
+    return _mark if function is None else function
+
+
+def _indexing(*given: Any) -> Any:
+    """TransformGetItemToIndex, once it is called: by masks that are made with vmap."""
+    return _execute(sys.modules[INDEXING]).TransformGetItemToIndex(*given)
+
+
+def _plain(asked: Any) -> bool:
+    return all(map(_plain, asked)) if isinstance(asked, tuple | list) else type(asked) in (bool, int, float)
+
+
+def _of_numbers(name: str, answer: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for numbers; symbols are sympy's."""
+
+    def ask(*asked: Any, **how: Any) -> Any:
+        return answer(*asked) if _plain(asked) and not how else getattr(_execute(sys.modules[SYMBOLS]), name)(*asked, **how)
+
+    return ask
+
+
+# modules that come later, and what can be had of them before
+LATER: dict[str, dict[str, Any]] = {
+    COMPILER: {**dict.fromkeys(("disable", "allow_in_graph", "assume_constant_result"), _mark), "graph_break": lambda why="": None},
+    SYMBOLS: {name: _of_numbers(name, answer) for name, answer in OF_NUMBERS.items()},
+    "sympy": {"Basic": type("Basic", (), {})},  # what a size is not
+    INDEXING: {"TransformGetItemToIndex": _indexing},
+}
+_lock = RLock()
+
+
+class _Later(ModuleType):
+    """A module that is executed, in its place, when something is asked for that LATER does not have."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # `inspect` and `warnings` look into all modules
+            raise AttributeError(name)
+        return getattr(_execute(self), name)
+
+
+def _execute(module: ModuleType) -> ModuleType:
+    with _lock:
+        if type(module) is _Later:
+            module.__class__ = ModuleType  # type: ignore[assignment]
+            for name in LATER[module.__name__]:
+                delattr(module, name)
+            module.__spec__.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
+
+
+class _WithParent(Loader):
+    """For part of a module that comes later: that module first, which may bring the part itself."""
+
+    def __init__(self, spec: ModuleSpec) -> None:
+        self.spec, self.brought = spec, False
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        _execute(sys.modules[spec.name.rpartition(".")[0]])
+        self.brought = spec.name in sys.modules
+        return sys.modules[spec.name] if self.brought else self.spec.loader.create_module(spec)  # type: ignore[union-attr]
+
+    def exec_module(self, module: ModuleType) -> None:
+        _as_found(module, self.spec)
+        if not self.brought:
+            self.spec.loader.exec_module(module)  # type: ignore[union-attr]
+
+
+class _Without(Loader):
+    """For a library of WITHOUT: while what it does without is not to be found."""
+
+    def __init__(self, spec: ModuleSpec) -> None:
+        self.spec = spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.spec.loader.create_module(spec)  # type: ignore[union-attr]
+
+    def exec_module(self, module: ModuleType) -> None:
+        _as_found(module, self.spec)
+        hidden = {other: None for other in [WITHOUT[self.spec.name]] if other not in sys.modules}
+        sys.modules.update(hidden)  # type: ignore[arg-type]  # None: not to be found
+        try:
+            with _alone() if self.spec.name == LIBRARY else nullcontext():
+                self.spec.loader.exec_module(module)  # type: ignore[union-attr]
+                for name in WANTED if self.spec.name == LIBRARY else ():
+                    getattr(sys.modules[LIBRARY], name)
+        finally:
+            for other in hidden:
+                del sys.modules[other]
+
+
+def _as_found(module: ModuleType, spec: ModuleSpec) -> None:
+    """As if no other loader had been asked."""
+    module.__spec__, module.__loader__ = spec, spec.loader
+
+
+class _Finder(MetaPathFinder):
+    """First in line, for the libraries of WITHOUT, once, and for parts of modules that come later."""
+
+    def __init__(self) -> None:
+        self.lean = set(WITHOUT)
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        loader: Callable[[ModuleSpec], Loader]
+        if name in self.lean:
+            self.lean.remove(name)
+            loader = _Without
+        elif type(sys.modules.get(name.rpartition(".")[0])) is _Later and name not in LATER:
+            loader = _WithParent
+        else:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is None:
+            return None
+        ours = copy(spec)
+        ours.loader = loader(spec)
+        return ours
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """With the modules of LATER in place, and torch of one machine."""
+    import torch
+
+    for name, words in LATER.items():
+        if name not in sys.modules and (spec := find_spec(name)):
+            module = module_from_spec(spec)
+            vars(module).update(words)
+            module.__class__ = _Later
+            sys.modules[name] = module
+            parent, _, child = name.rpartition(".")
+            if parent:
+                setattr(sys.modules[parent], child, module)
+    was = torch.distributed.is_available
+    torch.distributed.is_available = lambda: False
+    try:
+        yield
+    finally:
+        torch.distributed.is_available = was
+
+
+_finder = _Finder()
+
+
+def arm() -> None:
+    """From now on the libraries that this process imports come without what runs do not call. Nothing in a process of a launcher's."""
+    if _finder not in sys.meta_path and os.environ.get("WORLD_SIZE", "1") == "1":
+        _finder.lean -= sys.modules.keys()
+        sys.meta_path.insert(0, _finder)
+
+
+def disarm() -> None:
+    """transformers whole after all: for what compiles, for a model in parts, for other engines. Before its import."""
+    _finder.lean.discard(LIBRARY)
