@@ -48,6 +48,9 @@ START = (
     "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
     "[kind.from_pretrained(sys.argv[1]) for kind in (M, T)]"
 )
+ALONE = (
+    "import contextlib, sys; sys.path.insert(0, sys.argv[2])\nwith contextlib.suppress(ImportError): from spilt import lean; lean.arm()\n"
+)
 STARTS = {"fit": 1, "apply": len(MULTIPLIERS), "loss": len(MULTIPLIERS) * len(PREFERENCES)}  # processes of naive; ours is one of each
 STARTS["all"] = sum(STARTS.values())
 
@@ -93,12 +96,17 @@ class Side:
     def run(self, stage: str) -> Cost:
         raise NotImplementedError(f"no stage {stage}")
 
+    begin = START
+
     def start(self) -> Cost:
-        """The libraries and the model, and nothing done with them."""
-        return timed([sys.executable, "-c", START, str(self.base / "models" / NAME)], self.threads, self.base / "start.log")
+        """The libraries and the model, as this side imports them, and nothing done with them."""
+        command = [sys.executable, "-c", self.begin, str(self.base / "models" / NAME), str(self.repo)]
+        return timed(command, self.threads, self.base / "start.log")
 
 
 class Ours(Side):
+    begin = ALONE + START
+
     def run(self, stage: str) -> Cost:
         cell = ["--dataset", "psychopathy", "--method", "spilt", "--model_name", NAME, "--intervention_method", "local_weight"]
         common = [*cell, "--device", "cpu", "--base_dir", str(self.base), "--force", "--quiet", *self.extra]
@@ -203,10 +211,10 @@ def median(costs: list[Cost]) -> Cost:
     return Cost(*(statistics.median(column) for column in zip(*costs, strict=True)))
 
 
-def table(costs: dict[str, dict[str, list[Cost]]], begin: Cost, starts: dict[str, int]) -> list[str]:
+def table(costs: dict[str, dict[str, list[Cost]]], begin: dict[str, Cost], starts: dict[str, int]) -> list[str]:
     """Markdown rows: stage, then both sides and their ratio, for wall seconds, processor seconds and peak memory; then without starts.
 
-    begin: what a start takes; starts: how many the other side has of each stage.
+    begin: what a start takes, by side; starts: how many the other side has of each stage.
     """
     head = [f"{what}{side}" for what in ("", "CPU ") for side in ("ours s", "naive s", "times faster")]
     head += ["ours MB", "naive MB", "memory ratio", "CPU times faster besides starts"]
@@ -223,7 +231,8 @@ def table(costs: dict[str, dict[str, list[Cost]]], begin: Cost, starts: dict[str
             cells += [format(a, form) if a else "", format(b, form) if b else ""]
             cells.append("" if not a or not b else f"{a / b:.2f}" if field == "peak_mb" else f"{b / a:.2f}")
         three = [starts[name] for name in ("fit", "apply", "loss")] if stage == "all three" else []
-        net = [cost.cpu - n * begin.cpu for cost, n in ((ours, len(three) or 1), (naive, sum(three) or starts.get(stage, 0))) if cost and n]
+        counts = {"ours": len(three) or 1, "naive": sum(three) or starts.get(stage, 0)}
+        net = [row[side].cpu - n * begin[side].cpu for side, n in counts.items() if side in row and n]
         cells.append(f"{net[1] / net[0]:.2f}" if len(net) == 2 and min(net) > 0 else "")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -264,9 +273,11 @@ def main(argv: list[str] | None = None) -> int:
             if args.against:
                 naive.run("fit")
         costs: dict[str, dict[str, list[Cost]]] = {stage: {"ours": [], "naive": []} for stage in args.stages}
-        begins: list[Cost] = []
+        begins: dict[str, list[Cost]] = {"ours": [], "naive": []}
         for stage in args.stages:
-            begins += [ours.start() for _ in range(args.repeats)]
+            for _ in range(args.repeats):
+                for side, runner in (("ours", ours), ("naive", naive)):
+                    begins[side].append(runner.start())
             rounds = {"ours": args.repeats, "naive": args.repeats if args.naive_repeats is None else args.naive_repeats}
             for number in range(max(rounds.values())):
                 for side, runner in (("ours", ours), ("naive", naive)):
@@ -283,11 +294,14 @@ def main(argv: list[str] | None = None) -> int:
             costs["all"]["naive"] = [together(three)]
         both = {"ours", "naive"} <= set(args.sides)
         found = compare(ours, naive, args.stages) if both else {}
-    begin = median(begins)
+    begin = {side: median(some) for side, some in begins.items()}
     lines = table(costs, begin, dict.fromkeys(STARTS, 1) if args.against else STARTS)
     lines = [line.replace("naive", "before") if args.against else line for line in lines]
     print("\n".join(lines))
-    print(f"a start, libraries and model: {begin.seconds:.1f} s, CPU {begin.cpu:.1f} s, {begin.peak_mb:.0f} MB (median of {len(begins)})")
+    for side, cost in begin.items():
+        name = "before" if args.against and side == "naive" else side
+        of = f"(median of {len(begins[side])})"
+        print(f"a start of {name}, libraries and model: {cost.seconds:.1f} s, CPU {cost.cpu:.1f} s, {cost.peak_mb:.0f} MB {of}")
     if both:
         print(("same numbers: " if agree(found) else "THE NUMBERS DIFFER: ") + json.dumps(found))
     words = {k: v for k, v in vars(args).items() if k not in ("out", "base_dir")}

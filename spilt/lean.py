@@ -11,6 +11,7 @@ Not for notebooks, whose imports are their own, nor for several processes, nor w
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -199,3 +200,21 @@ def arm() -> None:
 def disarm() -> None:
     """transformers whole after all: for what compiles, for a model in parts, for other engines. Before its import."""
     _finder.lean.discard(LIBRARY)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No search for garbage while libraries are imported: of their million objects all stay, and looking through them takes a second.
+
+    A process of this tool's alone does not look through them later either. What is frozen is still freed when nothing refers to it, as a
+    model is; only what refers to itself stays.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if _finder in sys.meta_path:
+            gc.freeze()
+        if was:
+            gc.enable()

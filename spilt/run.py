@@ -5,12 +5,10 @@ A step that fails is its outcome and the others go on; what is raised from here 
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +19,7 @@ from spilt.analysis import freshness
 from spilt.artifacts.manifest import manifest_path
 from spilt.artifacts.store import Store
 from spilt.errors import NotFinite, UserError, first_line
+from spilt.lean import uncollected
 from spilt.model.identity import Changed, Seen
 from spilt.steering.layer_file import beside
 from spilt.team import place
@@ -134,7 +133,7 @@ def _run_waiting(
     seen: Seen,
 ) -> list[Outcome]:
     """The steps that are to run: fits dealt out over the processes, the others done together. made: is told what was waited for."""
-    with _uncollected():
+    with uncollected():
         from spilt import tasks as stages
     from spilt.in_step import InStep
     from spilt.team import Team
@@ -185,18 +184,6 @@ def _run_waiting(
     return [*before, *(after[str(step)] for step in waiting)]
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No search for garbage while libraries are imported: of their million objects all stay, and looking through them takes a second."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
 def with_recommended(request: verbs.Request) -> verbs.Request:
     """The request with what the stored losses recommend."""
     from spilt.report import recommend
@@ -242,7 +229,7 @@ class _Hosts:
             self.recordings.clear()
             self.seen.of(step.model)
             device = "cpu" if step.engine else self.request.device  # the card is the other engine's
-            with _uncollected():
+            with uncollected():
                 self.host = load(step.model, how[0], device, how[1], in_parts=self.request.tensor_parallel)
             self.seen.again([step.model])
         return self.host
@@ -313,7 +300,8 @@ def _draw(request: verbs.Request, tell: Tell, progress: Progress) -> Outcome:
             for problem in problems:
                 log.warning("report: %s", problem)
             return Outcome("report", ALREADY, "", 0.0, page)
-        from spilt.report import update
+        with uncollected():
+            from spilt.report import update
 
         with progress.bar(desc="report", unit="cell") as bar:
             update(*about, progress=lambda text: bar.set_description_str(f"report, {text}"))
