@@ -143,7 +143,7 @@ def record(
     def some(numbers: Sequence[int]) -> None:
         rows = Rows(*(t.to(device) for t in packing.pad_packs([packs[i] for i in numbers], pad_id)))
         inputs = packing.attention_inputs(model, rows, prefix)
-        shared = packing.cache_of(pairs, torch.zeros(len(numbers), dtype=torch.long, device=device))
+        shared = packing.given(pairs, len(numbers))
         seen = suffix.record(model, layer, rows.input_ids, names, past_key_values=shared, **inputs)
         for name, value in (("", seen.h), *seen.x.items()):
             if name not in room:

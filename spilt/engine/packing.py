@@ -142,33 +142,37 @@ def attention_masks(model: nn.Module, visible: Callable[[int | None], Tensor]) -
     return additive(None if kinds else window)  # one kind: with a window everywhere (Mistral), or without
 
 
-def cache_of(pairs: KeysValues, index: Tensor | None = None) -> DynamicCache:
-    """The library's cache with these keys and values, rows picked by `index`; other layers stay empty."""
-    cache = DynamicCache()
-    for layer, (keys, values) in pairs.items():
-        at = None if index is None else index.to(keys.device)
-        cache.update(keys if at is None else keys[at], values if at is None else values[at], layer)
-    return cache
+def alike(pairs: KeysValues, rows: int) -> KeysValues:
+    """Keys and values [1, H, T, d] before each of so many rows: views of the one."""
+    return {layer: tuple(t.expand(rows, -1, -1, -1) for t in pair) for layer, pair in pairs.items()}  # type: ignore[misc]
 
 
-class ReadOnlyKV(DynamicLayer):  # type: ignore[misc]
-    """Keys and values that are read and never grow: a block that runs twice (checkpointed) finds the same ones."""
+class BegunKV(DynamicLayer):  # type: ignore[misc]
+    """The library's layer, which begins with these keys and values; they are not copied."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
-        self.pair = keys, values
         self.keys, self.values, self.dtype, self.device, self.is_initialized = keys, values, keys.dtype, keys.device, True
 
+
+class ReadOnlyKV(BegunKV):
+    """Keys and values that are read and never grow: a block that runs twice (checkpointed) finds the same ones."""
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return torch.cat([self.pair[0], key_states], 2), torch.cat([self.pair[1], value_states], 2)
+        assert self.keys is not None and self.values is not None
+        return torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
 
 
-def given(pairs: KeysValues, index: Tensor) -> DynamicCache:
-    """`cache_of` with rows picked by `index`, read only."""
+def cache_of(pairs: KeysValues, kind: type[BegunKV] = BegunKV) -> DynamicCache:
+    """The library's cache with these keys and values; other layers stay empty."""
     cache = DynamicCache()
-    picked = {layer: [t[index.to(t.device)] for t in pair] for layer, pair in pairs.items()}
-    cache.layers = [ReadOnlyKV(*picked[i]) if i in picked else DynamicLayer() for i in range(max(picked, default=-1) + 1)]
+    cache.layers = [kind(*pairs[i]) if i in pairs else DynamicLayer() for i in range(max(pairs, default=-1) + 1)]
     return cache
+
+
+def given(pairs: KeysValues, rows: int) -> DynamicCache:
+    """`cache_of` before so many rows, read only."""
+    return cache_of(alike(pairs, rows), ReadOnlyKV)
 
 
 def pairs_of(cache: DynamicCache) -> KeysValues:

@@ -81,7 +81,7 @@ def forward_backward(given: ForwardInput) -> ForwardResult:
         place = torch.arange(given.start, given.start + stream.shape[1], device=device).expand(len(stream), -1)
         branch = torch.where(given.tokens.attention_mask, packing.SHARED, packing.PADDING)
         inputs = packing.attention_inputs(given.model, packing.Rows(given.tokens.input_ids, place, branch), given.start)
-        before = packing.given(given.prefix_kv, torch.zeros(len(stream), dtype=torch.long, device=device)) if given.start else None
+        before = packing.given(given.prefix_kv, len(stream)) if given.start else None
         inputs |= {"past_key_values": before, "use_cache": before is not None}
     leaf = stream.requires_grad_(given.inside is None)
     saving = suffix.checkpointed(given.model, given.layer) if given.checkpointed else recompute_activations()

@@ -139,7 +139,7 @@ class Prompts:
     def _record(self, prompts: list[tuple[int, ...]]) -> None:
         """Blocks 0..base of prompts that are not there yet."""
         rows = self._rows(prompts)
-        cache = packing.cache_of(self.below, torch.zeros(len(prompts), dtype=torch.long, device=self.device))
+        cache = packing.cache_of(packing.alike(self.below, len(prompts)))
         inputs = packing.attention_inputs(self.model, rows, self.prefix)
         seen = suffix.record(self.model, self.base, rows.input_ids, self.read_points, past_key_values=cache, **inputs)
         pairs = packing.pairs_of(cache)
@@ -210,7 +210,7 @@ class Prompts:
         stream, above = self._steered(seen, multiplier)
         rows = self._rows(prompts)
         which = torch.tensor([self.multipliers.index(m) for m in strengths], device=self.device)
-        cache = packing.cache_of(self._heads(), which)
+        cache = packing.cache_of({layer: (k[which.to(k.device)], v[which.to(v.device)]) for layer, (k, v) in self._heads().items()})
         inputs = packing.attention_inputs(self.model, rows, self.prefix)
         with hooks.attach(self.model, above):
             scores = suffix.logits(self.model, self.base, stream, _last(rows), past_key_values=cache, **inputs).float().to(self.device)

@@ -131,7 +131,7 @@ def _two_streams(
     with torch.no_grad(), suffix.head_rows(model, torch.zeros_like(keep)):
         mask = packing.attention_masks(model, unsteered)
         model(input_ids=input_ids, position_ids=place, attention_mask=mask, past_key_values=cache, use_cache=True)
-    known = packing.given(packing.pairs_of(cache), torch.arange(len(place), device=place.device))
+    known = packing.given(packing.pairs_of(cache), len(place))
     mask = packing.attention_masks(model, steered)
     with hooks.attach(model, steering.at(per_row(multiplier), valid)), suffix.head_rows(model, valid):
         out = model(input_ids=input_ids.gather(1, columns), position_ids=at, attention_mask=mask, past_key_values=known, use_cache=True)

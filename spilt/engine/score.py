@@ -164,7 +164,7 @@ class Recorded(Scorer):
         stream, above = self._stream(sites, seen)
         keep, targets, owner, own = _labels(cache, packs, width)
         inputs = packing.attention_inputs(self.model, rows, cache.prefix)
-        shared = packing.cache_of(self.heads[strength], torch.zeros(len(packs), dtype=torch.long, device=self.device))
+        shared = packing.given(self.heads[strength], len(packs))
         with hooks.attach(self.model, above):
             logits = suffix.logits(self.model, self.base, stream, keep.to(self.device), past_key_values=shared, **inputs)
         device = logits.device
