@@ -1,12 +1,13 @@
 """What the libraries import and no run calls, left out: a third of a start, and 110 MB.
 
 For any model transformers imports what other programs use: tensors in pieces on several machines (torch.distributed.tensor, and with it
-sympy), torch's compiler, scipy's optimizers for finding things in pictures. pandas imports pyarrow. Both have ways of their own for a place
-without these; a process that is this tool's alone takes them. Of the compiler a library wants the words that mark a function for it, which
-change nothing until something is compiled, and torch asks of every size whether it is a symbol: LATER answers both. Whoever asks a module
-of LATER for anything else gets the real one, in its place.
+sympy), torch's compiler, scipy's optimizers for finding things in pictures. It has its own way where torch has no other machines. Of the
+compiler a library wants the words that mark a function for it, which change nothing until something is compiled; torch asks of every size
+whether it is a symbol; and what is imported by name need not be there before it is called. LATER answers these. Whoever asks a module of
+LATER for anything else gets the real one, in its place. pandas does without pyarrow where there is none.
 
-Not for notebooks, whose imports are their own, nor for several processes, nor where something is compiled.
+Only where the process is this tool's alone. Not for notebooks, whose imports are their own, nor for one of several processes, nor where
+something is compiled.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -28,7 +29,7 @@ Marked = TypeVar("Marked", bound=Callable[..., Any])
 LIBRARY, COMPILER = "transformers", "torch._dynamo"
 SYMBOLS = "torch.fx.experimental.symbolic_shapes"
 INDEXING = f"{COMPILER}._trace_wrapped_higher_order_op"
-WITHOUT = {LIBRARY: "scipy", "pandas": "pyarrow"}  # what a library uses where it is installed, and it has its own way without
+ASSIGNMENT, ARROW = "scipy.optimize", "pyarrow"
 WANTED = ("AutoModelForCausalLM", "AutoTokenizer", "GenerationMixin", "PreTrainedModel")  # bring everything that families share
 
 # what torch asks of every size: the answers for numbers
@@ -50,9 +51,13 @@ def _mark(function: Marked | None = None, *_: Any, **__: Any) -> Any:
     return _mark if function is None else function
 
 
-def _indexing(*given: Any) -> Any:
-    """TransformGetItemToIndex, once it is called: by masks that are made with vmap."""
-    return _execute(sys.modules[INDEXING]).TransformGetItemToIndex(*given)
+def _when_called(module: str, name: str) -> Callable[..., Any]:
+    """A function, or class, that is imported by name long before it is called, if ever."""
+
+    def call(*given: Any, **how: Any) -> Any:
+        return getattr(_execute(sys.modules[module]), name)(*given, **how)
+
+    return call
 
 
 def _plain(asked: Any) -> bool:
@@ -73,7 +78,9 @@ LATER: dict[str, dict[str, Any]] = {
     COMPILER: {**dict.fromkeys(("disable", "allow_in_graph", "assume_constant_result"), _mark), "graph_break": lambda why="": None},
     SYMBOLS: {name: _of_numbers(name, answer) for name, answer in OF_NUMBERS.items()},
     "sympy": {"Basic": type("Basic", (), {})},  # what a size is not
-    INDEXING: {"TransformGetItemToIndex": _indexing},
+    INDEXING: {"TransformGetItemToIndex": _when_called(INDEXING, "TransformGetItemToIndex")},  # of masks that are made with vmap
+    "scipy": {},
+    ASSIGNMENT: {"linear_sum_assignment": _when_called(ASSIGNMENT, "linear_sum_assignment")},  # in losses of image models
 }
 _lock = RLock()
 
@@ -82,7 +89,7 @@ class _Later(ModuleType):
     """A module that is executed, in its place, when something is asked for that LATER does not have."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # `inspect` and `warnings` look into all modules
+        if name.startswith("__") and name != "__version__":  # `inspect` and `warnings` look into all modules
             raise AttributeError(name)
         return getattr(_execute(self), name)
 
@@ -114,8 +121,8 @@ class _WithParent(Loader):
             self.spec.loader.exec_module(module)  # type: ignore[union-attr]
 
 
-class _Without(Loader):
-    """For a library of WITHOUT: while what it does without is not to be found."""
+class _Lean(Loader):
+    """For a library of LEAN: imported its lean way."""
 
     def __init__(self, spec: ModuleSpec) -> None:
         self.spec = spec
@@ -125,16 +132,8 @@ class _Without(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         _as_found(module, self.spec)
-        hidden = {other: None for other in [WITHOUT[self.spec.name]] if other not in sys.modules}
-        sys.modules.update(hidden)  # type: ignore[arg-type]  # None: not to be found
-        try:
-            with _alone() if self.spec.name == LIBRARY else nullcontext():
-                self.spec.loader.exec_module(module)  # type: ignore[union-attr]
-                for name in WANTED if self.spec.name == LIBRARY else ():
-                    getattr(sys.modules[LIBRARY], name)
-        finally:
-            for other in hidden:
-                del sys.modules[other]
+        with LEAN[self.spec.name]():
+            self.spec.loader.exec_module(module)  # type: ignore[union-attr]
 
 
 def _as_found(module: ModuleType, spec: ModuleSpec) -> None:
@@ -143,16 +142,16 @@ def _as_found(module: ModuleType, spec: ModuleSpec) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """First in line, for the libraries of WITHOUT, once, and for parts of modules that come later."""
+    """First in line, for the libraries of LEAN, once, and for parts of modules that come later."""
 
     def __init__(self) -> None:
-        self.lean = set(WITHOUT)
+        self.lean = set(LEAN)
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         loader: Callable[[ModuleSpec], Loader]
         if name in self.lean:
             self.lean.remove(name)
-            loader = _Without
+            loader = _Lean
         elif type(sys.modules.get(name.rpartition(".")[0])) is _Later and name not in LATER:
             loader = _WithParent
         else:
@@ -167,7 +166,7 @@ class _Finder(MetaPathFinder):
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """With the modules of LATER in place, and torch of one machine."""
+    """transformers and what all families share, with the modules of LATER in place, and torch of one machine."""
     import torch
 
     for name, words in LATER.items():
@@ -183,10 +182,26 @@ def _alone() -> Iterator[None]:
     torch.distributed.is_available = lambda: False
     try:
         yield
+        for name in WANTED:
+            getattr(sys.modules[LIBRARY], name)
     finally:
         torch.distributed.is_available = was
 
 
+@contextmanager
+def _without_arrow() -> Iterator[None]:
+    """Not to be found."""
+    if ARROW in sys.modules:
+        yield
+        return
+    sys.modules[ARROW] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[ARROW]
+
+
+LEAN: dict[str, Callable[[], AbstractContextManager[None]]] = {LIBRARY: _alone, "pandas": _without_arrow}
 _finder = _Finder()
 
 
