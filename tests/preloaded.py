@@ -1,17 +1,13 @@
 """What the fork server of forked.py imports before it forks."""
 
-# ruff: noqa: E402
-
 import gc
-
-from spilt import lean
-
-lean.arm()  # as the program itself
 
 import families
 import pandas  # noqa: F401
 import peft  # noqa: F401
+import scipy.optimize  # noqa: F401
 import torch
+import torch._dynamo  # an optimizer imports it
 import transformers.conversion_mapping  # noqa: F401
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 

@@ -94,7 +94,7 @@ def _here(command: list[str], threads: int, log: Path) -> Any:
 
     script, words = Path(command[1]).name, command[2:]
     if script == "-c":  # a start
-        exec(compile(words[0].replace("sys.argv[1]", repr(words[1])), "start", "exec"), {})
+        exec(compile(words[0].removeprefix(workload.ALONE).replace("sys.argv[1]", repr(words[1])), "start", "exec"), {})
         return workload.Cost(0.1, 0.1, 1.0)
     assert script in ("run_spilt.py", "naive.py")
     assert (cli.main(words) if script == "run_spilt.py" else naive.main(words)) in (0, None)
