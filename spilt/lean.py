@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
+from functools import cache
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec, module_from_spec
@@ -29,6 +30,7 @@ Marked = TypeVar("Marked", bound=Callable[..., Any])
 LIBRARY, COMPILER = "transformers", "torch._dynamo"
 SYMBOLS = "torch.fx.experimental.symbolic_shapes"
 INDEXING = f"{COMPILER}._trace_wrapped_higher_order_op"
+STRUCTURE = f"{LIBRARY}.utils.import_utils"
 ASSIGNMENT, ARROW = "scipy.optimize", "pyarrow"
 WANTED = ("AutoModelForCausalLM", "AutoTokenizer", "GenerationMixin", "PreTrainedModel")  # bring everything that families share
 
@@ -201,7 +203,17 @@ def _without_arrow() -> Iterator[None]:
         del sys.modules[ARROW]
 
 
-LEAN: dict[str, Callable[[], AbstractContextManager[None]]] = {LIBRARY: _alone, "pandas": _without_arrow}
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """transformers reads its 500 folders of models for what each file defines, twice: its own cache holds 128."""
+    yield
+    module = sys.modules[STRUCTURE]
+    read = getattr(module, "create_import_structure_from_path", None)
+    if hasattr(read, "__wrapped__"):
+        module.create_import_structure_from_path = cache(read.__wrapped__)  # type: ignore[attr-defined, union-attr]
+
+
+LEAN: dict[str, Callable[[], AbstractContextManager[None]]] = {LIBRARY: _alone, STRUCTURE: _read_once, "pandas": _without_arrow}
 _finder = _Finder()
 
 
@@ -214,7 +226,7 @@ def arm() -> None:
 
 def disarm() -> None:
     """transformers whole after all: for what compiles, for a model in parts, for other engines. Before its import."""
-    _finder.lean.discard(LIBRARY)
+    _finder.lean -= {LIBRARY, STRUCTURE}
 
 
 @contextmanager
