@@ -5,7 +5,7 @@ BASE ?= demo-run
 WORKERS ?= 2
 OLDEST := transformers==4.57.6
 IN_MEMORY := sh tools/in_memory.sh
-TOUCHING := families engines methods golden interventions suffix generation api steering placed joint loading templates sampling kv export imports lean
+TOUCHING := families engines methods golden interventions suffix generation api steering placed joint loading templates sampling kv export imports lean prepacked
 
 .PHONY: demo demo-small real-model test test-oldest test-more check demo-model clean
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import mmap
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,11 +39,21 @@ def free(device: Any = None) -> int:
             return int(own.mem_get_info(device)[0] + own.memory_reserved(device) - own.memory_allocated(device))
     import psutil
 
-    return int(min(psutil.virtual_memory().available, *_of_groups()))
+    return int(min(psutil.virtual_memory().available, *(left for _, left in _of_groups())))
 
 
-def _of_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """What is left to each control group that this process is in: a container, a job of a scheduler. Pages of files count as free."""
+def total() -> int:
+    """Bytes of this machine, as far as its control groups allow."""
+    import psutil
+
+    return int(min(psutil.virtual_memory().total, *(most for most, _ in _of_groups())))
+
+
+def _of_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[tuple[int, int]]:
+    """Of each control group that this process is in (a container, a job of a scheduler): its bytes, and how many are left.
+
+    Pages of files count as left.
+    """
     try:
         lines = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:  # not Linux
@@ -56,9 +69,40 @@ def _of_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self
                 try:
                     most, used = (int((folder / name).read_text()) for name in names)
                     about = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                    yield most - used + int(about.get("inactive_file", 0))
+                    yield most, most - used + int(about.get("inactive_file", 0))
                 except (OSError, ValueError):  # no such file, or 'max'
                     continue
+
+
+HELD, SWAPPED, OF_FILE = (1 << bit for bit in (63, 62, 61))  # bits of /proc/self/pagemap, 8 bytes a page
+DONTNEED = 4  # madvise(2): read again from the file when they are looked at
+
+
+def let_go(tensor: Any) -> bool:
+    """Pages of a mapped file in which a tensor lies leave this process's memory; they come back, from the system's cache, when they are
+    read. Whether they did: not where any holds what the file does not (memory of the process, or written into), nor beside Linux.
+    """
+    import numpy as np
+
+    page = mmap.PAGESIZE
+    first, last = -(-tensor.data_ptr() // page), (tensor.data_ptr() + tensor.nbytes) // page  # those wholly within it
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            file.seek(8 * first)
+            pages = np.frombuffer(file.read(8 * max(0, last - first)), dtype=np.uint64)
+    except OSError:
+        return False
+    own = (pages & np.uint64(HELD) > 0) & (pages & np.uint64(OF_FILE) == 0)
+    if len(pages) < last - first or first >= last or own.any() or (pages & np.uint64(SWAPPED)).any():
+        return False
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    return bool(madvise(ctypes.c_void_p(first * page), ctypes.c_size_t((last - first) * page), DONTNEED) == 0)
+
+
+def trim() -> None:
+    """What was freed goes back to the system; the C library keeps pieces of it otherwise, which large blocks do not fit into."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):  # glibc's
+        library.malloc_trim(0)
 
 
 def ran_out(error: Exception) -> bool:

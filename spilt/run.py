@@ -9,6 +9,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from spilt import plan, verbs
 from spilt.analysis import freshness
 from spilt.artifacts.manifest import manifest_path
 from spilt.artifacts.store import Store
+from spilt.engine import choice
 from spilt.errors import NotFinite, UserError, first_line
 from spilt.lean import uncollected
 from spilt.model.identity import Changed, Seen
@@ -79,7 +81,8 @@ def run_plan(made: plan.Plan, request: verbs.Request, tell: Tell = lambda text: 
     work = {**_work(waiting, request, quiet), **({"report": ("report", 0.0)} if draws else {})}
     with Progress(work, len(outcomes), tell, quiet=quiet) as progress:
         if waiting or place()[1] > 1:
-            outcomes = _run_waiting(waiting, outcomes, made, request, tell, progress, seen)
+            with ExitStack() as borrowed:
+                outcomes = _run_waiting(waiting, outcomes, made, request, tell, progress, seen, borrowed)
         if draws and any(outcome.outcome in (DONE, ALREADY) for outcome in outcomes):
             outcomes.append(_report(request, tell, progress))
     return outcomes
@@ -131,8 +134,10 @@ def _run_waiting(
     tell: Tell,
     progress: Progress,
     seen: Seen,
+    borrowed: ExitStack,
 ) -> list[Outcome]:
-    """The steps that are to run: fits dealt out over the processes, the others done together. made: is told what was waited for."""
+    """The steps that are to run: fits dealt out over the processes, the others done together. made: is told what was waited for;
+    borrowed: gives the model back."""
     with uncollected():
         from spilt import tasks as stages
     from spilt.in_step import InStep
@@ -142,7 +147,7 @@ def _run_waiting(
     waiting, before = team.on_main(lambda: (waiting, before))
     request = replace(request, device=team.device)
     recordings = stages.Recordings(waiting, request.limit, request.engine)
-    hosts = _Hosts(request, recordings, seen)
+    hosts = _Hosts(request, recordings, seen, borrowed)
 
     def one(step: verbs.Step) -> Outcome:
         progress.begin(str(step))
@@ -210,8 +215,8 @@ def _after_the_losses(request: verbs.Request, steps: Sequence[verbs.Step], after
 class _Hosts:
     """The model, loaded when the first step asks for it, and once for all steps that want the same dtype and anatomy."""
 
-    def __init__(self, request: verbs.Request, recordings: Any, seen: Seen) -> None:
-        self.request, self.recordings, self.seen = request, recordings, seen
+    def __init__(self, request: verbs.Request, recordings: Any, seen: Seen, borrowed: ExitStack) -> None:
+        self.request, self.recordings, self.seen, self.borrowed = request, recordings, seen, borrowed
         self.host: Any = None
         self.how = ("", "")
 
@@ -225,6 +230,7 @@ class _Hosts:
             if torch.are_deterministic_algorithms_enabled() != self.request.deterministic:  # the call loads torch's compiler
                 torch.use_deterministic_algorithms(self.request.deterministic)
             quiet_libraries()
+            self.borrowed.close()
             self.host, self.how = None, how
             self.recordings.clear()
             self.seen.of(step.model)
@@ -232,6 +238,11 @@ class _Hosts:
             with uncollected():
                 self.host = load(step.model, how[0], device, how[1], in_parts=self.request.tensor_parallel)
             self.seen.again([step.model])
+            # a compiler lays weights out by itself; the plain engine is the model as it is
+            if self.request.engine != choice.PLAIN and self.request.decode_step == choice.PLAIN_STEP and not self.request.tensor_parallel:
+                from spilt.engine import prepacked
+
+                self.borrowed.enter_context(prepacked.weights(self.host.model))
         return self.host
 
 

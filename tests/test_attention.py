@@ -65,7 +65,7 @@ def test_the_equation(queries: int, begun: bool, softcap: float | None, sinks: b
 @pytest.mark.parametrize("keys", [attention.LONGEST, attention.LONGEST + 1])
 def test_whole_sequences_in_bfloat16(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs and gradients are as near float64's as those of the library's own products (eager); above so many keys it is sdpa."""
-    monkeypatch.setattr(attention, "_has_bfloat16", lambda: True)
+    monkeypatch.setattr(attention, "has_bfloat16", lambda: True)
     draw = torch.Generator().manual_seed(3)
     made = [torch.randn(2, n, keys, WIDTH, generator=draw).bfloat16() for n in (HEADS * GROUP, HEADS, HEADS)]
     seen = torch.ones(keys, keys, dtype=torch.bool).tril().expand(2, 1, -1, -1).clone()
@@ -92,7 +92,7 @@ def test_whole_sequences_in_bfloat16(keys: int, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("able", [True, False])
 def test_whole_sequences_are_the_librarys_but_in_bfloat16_with_a_mask(able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_has_bfloat16", lambda: able)
+    monkeypatch.setattr(attention, "has_bfloat16", lambda: able)
     for dtype in (torch.float32, torch.bfloat16):
         tiny = copy.deepcopy(model("llama")).to(dtype)
         for mask in (None, torch.zeros(1, 1, 3, 3)):

@@ -39,6 +39,8 @@ def test_by_free_memory() -> None:
     for free, kind, texts in (*few, (1e15, "cpu", 64), (1e15, "cuda", 256)):
         found = costs.side_by_side(None, GEMMA_2_9B, 2, 100, 128, free, kind)
         assert found.texts == texts and ("50%" in found.why) == (texts < 64)
+    small = GEMMA_2_9B._replace(layers=12, hidden=512, intermediate=1408, vocab=8000)
+    assert costs.side_by_side(None, small, 4, 100, 128, 1e15, "cpu").texts == 32, "not more than half of what the model takes"
     assert costs.side_by_side(7, GEMMA_2_9B, 2, 100, 128, 0, "cpu") == (7, "as asked")
     assert costs.side_by_side(None, None, 2, 100, 128, 1e9, "cpu").texts == 64
     assert costs.side_by_side(None, GEMMA_2_9B, 2, 100, 128, 60 * GIB, "cuda").texts >= 64, "a card of 80 GiB with the model on it"
@@ -55,16 +57,16 @@ def test_no_more_than_what_a_control_group_leaves(tmp_path: Path, monkeypatch: p
         (folder / "memory.current").write_text("3000\n")
         (folder / "memory.stat").write_text("anon 1\ninactive_file 400\n")
     own.write_text("0::/slurm/job7\n")
-    assert [*memory._of_groups(tmp_path / "sys", own)] == [2400]
+    assert [*memory._of_groups(tmp_path / "sys", own)] == [(5000, 2400)]
     old = tmp_path / "sys/memory/box"
     old.mkdir(parents=True)
     for name, value in (("memory.limit_in_bytes", "900"), ("memory.usage_in_bytes", "100"), ("memory.stat", "cache 5")):
         (old / name).write_text(value)
     own.write_text("4:cpu,cpuacct:/box\n3:memory:/box\n")
-    assert [*memory._of_groups(tmp_path / "sys", own)] == [800]
+    assert [*memory._of_groups(tmp_path / "sys", own)] == [(900, 800)]
     assert [*memory._of_groups(tmp_path / "sys", tmp_path / "none")] == []
-    monkeypatch.setattr(memory, "_of_groups", lambda: iter([123, 10**18]))
-    assert memory.free() == memory.free(torch.device("cpu")) == 123
+    monkeypatch.setattr(memory, "_of_groups", lambda: iter([(200, 123), (10**18, 10**18)]))
+    assert memory.free() == memory.free(torch.device("cpu")) == 123 and memory.total() == 200
 
 
 def test_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +82,7 @@ def plan_of(base: families.Base, capsys: pytest.CaptureFixture[str], *words: str
 
 
 def test_the_plan_says_it(base: families.Base, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "; 64 texts side by side (" in plan_of(base, capsys)
+    assert "; 32 texts side by side (" in plan_of(base, capsys)
     assert "; 3 texts side by side (as asked)" in plan_of(base, capsys, "--batch_size", "3")
     assert "; 5 texts side by side (as asked)" in plan_of(base, capsys, "--set", "batch_size=5")
     monkeypatch.setattr(memory, "free", lambda *_: 0)
@@ -110,10 +112,10 @@ def test_texts_are_the_same(base: families.Base, sizes: list[int], monkeypatch: 
     words = base.argv("sft", "vector", "--quiet", "--multipliers", *many)
     assert cli.main([*words, "--mode", "both"]) == 0
     made = {m: results_path(base, "sft", "vector", f"m{float(m)}").read_bytes() for m in many}
-    assert sizes == [64] and len(many) * len(readers.read_prompts(entries.dataset_format(base.path, base.one, "generation"), None)) > 64
-    assert cli.main([*words, "--mode", "apply", "--batch_size", "2"]) == 0 and sizes == [64], "nothing to do"
+    assert sizes == [32] and len(many) * len(readers.read_prompts(entries.dataset_format(base.path, base.one, "generation"), None)) > 64
+    assert cli.main([*words, "--mode", "apply", "--batch_size", "2"]) == 0 and sizes == [32], "nothing to do"
     each = context.texts_at_once(families.build("qwen2"), None, [(1,) * 20], 5)
-    assert each.texts == 64
+    assert each.texts == 32
     for more, size in ((["--batch_size", "2"], 2), (["--set", "batch_size=7"], 7), ([], 1)):
         if not more:
             monkeypatch.setattr(memory, "free", lambda *_: 0)
@@ -140,7 +142,7 @@ def test_in_python(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     steering = spilt.fit(model, tokenizer, [("is 1 odd?", " yes", " not")], layer=2, method="caa")
     how: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
     texts = [spilt.generate(model, tokenizer, steering, ["is 2 odd?"], [0.0, 4.0], batch_size=size, **how) for size in (None, 1)]
-    assert sizes == [64, 1] and texts[0].equals(texts[1])
+    assert sizes == [32, 1] and texts[0].equals(texts[1])
     monkeypatch.setattr(memory, "free", lambda *_: 0)
     assert texts[0].equals(spilt.generate(model, tokenizer, steering, ["is 2 odd?"], [0.0, 4.0], **how)) and sizes[-1] == 1
 

@@ -14,7 +14,7 @@ from spilt.api.given import Pairs, check_lengths, family, frozen, pairs_of, whol
 from spilt.api.models import base_model
 from spilt.data.chat import Chat, Encoded
 from spilt.data.readers import Pair
-from spilt.engine import activations, choice, score, whole
+from spilt.engine import activations, choice, prepacked, score, whole
 from spilt.engine import train as training
 from spilt.engine.closed_form import closed_form
 from spilt.errors import UserError, unknown
@@ -60,7 +60,8 @@ def fit(
     if why := fit_verb.refuses(METHODS[s.method], s, rows[0].kind):
         raise UserError(f"the pairs are {rows[0].kind}: {why}")
     chat = Chat.of(tokenizer, s.use_chat_template, s.system_prompt)
-    with frozen(model), torch.random.fork_rng(devices=[]):
+    tokens = prepacked.TOKENS if engine == choice.FAST else 0
+    with frozen(model), torch.random.fork_rng(devices=[]), prepacked.weights(model, tokens):
         found = _find(model, tokenizer, rows, chat, s, joint, engine, neutral, progress)
     for site, made in found if not METHODS[s.method].adapters else ():
         training.check_usable(made, f"{s.method} {s.intervention_method} layer {site.layer}")

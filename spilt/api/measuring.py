@@ -27,7 +27,7 @@ from spilt.api.given import (
 from spilt.api.texts import new_tokens
 from spilt.data.chat import Chat, Encoded
 from spilt.data.readers import PAIRS
-from spilt.engine import activations, choice, decode, sampling, score, whole
+from spilt.engine import activations, choice, decode, prepacked, sampling, score, whole
 from spilt.engine.divergence import along_path, rests_at_0, while_decoding
 from spilt.errors import NotFinite, UserError
 from spilt.model import host
@@ -114,7 +114,8 @@ def _nats(
     # at 0 the answer is read twice in the same way, so that the KL is 0 to the bit
     fast = [i for i, row in enumerate(rows) if beside and row.multiplier]
     at_once = texts_at_once(model, batch_size, list(dict.fromkeys(row.prompt for row in rows)), how.max_new_tokens).texts
-    with frozen(model):
+    tokens = len(fast) * how.max_new_tokens if engine == choice.FAST else 0
+    with frozen(model), prepacked.weights(model, tokens):
         found = dict(zip(fast, while_decoding(model, steering, [rows[i] for i in fast], how, at_once), strict=True))
     rest = [i for i in range(len(rows)) if i not in found]
     made = new_tokens(model, steering, [rows[i] for i in rest], how, engine, batch_size) if rest else {}
@@ -234,7 +235,8 @@ def measure(
         multipliers = measure_verb.sweep_multipliers(placed.entries[0][1].factors, 11)
     strengths = sorted({0.0, *strengths_of(multipliers)})
     prefix = chat.prefix_length
-    with frozen(model):
+    read_in_all = sum(len(s.input_ids) for s in tokens) * len(strengths) if engine == choice.FAST else 0
+    with frozen(model), prepacked.weights(model, read_in_all):
         if choice.why_plain(placed.places, "measure", family=family(model), engine=engine, positions=positions):
             scorer: score.Scorer = whole.Scorer(model, placed, tokens, pad, positions, prefix)
         else:

@@ -10,7 +10,7 @@ from torch import nn
 
 from spilt.api.given import Prompt, check_prompts, family, frozen, questions_of, steering_of, strengths_of, whole_number
 from spilt.data.chat import Chat, readable
-from spilt.engine import choice, decode, sampling, scopes, whole
+from spilt.engine import choice, decode, prepacked, sampling, scopes, whole
 from spilt.errors import unknown
 from spilt.settings.fields import GenerationParams
 from spilt.steering import anatomy
@@ -95,7 +95,9 @@ def token_stream(
     """(row number, new token ids) as texts are finished, by the engine that runs them."""
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     check_prompts(model, prompts, how.max_new_tokens)
-    with frozen(model):
+    # a compiler lays weights out by itself; the plain engine is the model as it is
+    tokens = len(rows) * how.max_new_tokens if engine == choice.FAST and decode_step == choice.PLAIN_STEP else 0
+    with frozen(model), prepacked.weights(model, tokens):
         at_once = texts_at_once(model, batch_size, prompts, how.max_new_tokens).texts
         plain = choice.why_plain(steering.places, "generate", family=family(model), engine=engine)
         scoped = "" if steering.scope == "all" else f"scope = {steering.scope}"

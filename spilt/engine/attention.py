@@ -41,11 +41,11 @@ def replaceable(model: nn.Module) -> bool:
 
 def products_win(like: Tensor) -> bool:
     """Whether two products of such tensors are faster than sdpa, as long as the scores between them are few."""
-    return like.dtype == torch.bfloat16 and like.device.type == "cpu" and _has_bfloat16()
+    return like.dtype == torch.bfloat16 and like.device.type == "cpu" and has_bfloat16()
 
 
 @cache
-def _has_bfloat16() -> bool:
+def has_bfloat16() -> bool:
     """Whether this CPU has the arithmetic of bfloat16, by the library that torch's products are from; some builds are without."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

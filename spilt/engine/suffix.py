@@ -90,12 +90,12 @@ def replay(model: nn.Module, layer: int, stream: Tensor) -> Iterator[None]:
 
     with ExitStack() as undo:
         for index, module in enumerate(anatomy.blocks(model)[: layer + 1]):
-            undo.enter_context(_forward(module, give_stream if index == layer else pass_through))
+            undo.enter_context(forward_by(module, give_stream if index == layer else pass_through))
         yield
 
 
 @contextmanager
-def _forward(module: nn.Module, instead: Callable[..., Any]) -> Iterator[None]:
+def forward_by(module: nn.Module, instead: Callable[..., Any]) -> Iterator[None]:
     """Inside: the module's forward is another one."""
     own = module.__dict__.get("forward")  # accelerate puts one there when it places a model
     module.forward = instead
@@ -116,7 +116,7 @@ def checkpointed(model: nn.Module, layer: int) -> Iterator[None]:
     """
     with ExitStack() as undo:
         for module in anatomy.blocks(model)[layer + 1 : -1]:
-            undo.enter_context(_forward(module, partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)))
+            undo.enter_context(forward_by(module, partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)))
         yield
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spilt import in_step, memory
 from spilt.data.batches import position_mask
 from spilt.data.chat import Encoded
-from spilt.engine import score
+from spilt.engine import prepacked, score
 from spilt.engine.activations import Activations, max_tokens, prefix_pairs
 from spilt.engine.passes import Cut, ForwardInput, forward_backward
 from spilt.errors import NotFinite, UserError
@@ -328,7 +328,7 @@ def fit(
         return {"log": rows_of_log, "random": _get_random(job), **kept, **({"watch": watch.state()} if watch else {})}
 
     devices = [job.device] if job.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # dropout draws from the global generator: give it back as it was
+    with prepacked.learning(job.model), torch.random.fork_rng(devices):  # dropout draws from the global generator: give it back as it was
         torch.manual_seed(s.seed)
         if resume is not None:
             rows_of_log = list(resume["log"])

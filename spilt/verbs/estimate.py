@@ -20,7 +20,8 @@ from spilt.model import checkpoint
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BYTES_PER_TOKEN, TEMPLATE = 4, 20
 SHARE = 0.5  # of the free memory, for the texts that are made side by side
-MOST, MOST_ON_CPU = 256, 64  # of them; CPU s of 130 texts of SmolLM2-135M: 46 with 16 at once, 30 with 32, 27 with 64
+LEAST_ON_CPU = 32  # of them, as far as they fit
+MOST, MOST_ON_CPU = 256, 64  # CPU s of 130 texts of SmolLM2-135M: 46 with 16 at once, 30 with 32, 27 with 64
 
 
 class Shape(NamedTuple):
@@ -111,15 +112,24 @@ class Batch(NamedTuple):
 
 def side_by_side(given: int | None, shape: Shape | None, size: int, longest: float, new: int, free: float | None, kind: str) -> Batch:
     """`given`, else so many as fit in SHARE of the memory that is free beside the weights. longest: tokens of a prompt; new: after it;
-    free: None, where it is not known yet; kind: of device."""
+    free: None, where it is not known yet; kind: of device.
+
+    On a CPU LEAST_ON_CPU take hardly more time than more: so many, or as many as take SHARE of what the weights do."""
     if given:
         return Batch(given, "as asked")
     most = MOST_ON_CPU if kind == "cpu" else MOST
     if shape is None or free is None:
         return Batch(most, "or fewer, as memory allows" if shape else "config.json does not say how much memory each takes")
     each = shape.of_text(longest, new, size)
-    fit = 2 ** (min(most, max(1, int(SHARE * free // each))).bit_length() - 1)  # a power of two: the next run decides the same
+    if kind == "cpu":
+        most = min(most, _power(max(LEAST_ON_CPU, int(SHARE * shape.weights * size // each))))
+    fit = _power(min(most, max(1, int(SHARE * free // each))))
     return Batch(fit, f"{_bytes(each)} each{'' if fit == most else f', in {SHARE:.0%} of the {_bytes(max(free, 0))} that are free'}")
+
+
+def _power(number: int) -> int:
+    """The largest power of two up to it: the next run decides the same."""
+    return 2 ** (number.bit_length() - 1)
 
 
 def shape_of(model: Path) -> Shape | None:

@@ -11,13 +11,14 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from spilt.engine import prepacked
 from spilt.errors import NotFinite, UserError, first_line, unknown
 from spilt.settings.fields import ADAPTERS
 from spilt.steering import anatomy, foreign
@@ -147,6 +148,8 @@ def wrapped(model: nn.Module, make: Callable[[], Any], *, written: bool = False)
     names = {id(module): name for name, module in model.named_modules()}
     # a new tensor takes the place of a weight; biases are written into
     kept = [(one, one.data, one.data.clone() if written or one.ndim < 2 else one.data, one.requires_grad) for one in model.parameters()]
+    mine = ExitStack()
+    mine.enter_context(prepacked.without(model))
     try:
         try:
             with warnings.catch_warnings(), _environment():
@@ -177,6 +180,7 @@ def wrapped(model: nn.Module, make: Callable[[], Any], *, written: bool = False)
         for parameter, own, data_before, wanted in kept:
             parameter.data = own if own is data_before else own.copy_(data_before)
             parameter.requires_grad_(wanted)
+        mine.close()
 
 
 def _adapted(model: nn.Module) -> dict[str, Any]:
